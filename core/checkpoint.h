@@ -1,0 +1,84 @@
+// Checkpoint: a Hugging Face model folder, the one currency that stages take and give. Weights are either float
+// tensors or codes (a folder written by `quantize`); whoever asks for floats gets exactly the unpacked codes.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/codec.h"
+#include "core/config.h"
+#include "core/safetensors.h"
+
+namespace pare {
+
+class Checkpoint {
+ public:
+  // Reads config.json, generation_config.json and all headers, and checks that every expected tensor is there once
+  // with its shape and nothing is left over (rotary inv_freq and a redundant tied lm_head are dropped as
+  // transformers does). All problems are listed in one error (exit 3).
+  // Quantized folders: compressed-tensors pack-quantized (int4/int8, group or channel), plus codes.pare.
+  explicit Checkpoint(const fs::path& folder);
+
+  const fs::path& folder() const { return folder_; }
+  const ModelConfig& config() const { return config_; }
+  const std::vector<TensorSpec>& tensors() const { return specs_; }
+  const TensorSpec& spec(std::string_view name) const;
+  bool has(std::string_view name) const;
+
+  DType dtype(std::string_view name) const;              // of the stored float tensor; F32 for codes
+  std::string float_dtype() const;                       // "bfloat16": the dtype most weights are stored in
+  Codec codec(std::string_view name) const;              // kF32/kF16/kBf16 or the quantized codec
+  bool is_quantized(std::string_view name) const { return !codec(name).is_float(); }
+  QuantizedTensor codes(std::string_view name) const;    // is_quantized only
+  const TensorView& view(std::string_view name) const;   // float tensors only
+  void read_f32(std::string_view name, float* out) const;            // all elements, unpacked
+  std::vector<float> read_f32(std::string_view name) const;
+  std::uint64_t tensor_bytes() const;                    // as stored, scales and packed codes counted, tied once
+  void release(std::string_view name) const;             // drop its pages from memory
+
+  // Content hash over config, tokenizer files and tensor bytes; cached beside nothing, costs one read.
+  std::string content_hash() const;
+
+ private:
+  fs::path folder_;
+  ModelConfig config_;
+  std::vector<TensorSpec> specs_;
+  struct Source;
+  std::map<std::string, std::shared_ptr<Source>, std::less<>> sources_;
+  std::shared_ptr<ShardedTensors> shards_;
+  std::shared_ptr<SafetensorsFile> side_;  // codes.pare
+};
+
+// Writes a model folder through a FolderTransaction that the caller owns. put_* may come in any order, each expected
+// tensor exactly once; data goes to disk at once (bounded memory) and survives a crash: a new writer on the same
+// work folder reports what is already there with has(). finish() assembles shards of at most 5 GB with the
+// Hugging Face names, writes config.json (with quantization_config if any tensor has codes) and removes the pieces.
+class CheckpointWriter {
+ public:
+  // dtype: storage of float tensors, "float32" | "float16" | "bfloat16".
+  CheckpointWriter(fs::path work_folder, ModelConfig config, std::string dtype);
+  ~CheckpointWriter();
+
+  bool has(std::string_view name) const;
+  void put(std::string_view name, const float* values);              // converted to dtype, shape from the config
+  void put_codes(std::string_view name, const QuantizedTensor& codes);
+  // Puts a whole group (one decoder block, say) as one durable piece: either all of it is there after a crash or none.
+  void begin_piece(const std::string& piece);
+  void end_piece();
+  bool has_piece(const std::string& piece) const;
+  // Copies tokenizer, chat template and generation files byte for byte from the original folder.
+  void copy_side_files(const fs::path& from);
+  void finish();
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+// Names of the files besides weights and config.json that belong to a model and are copied between folders.
+const std::vector<std::string>& side_file_names();
+
+}  // namespace pare

@@ -1,0 +1,120 @@
+#include "core/options.h"
+
+#include <algorithm>
+#include <numeric>
+#include <stdexcept>
+
+#include "core/error.h"
+
+namespace pare {
+namespace {
+
+std::size_t edit_distance(std::string_view a, std::string_view b) {
+  std::vector<std::size_t> row(b.size() + 1);
+  std::iota(row.begin(), row.end(), std::size_t{0});
+  for (std::size_t i = 1; i <= a.size(); ++i) {
+    std::size_t diagonal = row[0];
+    row[0] = i;
+    for (std::size_t j = 1; j <= b.size(); ++j) {
+      const std::size_t above = row[j];
+      row[j] = std::min({above + 1, row[j - 1] + 1, diagonal + (a[i - 1] == b[j - 1] ? 0 : 1)});
+      diagonal = above;
+    }
+  }
+  return row[b.size()];
+}
+
+std::string number_text(double value) {
+  Json number = value;
+  if (value == static_cast<double>(static_cast<std::int64_t>(value))) number = static_cast<std::int64_t>(value);
+  return number.dump();
+}
+
+// Empty when fine, else "expected ..., found ...".
+std::string check_value(const OptionDecl& decl, Json& value) {
+  const std::string found = ", found " + value.dump();
+  switch (decl.type) {
+    case OptionType::kFlag:
+      if (!value.is_boolean()) return "expected true or false" + found;
+      break;
+    case OptionType::kInteger:
+      if (!value.is_number_integer()) return "expected a whole number" + found;
+      break;
+    case OptionType::kNumber:
+      if (!value.is_number()) return "expected a number" + found;
+      break;
+    case OptionType::kText:
+    case OptionType::kPath:
+      if (!value.is_string()) return "expected a text" + found;
+      if (!decl.choices.empty()) {
+        const auto& text = value.get_ref<const std::string&>();
+        if (std::find(decl.choices.begin(), decl.choices.end(), text) == decl.choices.end()) {
+          std::string all;
+          for (const auto& choice : decl.choices) all += (all.empty() ? "" : ", ") + choice;
+          const std::string near = nearest_name(text, decl.choices);
+          return "expected one of " + all + found + (near.empty() ? "" : "; did you mean " + near + "?");
+        }
+      }
+      break;
+    case OptionType::kTextList:
+      if (value.is_string()) value = Json::array({value});
+      if (!value.is_array() || !std::all_of(value.begin(), value.end(), [](const Json& item) { return item.is_string(); }))
+        return "expected a list of texts" + found;
+      break;
+  }
+  if (value.is_number()) {
+    const auto number = value.get<double>();
+    if (decl.minimum && number < *decl.minimum) return "expected at least " + number_text(*decl.minimum) + found;
+    if (decl.maximum && number > *decl.maximum) return "expected at most " + number_text(*decl.maximum) + found;
+  }
+  return {};
+}
+
+}  // namespace
+
+std::string nearest_name(std::string_view name, const std::vector<std::string>& candidates) {
+  std::string best;
+  std::size_t distance = std::max<std::size_t>(2, name.size() / 2) + 1;
+  for (const auto& candidate : candidates) {
+    const std::size_t d = edit_distance(name, candidate);
+    if (d < distance) {
+      distance = d;
+      best = candidate;
+    }
+  }
+  return best;
+}
+
+Options::Options(const std::vector<OptionDecl>& decls, const Json& given, const std::string& place) {
+  std::vector<std::string> problems, names;
+  for (const auto& decl : decls) names.push_back(decl.name);
+  if (!given.is_object() && !given.is_null())
+    throw usage_error(place, "a mapping of options", given.dump(), "write `name: value` pairs");
+  for (const auto& [key, value] : given.items()) {
+    if (std::find(names.begin(), names.end(), key) != names.end()) continue;
+    const std::string near = nearest_name(key, names);
+    problems.push_back("unknown option \"" + key + "\"" + (near.empty() ? "" : ", did you mean \"" + near + "\"?"));
+  }
+  for (const auto& decl : decls) {
+    Json value = given.is_object() && given.contains(decl.name) ? given[decl.name] : Json(nullptr);
+    if (value.is_null()) {
+      if (decl.required) problems.push_back("option \"" + decl.name + "\" is required (" + decl.help + ")");
+      value = decl.default_value;
+    } else if (const std::string problem = check_value(decl, value); !problem.empty()) {
+      problems.push_back("option \"" + decl.name + "\": " + problem);
+    }
+    values_[decl.name] = std::move(value);
+  }
+  if (problems.empty()) return;
+  std::string all;
+  for (const auto& problem : problems) all += (all.empty() ? "" : "\n  ") + problem;
+  throw usage_error(place, "", all, "see --help for the options");
+}
+
+const Json& Options::value(std::string_view name) const {
+  const auto found = values_.find(std::string(name));
+  if (found == values_.end()) throw std::logic_error("option not declared: " + std::string(name));
+  return *found;
+}
+
+}  // namespace pare

@@ -1,0 +1,73 @@
+// Options are declared once: command-line flags, recipe keys, help, defaults and the echoed recipe all derive
+// from the same OptionDecl table.
+#pragma once
+
+#include <functional>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/json.h"
+
+namespace pare {
+
+struct Context;
+
+enum class OptionType { kFlag, kInteger, kNumber, kText, kPath, kTextList };
+
+struct OptionDecl {
+  std::string name;                          // "group-size": flag --group-size, recipe key group-size
+  OptionType type = OptionType::kText;
+  std::string help;                          // one line, with the unit
+  Json default_value = nullptr;              // null: not set
+  std::vector<std::string> choices = {};     // text only
+  std::optional<double> minimum = {}, maximum = {};
+  bool required = false;
+  bool positional = false;                   // command line: taken by position, in table order
+  std::string short_name = {};               // "p" for -p
+};
+
+// Values checked against a table. get<T> throws std::logic_error for a name that was not declared.
+class Options {
+ public:
+  Options() = default;
+  // Validates `given` (a JSON object) against `decls`; all problems are reported together (exit 2), unknown
+  // keys with the nearest declared name. `place` prefixes messages, e.g. "recipe.yaml: stages[1] (prune)".
+  Options(const std::vector<OptionDecl>& decls, const Json& given, const std::string& place);
+
+  template <class T>
+  T get(std::string_view name) const {
+    return value(name).template get<T>();
+  }
+  bool has(std::string_view name) const { return !value(name).is_null(); }
+  // The value, or `fallback` where the option was not set and has no default.
+  template <class T>
+  T get_or(std::string_view name, T fallback) const {
+    return has(name) ? get<T>(name) : fallback;
+  }
+  const Json& resolved() const { return values_; }  // every declared option with its value: the echoed recipe
+
+ private:
+  const Json& value(std::string_view name) const;
+  Json values_ = Json::object();
+};
+
+// A verb of the command line. `run` returns the result object that --json prints; human output goes through
+// Context::print. A stage is a command that has the options `model` (input folder) and `out` (output folder).
+struct Command {
+  std::string name;
+  std::string summary;
+  std::vector<OptionDecl> options;
+  std::function<Json(const Options&, Context&)> run;
+  std::string example = {};
+  bool is_stage = false;
+  // Stages only: what the run will need, from headers alone (no weights touched). Keys: "seconds", "peak_bytes",
+  // "out_bytes", "notes" (list of texts such as announced fallbacks). Throws on anything that would fail later.
+  std::function<Json(const Options&)> plan = {};
+};
+
+// The candidate with the smallest edit distance to `name`, or "" when none is near.
+std::string nearest_name(std::string_view name, const std::vector<std::string>& candidates);
+
+}  // namespace pare

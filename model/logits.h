@@ -1,0 +1,14 @@
+// A LibTorch model as seen by the evaluator. No LibTorch types here.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "core/checkpoint.h"
+#include "eval/logits_source.h"
+
+namespace pare {
+
+std::unique_ptr<LogitsSource> torch_logits(const Checkpoint& checkpoint, const std::string& device);
+
+}  // namespace pare

@@ -1,0 +1,10 @@
+// The train stage as a command.
+#pragma once
+
+#include "core/options.h"
+
+namespace pare {
+
+Command train_command();
+
+}  // namespace pare

@@ -1,0 +1,10 @@
+// The prune stage as a command.
+#pragma once
+
+#include "core/options.h"
+
+namespace pare {
+
+Command prune_command();
+
+}  // namespace pare

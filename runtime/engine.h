@@ -1,0 +1,72 @@
+// The LibTorch-free runtime: opens a compact file by mmap and runs prefill and incremental decoding.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/compact.h"
+#include "core/tokenizer.h"
+#include "eval/logits_source.h"
+
+namespace pare {
+
+struct EngineOptions {
+  int threads = 0;                 // 0: all cores
+  std::string kernels;             // "" = best of this machine, or "plain", "avx2", "avx512vnni"; PARE_KERNELS overrides ""
+  bool int8_activations = true;    // false: float activations (exact against the unpacked weights to rounding)
+};
+
+// Weights, shared by any number of sessions. Thread-compatible: one session per thread.
+class Engine {
+ public:
+  static std::shared_ptr<const Engine> open(const fs::path& compact_file, const EngineOptions& options = {});
+  virtual ~Engine() = default;
+  virtual const CompactFile& file() const = 0;
+  virtual const ModelConfig& config() const = 0;
+  virtual const EngineOptions& options() const = 0;   // resolved: threads and kernels as chosen
+  virtual const Tokenizer& tokenizer() const = 0;      // exit 3 if the file carries none; built on first use
+};
+
+// One sequence with its KV cache (float32), grown on demand up to `max_positions` (0: max_position_embeddings).
+class Session {
+ public:
+  explicit Session(std::shared_ptr<const Engine> engine, std::int64_t max_positions = 0);
+  ~Session();
+  Session(Session&&) noexcept;
+
+  // Appends ids; keeps the hidden states of this call's positions for logits(). Errors: context full (exit 3).
+  void feed(std::span<const std::int32_t> ids);
+  // Rows of the last feed() call: out [count, vocab_size].
+  void logits(std::int64_t first, std::int64_t count, float* out);
+  std::int64_t position() const;
+  void reset();
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+struct SamplerOptions {
+  double temperature = 0;   // 0: greedy, ties to the lowest id
+  double top_p = 1;
+  std::uint64_t seed = 0;
+};
+class Sampler {
+ public:
+  explicit Sampler(const SamplerOptions& options);
+  std::int32_t operator()(std::span<const float> logits);
+
+ private:
+  SamplerOptions options_;
+  std::uint64_t state_[4];
+  std::vector<std::pair<float, std::int32_t>> scratch_;
+};
+
+// The runtime as seen by the evaluator.
+std::unique_ptr<LogitsSource> runtime_logits(std::shared_ptr<const Engine> engine);
+
+}  // namespace pare
