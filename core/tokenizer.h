@@ -62,7 +62,7 @@ struct TokenizerTraining {
   std::int64_t min_frequency = 2;
 };
 // Byte-level BPE with GPT-2's pre-tokenizer pattern; ties broken by smaller pair ids, as `tokenizers` does.
-// Returns a complete tokenizer.json that both pare and transformers load.
-Json train_tokenizer(const std::vector<std::string>& texts, const TokenizerTraining& options);
+// Returns the text of a complete tokenizer.json that both pare and transformers load.
+std::string train_tokenizer(const std::vector<std::string>& texts, const TokenizerTraining& options);
 
 }  // namespace pare
