@@ -1,0 +1,433 @@
+#include "runtime/forward.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "core/error.h"
+
+namespace pare {
+
+void FloatBuffer::Free::operator()(float* p) const { std::free(p); }
+
+void FloatBuffer::reserve(std::int64_t count) {
+  if (count <= size_) return;
+  const auto bytes = static_cast<std::size_t>(round_up(count * 4, 64));
+  auto* p = static_cast<float*>(std::aligned_alloc(64, bytes));
+  if (p == nullptr) throw std::bad_alloc();
+  std::memset(p, 0, bytes);
+  data_.reset(p);
+  size_ = count;
+}
+
+namespace {
+
+std::string shape_text(const std::vector<std::int64_t>& shape) {
+  std::string text = "[";
+  for (std::size_t i = 0; i < shape.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+PackedMatrix view_matrix(const CompactFile& file, const std::string& name, std::int64_t rows, std::int64_t cols) {
+  const CompactTensor& tensor = file.tensor(name);
+  const std::vector<std::int64_t> shape{rows, cols};
+  const std::string place = file.path().string() + ": " + name;
+  if (tensor.shape != shape) throw input_error(place, "shape " + shape_text(shape), shape_text(tensor.shape));
+  return packed_matrix(tensor.codec, rows, cols, tensor.payload, place);
+}
+
+const float* view_vector(const CompactFile& file, const std::string& name, std::int64_t length) {
+  const CompactTensor& tensor = file.tensor(name);
+  const std::string place = file.path().string() + ": " + name;
+  const std::vector<std::int64_t> shape{length};
+  if (tensor.shape != shape) throw input_error(place, "shape " + shape_text(shape), shape_text(tensor.shape));
+  if (tensor.codec.kind != CodecKind::kF32) throw input_error(place, "codec f32 (norms and biases)", tensor.codec.name());
+  if (tensor.payload.size() < static_cast<std::size_t>(length) * 4) {
+    throw input_error(place, std::to_string(length * 4) + " bytes", std::to_string(tensor.payload.size()));
+  }
+  return reinterpret_cast<const float*>(tensor.payload.data());
+}
+
+}  // namespace
+
+Weights view_weights(const CompactFile& file) {
+  const ModelConfig& c = file.config();
+  if (c.num_kv_heads <= 0 || c.num_heads % c.num_kv_heads != 0 || c.head_dim <= 0 || c.head_dim % 2 != 0) {
+    throw input_error(file.path().string(), "attention heads a multiple of key/value heads, even head_dim",
+                      std::to_string(c.num_heads) + " heads, " + std::to_string(c.num_kv_heads) + " key/value heads, head_dim " +
+                          std::to_string(c.head_dim));
+  }
+  const std::int64_t q = c.num_heads * c.head_dim, kv = c.num_kv_heads * c.head_dim;
+  const std::int64_t h = c.hidden_size, f = c.intermediate_size;
+  Weights weights;
+  weights.embedding = view_matrix(file, "model.embed_tokens.weight", c.vocab_size, h);
+  weights.head = c.tie_word_embeddings ? weights.embedding : view_matrix(file, "lm_head.weight", c.vocab_size, h);
+  weights.final_norm = view_vector(file, "model.norm.weight", h);
+  for (std::int64_t i = 0; i < c.num_layers; ++i) {
+    const std::string prefix = "model.layers." + std::to_string(i) + ".";
+    const auto linear = [&](const std::string& module, std::int64_t rows, std::int64_t cols, bool bias) {
+      LinearWeights w;
+      w.matrix = view_matrix(file, prefix + module + ".weight", rows, cols);
+      if (bias) w.bias = view_vector(file, prefix + module + ".bias", rows);
+      return w;
+    };
+    BlockWeights b;
+    b.q = linear("self_attn.q_proj", q, h, c.qkv_bias);
+    b.k = linear("self_attn.k_proj", kv, h, c.qkv_bias);
+    b.v = linear("self_attn.v_proj", kv, h, c.qkv_bias);
+    b.o = linear("self_attn.o_proj", h, q, c.o_bias);
+    b.gate = linear("mlp.gate_proj", f, h, c.mlp_bias);
+    b.up = linear("mlp.up_proj", f, h, c.mlp_bias);
+    b.down = linear("mlp.down_proj", h, f, c.mlp_bias);
+    b.attention_norm = view_vector(file, prefix + "input_layernorm.weight", h);
+    b.mlp_norm = view_vector(file, prefix + "post_attention_layernorm.weight", h);
+    weights.blocks.push_back(b);
+  }
+  return weights;
+}
+
+KvCache::KvCache(const ModelConfig& config)
+    : blocks_(config.num_layers),
+      kv_heads_(config.num_kv_heads),
+      head_dim_(config.head_dim),
+      value_width_(round_up(config.head_dim, 16)) {}
+
+void KvCache::reserve(std::int64_t positions) {
+  const std::int64_t pages = (positions + kPage - 1) / kPage;
+  while (static_cast<std::int64_t>(pages_.size()) < pages * blocks_) {
+    FloatBuffer page;
+    page.reserve(kv_heads_ * kPage * (head_dim_ + value_width_));
+    pages_.push_back(std::move(page));
+  }
+}
+
+float* KvCache::keys(std::int64_t block, std::int64_t page, std::int64_t kv_head) {
+  return pages_[static_cast<std::size_t>(page * blocks_ + block)].data() + kv_head * head_dim_ * kPage;
+}
+
+float* KvCache::values(std::int64_t block, std::int64_t page, std::int64_t kv_head) {
+  return keys(block, page, kv_heads_) + kv_head * kPage * value_width_;
+}
+
+std::uint64_t KvCache::bytes() const {
+  std::uint64_t total = 0;
+  for (const FloatBuffer& page : pages_) total += static_cast<std::uint64_t>(page.size()) * 4;
+  return total;
+}
+
+// One stage's activations in the forms its matrices want.
+struct Forward::Input {
+  const float* x = nullptr;
+  std::int64_t ldx = 0;
+  const Int8Activations* int8 = nullptr;
+};
+
+struct Forward::Output {
+  const LinearWeights* linear;
+  float* out;
+  std::int64_t ldo;
+  bool add;  // residual connection
+};
+
+Forward::Forward(const ModelConfig& config, const Weights& weights, const Kernels& kernels, int threads,
+                 bool int8_activations)
+    : config_(config),
+      weights_(weights),
+      kernels_(kernels),
+      threads_(threads),
+      int8_(int8_activations),
+      q_width_(config.num_heads * config.head_dim),
+      kv_width_(config.num_kv_heads * config.head_dim),
+      widest_(std::max({config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim})),
+      frequencies_(rope_frequencies(config)),
+      counters_(static_cast<std::size_t>(config.num_layers * 10 + 2)),
+      scratch_(static_cast<std::size_t>(threads)) {
+  for (Scratch& s : scratch_) {
+    s.panel.reserve(kBlockRows * round_up(widest_, 16));
+    s.accumulator.reserve(kMaxQueries * round_up(config.head_dim, 16));
+    s.normed.reserve(kActTile * widest_);
+    s.int8.resize(kActTile, widest_);
+  }
+}
+
+void Forward::begin(std::int64_t stages, std::int64_t tokens) {
+  for (std::int64_t i = 0; i < stages; ++i) counters_[static_cast<std::size_t>(i)].next.store(0, std::memory_order_relaxed);
+  if (tokens > kActTile) {
+    normed_.reserve(tokens * widest_);
+    int8_input_.resize(tokens, widest_);
+  }
+}
+
+// What one thread of the team does. Every thread runs the same stages in the same order; within a stage, items are
+// claimed from a shared counter. Which thread computes an item never changes its bits.
+struct Forward::Worker {
+  Forward& f;
+  Scratch& mine;
+  std::int64_t tokens;
+  std::int64_t stage = 0;
+
+  template <class Item>
+  void share(std::int64_t items, Item item) {
+    std::atomic<std::int64_t>& next = f.counters_[static_cast<std::size_t>(stage++)].next;
+    for (std::int64_t i = next.fetch_add(1, std::memory_order_relaxed); i < items;
+         i = next.fetch_add(1, std::memory_order_relaxed)) {
+      item(i);
+    }
+  }
+
+  static void barrier() {
+#pragma omp barrier
+  }
+
+  // Normalizes (norm != null) and quantizes [tokens, cols] once for all matrices that read it. Up to one tile of
+  // tokens every thread does it for itself, which is cheaper than waiting for another. Takes one stage.
+  Input prepare(const float* x, std::int64_t cols, const float* norm, bool int8) {
+    Input input{x, cols, nullptr};
+    const bool alone = tokens <= kActTile;
+    float* normed = alone ? mine.normed.data() : f.normed_.data();
+    Int8Activations& to = alone ? mine.int8 : f.int8_input_;
+    const auto eps = static_cast<float>(f.config_.rms_norm_eps);
+    const auto tile = [&](std::int64_t i) {
+      if (norm != nullptr) {
+        for (std::int64_t t = i * kActTile; t < std::min(tokens, (i + 1) * kActTile); ++t) {
+          f.kernels_.rms_norm(x + t * cols, norm, eps, cols, normed + t * cols);
+        }
+      }
+      if (int8) f.kernels_.quantize_tile(norm != nullptr ? normed : x, cols, i, to);
+    };
+    if (alone) {
+      ++stage;
+      if (int8) to.resize(tokens, cols);
+      tile(0);
+    } else if (norm != nullptr || int8) {
+      if (int8) {
+#pragma omp single
+        to.resize(tokens, cols);
+      }
+      share((tokens + kActTile - 1) / kActTile, tile);
+      barrier();
+    } else {
+      ++stage;
+    }
+    if (norm != nullptr) input.x = normed;
+    if (int8) input.int8 = &to;
+    return input;
+  }
+
+  void rows(const Output& to, const Input& input, std::int64_t block_begin, std::int64_t block_end) {
+    const PackedMatrix& w = to.linear->matrix;
+    if (input.int8 != nullptr && !w.codec.is_float()) {
+      f.kernels_.matmul_int8(w, *input.int8, 0, input.int8->tiles(), block_begin, block_end, to.out, to.ldo, to.add);
+    } else {
+      f.kernels_.matmul_float(w, input.x, input.ldx, tokens, block_begin, block_end, to.out, to.ldo, to.add,
+                              mine.panel.data());
+    }
+    if (const float* bias = to.linear->bias; bias != nullptr) {
+      const std::int64_t end = std::min(block_end * kBlockRows, w.rows);
+      for (std::int64_t t = 0; t < tokens; ++t) {
+        for (std::int64_t r = block_begin * kBlockRows; r < end; ++r) to.out[t * to.ldo + r] += bias[r];
+      }
+    }
+  }
+
+  // Row blocks an item: about four items a thread; with many tokens few enough that their codes stay in cache while
+  // the activation tiles pass by.
+  std::int64_t blocks_per_item(std::int64_t blocks) const {
+    const std::int64_t wanted = (blocks + 4 * f.threads_ - 1) / (4 * f.threads_);
+    return std::clamp<std::int64_t>(wanted, 1, tokens > kActTile ? 8 : 64);
+  }
+
+  // All outputs share the input. Takes one stage and ends with a barrier.
+  void multiply(const Input& input, std::initializer_list<Output> outputs) {
+    std::int64_t blocks = 0, items = 0;
+    for (const Output& to : outputs) blocks += to.linear->matrix.row_blocks();
+    const std::int64_t step = blocks_per_item(blocks);
+    for (const Output& to : outputs) items += (to.linear->matrix.row_blocks() + step - 1) / step;
+    share(items, [&](std::int64_t i) {
+      for (const Output& to : outputs) {
+        const std::int64_t count = to.linear->matrix.row_blocks();
+        const std::int64_t own = (count + step - 1) / step;
+        if (i < own) return rows(to, input, i * step, std::min(count, (i + 1) * step));
+        i -= own;
+      }
+    });
+    barrier();
+  }
+
+  void gate_up(const Input& input, const BlockWeights& b) {
+    const std::int64_t blocks = b.gate.matrix.row_blocks(), width = f.config_.intermediate_size;
+    const std::int64_t step = blocks_per_item(2 * blocks);
+    share((blocks + step - 1) / step, [&](std::int64_t i) {
+      const std::int64_t begin = i * step, end = std::min(blocks, begin + step);
+      rows({&b.gate, f.gate_.data(), width, false}, input, begin, end);
+      rows({&b.up, f.up_.data(), width, false}, input, begin, end);
+      const std::int64_t first = begin * kBlockRows, count = std::min(end * kBlockRows, width) - first;
+      for (std::int64_t t = 0; t < tokens; ++t) {
+        f.kernels_.silu_mul(f.gate_.data() + t * width + first, f.up_.data() + t * width + first, count);
+      }
+    });
+    barrier();
+  }
+
+  // Rotates q (and scales it by 1/sqrt(head_dim)) in place, stores rotated k and v in the cache.
+  void rotate_and_store(std::int64_t block, std::int64_t position, KvCache& cache) {
+    const std::int64_t d = f.config_.head_dim, half = d / 2;
+    const float scale = 1.0f / std::sqrt(static_cast<float>(d));
+    constexpr std::int64_t kChunk = 16;  // positions of one cache line of keys
+    share((tokens + kChunk - 1) / kChunk, [&](std::int64_t item) {
+      for (std::int64_t t = item * kChunk; t < std::min(tokens, (item + 1) * kChunk); ++t) {
+        const float* cosine = f.cos_.data() + t * half;
+        const float* sine = f.sin_.data() + t * half;
+        for (std::int64_t head = 0; head < f.config_.num_heads; ++head) {
+          float* q = f.q_.data() + t * f.q_width_ + head * d;
+          for (std::int64_t i = 0; i < half; ++i) {
+            const float a = q[i], b = q[i + half];
+            q[i] = (a * cosine[i] - b * sine[i]) * scale;
+            q[i + half] = (b * cosine[i] + a * sine[i]) * scale;
+          }
+        }
+        const std::int64_t page = (position + t) / kPage, slot = (position + t) % kPage;
+        for (std::int64_t head = 0; head < f.config_.num_kv_heads; ++head) {
+          const float* k = f.k_.data() + t * f.kv_width_ + head * d;
+          float* keys = cache.keys(block, page, head) + slot;
+          for (std::int64_t i = 0; i < half; ++i) {
+            keys[i * kPage] = k[i] * cosine[i] - k[i + half] * sine[i];
+            keys[(i + half) * kPage] = k[i + half] * cosine[i] + k[i] * sine[i];
+          }
+          std::memcpy(cache.values(block, page, head) + slot * cache.value_width(), f.v_.data() + t * f.kv_width_ + head * d,
+                      static_cast<std::size_t>(d) * 4);
+        }
+      }
+    });
+    barrier();
+  }
+
+  // `count` query rows that read the same kv head; row i is q + i * stride and sees seen(i) positions.
+  template <class Seen>
+  void attend_rows(std::int64_t block, std::int64_t kv_head, const float* q, float* out, std::int64_t stride,
+                   std::int64_t count, KvCache& cache, Seen seen) {
+    const std::int64_t d = f.config_.head_dim, width = cache.value_width();
+    const std::int64_t most = seen(count - 1), ld = round_up(most, kPage);
+    float* s = mine.scores.data();
+    for (std::int64_t at = 0; at < most; at += kPage) {
+      f.kernels_.scores(q, stride, count, cache.keys(block, at / kPage, kv_head), d, std::min(kPage, most - at), s + at, ld);
+    }
+    float sums[kMaxQueries];
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::int64_t n = seen(i);
+      sums[i] = f.kernels_.softmax(s + i * ld, n);
+      std::fill(s + i * ld + std::min(round_up(n, 16), ld), s + (i + 1) * ld, 0.0f);
+    }
+    float* acc = mine.accumulator.data();
+    std::fill(acc, acc + count * width, 0.0f);
+    for (std::int64_t at = 0; at < most; at += kPage) {
+      f.kernels_.weigh(s + at, ld, count, cache.values(block, at / kPage, kv_head), width, std::min(kPage, most - at), acc);
+    }
+    for (std::int64_t i = 0; i < count; ++i) {
+      const float inverse = 1.0f / sums[i];
+      for (std::int64_t c = 0; c < d; ++c) out[i * stride + c] = acc[i * width + c] * inverse;
+    }
+  }
+
+  void attend(std::int64_t block, std::int64_t position, KvCache& cache) {
+    const std::int64_t d = f.config_.head_dim, kv_heads = f.config_.num_kv_heads;
+    const std::int64_t repeat = f.config_.num_heads / kv_heads, width = f.q_width_;
+    if (tokens < 8) {  // rows of a call: the heads of one token that share keys
+      share(tokens * kv_heads, [&](std::int64_t item) {
+        const std::int64_t t = item / kv_heads, kv_head = item % kv_heads;
+        for (std::int64_t r = 0; r < repeat; r += kMaxQueries) {
+          const std::int64_t at = t * width + (kv_head * repeat + r) * d;
+          attend_rows(block, kv_head, f.q_.data() + at, f.mixed_.data() + at, d, std::min(kMaxQueries, repeat - r), cache,
+                      [&](std::int64_t) { return position + t + 1; });
+        }
+      });
+    } else {  // rows of a call: consecutive tokens of one head; the longest first
+      const std::int64_t chunks = (tokens + kMaxQueries - 1) / kMaxQueries;
+      share(chunks * f.config_.num_heads, [&](std::int64_t item) {
+        const std::int64_t t = (chunks - 1 - item / f.config_.num_heads) * kMaxQueries;
+        const std::int64_t head = item % f.config_.num_heads, at = t * width + head * d;
+        attend_rows(block, head / repeat, f.q_.data() + at, f.mixed_.data() + at, width, std::min(kMaxQueries, tokens - t),
+                    cache, [&](std::int64_t i) { return position + t + i + 1; });
+      });
+    }
+    barrier();
+  }
+
+  bool wants_int8(std::initializer_list<const LinearWeights*> linears) const {
+    if (!f.int8_) return false;
+    for (const LinearWeights* w : linears) {
+      if (!w->matrix.codec.is_float()) return true;
+    }
+    return false;
+  }
+
+  void block(std::int64_t index, std::int64_t position, KvCache& cache, float* hidden) {
+    const BlockWeights& b = f.weights_.blocks[static_cast<std::size_t>(index)];
+    const std::int64_t h = f.config_.hidden_size;
+    Input in = prepare(hidden, h, b.attention_norm, wants_int8({&b.q, &b.k, &b.v}));
+    multiply(in, {{&b.q, f.q_.data(), f.q_width_, false},
+                  {&b.k, f.k_.data(), f.kv_width_, false},
+                  {&b.v, f.v_.data(), f.kv_width_, false}});
+    rotate_and_store(index, position, cache);
+    attend(index, position, cache);
+    in = prepare(f.mixed_.data(), f.q_width_, nullptr, wants_int8({&b.o}));
+    multiply(in, {{&b.o, hidden, h, true}});
+    in = prepare(hidden, h, b.mlp_norm, wants_int8({&b.gate, &b.up}));
+    gate_up(in, b);
+    in = prepare(f.gate_.data(), f.config_.intermediate_size, nullptr, wants_int8({&b.down}));
+    multiply(in, {{&b.down, hidden, h, true}});
+  }
+  static constexpr std::int64_t kStagesPerBlock = 10;
+};
+
+void Forward::run(std::span<const std::int32_t> ids, std::int64_t position, KvCache& cache, float* hidden) {
+  const auto tokens = static_cast<std::int64_t>(ids.size());
+  const std::int64_t half = config_.head_dim / 2;
+  begin(config_.num_layers * Worker::kStagesPerBlock, tokens);
+  q_.reserve(tokens * q_width_);
+  mixed_.reserve(tokens * q_width_);
+  k_.reserve(tokens * kv_width_);
+  v_.reserve(tokens * kv_width_);
+  gate_.reserve(tokens * config_.intermediate_size);
+  up_.reserve(tokens * config_.intermediate_size);
+  cos_.reserve(tokens * half);
+  sin_.reserve(tokens * half);
+  for (Scratch& s : scratch_) s.scores.reserve(kMaxQueries * round_up(position + tokens, kPage));
+  cache.reserve(position + tokens);
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    unpack_matrix_row(weights_.embedding, ids[static_cast<std::size_t>(t)], hidden + t * config_.hidden_size);
+    for (std::int64_t i = 0; i < half; ++i) {
+      // The angle is rounded to float as the models were trained with it (transformers multiplies in float32).
+      const float angle = static_cast<float>(position + t) * static_cast<float>(frequencies_[static_cast<std::size_t>(i)]);
+      cos_.data()[t * half + i] = static_cast<float>(std::cos(static_cast<double>(angle)));
+      sin_.data()[t * half + i] = static_cast<float>(std::sin(static_cast<double>(angle)));
+    }
+  }
+#pragma omp parallel num_threads(threads_)
+  {
+    Worker worker{*this, scratch_[static_cast<std::size_t>(omp_get_thread_num())], tokens};
+    for (std::int64_t i = 0; i < config_.num_layers; ++i) worker.block(i, position, cache, hidden);
+  }
+}
+
+void Forward::head(const float* hidden, std::int64_t count, float* out) {
+  const LinearWeights linear{weights_.head, nullptr};
+  for (std::int64_t first = 0; first < count; first += kBatch) {
+    const std::int64_t tokens = std::min(kBatch, count - first);
+    begin(2, tokens);
+    float* to = out + first * config_.vocab_size;
+#pragma omp parallel num_threads(threads_)
+    {
+      Worker worker{*this, scratch_[static_cast<std::size_t>(omp_get_thread_num())], tokens};
+      const Input in = worker.prepare(hidden + first * config_.hidden_size, config_.hidden_size, weights_.final_norm,
+                                      worker.wants_int8({&linear}));
+      worker.multiply(in, {{&linear, to, config_.vocab_size, false}});
+    }
+  }
+}
+
+}  // namespace pare

@@ -1,0 +1,146 @@
+#include "runtime/kernels.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "core/error.h"
+
+namespace pare {
+
+PackedMatrix packed_matrix(const Codec& codec, std::int64_t rows, std::int64_t cols, std::span<const std::byte> payload,
+                           const std::string& place) {
+  if (rows <= 0 || cols <= 0) throw input_error(place, "a matrix", std::to_string(rows) + " x " + std::to_string(cols));
+  if (!codec.is_float() && !codec.fits(cols)) {
+    throw input_error(place, "columns that the groups of " + codec.name() + " divide", std::to_string(cols));
+  }
+  const std::uint64_t need = codec.payload_bytes(rows, cols);
+  if (payload.size() < need) {
+    throw input_error(place, std::to_string(need) + " bytes of " + codec.name(), std::to_string(payload.size()));
+  }
+  if (reinterpret_cast<std::uintptr_t>(payload.data()) % 64 != 0) {
+    throw input_error(place, "a payload that begins on 64 bytes", "another address");
+  }
+  PackedMatrix w;
+  w.codec = codec;
+  w.rows = rows;
+  w.cols = cols;
+  w.data = payload.data();
+  if (codec.is_float()) return w;
+  w.groups = codec.groups(cols);
+  w.lines = codec.bits() == 4 ? cols / 8 : (cols + 3) / 4;
+  for (std::int64_t g = codec.group; g > kActGroup; g /= 2) ++w.group_shift;
+  const std::byte* scales = w.data + w.row_blocks() * w.lines * 64;
+  w.scales = reinterpret_cast<const std::uint16_t*>(scales);
+  if (codec.kind == CodecKind::kQ4a) {
+    w.zeros = reinterpret_cast<const std::uint8_t*>(scales + round_up(w.row_blocks() * w.groups * 32, 64));
+  }
+  return w;
+}
+
+void unpack_matrix_row(const PackedMatrix& w, std::int64_t row, float* out) {
+  const auto* bytes = reinterpret_cast<const std::uint8_t*>(w.data);
+  if (w.codec.is_float()) {
+    if (w.codec.kind == CodecKind::kF32) {
+      std::memcpy(out, bytes + row * w.cols * 4, static_cast<std::size_t>(w.cols) * 4);
+      return;
+    }
+    const bool half = w.codec.kind == CodecKind::kF16;
+    for (std::int64_t c = 0; c < w.cols; ++c) {
+      std::uint16_t bits;
+      std::memcpy(&bits, bytes + (row * w.cols + c) * 2, 2);
+      out[c] = half ? f16_to_f32(bits) : bf16_to_f32(bits);
+    }
+    return;
+  }
+  const std::int64_t block = row / kBlockRows, r = row % kBlockRows;
+  const std::uint8_t* line = bytes + block * w.lines * 64 + r * 4;
+  const std::int64_t group = w.groups == 1 ? w.cols : w.codec.group;
+  const bool wide = w.codec.bits() == 8;
+  for (std::int64_t c = 0; c < w.cols; ++c) {
+    const std::int64_t g = c / group;
+    int code;
+    if (wide) {
+      code = line[c / 4 * 64 + c % 4] - 128;
+    } else {
+      const std::uint8_t byte = line[c / 8 * 64 + c % 4];
+      code = c % 8 < 4 ? byte & 15 : byte >> 4;
+      if (w.codec.kind == CodecKind::kQ4) {
+        code -= 8;
+      } else {
+        const std::uint8_t zero = w.zeros[(block * w.groups + g) * 8 + r % 8];
+        code -= r < 8 ? zero & 15 : zero >> 4;
+      }
+    }
+    out[c] = static_cast<float>(code) * f16_to_f32(w.scales[(block * w.groups + g) * kBlockRows + r]);
+  }
+}
+
+void Int8Activations::resize(std::int64_t new_tokens, std::int64_t new_cols) {
+  tokens = new_tokens;
+  cols = new_cols;
+  groups = (cols + kActGroup - 1) / kActGroup;
+  const auto n = static_cast<std::size_t>(tokens * groups);
+  // Never shrinks: sessions alternate between the few widths of one model.
+  if (scale.size() < n) {
+    scale.resize(n);
+    minus8.resize(n);
+    minus128.resize(n);
+    minus1.resize(n);
+  }
+  if (codes.size() < n * kActGroup) codes.resize(n * kActGroup);
+}
+
+Int8Tile int8_tile(const Int8Activations& x, std::int64_t tile) {
+  const std::int64_t at = tile * kActTile * x.groups;
+  Int8Tile view;
+  view.width = std::min(kActTile, x.tokens - tile * kActTile);
+  view.groups = x.groups;
+  view.codes = x.codes.data() + at * kActGroup;
+  view.scale = x.scale.data() + at;
+  view.minus8 = x.minus8.data() + at;
+  view.minus128 = x.minus128.data() + at;
+  view.minus1 = x.minus1.data() + at;
+  return view;
+}
+
+std::vector<std::string> available_kernels() {
+  std::vector<std::string> names{"plain"};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    names.emplace_back("avx2");
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
+      names.emplace_back("avx512vnni");
+    }
+  }
+#endif
+  return names;
+}
+
+const Kernels& choose_kernels(const std::string& name) {
+  const std::vector<std::string> available = available_kernels();
+  std::string wanted = name, place = "kernels";
+  if (wanted.empty()) {
+    if (const char* env = std::getenv("PARE_KERNELS"); env != nullptr && *env != '\0') {
+      wanted = env;
+      place = "environment variable PARE_KERNELS";
+    } else {
+      wanted = available.back();
+    }
+  }
+  std::string list;
+  bool found = false;
+  for (const std::string& each : available) {
+    list += (list.empty() ? "" : ", ") + each;
+    found = found || each == wanted;
+  }
+  if (!found) throw usage_error(place, "kernels that this machine has: " + list, "\"" + wanted + "\"");
+#if defined(__x86_64__)
+  if (wanted == "avx512vnni") return kAvx512VnniKernels;
+  if (wanted == "avx2") return kAvx2Kernels;
+#endif
+  return kPlainKernels;
+}
+
+}  // namespace pare

@@ -1,0 +1,110 @@
+// The numeric inner loops of the runtime, compiled once per instruction set and chosen at start.
+//
+// A matrix is used where it lies in the mapped file (runtime/FORMAT.md section 3). The unit of work is a row block:
+// 16 outputs. Every kernel adds the products of one output in an order that depends neither on the number of tokens
+// in the call nor on the rows asked, so prefill, incremental decoding and any thread count give the same bits.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/codec.h"
+
+namespace pare {
+
+constexpr std::int64_t kBlockRows = 16;   // outputs per row block
+constexpr std::int64_t kActGroup = 32;    // inputs per int8 activation scale
+constexpr std::int64_t kActTile = 12;     // tokens that are packed side by side
+constexpr std::int64_t kPage = 128;       // positions per page of the KV cache
+constexpr std::int64_t kMaxQueries = 16;  // query rows per attention call
+
+inline std::int64_t round_up(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// A weight matrix [rows, cols] in place.
+struct PackedMatrix {
+  Codec codec;
+  std::int64_t rows = 0, cols = 0;
+  const std::byte* data = nullptr;        // codes plane, or row-major floats
+  const std::uint16_t* scales = nullptr;  // [row block][group][16]
+  const std::uint8_t* zeros = nullptr;    // [row block][group][8], kQ4a only
+  std::int64_t lines = 0;                 // 64-byte lines per row block
+  std::int64_t groups = 0;                // scales per row
+  int group_shift = 0;                    // activation groups per weight group = 1 << group_shift
+  std::int64_t row_blocks() const { return (rows + kBlockRows - 1) / kBlockRows; }
+};
+// Error (exit 3) when the payload is shorter than the shape demands or not on 64 bytes.
+PackedMatrix packed_matrix(const Codec& codec, std::int64_t rows, std::int64_t cols, std::span<const std::byte> payload,
+                           const std::string& place);
+// One row as floats, exactly code * scale: embedding look-up. out: cols floats.
+void unpack_matrix_row(const PackedMatrix& w, std::int64_t row, float* out);
+
+// Activations as int8 with one symmetric scale per token and 32 inputs: scale = max|x| / 127, code = x * (127 / max|x|)
+// rounded to nearest even. Tokens lie in tiles of up to 12 in the order the kernels read:
+//   codes  [tile][group][8 quads][token of tile][4 inputs]
+//   scale, minus8, minus128, minus1: [tile][group][token of tile]
+// minus8 and minus128 are -8 and -128 times the sum of the group's codes (start values that undo the offset of q4 and
+// q8 codes); minus1 is the negated sum as 16 bits, for zero points that differ by row.
+// A non-finite input makes the scale of its group NaN, so it reaches the output.
+struct Int8Activations {
+  std::int64_t tokens = 0, cols = 0, groups = 0;
+  std::vector<std::int8_t> codes;
+  std::vector<float> scale;
+  std::vector<std::int32_t> minus8, minus128, minus1;
+
+  void resize(std::int64_t tokens, std::int64_t cols);
+  std::int64_t tiles() const { return (tokens + kActTile - 1) / kActTile; }
+};
+
+// The tile as kernels see it: `width` tokens.
+struct Int8Tile {
+  std::int64_t width = 0, groups = 0;
+  const std::int8_t* codes = nullptr;
+  const float* scale = nullptr;
+  const std::int32_t *minus8 = nullptr, *minus128 = nullptr, *minus1 = nullptr;
+};
+Int8Tile int8_tile(const Int8Activations& x, std::int64_t tile);
+
+struct Kernels {
+  const char* name;
+
+  // out[t * ldo + r] (+)= sum_k w[r, k] x[t, k] for the rows of blocks [block_begin, block_end); `add` adds to out.
+  // Any codec; float activations. scratch: 16 * round_up(cols, 16) floats on 64 bytes.
+  void (*matmul_float)(const PackedMatrix& w, const float* x, std::int64_t ldx, std::int64_t tokens,
+                       std::int64_t block_begin, std::int64_t block_end, float* out, std::int64_t ldo, bool add,
+                       float* scratch);
+  // The same with int8 activations, quantized codecs only, tokens of tiles [tile_begin, tile_end); `out` is the row of
+  // the first token of `x`, whatever the tile range.
+  void (*matmul_int8)(const PackedMatrix& w, const Int8Activations& x, std::int64_t tile_begin, std::int64_t tile_end,
+                      std::int64_t block_begin, std::int64_t block_end, float* out, std::int64_t ldo, bool add);
+  // Fills one tile of `to` (resized) from x, the row of the first token of all tiles.
+  void (*quantize_tile)(const float* x, std::int64_t ldx, std::int64_t tile, Int8Activations& to);
+
+  // out[i] = x[i] / rms(x) * weight[i]; out may be x.
+  void (*rms_norm)(const float* x, const float* weight, float eps, std::int64_t n, float* out);
+  // gate[i] = gate[i] / (1 + exp(-gate[i])) * up[i]
+  void (*silu_mul)(float* gate, const float* up, std::int64_t n);
+  // s[i] = exp(s[i] - max), zero up to the next multiple of 16; returns the sum.
+  float (*softmax)(float* s, std::int64_t n);
+  // out[i * ldo + p] = sum_d q[i * ldq + d] * keys[d * kPage + p], p < round_up(positions, 16); count <= kMaxQueries.
+  void (*scores)(const float* q, std::int64_t ldq, std::int64_t count, const float* keys, std::int64_t head_dim,
+                 std::int64_t positions, float* out, std::int64_t ldo);
+  // acc[i * width + d] += sum_p probs[i * ldp + p] * values[p * width + d]; width is a multiple of 16.
+  void (*weigh)(const float* probs, std::int64_t ldp, std::int64_t count, const float* values, std::int64_t width,
+                std::int64_t positions, float* acc);
+};
+
+// Names this machine can run, best last: "plain", "avx2", "avx512vnni".
+std::vector<std::string> available_kernels();
+// "": PARE_KERNELS if set, else the best. Unknown or not supported here: exit 2 with the list.
+const Kernels& choose_kernels(const std::string& name);
+
+extern const Kernels kPlainKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512VnniKernels;
+#endif
+
+}  // namespace pare

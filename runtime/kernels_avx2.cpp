@@ -1,0 +1,490 @@
+// AVX2 with FMA and F16C. A 64-byte line of codes is two registers of 8 outputs x 4 inputs; products are formed by
+// vpmaddubsw, whose 16-bit sums cannot saturate here: 4-bit codes give at most 8 * 2 * 15 * 127 = 30,480 for a whole
+// group, and 8-bit ones are multiplied as |w| * sign(x, w), at most 2 * 128 * 127 = 32,512, and widened at once.
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "runtime/kernels.h"
+
+namespace pare {
+namespace {
+
+#define PARE_UNROLL _Pragma("GCC unroll 16")
+
+inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+inline __m256 load_scales(const std::uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+// Zero points of outputs [8 * half, 8 * half + 8) as int32.
+inline __m256i load_zeros(const std::uint8_t* p, int half) {
+  const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  const __m128i nibbles = _mm_and_si128(half == 0 ? raw : _mm_srli_epi16(raw, 4), _mm_set1_epi8(15));
+  return _mm256_cvtepu8_epi32(nibbles);
+}
+
+inline __m256i quad(const std::int8_t* p) {
+  std::int32_t value;
+  std::memcpy(&value, p, 4);
+  return _mm256_set1_epi32(value);
+}
+
+inline float reduce_add(__m256 v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+inline __m256i tail_mask(std::int64_t n) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(std::clamp<std::int64_t>(n, 0, 8))), lane);
+}
+
+// Outputs [16 * block + 8 * half, + 8) of kTokens tokens starting at token `first` of the tile.
+template <CodecKind kKind, int kTokens>
+void half_int8(const PackedMatrix& w, std::int64_t block, int half, const Int8Tile& x, std::int64_t first, float* out,
+               std::int64_t ldo, bool add) {
+  constexpr std::int64_t kLines = kKind == CodecKind::kQ8 ? 8 : 4;  // per activation group
+  const std::int64_t width = x.width;
+  const auto* line = reinterpret_cast<const std::uint8_t*>(w.data) + block * w.lines * 64 + half * 32;
+  const std::uint16_t* scales = w.scales + block * w.groups * kBlockRows + half * 8;
+  const std::uint8_t* zeros = kKind == CodecKind::kQ4a ? w.zeros + block * w.groups * 8 : nullptr;
+  const std::int8_t* codes = x.codes + first * 4;
+  const int shift = w.groups == 1 ? 62 : w.group_shift;
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256 sum[kTokens];
+  PARE_UNROLL for (int t = 0; t < kTokens; ++t) sum[t] = _mm256_setzero_ps();
+  for (std::int64_t g = 0; g < x.groups; ++g) {
+    const std::int64_t wg = g >> shift;
+    const std::int64_t at = g * width + first;
+    __m256i acc[kTokens];
+    PARE_UNROLL for (int t = 0; t < kTokens; ++t) acc[t] = _mm256_setzero_si256();
+    if constexpr (kKind == CodecKind::kQ8) {
+      const std::int64_t count = std::min(kLines, w.lines - g * kLines);
+      const __m256i top = _mm256_set1_epi8(static_cast<char>(0x80));
+      for (std::int64_t c = 0; c < count; ++c, line += 64) {
+        const __m256i signed_codes = _mm256_xor_si256(load(line), top);
+        const __m256i magnitude = _mm256_abs_epi8(signed_codes);
+        PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+          const __m256i xs = _mm256_sign_epi8(quad(codes + (c * width + t) * 4), signed_codes);
+          acc[t] = _mm256_add_epi32(acc[t], _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, xs), ones));
+        }
+      }
+    } else {
+      const __m256i nibble = _mm256_set1_epi8(15);
+      PARE_UNROLL for (int c = 0; c < kLines; ++c, line += 64) {
+        const __m256i both = load(line);
+        const __m256i low = _mm256_and_si256(both, nibble);
+        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
+        PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+          acc[t] = _mm256_add_epi16(acc[t], _mm256_maddubs_epi16(low, quad(codes + (2 * c * width + t) * 4)));
+          acc[t] = _mm256_add_epi16(acc[t], _mm256_maddubs_epi16(high, quad(codes + ((2 * c + 1) * width + t) * 4)));
+        }
+      }
+      if constexpr (kKind == CodecKind::kQ4) {
+        PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+          acc[t] = _mm256_add_epi32(_mm256_madd_epi16(acc[t], ones), _mm256_set1_epi32(x.minus8[at + t]));
+        }
+      } else {
+        const __m256i zero = load_zeros(zeros + wg * 8, half);
+        PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+          acc[t] = _mm256_add_epi32(_mm256_madd_epi16(acc[t], ones),
+                                    _mm256_madd_epi16(zero, _mm256_set1_epi32(x.minus1[at + t])));
+        }
+      }
+    }
+    codes += kActGroup * width;
+    const __m256 scale = load_scales(scales + wg * kBlockRows);
+    PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+      const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(x.scale[at + t]));
+      sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[t]), both, sum[t]);
+    }
+  }
+  const std::int64_t row = block * kBlockRows + half * 8;
+  const __m256i mask = tail_mask(w.rows - row);
+  PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+    float* to = out + (first + t) * ldo + row;
+    _mm256_maskstore_ps(to, mask, add ? _mm256_add_ps(_mm256_maskload_ps(to, mask), sum[t]) : sum[t]);
+  }
+}
+
+template <CodecKind kKind>
+void tile_int8(const PackedMatrix& w, std::int64_t block_begin, std::int64_t block_end, const Int8Tile& x, float* out,
+               std::int64_t ldo, bool add) {
+  for (std::int64_t block = block_begin; block < block_end; ++block) {
+    const int halves = w.rows - block * kBlockRows > 8 ? 2 : 1;
+    for (int half = 0; half < halves; ++half) {
+      std::int64_t t = 0;
+      for (; t + 4 <= x.width; t += 4) half_int8<kKind, 4>(w, block, half, x, t, out, ldo, add);
+      if (t + 2 <= x.width) {
+        half_int8<kKind, 2>(w, block, half, x, t, out, ldo, add);
+        t += 2;
+      }
+      if (t < x.width) half_int8<kKind, 1>(w, block, half, x, t, out, ldo, add);
+    }
+  }
+}
+
+void matmul_int8(const PackedMatrix& w, const Int8Activations& x, std::int64_t tile_begin, std::int64_t tile_end,
+                 std::int64_t block_begin, std::int64_t block_end, float* out, std::int64_t ldo, bool add) {
+  const auto kernel = w.codec.kind == CodecKind::kQ8   ? tile_int8<CodecKind::kQ8>
+                      : w.codec.kind == CodecKind::kQ4 ? tile_int8<CodecKind::kQ4>
+                                                       : tile_int8<CodecKind::kQ4a>;
+  for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    kernel(w, block_begin, block_end, int8_tile(x, tile), out + tile * kActTile * ldo, ldo, add);
+  }
+}
+
+void quantize_tile(const float* x, std::int64_t ldx, std::int64_t tile, Int8Activations& to) {
+  const std::int64_t width = std::min(kActTile, to.tokens - tile * kActTile);
+  const std::int64_t base = tile * kActTile * to.groups;
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  for (std::int64_t t = 0; t < width; ++t) {
+    const float* row = x + (tile * kActTile + t) * ldx;
+    for (std::int64_t g = 0; g < to.groups; ++g) {
+      const std::int64_t count = std::min(kActGroup, to.cols - g * kActGroup);
+      __m256 v[4];
+      __m256i peaks = _mm256_setzero_si256();
+      for (int k = 0; k < 4; ++k) {
+        v[k] = _mm256_maskload_ps(row + g * kActGroup + std::min<std::int64_t>(8 * k, count), tail_mask(count - 8 * k));
+        peaks = _mm256_max_epi32(peaks, _mm256_and_si256(_mm256_castps_si256(v[k]), magnitude));
+      }
+      __m128i top = _mm_max_epi32(_mm256_castsi256_si128(peaks), _mm256_extracti128_si256(peaks, 1));
+      top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0x4e));
+      top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0xb1));
+      const int largest = _mm_cvtsi128_si32(top);
+      float peak;
+      std::memcpy(&peak, &largest, 4);
+      const bool finite = largest < 0x7f800000;
+      const __m256 inverse = _mm256_set1_ps(finite && peak > 1e-30f ? 127.0f / peak : 0.0f);
+      __m256i total = _mm256_setzero_si256();
+      alignas(16) std::int32_t quads[8];
+      for (int k = 0; k < 4; ++k) {
+        __m256i q = _mm256_cvtps_epi32(_mm256_mul_ps(v[k], inverse));
+        if (!finite) q = _mm256_setzero_si256();
+        total = _mm256_add_epi32(total, q);
+        const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(quads + 2 * k), _mm_packs_epi16(words, words));
+      }
+      __m128i s = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
+      s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+      s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+      const std::int32_t sum = _mm_cvtsi128_si32(s);
+      std::int8_t* codes = to.codes.data() + base * kActGroup + (g * 8 * width + t) * 4;
+      for (int k = 0; k < 8; ++k) std::memcpy(codes + k * width * 4, quads + k, 4);
+      const auto at = static_cast<std::size_t>(base + g * width + t);
+      to.scale[at] = finite ? peak / 127.0f : __builtin_nanf("");
+      to.minus8[at] = -8 * sum;
+      to.minus128[at] = -128 * sum;
+      to.minus1[at] = static_cast<std::int32_t>(static_cast<std::uint16_t>(-sum));
+    }
+  }
+}
+
+// Float activations, quantized codes: a row block is unpacked to panel[input][16 outputs].
+template <CodecKind kKind>
+void unpack_panel(const PackedMatrix& w, std::int64_t block, float* panel) {
+  const std::int64_t per_group = w.groups == 1 ? w.lines : w.lines / w.groups;
+  const __m256i low_byte = _mm256_set1_epi32(kKind == CodecKind::kQ8 ? 255 : 15);
+  for (int half = 0; half < 2; ++half) {
+    const auto* line = reinterpret_cast<const std::uint8_t*>(w.data) + block * w.lines * 64 + half * 32;
+    float* to = panel + half * 8;
+    for (std::int64_t g = 0; g < w.groups; ++g) {
+      const __m256 scale = load_scales(w.scales + (block * w.groups + g) * kBlockRows + half * 8);
+      __m256i offset;
+      if constexpr (kKind == CodecKind::kQ8) offset = _mm256_set1_epi32(128);
+      if constexpr (kKind == CodecKind::kQ4) offset = _mm256_set1_epi32(8);
+      if constexpr (kKind == CodecKind::kQ4a) offset = load_zeros(w.zeros + (block * w.groups + g) * 8, half);
+      const auto put = [&](__m256i codes) {
+        codes = _mm256_and_si256(codes, low_byte);
+        _mm256_storeu_ps(to, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(codes, offset)), scale));
+        to += 16;
+      };
+      for (std::int64_t c = 0; c < per_group; ++c, line += 64) {
+        const __m256i codes = load(line);
+        put(codes);
+        put(_mm256_srli_epi32(codes, 8));
+        put(_mm256_srli_epi32(codes, 16));
+        put(_mm256_srli_epi32(codes, 24));
+        if constexpr (kKind != CodecKind::kQ8) {
+          put(_mm256_srli_epi32(codes, 4));
+          put(_mm256_srli_epi32(codes, 12));
+          put(_mm256_srli_epi32(codes, 20));
+          put(_mm256_srli_epi32(codes, 28));
+        }
+      }
+    }
+  }
+}
+
+// 16 outputs x kTokens; two partial sums an output (inputs k mod 2) keep the chains short.
+template <int kTokens>
+void panel_tile(const float* panel, std::int64_t cols, const float* x, std::int64_t ldx, float* out, std::int64_t ldo,
+                std::int64_t rows, bool add) {
+  __m256 sum[kTokens][2][2];
+  PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+    PARE_UNROLL for (int k = 0; k < 2; ++k) sum[t][k][0] = sum[t][k][1] = _mm256_setzero_ps();
+  }
+  const auto step = [&](std::int64_t c, int k) {
+    const __m256 w0 = _mm256_loadu_ps(panel + c * 16);
+    const __m256 w1 = _mm256_loadu_ps(panel + c * 16 + 8);
+    PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+      const __m256 value = _mm256_broadcast_ss(x + t * ldx + c);
+      sum[t][k][0] = _mm256_fmadd_ps(w0, value, sum[t][k][0]);
+      sum[t][k][1] = _mm256_fmadd_ps(w1, value, sum[t][k][1]);
+    }
+  };
+  std::int64_t c = 0;
+  for (; c + 2 <= cols; c += 2) {
+    step(c, 0);
+    step(c + 1, 1);
+  }
+  if (c < cols) step(c, 0);
+  PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+    for (int half = 0; half < 2; ++half) {
+      const __m256i mask = tail_mask(rows - 8 * half);
+      const __m256 total = _mm256_add_ps(sum[t][0][half], sum[t][1][half]);
+      float* to = out + t * ldo + 8 * half;
+      _mm256_maskstore_ps(to, mask, add ? _mm256_add_ps(_mm256_maskload_ps(to, mask), total) : total);
+    }
+  }
+}
+
+// Row-major float weights: kRows x kTokens dot products along the inputs, 8 partial sums each.
+inline __m128i partial_u16(const std::byte* p, std::int64_t n) {
+  alignas(16) std::uint16_t buffer[8] = {};
+  std::memcpy(buffer, p, static_cast<std::size_t>(n) * 2);
+  return _mm_load_si128(reinterpret_cast<const __m128i*>(buffer));
+}
+struct LoadF32 {
+  static constexpr int kBytes = 4;
+  static __m256 full(const std::byte* p) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p)); }
+  static __m256 part(const std::byte* p, std::int64_t n) {
+    return _mm256_maskload_ps(reinterpret_cast<const float*>(p), tail_mask(n));
+  }
+};
+struct LoadF16 {
+  static constexpr int kBytes = 2;
+  static __m256 full(const std::byte* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static __m256 part(const std::byte* p, std::int64_t n) { return _mm256_cvtph_ps(partial_u16(p, n)); }
+};
+struct LoadBf16 {
+  static constexpr int kBytes = 2;
+  static __m256 widen(__m128i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
+  static __m256 full(const std::byte* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static __m256 part(const std::byte* p, std::int64_t n) { return widen(partial_u16(p, n)); }
+};
+
+template <class Load, int kRows, int kTokens>
+void dot_tile(const std::byte* w, std::int64_t cols, const float* x, std::int64_t ldx, float* out, std::int64_t ldo,
+              bool add) {
+  const std::int64_t pitch = cols * Load::kBytes;
+  __m256 sum[kRows][kTokens];
+  PARE_UNROLL for (int r = 0; r < kRows; ++r) {
+    PARE_UNROLL for (int t = 0; t < kTokens; ++t) sum[r][t] = _mm256_setzero_ps();
+  }
+  std::int64_t c = 0;
+  for (; c + 8 <= cols; c += 8) {
+    __m256 xs[kTokens];
+    PARE_UNROLL for (int t = 0; t < kTokens; ++t) xs[t] = _mm256_loadu_ps(x + t * ldx + c);
+    PARE_UNROLL for (int r = 0; r < kRows; ++r) {
+      const __m256 ws = Load::full(w + r * pitch + c * Load::kBytes);
+      PARE_UNROLL for (int t = 0; t < kTokens; ++t) sum[r][t] = _mm256_fmadd_ps(ws, xs[t], sum[r][t]);
+    }
+  }
+  if (c < cols) {
+    const __m256i mask = tail_mask(cols - c);
+    PARE_UNROLL for (int r = 0; r < kRows; ++r) {
+      const __m256 ws = Load::part(w + r * pitch + c * Load::kBytes, cols - c);
+      PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+        sum[r][t] = _mm256_fmadd_ps(ws, _mm256_maskload_ps(x + t * ldx + c, mask), sum[r][t]);
+      }
+    }
+  }
+  PARE_UNROLL for (int r = 0; r < kRows; ++r) {
+    PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+      const float value = reduce_add(sum[r][t]);
+      float& to = out[t * ldo + r];
+      to = add ? to + value : value;
+    }
+  }
+}
+
+template <class Load, int kRows>
+void dot_rows(const std::byte* w, std::int64_t cols, const float* x, std::int64_t ldx, std::int64_t tokens, float* out,
+              std::int64_t ldo, bool add) {
+  std::int64_t t = 0;
+  for (; t + 3 <= tokens; t += 3) dot_tile<Load, kRows, 3>(w, cols, x + t * ldx, ldx, out + t * ldo, ldo, add);
+  for (; t < tokens; ++t) dot_tile<Load, kRows, 1>(w, cols, x + t * ldx, ldx, out + t * ldo, ldo, add);
+}
+
+template <class Load>
+void matmul_rows(const PackedMatrix& w, const float* x, std::int64_t ldx, std::int64_t tokens, std::int64_t block_begin,
+                 std::int64_t block_end, float* out, std::int64_t ldo, bool add) {
+  const std::int64_t end = std::min(block_end * kBlockRows, w.rows);
+  std::int64_t r = block_begin * kBlockRows;
+  const auto row = [&](std::int64_t i) { return w.data + i * w.cols * Load::kBytes; };
+  for (; r + 4 <= end; r += 4) dot_rows<Load, 4>(row(r), w.cols, x, ldx, tokens, out + r, ldo, add);
+  for (; r < end; ++r) dot_rows<Load, 1>(row(r), w.cols, x, ldx, tokens, out + r, ldo, add);
+}
+
+void matmul_float(const PackedMatrix& w, const float* x, std::int64_t ldx, std::int64_t tokens, std::int64_t block_begin,
+                  std::int64_t block_end, float* out, std::int64_t ldo, bool add, float* scratch) {
+  switch (w.codec.kind) {
+    case CodecKind::kF32: return matmul_rows<LoadF32>(w, x, ldx, tokens, block_begin, block_end, out, ldo, add);
+    case CodecKind::kF16: return matmul_rows<LoadF16>(w, x, ldx, tokens, block_begin, block_end, out, ldo, add);
+    case CodecKind::kBf16: return matmul_rows<LoadBf16>(w, x, ldx, tokens, block_begin, block_end, out, ldo, add);
+    default: break;
+  }
+  for (std::int64_t block = block_begin; block < block_end; ++block) {
+    if (w.codec.kind == CodecKind::kQ8) unpack_panel<CodecKind::kQ8>(w, block, scratch);
+    if (w.codec.kind == CodecKind::kQ4) unpack_panel<CodecKind::kQ4>(w, block, scratch);
+    if (w.codec.kind == CodecKind::kQ4a) unpack_panel<CodecKind::kQ4a>(w, block, scratch);
+    const std::int64_t rows = w.rows - block * kBlockRows;
+    float* to = out + block * kBlockRows;
+    std::int64_t t = 0;
+    for (; t + 3 <= tokens; t += 3) panel_tile<3>(scratch, w.cols, x + t * ldx, ldx, to + t * ldo, ldo, rows, add);
+    for (; t < tokens; ++t) panel_tile<1>(scratch, w.cols, x + t * ldx, ldx, to + t * ldo, ldo, rows, add);
+  }
+}
+
+// exp(x) = 2^n * e^r, |r| <= ln(2)/2; degree-6 Taylor polynomial of e^r, relative error below 3e-7. x is clamped to
+// where the result neither overflows nor needs subnormals.
+inline __m256 exp_ps(__m256 x) {
+  x = _mm256_min_ps(_mm256_set1_ps(88.0f), _mm256_max_ps(_mm256_set1_ps(-87.0f), x));  // this order keeps NaN
+  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)),
+                                   _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693145752f), x);
+  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(1.42860677e-6f), r);
+  __m256 p = _mm256_set1_ps(1.0f / 720);
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 120));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 24));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 6));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.5f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
+  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return _mm256_mul_ps(p, _mm256_castsi256_ps(power));
+}
+
+void rms_norm(const float* x, const float* weight, float eps, std::int64_t n, float* out) {
+  __m256 sum = _mm256_setzero_ps();
+  for (std::int64_t i = 0; i < n; i += 8) {
+    const __m256 v = _mm256_maskload_ps(x + i, tail_mask(n - i));
+    sum = _mm256_fmadd_ps(v, v, sum);
+  }
+  const float mean = reduce_add(sum) / static_cast<float>(n);
+  const __m256 scale = _mm256_set1_ps(1.0f / std::sqrt(mean + eps));
+  for (std::int64_t i = 0; i < n; i += 8) {
+    const __m256i m = tail_mask(n - i);
+    const __m256 v = _mm256_mul_ps(_mm256_maskload_ps(x + i, m), scale);
+    _mm256_maskstore_ps(out + i, m, _mm256_mul_ps(v, _mm256_maskload_ps(weight + i, m)));
+  }
+}
+
+void silu_mul(float* gate, const float* up, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; i += 8) {
+    const __m256i m = tail_mask(n - i);
+    const __m256 g = _mm256_maskload_ps(gate + i, m);
+    const __m256 e = exp_ps(_mm256_sub_ps(_mm256_setzero_ps(), g));
+    const __m256 y = _mm256_div_ps(g, _mm256_add_ps(_mm256_set1_ps(1.0f), e));
+    _mm256_maskstore_ps(gate + i, m, _mm256_mul_ps(y, _mm256_maskload_ps(up + i, m)));
+  }
+}
+
+float softmax(float* s, std::int64_t n) {
+  const __m256 lowest = _mm256_set1_ps(-INFINITY);
+  __m256 peaks = lowest;
+  for (std::int64_t i = 0; i < n; i += 8) {
+    const __m256 v = _mm256_loadu_ps(s + i);
+    peaks = _mm256_max_ps(peaks, _mm256_blendv_ps(lowest, v, _mm256_castsi256_ps(tail_mask(n - i))));
+  }
+  __m128 top = _mm_max_ps(_mm256_castps256_ps128(peaks), _mm256_extractf128_ps(peaks, 1));
+  top = _mm_max_ps(top, _mm_movehl_ps(top, top));
+  top = _mm_max_ss(top, _mm_movehdup_ps(top));
+  const __m256 peak = _mm256_set1_ps(_mm_cvtss_f32(top));
+  __m256 sum = _mm256_setzero_ps();
+  for (std::int64_t i = 0; i < round_up(n, 16); i += 8) {
+    const __m256 e = _mm256_and_ps(exp_ps(_mm256_sub_ps(_mm256_loadu_ps(s + i), peak)),
+                                   _mm256_castsi256_ps(tail_mask(n - i)));
+    _mm256_storeu_ps(s + i, e);
+    sum = _mm256_add_ps(sum, e);
+  }
+  return reduce_add(sum);
+}
+
+template <int kQueries>
+void scores_rows(const float* q, std::int64_t ldq, const float* keys, std::int64_t head_dim, std::int64_t positions,
+                 float* out, std::int64_t ldo) {
+  for (std::int64_t p = 0; p < positions; p += 16) {
+    __m256 sum[kQueries][2];
+    PARE_UNROLL for (int i = 0; i < kQueries; ++i) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
+    for (std::int64_t d = 0; d < head_dim; ++d) {
+      const __m256 k0 = _mm256_loadu_ps(keys + d * kPage + p);
+      const __m256 k1 = _mm256_loadu_ps(keys + d * kPage + p + 8);
+      PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+        const __m256 value = _mm256_broadcast_ss(q + i * ldq + d);
+        sum[i][0] = _mm256_fmadd_ps(value, k0, sum[i][0]);
+        sum[i][1] = _mm256_fmadd_ps(value, k1, sum[i][1]);
+      }
+    }
+    PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+      _mm256_storeu_ps(out + i * ldo + p, sum[i][0]);
+      _mm256_storeu_ps(out + i * ldo + p + 8, sum[i][1]);
+    }
+  }
+}
+
+void scores(const float* q, std::int64_t ldq, std::int64_t count, const float* keys, std::int64_t head_dim,
+            std::int64_t positions, float* out, std::int64_t ldo) {
+  std::int64_t i = 0;
+  for (; i + 4 <= count; i += 4) scores_rows<4>(q + i * ldq, ldq, keys, head_dim, positions, out + i * ldo, ldo);
+  for (; i < count; ++i) scores_rows<1>(q + i * ldq, ldq, keys, head_dim, positions, out + i * ldo, ldo);
+}
+
+template <int kQueries>
+void weigh_rows(const float* probs, std::int64_t ldp, const float* values, std::int64_t width, std::int64_t positions,
+                float* acc) {
+  for (std::int64_t d = 0; d < width; d += 16) {
+    __m256 sum[kQueries][2];
+    PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+      sum[i][0] = _mm256_loadu_ps(acc + i * width + d);
+      sum[i][1] = _mm256_loadu_ps(acc + i * width + d + 8);
+    }
+    for (std::int64_t p = 0; p < positions; ++p) {
+      const __m256 v0 = _mm256_loadu_ps(values + p * width + d);
+      const __m256 v1 = _mm256_loadu_ps(values + p * width + d + 8);
+      PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+        const __m256 weight = _mm256_broadcast_ss(probs + i * ldp + p);
+        sum[i][0] = _mm256_fmadd_ps(weight, v0, sum[i][0]);
+        sum[i][1] = _mm256_fmadd_ps(weight, v1, sum[i][1]);
+      }
+    }
+    PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+      _mm256_storeu_ps(acc + i * width + d, sum[i][0]);
+      _mm256_storeu_ps(acc + i * width + d + 8, sum[i][1]);
+    }
+  }
+}
+
+void weigh(const float* probs, std::int64_t ldp, std::int64_t count, const float* values, std::int64_t width,
+           std::int64_t positions, float* acc) {
+  std::int64_t i = 0;
+  for (; i + 4 <= count; i += 4) weigh_rows<4>(probs + i * ldp, ldp, values, width, positions, acc + i * width);
+  for (; i < count; ++i) weigh_rows<1>(probs + i * ldp, ldp, values, width, positions, acc + i * width);
+}
+
+}  // namespace
+
+const Kernels kAvx2Kernels = {"avx2",   matmul_float, matmul_int8, quantize_tile, rms_norm,
+                              silu_mul, softmax,      scores,      weigh};
+
+}  // namespace pare
+#endif

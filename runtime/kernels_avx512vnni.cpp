@@ -1,0 +1,457 @@
+// AVX-512 with VNNI. One 64-byte line of codes is one register: 16 outputs x 4 inputs (x 2 for 4-bit codes), and one
+// vpdpbusd adds its products with 4 int8 inputs broadcast to all outputs.
+#if defined(__AVX512VNNI__)
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12's own intrinsics headers start from undefined registers and warn about it.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "runtime/kernels.h"
+
+namespace pare {
+namespace {
+
+#define PARE_UNROLL _Pragma("GCC unroll 16")
+
+inline __mmask16 tail_mask(std::int64_t n) { return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1); }
+
+inline __m512 load_scales(const std::uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+// 8 bytes of nibbles -> 16 int32 zero points.
+inline __m512i load_zeros(const std::uint8_t* p) {
+  const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  const __m128i mask = _mm_set1_epi8(15);
+  const __m128i both = _mm_unpacklo_epi64(_mm_and_si128(raw, mask), _mm_and_si128(_mm_srli_epi16(raw, 4), mask));
+  return _mm512_cvtepu8_epi32(both);
+}
+
+inline __m512i quad(const std::int8_t* p) {
+  std::int32_t value;
+  std::memcpy(&value, p, 4);
+  return _mm512_set1_epi32(value);
+}
+
+template <CodecKind kKind, int kTokens>
+void tile_int8(const PackedMatrix& w, std::int64_t block, const Int8Tile& x, float* out, std::int64_t ldo, bool add) {
+  constexpr std::int64_t kLines = kKind == CodecKind::kQ8 ? 8 : 4;  // per activation group
+  const auto* line = reinterpret_cast<const std::uint8_t*>(w.data) + block * w.lines * 64;
+  const std::uint16_t* scales = w.scales + block * w.groups * kBlockRows;
+  const std::uint8_t* zeros = kKind == CodecKind::kQ4a ? w.zeros + block * w.groups * 8 : nullptr;
+  const std::int8_t* codes = x.codes;
+  const int shift = w.groups == 1 ? 62 : w.group_shift;
+  const __m512i nibble = _mm512_set1_epi8(15);
+  __m512 sum[kTokens];
+  PARE_UNROLL for (int t = 0; t < kTokens; ++t) sum[t] = _mm512_setzero_ps();
+  for (std::int64_t g = 0; g < x.groups; ++g) {
+    const std::int64_t wg = g >> shift;
+    __m512i acc[kTokens];
+    if constexpr (kKind == CodecKind::kQ8) {
+      PARE_UNROLL for (int t = 0; t < kTokens; ++t) acc[t] = _mm512_set1_epi32(x.minus128[g * kTokens + t]);
+    } else if constexpr (kKind == CodecKind::kQ4) {
+      PARE_UNROLL for (int t = 0; t < kTokens; ++t) acc[t] = _mm512_set1_epi32(x.minus8[g * kTokens + t]);
+    } else {
+      const __m512i zero = load_zeros(zeros + wg * 8);
+      PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+        acc[t] = _mm512_madd_epi16(zero, _mm512_set1_epi32(x.minus1[g * kTokens + t]));
+      }
+    }
+    if constexpr (kKind == CodecKind::kQ8) {
+      const std::int64_t count = std::min(kLines, w.lines - g * kLines);
+      for (std::int64_t c = 0; c < count; ++c, line += 64) {
+        const __m512i u = _mm512_load_si512(line);
+        PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+          acc[t] = _mm512_dpbusd_epi32(acc[t], u, quad(codes + (c * kTokens + t) * 4));
+        }
+      }
+    } else {
+      PARE_UNROLL for (int c = 0; c < kLines; ++c, line += 64) {
+        const __m512i both = _mm512_load_si512(line);
+        const __m512i low = _mm512_and_si512(both, nibble);
+        const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+        PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+          acc[t] = _mm512_dpbusd_epi32(acc[t], low, quad(codes + (2 * c * kTokens + t) * 4));
+        }
+        PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+          acc[t] = _mm512_dpbusd_epi32(acc[t], high, quad(codes + ((2 * c + 1) * kTokens + t) * 4));
+        }
+      }
+    }
+    codes += kActGroup * kTokens;
+    const __m512 scale = load_scales(scales + wg * kBlockRows);
+    PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+      const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x.scale[g * kTokens + t]));
+      sum[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[t]), both, sum[t]);
+    }
+  }
+  const __mmask16 mask = tail_mask(w.rows - block * kBlockRows);
+  out += block * kBlockRows;
+  PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+    float* to = out + t * ldo;
+    _mm512_mask_storeu_ps(to, mask, add ? _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), sum[t]) : sum[t]);
+  }
+}
+
+using TileInt8 = void (*)(const PackedMatrix&, std::int64_t, const Int8Tile&, float*, std::int64_t, bool);
+template <CodecKind kKind>
+TileInt8 tile_for(std::int64_t width) {
+  static constexpr TileInt8 kTable[kActTile] = {
+      tile_int8<kKind, 1>, tile_int8<kKind, 2>, tile_int8<kKind, 3>, tile_int8<kKind, 4>,
+      tile_int8<kKind, 5>, tile_int8<kKind, 6>, tile_int8<kKind, 7>, tile_int8<kKind, 8>,
+      tile_int8<kKind, 9>, tile_int8<kKind, 10>, tile_int8<kKind, 11>, tile_int8<kKind, 12>};
+  return kTable[width - 1];
+}
+
+void matmul_int8(const PackedMatrix& w, const Int8Activations& x, std::int64_t tile_begin, std::int64_t tile_end,
+                 std::int64_t block_begin, std::int64_t block_end, float* out, std::int64_t ldo, bool add) {
+  for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    const Int8Tile view = int8_tile(x, tile);
+    const TileInt8 kernel = w.codec.kind == CodecKind::kQ8   ? tile_for<CodecKind::kQ8>(view.width)
+                            : w.codec.kind == CodecKind::kQ4 ? tile_for<CodecKind::kQ4>(view.width)
+                                                             : tile_for<CodecKind::kQ4a>(view.width);
+    float* to = out + tile * kActTile * ldo;
+    for (std::int64_t block = block_begin; block < block_end; ++block) kernel(w, block, view, to, ldo, add);
+  }
+}
+
+void quantize_tile(const float* x, std::int64_t ldx, std::int64_t tile, Int8Activations& to) {
+  const std::int64_t width = std::min(kActTile, to.tokens - tile * kActTile);
+  const std::int64_t base = tile * kActTile * to.groups;
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  for (std::int64_t t = 0; t < width; ++t) {
+    const float* row = x + (tile * kActTile + t) * ldx;
+    for (std::int64_t g = 0; g < to.groups; ++g) {
+      const std::int64_t count = std::min(kActGroup, to.cols - g * kActGroup);
+      const float* in = row + g * kActGroup;
+      const __m512 a = _mm512_maskz_loadu_ps(tail_mask(count), in);
+      const __m512 b = count > 16 ? _mm512_maskz_loadu_ps(tail_mask(count - 16), in + 16) : _mm512_setzero_ps();
+      const int largest = _mm512_reduce_max_epi32(_mm512_max_epi32(
+          _mm512_and_si512(_mm512_castps_si512(a), magnitude), _mm512_and_si512(_mm512_castps_si512(b), magnitude)));
+      float peak;
+      std::memcpy(&peak, &largest, 4);
+      const bool finite = largest < 0x7f800000;
+      const __m512 inverse = _mm512_set1_ps(finite && peak > 1e-30f ? 127.0f / peak : 0.0f);
+      __m512i ia = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
+      __m512i ib = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
+      if (!finite) ia = ib = _mm512_setzero_si512();
+      const std::int32_t sum = _mm512_reduce_add_epi32(_mm512_add_epi32(ia, ib));
+      alignas(32) std::int32_t quads[8];
+      _mm_store_si128(reinterpret_cast<__m128i*>(quads), _mm512_cvtsepi32_epi8(ia));
+      _mm_store_si128(reinterpret_cast<__m128i*>(quads + 4), _mm512_cvtsepi32_epi8(ib));
+      std::int8_t* codes = to.codes.data() + base * kActGroup + (g * 8 * width + t) * 4;
+      for (int k = 0; k < 8; ++k) std::memcpy(codes + k * width * 4, quads + k, 4);
+      const auto at = static_cast<std::size_t>(base + g * width + t);
+      to.scale[at] = finite ? peak / 127.0f : __builtin_nanf("");
+      to.minus8[at] = -8 * sum;
+      to.minus128[at] = -128 * sum;
+      to.minus1[at] = static_cast<std::int32_t>(static_cast<std::uint16_t>(-sum));
+    }
+  }
+}
+
+// Float activations, quantized codes: a row block is unpacked to panel[input][16 outputs].
+template <CodecKind kKind>
+void unpack_panel(const PackedMatrix& w, std::int64_t block, float* panel) {
+  const auto* line = reinterpret_cast<const std::uint8_t*>(w.data) + block * w.lines * 64;
+  const std::int64_t per_group = w.groups == 1 ? w.lines : w.lines / w.groups;
+  const __m512i low_byte = _mm512_set1_epi32(kKind == CodecKind::kQ8 ? 255 : 15);
+  for (std::int64_t g = 0; g < w.groups; ++g) {
+    const __m512 scale = load_scales(w.scales + (block * w.groups + g) * kBlockRows);
+    __m512i offset;
+    if constexpr (kKind == CodecKind::kQ8) offset = _mm512_set1_epi32(128);
+    if constexpr (kKind == CodecKind::kQ4) offset = _mm512_set1_epi32(8);
+    if constexpr (kKind == CodecKind::kQ4a) offset = load_zeros(w.zeros + (block * w.groups + g) * 8);
+    const auto put = [&](__m512i codes) {
+      _mm512_store_ps(panel, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(codes, offset)), scale));
+      panel += 16;
+    };
+    for (std::int64_t c = 0; c < per_group; ++c, line += 64) {
+      const __m512i codes = _mm512_load_si512(line);
+      put(_mm512_and_si512(codes, low_byte));
+      put(_mm512_and_si512(_mm512_srli_epi32(codes, 8), low_byte));
+      put(_mm512_and_si512(_mm512_srli_epi32(codes, 16), low_byte));
+      put(_mm512_and_si512(_mm512_srli_epi32(codes, 24), low_byte));
+      if constexpr (kKind != CodecKind::kQ8) {
+        put(_mm512_and_si512(_mm512_srli_epi32(codes, 4), low_byte));
+        put(_mm512_and_si512(_mm512_srli_epi32(codes, 12), low_byte));
+        put(_mm512_and_si512(_mm512_srli_epi32(codes, 20), low_byte));
+        put(_mm512_srli_epi32(codes, 28));
+      }
+    }
+  }
+}
+
+// 16 outputs x kTokens; four partial sums an output (inputs k mod 4) keep the chains short.
+template <int kTokens>
+void panel_tile(const float* panel, std::int64_t cols, const float* x, std::int64_t ldx, float* out, std::int64_t ldo,
+                __mmask16 mask, bool add) {
+  __m512 sum[kTokens][4];
+  PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+    PARE_UNROLL for (int k = 0; k < 4; ++k) sum[t][k] = _mm512_setzero_ps();
+  }
+  for (std::int64_t c = 0; c + 4 <= cols; c += 4) {
+    PARE_UNROLL for (int k = 0; k < 4; ++k) {
+      const __m512 w = _mm512_load_ps(panel + (c + k) * 16);
+      PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+        sum[t][k] = _mm512_fmadd_ps(w, _mm512_set1_ps(x[t * ldx + c + k]), sum[t][k]);
+      }
+    }
+  }
+  for (std::int64_t c = cols & ~std::int64_t{3}; c < cols; ++c) {
+    const __m512 w = _mm512_load_ps(panel + c * 16);
+    PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+      sum[t][0] = _mm512_fmadd_ps(w, _mm512_set1_ps(x[t * ldx + c]), sum[t][0]);
+    }
+  }
+  PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+    const __m512 total = _mm512_add_ps(_mm512_add_ps(sum[t][0], sum[t][1]), _mm512_add_ps(sum[t][2], sum[t][3]));
+    float* to = out + t * ldo;
+    _mm512_mask_storeu_ps(to, mask, add ? _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), total) : total);
+  }
+}
+
+// Row-major float weights: kRows x kTokens dot products along the inputs, 16 partial sums each.
+struct LoadF32 {
+  static constexpr int kBytes = 4;
+  static __m512 full(const std::byte* p) { return _mm512_loadu_ps(p); }
+  static __m512 part(const std::byte* p, __mmask16 m) { return _mm512_maskz_loadu_ps(m, p); }
+};
+struct LoadF16 {
+  static constexpr int kBytes = 2;
+  static __m512 full(const std::byte* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static __m512 part(const std::byte* p, __mmask16 m) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p)); }
+};
+struct LoadBf16 {
+  static constexpr int kBytes = 2;
+  static __m512 widen(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
+  static __m512 full(const std::byte* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static __m512 part(const std::byte* p, __mmask16 m) { return widen(_mm256_maskz_loadu_epi16(m, p)); }
+};
+
+template <class Load, int kRows, int kTokens>
+void dot_tile(const std::byte* w, std::int64_t cols, const float* x, std::int64_t ldx, float* out, std::int64_t ldo,
+              bool add) {
+  const std::int64_t pitch = cols * Load::kBytes;
+  __m512 sum[kRows][kTokens];
+  PARE_UNROLL for (int r = 0; r < kRows; ++r) {
+    PARE_UNROLL for (int t = 0; t < kTokens; ++t) sum[r][t] = _mm512_setzero_ps();
+  }
+  std::int64_t c = 0;
+  for (; c + 16 <= cols; c += 16) {
+    __m512 xs[kTokens];
+    PARE_UNROLL for (int t = 0; t < kTokens; ++t) xs[t] = _mm512_loadu_ps(x + t * ldx + c);
+    PARE_UNROLL for (int r = 0; r < kRows; ++r) {
+      const __m512 ws = Load::full(w + r * pitch + c * Load::kBytes);
+      PARE_UNROLL for (int t = 0; t < kTokens; ++t) sum[r][t] = _mm512_fmadd_ps(ws, xs[t], sum[r][t]);
+    }
+  }
+  if (c < cols) {
+    const __mmask16 mask = tail_mask(cols - c);
+    PARE_UNROLL for (int r = 0; r < kRows; ++r) {
+      const __m512 ws = Load::part(w + r * pitch + c * Load::kBytes, mask);
+      PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+        sum[r][t] = _mm512_fmadd_ps(ws, _mm512_maskz_loadu_ps(mask, x + t * ldx + c), sum[r][t]);
+      }
+    }
+  }
+  PARE_UNROLL for (int r = 0; r < kRows; ++r) {
+    PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+      const float value = _mm512_reduce_add_ps(sum[r][t]);
+      float& to = out[t * ldo + r];
+      to = add ? to + value : value;
+    }
+  }
+}
+
+template <class Load, int kRows>
+void dot_rows(const std::byte* w, std::int64_t cols, const float* x, std::int64_t ldx, std::int64_t tokens, float* out,
+              std::int64_t ldo, bool add) {
+  std::int64_t t = 0;
+  constexpr int kWide = kRows >= 8 ? 3 : 6;
+  for (; t + kWide <= tokens; t += kWide) {
+    dot_tile<Load, kRows, kWide>(w, cols, x + t * ldx, ldx, out + t * ldo, ldo, add);
+  }
+  if (tokens - t >= 3) {
+    dot_tile<Load, kRows, 3>(w, cols, x + t * ldx, ldx, out + t * ldo, ldo, add);
+    t += 3;
+  }
+  if (tokens - t == 2) dot_tile<Load, kRows, 2>(w, cols, x + t * ldx, ldx, out + t * ldo, ldo, add);
+  if (tokens - t == 1) dot_tile<Load, kRows, 1>(w, cols, x + t * ldx, ldx, out + t * ldo, ldo, add);
+}
+
+template <class Load>
+void matmul_rows(const PackedMatrix& w, const float* x, std::int64_t ldx, std::int64_t tokens, std::int64_t block_begin,
+                 std::int64_t block_end, float* out, std::int64_t ldo, bool add) {
+  const std::int64_t end = std::min(block_end * kBlockRows, w.rows);
+  std::int64_t r = block_begin * kBlockRows;
+  const auto row = [&](std::int64_t i) { return w.data + i * w.cols * Load::kBytes; };
+  if (tokens < 6) {
+    for (; r + 8 <= end; r += 8) dot_rows<Load, 8>(row(r), w.cols, x, ldx, tokens, out + r, ldo, add);
+  }
+  for (; r + 4 <= end; r += 4) dot_rows<Load, 4>(row(r), w.cols, x, ldx, tokens, out + r, ldo, add);
+  for (; r < end; ++r) dot_rows<Load, 1>(row(r), w.cols, x, ldx, tokens, out + r, ldo, add);
+}
+
+void matmul_float(const PackedMatrix& w, const float* x, std::int64_t ldx, std::int64_t tokens, std::int64_t block_begin,
+                  std::int64_t block_end, float* out, std::int64_t ldo, bool add, float* scratch) {
+  switch (w.codec.kind) {
+    case CodecKind::kF32: return matmul_rows<LoadF32>(w, x, ldx, tokens, block_begin, block_end, out, ldo, add);
+    case CodecKind::kF16: return matmul_rows<LoadF16>(w, x, ldx, tokens, block_begin, block_end, out, ldo, add);
+    case CodecKind::kBf16: return matmul_rows<LoadBf16>(w, x, ldx, tokens, block_begin, block_end, out, ldo, add);
+    default: break;
+  }
+  for (std::int64_t block = block_begin; block < block_end; ++block) {
+    if (w.codec.kind == CodecKind::kQ8) unpack_panel<CodecKind::kQ8>(w, block, scratch);
+    if (w.codec.kind == CodecKind::kQ4) unpack_panel<CodecKind::kQ4>(w, block, scratch);
+    if (w.codec.kind == CodecKind::kQ4a) unpack_panel<CodecKind::kQ4a>(w, block, scratch);
+    const __mmask16 mask = tail_mask(w.rows - block * kBlockRows);
+    float* to = out + block * kBlockRows;
+    std::int64_t t = 0;
+    for (; t + 6 <= tokens; t += 6) panel_tile<6>(scratch, w.cols, x + t * ldx, ldx, to + t * ldo, ldo, mask, add);
+    for (; t + 2 <= tokens; t += 2) panel_tile<2>(scratch, w.cols, x + t * ldx, ldx, to + t * ldo, ldo, mask, add);
+    if (t < tokens) panel_tile<1>(scratch, w.cols, x + t * ldx, ldx, to + t * ldo, ldo, mask, add);
+  }
+}
+
+// exp(x) = 2^n * e^r, |r| <= ln(2)/2; degree-6 Taylor polynomial of e^r, relative error below 3e-7. x is clamped to
+// where the result neither overflows nor needs subnormals.
+inline __m512 exp_ps(__m512 x) {
+  x = _mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_max_ps(_mm512_set1_ps(-87.0f), x));  // this order keeps NaN
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
+  __m512 p = _mm512_set1_ps(1.0f / 720);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, n);
+}
+
+void rms_norm(const float* x, const float* weight, float eps, std::int64_t n, float* out) {
+  __m512 sum = _mm512_setzero_ps();
+  for (std::int64_t i = 0; i < n; i += 16) {
+    const __m512 v = _mm512_maskz_loadu_ps(tail_mask(n - i), x + i);
+    sum = _mm512_fmadd_ps(v, v, sum);
+  }
+  const float mean = _mm512_reduce_add_ps(sum) / static_cast<float>(n);
+  const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(mean + eps));
+  for (std::int64_t i = 0; i < n; i += 16) {
+    const __mmask16 m = tail_mask(n - i);
+    const __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(m, x + i), scale);
+    _mm512_mask_storeu_ps(out + i, m, _mm512_mul_ps(v, _mm512_maskz_loadu_ps(m, weight + i)));
+  }
+}
+
+void silu_mul(float* gate, const float* up, std::int64_t n) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  for (std::int64_t i = 0; i < n; i += 16) {
+    const __mmask16 m = tail_mask(n - i);
+    const __m512 g = _mm512_maskz_loadu_ps(m, gate + i);
+    const __m512 e = exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), g));
+    const __m512 y = _mm512_div_ps(g, _mm512_add_ps(one, e));
+    _mm512_mask_storeu_ps(gate + i, m, _mm512_mul_ps(y, _mm512_maskz_loadu_ps(m, up + i)));
+  }
+}
+
+float softmax(float* s, std::int64_t n) {
+  __m512 peak = _mm512_set1_ps(-INFINITY);
+  for (std::int64_t i = 0; i < n; i += 16) peak = _mm512_mask_max_ps(peak, tail_mask(n - i), peak, _mm512_loadu_ps(s + i));
+  peak = _mm512_set1_ps(_mm512_reduce_max_ps(peak));
+  __m512 sum = _mm512_setzero_ps();
+  for (std::int64_t i = 0; i < n; i += 16) {
+    const __m512 e = _mm512_maskz_mov_ps(tail_mask(n - i), exp_ps(_mm512_sub_ps(_mm512_loadu_ps(s + i), peak)));
+    _mm512_storeu_ps(s + i, e);
+    sum = _mm512_add_ps(sum, e);
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
+template <int kQueries, int kVectors>
+void scores_tile(const float* q, std::int64_t ldq, const float* keys, std::int64_t head_dim, float* out,
+                 std::int64_t ldo) {
+  __m512 sum[kQueries][kVectors];
+  PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+    PARE_UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_setzero_ps();
+  }
+  for (std::int64_t d = 0; d < head_dim; ++d) {
+    __m512 k[kVectors];
+    PARE_UNROLL for (int v = 0; v < kVectors; ++v) k[v] = _mm512_loadu_ps(keys + d * kPage + v * 16);
+    PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+      const __m512 value = _mm512_set1_ps(q[i * ldq + d]);
+      PARE_UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_fmadd_ps(value, k[v], sum[i][v]);
+    }
+  }
+  PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+    PARE_UNROLL for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(out + i * ldo + v * 16, sum[i][v]);
+  }
+}
+
+template <int kQueries>
+void scores_rows(const float* q, std::int64_t ldq, const float* keys, std::int64_t head_dim, std::int64_t positions,
+                 float* out, std::int64_t ldo) {
+  std::int64_t p = 0;
+  for (; p + 48 < positions; p += 64) scores_tile<kQueries, 4>(q, ldq, keys + p, head_dim, out + p, ldo);
+  for (; p < positions; p += 16) scores_tile<kQueries, 1>(q, ldq, keys + p, head_dim, out + p, ldo);
+}
+
+void scores(const float* q, std::int64_t ldq, std::int64_t count, const float* keys, std::int64_t head_dim,
+            std::int64_t positions, float* out, std::int64_t ldo) {
+  std::int64_t i = 0;
+  for (; i + 4 <= count; i += 4) scores_rows<4>(q + i * ldq, ldq, keys, head_dim, positions, out + i * ldo, ldo);
+  for (; i < count; ++i) scores_rows<1>(q + i * ldq, ldq, keys, head_dim, positions, out + i * ldo, ldo);
+}
+
+template <int kQueries, int kVectors>
+void weigh_tile(const float* probs, std::int64_t ldp, const float* values, std::int64_t width, std::int64_t positions,
+                float* acc) {
+  __m512 sum[kQueries][kVectors];
+  PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+    PARE_UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_loadu_ps(acc + i * width + v * 16);
+  }
+  for (std::int64_t p = 0; p < positions; ++p) {
+    __m512 row[kVectors];
+    PARE_UNROLL for (int v = 0; v < kVectors; ++v) row[v] = _mm512_loadu_ps(values + p * width + v * 16);
+    PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+      const __m512 weight = _mm512_set1_ps(probs[i * ldp + p]);
+      PARE_UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_fmadd_ps(weight, row[v], sum[i][v]);
+    }
+  }
+  PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+    PARE_UNROLL for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(acc + i * width + v * 16, sum[i][v]);
+  }
+}
+
+template <int kQueries>
+void weigh_rows(const float* probs, std::int64_t ldp, const float* values, std::int64_t width, std::int64_t positions,
+                float* acc) {
+  std::int64_t d = 0;
+  for (; d + 64 <= width; d += 64) weigh_tile<kQueries, 4>(probs, ldp, values + d, width, positions, acc + d);
+  for (; d < width; d += 16) weigh_tile<kQueries, 1>(probs, ldp, values + d, width, positions, acc + d);
+}
+
+void weigh(const float* probs, std::int64_t ldp, std::int64_t count, const float* values, std::int64_t width,
+           std::int64_t positions, float* acc) {
+  std::int64_t i = 0;
+  for (; i + 4 <= count; i += 4) weigh_rows<4>(probs + i * ldp, ldp, values, width, positions, acc + i * width);
+  for (; i < count; ++i) weigh_rows<1>(probs + i * ldp, ldp, values, width, positions, acc + i * width);
+}
+
+}  // namespace
+
+const Kernels kAvx512VnniKernels = {"avx512vnni", matmul_float, matmul_int8, quantize_tile, rms_norm,
+                                    silu_mul,     softmax,      scores,      weigh};
+
+}  // namespace pare
+#endif

@@ -1,0 +1,86 @@
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "core/error.h"
+#include "runtime/engine.h"
+
+namespace pare {
+namespace {
+
+std::uint64_t rotate_left(std::uint64_t x, int k) { return (x << k) | (x >> (64 - k)); }
+
+// xoshiro256** (Blackman and Vigna), public domain algorithm; a draw is uniform in [0, 1) with 53 bits.
+double draw(std::uint64_t (&s)[4]) {
+  const std::uint64_t result = rotate_left(s[1] * 5, 7) * 9;
+  const std::uint64_t t = s[1] << 17;
+  s[2] ^= s[0];
+  s[3] ^= s[1];
+  s[1] ^= s[2];
+  s[0] ^= s[3];
+  s[2] ^= t;
+  s[3] = rotate_left(s[3], 45);
+  return static_cast<double>(result >> 11) * 0x1p-53;
+}
+
+}  // namespace
+
+Sampler::Sampler(const SamplerOptions& options) : options_(options) {
+  if (!(options.temperature >= 0) || !std::isfinite(options.temperature)) {
+    throw usage_error("temperature", "a number >= 0", std::to_string(options.temperature));
+  }
+  if (!(options.top_p > 0 && options.top_p <= 1)) {
+    throw usage_error("top-p", "a number above 0 and at most 1", std::to_string(options.top_p));
+  }
+  std::uint64_t seed = options.seed;
+  for (std::uint64_t& word : state_) {  // splitmix64
+    seed += 0x9e3779b97f4a7c15u;
+    std::uint64_t z = seed;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    word = z ^ (z >> 31);
+  }
+}
+
+std::int32_t Sampler::operator()(std::span<const float> logits) {
+  if (logits.empty()) throw failure("logits", "at least one", "none");
+  std::size_t best = 0;
+  for (std::size_t i = 0; i < logits.size(); ++i) {
+    if (std::isnan(logits[i]) || logits[i] == INFINITY) {
+      throw failure("logits", "numbers", "a value that is not finite at token " + std::to_string(i),
+                    "the weights hold NaN or overflow; check them with `pare verify`");
+    }
+    if (logits[i] > logits[best]) best = i;
+  }
+  if (options_.temperature == 0) return static_cast<std::int32_t>(best);
+
+  const double peak = logits[best], inverse = 1.0 / options_.temperature;
+  const auto weight = [&](float logit) { return std::exp((logit - peak) * inverse); };
+  double total = 0;
+  for (const float logit : logits) total += weight(logit);
+  // A token below this share cannot belong to the smallest set of likely tokens that reaches top_p.
+  const double floor =
+      options_.top_p < 1 && logits.size() > 1 ? (1 - options_.top_p) / static_cast<double>(logits.size() - 1) * total : 0;
+  scratch_.clear();
+  for (std::size_t i = 0; i < logits.size(); ++i) {
+    const double w = weight(logits[i]);
+    if (w >= floor && w > 0) scratch_.emplace_back(logits[i], static_cast<std::int32_t>(i));
+  }
+  if (options_.top_p < 1) {
+    std::sort(scratch_.begin(), scratch_.end(),
+              [](const auto& a, const auto& b) { return a.first != b.first ? a.first > b.first : a.second < b.second; });
+    double mass = 0;
+    std::size_t keep = 0;
+    while (keep < scratch_.size() && mass < options_.top_p * total) mass += weight(scratch_[keep++].first);
+    scratch_.resize(std::max<std::size_t>(keep, 1));
+    total = mass;
+  }
+  double point = draw(state_) * total;
+  for (const auto& [logit, id] : scratch_) {
+    point -= weight(logit);
+    if (point < 0) return id;
+  }
+  return scratch_.back().second;
+}
+
+}  // namespace pare
