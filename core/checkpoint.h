@@ -69,6 +69,8 @@ class CheckpointWriter {
   void begin_piece(const std::string& piece);
   void end_piece();
   bool has_piece(const std::string& piece) const;
+  // A tensor put earlier, here or before a crash: unpacked codes, or the floats as stored (resume replays with it).
+  void read_f32(std::string_view name, float* out) const;
   // Copies tokenizer, chat template and generation files byte for byte from the original folder.
   void copy_side_files(const fs::path& from);
   void finish();

@@ -1,0 +1,84 @@
+// The block walk: one decoder block's weights resident, calibration activations carried from block to block, once
+// through the original weights and once through the weights as compressed so far. Shared by prune and quantize.
+// No LibTorch types here.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/checkpoint.h"
+#include "core/context.h"
+#include "core/tokenizer.h"
+
+namespace pare {
+
+// Calibration tokens: `count` windows of exactly `length` ids, one after the other.
+struct CalibrationWindows {
+  std::int64_t count = 0, length = 0;
+  std::vector<std::int32_t> ids;  // [count * length]
+  bool prefixed = false;          // every window starts with the tokenizer's prefix (BOS), which attracts outliers
+  std::string hash() const;       // of the ids: part of a resume manifest
+};
+
+// Seeded random windows over the documents joined in order; every window starts with the prefix ids, if the tokenizer
+// has any. Errors: exit 3 when the text has fewer tokens than one window.
+CalibrationWindows sample_windows(const Tokenizer& tokenizer, const std::vector<fs::path>& texts, std::int64_t count,
+                                  std::int64_t length, std::uint64_t seed);
+// Uniform random ids below vocab_size, for tests and for models without a tokenizer.
+CalibrationWindows random_windows(std::int64_t vocab_size, std::int64_t count, std::int64_t length, std::uint64_t seed);
+
+// The four distinct inputs inside a block, in the order in which the walk visits them.
+enum class BlockStage { kQkv, kO, kGateUp, kDown };
+const std::vector<std::string>& stage_modules(BlockStage stage);  // {"self_attn.q_proj", ...}
+
+// Statistics of one distinct input x [columns] over all calibration tokens, in the compressed stream.
+struct InputStatistics {
+  std::int64_t columns = 0, tokens = 0;
+  std::vector<double> mean_square;  // [columns] E[w x_j^2]: the diagonal of the Hessian
+  std::vector<double> hessian;      // [columns * columns] E[w x x^T], row-major, symmetric; empty unless asked for
+  std::vector<double> cross;        // [columns * columns] E[w x_original x^T]; empty unless asked for
+};
+
+// One linear of the block. Writing `weight` replaces it in the compressed stream.
+struct BlockLinear {
+  std::string name;                // "model.layers.0.self_attn.q_proj.weight"
+  std::string module;              // "self_attn.q_proj"
+  std::int64_t rows = 0, cols = 0;
+  std::span<const float> original; // [rows * cols] as the checkpoint has it
+  std::span<float> weight;         // [rows * cols]
+};
+
+class BlockVisitor {
+ public:
+  virtual ~BlockVisitor() = default;
+  // True: this block was finished by an earlier run; `restore` then fills in its weights and `compress` is not called.
+  virtual bool finished(int layer) { return false; }
+  virtual void restore(int layer, std::span<BlockLinear> all_linears) {}
+  virtual void begin_block(int layer) {}
+  // Called in stage order with the linears that share the input; may replace their weights.
+  virtual void compress(int layer, BlockStage stage, std::span<BlockLinear> linears, const InputStatistics& input) = 0;
+  // drift: mean square of (compressed - original) hidden state after the block over the mean square of the original.
+  virtual void end_block(int layer, double drift) {}
+};
+
+struct WalkOptions {
+  std::string device = "cpu";
+  int threads = 0;               // 0: all cores
+  bool hessian = false;          // else only mean_square
+  bool cross = false;            // needs hessian
+  bool original_stream = true;   // false: drift is 0 and half of the activation memory is saved
+};
+
+// Statistics are float32 products over fixed shards of windows, added in double in a fixed order: the same bits at any
+// thread count. The weight of a window's first token is capped at kFirstTokenEnergy times the mean energy of the others.
+inline constexpr double kFirstTokenEnergy = 4.0;
+void walk_blocks(const Checkpoint& checkpoint, const CalibrationWindows& windows, const WalkOptions& options,
+                 Context& context, BlockVisitor& visitor);
+
+// Peak memory of a walk: activations + one block + statistics, in bytes; from the config alone.
+std::uint64_t walk_peak_bytes(const ModelConfig& config, std::int64_t windows, std::int64_t length,
+                              const WalkOptions& options);
+
+}  // namespace pare
