@@ -1,0 +1,287 @@
+// What a run will do, checked and estimated from headers alone.
+#include <sys/statvfs.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <fstream>
+#include <thread>
+
+#include "compress/pipeline.h"
+#include "compress/pipeline_steps.h"
+#include "core/error.h"
+
+namespace pare {
+namespace {
+
+fs::path existing_ancestor(fs::path path) {
+  std::error_code ignored;
+  while (!path.empty() && !fs::exists(path, ignored) && path != path.parent_path()) path = path.parent_path();
+  return path.empty() ? fs::path(".") : path;
+}
+
+std::uint64_t free_bytes(const fs::path& path) {
+  std::error_code problem;
+  const auto space = fs::space(existing_ancestor(path), problem);
+  return problem ? UINT64_MAX : space.available;
+}
+
+// Physical memory, or the limit of the control group this process runs in.
+std::uint64_t machine_memory() {
+  std::uint64_t bytes = static_cast<std::uint64_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE));
+  for (const char* file : {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"}) {
+    std::ifstream in(file);
+    std::uint64_t limit = 0;
+    if (in >> limit && limit > 0) bytes = std::min(bytes, limit);
+  }
+  return bytes;
+}
+
+std::string duration(double seconds) {
+  char text[64];
+  if (seconds < 90) std::snprintf(text, sizeof text, "%.0f s", std::max(seconds, 1.0));
+  else if (seconds < 5400) std::snprintf(text, sizeof text, "%.0f min", seconds / 60);
+  else std::snprintf(text, sizeof text, "%.1f h", seconds / 3600);
+  return text;
+}
+
+bool inside(const fs::path& inner, const fs::path& outer) {
+  const auto relative = inner.lexically_relative(outer);
+  return !relative.empty() && *relative.begin() != "..";
+}
+
+// Collects problems so that all of them are told at once; the first decides the exit code.
+class Problems {
+ public:
+  template <class F>
+  bool check(F&& f) {
+    try {
+      f();
+      return true;
+    } catch (const Error& e) {
+      add(e);
+      return false;
+    }
+  }
+  void add(const Error& e) { errors_.push_back(e); }
+  void report() const {
+    if (errors_.empty()) return;
+    if (errors_.size() == 1) throw errors_[0];
+    std::string text = std::to_string(errors_.size()) + " problems:";
+    for (const auto& e : errors_) text += "\n- " + std::string(e.what());
+    throw Error(errors_[0].code(), text, "", "");
+  }
+
+ private:
+  std::vector<Error> errors_;
+};
+
+}  // namespace
+
+std::string bytes_text(std::uint64_t bytes) {
+  char text[64];
+  const auto value = static_cast<double>(bytes);
+  if (value >= 1e9) std::snprintf(text, sizeof text, "%.2f GB", value / 1e9);
+  else if (value >= 1e6) std::snprintf(text, sizeof text, "%.1f MB", value / 1e6);
+  else std::snprintf(text, sizeof text, "%.1f kB", value / 1e3);
+  return text;
+}
+
+Json Plan::to_json() const {
+  Json list = Json::array();
+  double seconds = 0;
+  for (const auto& s : steps) {
+    if (!s.done) seconds += s.seconds.value_or(0);
+    list.push_back({{"step", s.label},
+                    {"summary", s.summary},
+                    {"done", s.done},
+                    {"seconds", s.seconds ? Json(*s.seconds) : Json(nullptr)},
+                    {"peak_bytes", s.peak_bytes},
+                    {"out_bytes", s.out_bytes},
+                    {"notes", s.notes}});
+  }
+  return {{"status", "planned"},
+          {"original",
+           {{"family", original.family},
+            {"parameters", original.parameters},
+            {"tensor_bytes", original.tensor_bytes},
+            {"details", original.details}}},
+          {"steps", list},
+          {"seconds", seconds},
+          {"peak_bytes", peak_bytes},
+          {"memory", memory},
+          {"disk_bytes", disk_bytes},
+          {"disk_free", disk_free},
+          {"loaders", loaders},
+          {"notes", notes}};
+}
+
+std::string Plan::text() const {
+  std::string out = "model: " + original.family + ", " + std::to_string(original.parameters) + " parameters, " +
+                    bytes_text(original.tensor_bytes) + "\n";
+  std::size_t width = 4;
+  for (const auto& s : steps) width = std::max(width, s.label.size());
+  double seconds = 0;
+  char line[256];
+  std::snprintf(line, sizeof line, "%-*s  %10s  %11s  %8s\n", static_cast<int>(width), "step", "leaves", "peak memory", "time");
+  out += line;
+  for (const auto& s : steps) {
+    if (!s.done) seconds += s.seconds.value_or(0);
+    std::snprintf(line, sizeof line, "%-*s  %10s  %11s  %8s  ", static_cast<int>(width), s.label.c_str(),
+                  s.out_bytes ? bytes_text(s.out_bytes).c_str() : "-", s.peak_bytes ? bytes_text(s.peak_bytes).c_str() : "-",
+                  s.done ? "done" : s.seconds ? duration(*s.seconds).c_str() : "?");
+    out += line + s.summary + "\n";
+    for (const auto& note : s.notes) out += std::string(width + 2, ' ') + "note: " + note + "\n";
+  }
+  out += "about " + duration(seconds) + "; " + bytes_text(disk_bytes) + " to write (" + bytes_text(disk_free) + " free); peak memory " +
+         bytes_text(peak_bytes) + " (machine: " + bytes_text(memory) + "). Times are estimates.\n";
+  out += "will load the result:\n";
+  for (const auto& l : loaders) out += "  " + l + "\n";
+  for (const auto& n : notes) out += "note: " + n + "\n";
+  return out;
+}
+
+Plan Pipeline::plan() const {
+  Plan plan;
+  Problems problems;
+  std::error_code ignored;
+
+  if (fs::exists(fs::symlink_status(out_)) && !finished())
+    problems.add(usage_error(out_.string(), "an output that does not exist yet, or this recipe's own run",
+                             "something that is not this run's", "remove it or choose another --out"));
+  for (const auto& [inner, outer] : {std::pair{out_, model_}, {model_, out_}, {work_, model_}, {model_, work_}, {work_, out_}, {out_, work_}})
+    if (inner == outer || inside(inner, outer)) {
+      problems.add(usage_error(inner.string(), "a folder outside " + outer.string(), "one inside it",
+                               "model, out and work must not contain each other"));
+      break;
+    }
+  const fs::path parent = existing_ancestor(out_.parent_path());
+  if (!fs::is_directory(parent, ignored))
+    problems.add(failure(out_.string(), "a folder to create it in", parent.string() + " is a file", "choose another --out"));
+  else if (::access(parent.c_str(), W_OK) != 0)
+    problems.add(failure(out_.string(), "a place that can be written", "no permission to write in " + parent.string(),
+                         "choose another --out"));
+
+  const bool model_ok = problems.check([&] { plan.original = tools_.inspect(model_); });
+  const auto check_text = [&](const std::vector<std::string>& text, const std::string& split) {
+    if (!text.empty()) problems.check([&] { tools_.check_text(text, split); });
+  };
+  check_text(recipe_.list(recipe_.run, "text"), recipe_.text("split"));
+  check_text(recipe_.list(recipe_.evaluation, "text"), measure_request("", model_).split);
+
+  if (model_ok) plan_steps(plan, [&](const Error& e) { problems.add(e); });
+
+  plan.disk_free = std::min(free_bytes(out_), free_bytes(work_));
+  plan.memory = machine_memory();
+  for (const auto& s : plan.steps) {
+    if (s.done) continue;
+    plan.disk_bytes += s.out_bytes;
+    plan.peak_bytes = std::max(plan.peak_bytes, s.peak_bytes);
+  }
+  if (plan.disk_bytes > plan.disk_free)
+    problems.add(Error(ExitCode::kResources, parent.string(), bytes_text(plan.disk_bytes) + " of free disk space",
+                       bytes_text(plan.disk_free), "free space or choose another --out or --work"));
+  for (const auto& s : plan.steps)
+    if (!s.done && s.peak_bytes > plan.memory)
+      problems.add(Error(ExitCode::kResources, s.label, "a machine with " + bytes_text(s.peak_bytes) + " of memory",
+                         bytes_text(plan.memory), "use a larger machine, or a method that needs less"));
+  problems.report();
+  return plan;
+}
+
+// Walks the stages in order. Where a stage's input does not exist yet, it is planned on the original folder, whose
+// dimensions hold until a stage announces a smaller model.
+void Pipeline::plan_steps(Plan& plan, const std::function<void(const Error&)>& problem) const {
+  std::error_code ignored;
+  const double tokens = recipe_.run["samples"].get<double>() * recipe_.run["context"].get<double>();
+  const auto sampled = [&](bool held_out) {
+    PlanStep s;
+    s.label = held_out ? "sample held-out" : "sample";
+    s.summary = std::string(held_out ? "held-out text" : "calibration text") + " sampled from the model itself: " +
+                std::to_string(sample_documents(held_out)) + " documents of " + recipe_.run["context"].dump() + " tokens, temperature 1";
+    s.done = fs::exists(sampled_path(held_out), ignored);
+    const double bytes = 4.0 * static_cast<double>(plan.original.parameters);
+    s.seconds = 1 + (held_out ? 0.5 : 1) * tokens * bytes / 4e9;  // one read of the weights per token at 4 GB/s
+    s.out_bytes = static_cast<std::uint64_t>(bytes + tokens * 6);  // the f32 compact file is removed again
+    s.peak_bytes = static_cast<std::uint64_t>(bytes * 1.1) + (64u << 20);
+    plan.steps.push_back(s);
+  };
+  if (needs_sampled_text(false)) sampled(false);
+  if (needs_sampled_text(true)) sampled(true);
+
+  fs::path input = model_;
+  bool input_exists = true, same_shapes = true;
+  std::string input_hash = model_hash_;
+  std::uint64_t in_bytes = plan.original.tensor_bytes;
+  const std::vector<std::string> text = text_or_sampled(false);
+  bool text_exists = true;
+  for (const auto& t : text) text_exists = text_exists && fs::exists(t, ignored);
+  for (std::size_t i = 0; i < recipe_.stages.size(); ++i) {
+    const Command& stage = command(recipe_.stages[i].name);
+    PlanStep s;
+    s.label = label(i);
+    s.summary = stage.summary;
+    Json estimate = Json::object();
+    bool checked = true;
+    try {
+      const Options options = stage_options(i, input_exists ? input : model_, work_ / s.label, text_exists ? text : std::vector<std::string>{});
+      if (stage.plan) estimate = stage.plan(options);
+    } catch (const Error& e) {
+      checked = false;
+      if (input_exists || same_shapes)
+        problem(Error(e.code(), recipe_.stages[i].place + ": " + e.place(), e.expected(), e.found(), e.hint()));
+      else
+        s.notes.push_back("checked when the stage before it has run (on the original's shapes: " + std::string(e.what()) + ")");
+    }
+    if (estimate.contains("summary") && estimate["summary"].is_string()) s.summary = estimate["summary"].get<std::string>();
+    if (estimate.contains("seconds") && estimate["seconds"].is_number()) s.seconds = estimate["seconds"].get<double>();
+    const auto bytes = [&](const char* key) {
+      return estimate.contains(key) && estimate[key].is_number() ? static_cast<std::uint64_t>(estimate[key].get<double>()) : 0;
+    };
+    s.peak_bytes = bytes("peak_bytes");
+    s.out_bytes = bytes("out_bytes");
+    if (estimate.contains("notes") && estimate["notes"].is_array())
+      for (const auto& n : estimate["notes"])
+        if (n.is_string()) s.notes.push_back(n.get<std::string>());
+    if (!input_exists && i > 0) s.notes.push_back("estimated on the original's dimensions");
+    if (s.out_bytes > 0 && static_cast<double>(s.out_bytes) < 0.99 * static_cast<double>(in_bytes)) same_shapes = false;
+    if (s.out_bytes > 0) in_bytes = s.out_bytes;
+
+    if (checked && input_exists && text_exists) {
+      const StageFolder folder = stage_folder(i, input, text, input_hash);
+      s.done = folder.complete();
+      input_exists = s.done;
+      if (s.done) {
+        input = folder.path;
+        input_hash = hash_path(input);
+        same_shapes = true;
+      }
+    } else {
+      input_exists = false;
+    }
+    plan.steps.push_back(std::move(s));
+  }
+
+  PlanStep last;
+  last.label = "export";
+  last.summary = "model.pare, reopened by the runtime, compared with the folder and measured on held-out text";
+  try {
+    last.out_bytes = input_exists ? tools_.export_bytes(input, recipe_.exporting["codec"].get<std::string>()) : in_bytes;
+  } catch (const Error& e) {
+    problem(e);
+  }
+  last.seconds = 1 + static_cast<double>(last.out_bytes) / 2e8;
+  last.peak_bytes = 5 * static_cast<std::uint64_t>(plan.original.parameters) + last.out_bytes;
+  plan.steps.push_back(last);
+  if (finished())
+    for (auto& s : plan.steps) s.done = true;
+
+  const bool quantized = plan.original.quantized || std::any_of(recipe_.stages.begin(), recipe_.stages.end(),
+                                                                [](const RecipeStage& s) { return s.name == "quantize"; });
+  plan.loaders.push_back("model.pare: pare " + tools_.version + " (LibTorch-free runtime, C API)");
+  if (!recipe_.stages.empty())
+    plan.loaders.push_back(quantized ? "model/: transformers with compressed-tensors, in float32 for exactly these weights"
+                                     : "model/: transformers");
+}
+
+}  // namespace pare
