@@ -37,6 +37,7 @@ class Tokenizer {
   ~Tokenizer();
 
  private:
+  friend class StreamDecoder;
   struct Impl;
   explicit Tokenizer(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
@@ -53,7 +54,8 @@ class StreamDecoder {
   const Tokenizer& tokenizer_;
   bool skip_special_;
   std::vector<std::int32_t> ids_;
-  std::size_t emitted_ = 0;
+  std::size_t settled_ = 0;  // ids whose text has been returned
+  std::size_t emitted_ = 0;  // bytes of their text
 };
 
 struct TokenizerTraining {
