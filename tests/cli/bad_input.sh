@@ -1,0 +1,219 @@
+#!/bin/bash
+# Drives the built program through input that must be refused: the right exit code, a message that names the place,
+# the input untouched, nothing under the output name.
+#   tests/cli/bad_input.sh BUILD_DIR
+set -u
+BUILD=$(cd "${1:?usage: bad_input.sh BUILD_DIR}" && pwd)
+PARE="$BUILD/pare"
+MAKE="$BUILD/tests/make_tiny_model"
+for program in "$PARE" "$MAKE"; do
+  [ -x "$program" ] || { echo "missing $program"; exit 1; }
+done
+T=$(mktemp -d)
+trap 'chmod -R u+w "$T"; rm -rf "$T"' EXIT
+FAILED=0 CASES=0
+
+hash_of() { (cd "$1" 2>/dev/null && find . -type f -print0 | sort -z | xargs -0 sha256sum; find . -type d | sort) 2>/dev/null | sha256sum; }
+
+# refuse NAME CODE PATTERN COMMAND...: stderr must match PATTERN; $IN stays as it is; $OUT does not appear.
+refuse() {
+  local name=$1 code=$2 pattern=$3
+  shift 3
+  local before=$(hash_of "$IN") existed=0
+  [ -e "$OUT" ] && existed=1
+  CASES=$((CASES + 1))
+  timeout 120 "$@" >"$T/stdout" 2>"$T/stderr"
+  local got=$? problem=""
+  [ "$got" = "$code" ] || problem="exit $got, expected $code"
+  grep -Eqi -- "$pattern" "$T/stderr" || problem="$problem; message does not match /$pattern/"
+  grep -Eq 'terminate called|Segmentation|AddressSanitizer|runtime error:|std::bad_alloc' "$T/stderr" && problem="$problem; crash"
+  [ "$(hash_of "$IN")" = "$before" ] || problem="$problem; the input changed"
+  [ "$existed" = 1 ] || [ ! -e "$OUT" ] || problem="$problem; $OUT exists"
+  if [ -n "$problem" ]; then
+    FAILED=$((FAILED + 1))
+    echo "FAILED $name: ${problem#; }"
+    echo "  command: $*"
+    sed 's/^/  | /' "$T/stderr" | tail -8
+  else
+    echo "ok $name"
+  fi
+  rm -rf "$T/out.partial" "$T/out.work"
+}
+
+accept() {
+  local name=$1
+  shift
+  CASES=$((CASES + 1))
+  if ! timeout 300 "$@" >"$T/stdout" 2>"$T/stderr"; then
+    FAILED=$((FAILED + 1))
+    echo "FAILED $name: exit not 0"
+    echo "  command: $*"
+    tail -8 "$T/stderr" | sed 's/^/  | /'
+    return 1
+  fi
+  echo "ok $name"
+}
+
+le64() { # a number as 8 little-endian bytes
+  local n=$1 i
+  for i in 1 2 3 4 5 6 7 8; do
+    printf "\\x$(printf %02x $((n & 255)))"
+    n=$((n >> 8))
+  done
+}
+safetensors() { # HEADER BYTES-OF-DATA > file
+  le64 ${#1}
+  printf '%s' "$1"
+  head -c "$2" /dev/zero
+}
+fresh() { rm -rf "$T/m"; cp -r "$T/good" "$T/m"; IN="$T/m"; OUT="$T/out"; rm -rf "$OUT"; }
+
+"$MAKE" "$T/good" 2 128 || exit 1
+"$MAKE" "$T/ragged" 2 172 || exit 1
+"$MAKE" --text "$T/text.txt" 40 || exit 1
+TEXT="$T/text.txt"
+IN="$T/good" OUT="$T/out"
+export PARE_NO_COLOR=1
+
+# Every verb that reads a model folder refuses the same folders.
+each_verb() { # NAME CODE PATTERN
+  local name=$1 code=$2 pattern=$3
+  refuse "$name: compress" "$code" "$pattern" "$PARE" compress --model "$IN" --out "$OUT" --text "$TEXT" --eval-text "$TEXT"
+  refuse "$name: compress --dry-run" "$code" "$pattern" "$PARE" compress --dry-run --model "$IN" --out "$OUT" --text "$TEXT" --eval-text "$TEXT"
+  refuse "$name: quantize" "$code" "$pattern" "$PARE" quantize --model "$IN" --out "$OUT" --text "$TEXT"
+  refuse "$name: prune" "$code" "$pattern" "$PARE" prune --model "$IN" --out "$OUT" --text "$TEXT"
+  refuse "$name: export" "$code" "$pattern" "$PARE" export "$IN" --to compact --codec f32 --out "$OUT"
+}
+
+echo "--- weights"
+fresh; head -c 4 "$T/good/model.safetensors" > "$T/m/model.safetensors"; each_verb "four bytes" 3 "model.safetensors"
+fresh; : > "$T/m/model.safetensors"; each_verb "empty file" 3 "model.safetensors"
+size=$(stat -c %s "$T/good/model.safetensors")
+fresh; head -c $((size - 1)) "$T/good/model.safetensors" > "$T/m/model.safetensors"; each_verb "one byte short" 3 "model.safetensors"
+fresh; head -c 300 "$T/good/model.safetensors" > "$T/m/model.safetensors"; each_verb "cut in the header" 3 "model.safetensors"
+fresh; { le64 $((size * 2)); tail -c +9 "$T/good/model.safetensors"; } > "$T/m/model.safetensors"; each_verb "header longer than the file" 3 "model.safetensors"
+fresh; { le64 9000000000000000000; tail -c +9 "$T/good/model.safetensors"; } > "$T/m/model.safetensors"; each_verb "header of exabytes" 3 "model.safetensors"
+fresh; { le64 100000001; tail -c +9 "$T/good/model.safetensors"; head -c 100000100 /dev/zero; } > "$T/m/model.safetensors"; each_verb "header over 100 MB" 3 "model.safetensors"
+fresh; safetensors '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}' 12 > "$T/m/model.safetensors"; each_verb "overlapping tensors" 3 "model.safetensors"
+fresh; safetensors '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[12,20]}}' 20 > "$T/m/model.safetensors"; each_verb "a hole in the data" 3 "model.safetensors"
+fresh; safetensors '{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,8]}}' 8 > "$T/m/model.safetensors"; each_verb "shape lies about bytes" 3 "model.safetensors"
+fresh; safetensors '{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,0]}}' 0 > "$T/m/model.safetensors"; each_verb "shape overflows" 3 "model.safetensors"
+fresh; safetensors '{"a":{"dtype":"F31","shape":[2],"data_offsets":[0,8]}}' 8 > "$T/m/model.safetensors"; each_verb "unknown dtype" 3 "model.safetensors"
+fresh; safetensors 'not json' 8 > "$T/m/model.safetensors"; each_verb "header is not JSON" 3 "model.safetensors"
+fresh; safetensors '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}' 4 > "$T/m/model.safetensors"; each_verb "duplicate key" 3 "model.safetensors"
+fresh; rm "$T/m/model.safetensors"; each_verb "no weights" 3 "safetensors"
+fresh; rm "$T/m/model.safetensors"; printf '{"metadata":{},"weight_map":{"model.norm.weight":"model-00001-of-00002.safetensors"}}' > "$T/m/model.safetensors.index.json"; each_verb "missing shard" 3 "model-00001-of-00002"
+fresh; rm "$T/m/model.safetensors"; printf '{"metadata":{},"weight_map":{"model.norm.weight":"../../etc/passwd"}}' > "$T/m/model.safetensors.index.json"; each_verb "shard outside the folder" 3 "index|passwd"
+
+echo "--- configuration"
+edit() { fresh; sed -i "s/$1/$2/" "$T/m/config.json"; cmp -s "$T/m/config.json" "$T/good/config.json" && { echo "FAILED edit $1: config unchanged"; FAILED=$((FAILED + 1)); }; }
+edit '"num_hidden_layers": *2' '"num_hidden_layers": 3'; each_verb "missing tensors" 3 "layers\.2"
+edit '"num_hidden_layers": *2' '"num_hidden_layers": 1'; each_verb "extra tensors" 3 "layers\.1"
+edit '"intermediate_size": *128' '"intermediate_size": 160'; each_verb "wrong shapes" 3 "(128|160)"
+edit '"num_hidden_layers": *2' '"num_hidden_layers": 2000000000'; each_verb "absurd number of layers" 3 "num_hidden_layers|layers"
+edit '"num_hidden_layers": *2' '"num_hidden_layers": -1'; each_verb "negative layers" 3 "num_hidden_layers"
+edit '"hidden_size": *64' '"hidden_size": "64"'; each_verb "size as text" 3 "hidden_size"
+edit '"model_type": *"llama"' '"model_type": "mamba"'; sed -i 's/LlamaForCausalLM/MambaForCausalLM/' "$T/m/config.json"; each_verb "unknown architecture" 3 "mamba"
+fresh; printf '{' > "$T/m/config.json"; each_verb "broken config.json" 3 "config.json"
+fresh; rm "$T/m/config.json"; each_verb "no config.json" 3 "config.json"
+fresh; head -c 200 "$T/good/tokenizer.json" > "$T/m/tokenizer.json"
+refuse "broken tokenizer: compress" 3 "tokenizer.json" "$PARE" compress --model "$IN" --out "$OUT" --text "$TEXT"
+refuse "broken tokenizer: quantize" 3 "tokenizer.json" "$PARE" quantize --model "$IN" --out "$OUT" --text "$TEXT"
+fresh; sed -i 's/"type": *"BPE"/"type":"Unigram"/' "$T/m/tokenizer.json"
+refuse "tokenizer of another kind: compress" 3 "tokenizer.json|Unigram" "$PARE" compress --model "$IN" --out "$OUT" --text "$TEXT"
+
+echo "--- text, output, options"
+fresh; : > "$T/empty.txt"; printf ' \n\n' > "$T/blank.txt"
+refuse "empty text: compress" 3 "empty.txt" "$PARE" compress --model "$IN" --out "$OUT" --text "$T/empty.txt"
+refuse "empty text: quantize" 3 "empty.txt" "$PARE" quantize --model "$IN" --out "$OUT" --text "$T/empty.txt"
+refuse "empty held-out text" 3 "empty.txt" "$PARE" compress --model "$IN" --out "$OUT" --text "$TEXT" --eval-text "$T/empty.txt"
+refuse "missing text" 3 "nowhere.txt" "$PARE" compress --model "$IN" --out "$OUT" --text "$T/nowhere.txt"
+printf '{"text": 3}\n' > "$T/bad.jsonl"
+refuse "jsonl of the wrong form" 3 "bad.jsonl:1" "$PARE" compress --model "$IN" --out "$OUT" --text "$T/bad.jsonl"
+refuse "missing model" 3 "nowhere" "$PARE" compress --model "$T/nowhere" --out "$OUT"
+refuse "output below a file" 1 "a-file" "$PARE" compress --model "$IN" --out "$TEXT/a-file" --text "$TEXT"
+refuse "output on /proc" 1 "proc" "$PARE" quantize --model "$IN" --out /proc/pare-out --text "$TEXT"
+mkdir "$OUT"; echo mine > "$OUT/precious"
+refuse "existing output: compress" 2 "exist" "$PARE" compress --model "$IN" --out "$OUT" --text "$TEXT"
+refuse "existing output: quantize" 2 "exist" "$PARE" quantize --model "$IN" --out "$OUT" --text "$TEXT"
+refuse "existing output: prune" 2 "exist" "$PARE" prune --model "$IN" --out "$OUT" --text "$TEXT"
+[ "$(cat "$OUT/precious")" = mine ] || { echo "FAILED existing output was touched"; FAILED=$((FAILED + 1)); }
+rm -rf "$OUT"
+refuse "output is the input" 2 "." "$PARE" compress --model "$IN" --out "$IN" --text "$TEXT"
+refuse "output inside the input" 2 "." "$PARE" compress --model "$IN" --out "$IN/out" --text "$TEXT"
+refuse "unknown flag" 2 "text" "$PARE" compress --model "$IN" --out "$OUT" --txet "$TEXT"
+refuse "unknown verb" 2 "compress" "$PARE" compres --model "$IN" --out "$OUT"
+refuse "no model given" 2 "model" "$PARE" compress --out "$OUT"
+printf 'stages:\n  - quantize: {codc: q4}\n' > "$T/r.yaml"
+refuse "unknown recipe key" 2 "r.yaml:2:.*codc.*codec" "$PARE" compress "$T/r.yaml" --model "$IN" --out "$OUT"
+printf 'stages: [a' > "$T/r.yaml"
+refuse "recipe syntax" 2 "r.yaml:" "$PARE" compress "$T/r.yaml" --model "$IN" --out "$OUT"
+refuse "recipe missing" 2 "nowhere.yaml" "$PARE" compress "$T/nowhere.yaml" --model "$IN" --out "$OUT"
+refuse "unknown device" 2 "device|quantum" "$PARE" compress --model "$IN" --out "$OUT" --text "$TEXT" --device quantum
+refuse "missed gate" 4 "mean-kl at most 0, measured" "$PARE" compress --model "$IN" --out "$OUT" --text "$TEXT" --eval-text "$TEXT" --require-mean-kl 0
+
+rm -rf "$T/m"; cp -r "$T/ragged" "$T/m"
+refuse "group does not divide, no fallback" "${GROUP_CODE:-3}" "172" "$PARE" quantize --model "$IN" --out "$OUT" --text "$TEXT" --codec q4g128 --fallback none
+refuse "the same in a dry run" "${GROUP_CODE:-3}" "172" "$PARE" compress --dry-run --model "$IN" --out "$OUT" --text "$TEXT" --set quantize.codec=q4g128 --set quantize.fallback=none
+
+echo "--- no space left"
+fresh
+# A file size limit fails writes as a full disk does; the signal must not end the process.
+refuse "write limit: quantize" 1 "write|large|space" bash -c "trap '' XFSZ; ulimit -f 40; exec '$PARE' quantize --model '$IN' --out '$OUT' --text '$TEXT'"
+refuse "write limit: compress" 1 "write|large|space" bash -c "trap '' XFSZ; ulimit -f 40; exec '$PARE' compress --model '$IN' --out '$OUT' --text '$TEXT'"
+refuse "write limit: export" 1 "write|large|space" bash -c "trap '' XFSZ; ulimit -f 40; exec '$PARE' export '$IN' --to compact --codec f32 --out '$OUT'"
+mkdir "$T/full"
+if unshare -rm true 2>/dev/null && unshare -rm mount -t tmpfs -o size=256k none "$T/full" 2>/dev/null; then
+  full() { unshare -rm bash -c "mount -t tmpfs -o size=256k none '$T/full' && '$PARE' $1; code=\$?; [ ! -e '$T/full/out' ] || exit 99; exit \$code"; }
+  export -f full; export T PARE
+  refuse "full disk: quantize" 1 "space" bash -c "full \"quantize --model '$IN' --out '$T/full/out' --text '$TEXT'\""
+  refuse "full disk: export" 1 "space" bash -c "full \"export '$IN' --to compact --codec f32 --out '$T/full/out'\""
+  refuse "full disk: compress" 5 "disk" bash -c "full \"compress --model '$IN' --out '$T/full/out' --text '$TEXT'\""
+else
+  echo "SKIPPED full disk: no permission to mount a tmpfs"
+fi
+
+echo "--- compact files"
+fresh
+accept "export" "$PARE" export "$IN" --to compact --codec q8 --out "$T/good.pare"
+IN="$T/files"; mkdir -p "$IN"
+size=$(stat -c %s "$T/good.pare")
+for cut in 0 7 100 2000 $((size / 2)) $((size - 1)); do
+  head -c "$cut" "$T/good.pare" > "$IN/cut.pare"
+  refuse "compact file cut at $cut: run" 3 "cut.pare" "$PARE" run "$IN/cut.pare" -p x -n 2
+  refuse "compact file cut at $cut: verify" 3 "cut.pare" "$PARE" verify "$IN/cut.pare"
+done
+cp "$T/good.pare" "$IN/flip.pare"
+printf '\x55' | dd of="$IN/flip.pare" bs=1 seek=$((size / 2)) conv=notrunc 2>/dev/null
+refuse "one byte changed: verify" 3 "flip.pare|hash|differ" "$PARE" verify "$IN/flip.pare"
+refuse "a folder is no compact file: run" 3 "." "$PARE" run "$T/good" -p x -n 2
+refuse "text is no compact file: run" 3 "text.txt" "$PARE" run "$TEXT" -p x -n 2
+cp "$T/good.pare" "$T/exists.pare"
+OUT="$T/out"
+refuse "export over an existing file" 2 "exist" "$PARE" export "$T/good" --to compact --codec f32 --out "$T/exists.pare"
+cmp -s "$T/good.pare" "$T/exists.pare" || { echo "FAILED the existing file was changed"; FAILED=$((FAILED + 1)); }
+
+echo "--- one JSON object"
+fresh
+one_object() { # NAME CODE COMMAND...
+  local name=$1 code=$2
+  shift 2
+  CASES=$((CASES + 1))
+  "$@" >"$T/stdout" 2>"$T/stderr"
+  local got=$?
+  if [ "$got" != "$code" ] || ! "$BUILD/tests/make_tiny_model" --json-object "$T/stdout"; then
+    echo "FAILED $name: exit $got, stdout: $(head -c 300 "$T/stdout")"
+    FAILED=$((FAILED + 1))
+  else
+    echo "ok $name"
+  fi
+}
+one_object "doctor --json" 0 "$PARE" doctor --json
+one_object "dry run --json" 0 "$PARE" compress --dry-run --json --model "$IN" --out "$OUT" --text "$TEXT"
+one_object "compress --json" 0 "$PARE" compress --json --model "$IN" --out "$OUT" --text "$TEXT" --eval-text "$TEXT"
+one_object "compress --json again" 0 "$PARE" compress --json --model "$IN" --out "$OUT" --text "$TEXT" --eval-text "$TEXT"
+grep -q '"already finished"' "$T/stdout" || { echo "FAILED the second run did work"; FAILED=$((FAILED + 1)); }
+one_object "error --json" 3 "$PARE" compress --json --model "$T/nowhere" --out "$OUT"
+
+echo "$CASES cases, $FAILED failed"
+[ "$FAILED" = 0 ]
