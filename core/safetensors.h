@@ -58,6 +58,11 @@ struct TensorDecl {
   std::uint64_t bytes() const;
 };
 
+// The 8-byte length and the JSON header, padded with spaces so that the data starts on 64 bytes and the header takes
+// at least `reserve` bytes. Tensors follow each other in the order given.
+std::string safetensors_header(const std::vector<TensorDecl>& tensors, const std::map<std::string, std::string>& metadata,
+                               std::size_t reserve = 0);
+
 // Streaming writer: the header is written first from the declarations, then the data of each tensor in the order
 // given here, in as many write() calls as wanted. finish() checks that every byte arrived and commits.
 class SafetensorsWriter {
@@ -68,7 +73,8 @@ class SafetensorsWriter {
 
  private:
   AtomicFile file_;
-  std::uint64_t expected_ = 0;
+  fs::path path_;
+  std::uint64_t expected_ = 0;  // size of the complete file
 };
 
 // The tensors of a model folder: model.safetensors, or model.safetensors.index.json with its shards. Validates the

@@ -1,0 +1,207 @@
+#include "core/codec.h"
+
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#include "core/codecs/codecs.h"
+#include "core/error.h"
+#include "core/options.h"
+
+namespace pare {
+namespace {
+
+struct CodecName {
+  const char* name;
+  Codec codec;
+};
+constexpr CodecName kCodecs[] = {
+    {"f32", {CodecKind::kF32, 0}},       {"f16", {CodecKind::kF16, 0}},       {"bf16", {CodecKind::kBf16, 0}},
+    {"q8", {CodecKind::kQ8, 32}},        {"q8c", {CodecKind::kQ8, Codec::kPerRow}},
+    {"q4g32", {CodecKind::kQ4, 32}},     {"q4g64", {CodecKind::kQ4, 64}},     {"q4g128", {CodecKind::kQ4, 128}},
+    {"q4ag32", {CodecKind::kQ4a, 32}},   {"q4ag64", {CodecKind::kQ4a, 64}},   {"q4ag128", {CodecKind::kQ4a, 128}},
+    {"q4", {CodecKind::kQ4, 32}},        {"q4a", {CodecKind::kQ4a, 32}},  // short names, after the canonical ones
+};
+
+std::uint64_t scale_bytes(std::int64_t rows, std::int64_t groups) {
+  return padded(static_cast<std::uint64_t>(row_blocks(rows) * groups * kBlockRows) * 2);
+}
+
+std::uint64_t code_bytes(const Codec& codec, std::int64_t rows, std::int64_t cols) {
+  return codec.kind == CodecKind::kQ8 ? q8_code_bytes(rows, cols) : q4_code_bytes(rows, cols);
+}
+
+}  // namespace
+
+float f16_to_f32(std::uint16_t bits) {
+  const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x8000u) << 16;
+  const std::uint32_t exponent = (bits >> 10) & 31u;
+  const std::uint32_t mantissa = bits & 0x3ffu;
+  if (exponent == 31) return std::bit_cast<float>(sign | 0x7f800000u | (mantissa << 13));
+  if (exponent == 0) {  // zero and subnormal: mantissa * 2^-24, exact in float
+    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
+    return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(magnitude));
+  }
+  return std::bit_cast<float>(sign | ((exponent + 112) << 23) | (mantissa << 13));
+}
+
+std::uint16_t f32_to_f16(float value) {
+  const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
+  const auto sign = static_cast<std::uint16_t>((bits >> 16) & 0x8000u);
+  const std::uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu));
+  if (magnitude >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u);  // 65520 and above round to infinity
+  if (magnitude < 0x38800000u) {  // below 2^-14: subnormal, multiples of 2^-24
+    // Adding 2^-1 leaves 24 - 1 bits below it: the sum rounds to a multiple of 2^-24 by the float adder itself.
+    const float sum = std::bit_cast<float>(magnitude) + 0.5f;
+    return static_cast<std::uint16_t>(sign | (std::bit_cast<std::uint32_t>(sum) - std::bit_cast<std::uint32_t>(0.5f)));
+  }
+  const std::uint32_t odd = (magnitude >> 13) & 1u;
+  return static_cast<std::uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + odd) >> 13));
+}
+
+float bf16_to_f32(std::uint16_t bits) { return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16); }
+
+std::uint16_t f32_to_bf16(float value) {
+  const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+Codec Codec::parse(std::string_view name, const std::string& place) {
+  std::vector<std::string> names;
+  for (const CodecName& row : kCodecs) {
+    if (name == row.name) return row.codec;
+    names.emplace_back(row.name);
+  }
+  std::string all;
+  for (const auto& known : names) all += (all.empty() ? "" : ", ") + known;
+  const std::string near = nearest_name(name, names);
+  throw usage_error(place, "a codec: " + all, "\"" + std::string(name) + "\"",
+                    near.empty() ? "" : "did you mean \"" + near + "\"?");
+}
+
+std::string Codec::name() const {
+  for (const CodecName& row : kCodecs)
+    if (*this == row.codec) return row.name;
+  throw std::logic_error("Codec without a name: group " + std::to_string(group));
+}
+
+int Codec::bits() const {
+  switch (kind) {
+    case CodecKind::kF32: return 32;
+    case CodecKind::kF16:
+    case CodecKind::kBf16: return 16;
+    case CodecKind::kQ8: return 8;
+    default: return 4;
+  }
+}
+
+std::int64_t Codec::groups(std::int64_t cols) const {
+  if (is_float()) return 0;
+  return group == kPerRow ? 1 : cols / group;
+}
+
+bool Codec::fits(std::int64_t cols) const { return cols > 0 && (is_float() || group == kPerRow || cols % group == 0); }
+
+std::uint64_t Codec::payload_bytes(std::int64_t rows, std::int64_t cols) const {
+  if (is_float()) return padded(static_cast<std::uint64_t>(rows) * static_cast<std::uint64_t>(cols) * static_cast<std::uint64_t>(bits() / 8));
+  const std::uint64_t zeros = kind == CodecKind::kQ4a ? q4a_zero_bytes(rows, groups(cols)) : 0;
+  return code_bytes(*this, rows, cols) + scale_bytes(rows, groups(cols)) + zeros;
+}
+
+void QuantizedTensor::unpack_row(std::int64_t row, float* out) const {
+  const std::int64_t per_row = codec.groups(cols);
+  const std::int64_t width = codec.group == Codec::kPerRow ? cols : codec.group;
+  const std::int8_t* code = codes.data() + row * cols;
+  for (std::int64_t g = 0; g < per_row; ++g) {
+    const auto at = static_cast<std::size_t>(row * per_row + g);
+    const float scale = f16_to_f32(scales[at]);
+    const int zero = codec.kind == CodecKind::kQ4a ? zeros[at] : 0;
+    for (std::int64_t i = g * width; i < (g + 1) * width; ++i) out[i] = static_cast<float>(code[i] - zero) * scale;
+  }
+}
+
+void QuantizedTensor::unpack(float* out) const {
+  for (std::int64_t row = 0; row < rows; ++row) unpack_row(row, out + row * cols);
+}
+
+void QuantizedTensor::validate(const std::string& place) const {
+  if (codec.is_float() || rows <= 0 || cols <= 0 || !codec.fits(cols))
+    throw input_error(place, "a quantized matrix whose row the group divides",
+                      std::to_string(rows) + " x " + std::to_string(cols) + " as " + codec.name());
+  const auto count = static_cast<std::size_t>(rows) * static_cast<std::size_t>(cols);
+  const auto scale_count = static_cast<std::size_t>(rows * codec.groups(cols));
+  const bool asymmetric = codec.kind == CodecKind::kQ4a;
+  if (codes.size() != count || scales.size() != scale_count || zeros.size() != (asymmetric ? scale_count : 0))
+    throw input_error(place, std::to_string(count) + " codes and " + std::to_string(scale_count) + " scales",
+                      std::to_string(codes.size()) + " codes, " + std::to_string(scales.size()) + " scales, " +
+                          std::to_string(zeros.size()) + " zeros");
+  const int low = codec.kind == CodecKind::kQ8 ? -127 : asymmetric ? 0 : -8;
+  const int high = codec.kind == CodecKind::kQ8 ? 127 : asymmetric ? 15 : 7;
+  for (std::size_t i = 0; i < count; ++i) {
+    if (codes[i] < low || codes[i] > high)
+      throw input_error(place, "codes from " + std::to_string(low) + " to " + std::to_string(high),
+                        std::to_string(codes[i]) + " at row " + std::to_string(i / static_cast<std::size_t>(cols)));
+  }
+  for (std::size_t i = 0; i < scale_count; ++i) {
+    if ((scales[i] & 0x8000u) != 0 || (scales[i] & 0x7c00u) == 0x7c00u)
+      throw input_error(place, "finite scales, zero or above", std::to_string(f16_to_f32(scales[i])) + " as scale " + std::to_string(i));
+    if (asymmetric && zeros[i] > 15)
+      throw input_error(place, "zeros from 0 to 15", std::to_string(zeros[i]) + " as zero " + std::to_string(i));
+  }
+}
+
+std::vector<std::byte> pack_payload(const QuantizedTensor& tensor) {
+  tensor.validate("tensor to pack");
+  std::vector<std::byte> payload(tensor.codec.payload_bytes(tensor.rows, tensor.cols));
+  const std::span<std::byte> all(payload);
+  const std::uint64_t codes = code_bytes(tensor.codec, tensor.rows, tensor.cols);
+  if (tensor.codec.kind == CodecKind::kQ8) pack_q8_codes(tensor, all.first(codes));
+  else pack_q4_codes(tensor, all.first(codes));
+
+  const std::int64_t groups = tensor.codec.groups(tensor.cols);
+  for (std::int64_t row = 0; row < tensor.rows; ++row) {
+    for (std::int64_t g = 0; g < groups; ++g) {
+      const std::int64_t slot = ((row / kBlockRows) * groups + g) * kBlockRows + row % kBlockRows;
+      std::memcpy(payload.data() + codes + slot * 2, &tensor.scales[static_cast<std::size_t>(row * groups + g)], 2);
+    }
+  }
+  if (tensor.codec.kind == CodecKind::kQ4a)
+    pack_q4a_zeros(tensor, all.subspan(codes + scale_bytes(tensor.rows, groups)));
+  return payload;
+}
+
+QuantizedTensor unpack_payload(const Codec& codec, std::int64_t rows, std::int64_t cols,
+                               std::span<const std::byte> payload, const std::string& place) {
+  if (codec.is_float() || rows <= 0 || cols <= 0 || !codec.fits(cols))
+    throw input_error(place, "a quantized matrix whose row the group divides",
+                      std::to_string(rows) + " x " + std::to_string(cols) + " as " + codec.name());
+  if (payload.size() != codec.payload_bytes(rows, cols))
+    throw input_error(place, std::to_string(codec.payload_bytes(rows, cols)) + " bytes of payload",
+                      std::to_string(payload.size()));
+  QuantizedTensor tensor;
+  tensor.codec = codec;
+  tensor.rows = rows;
+  tensor.cols = cols;
+  const std::int64_t groups = codec.groups(cols);
+  tensor.codes.resize(static_cast<std::size_t>(rows * cols));
+  tensor.scales.resize(static_cast<std::size_t>(rows * groups));
+  const std::uint64_t codes = code_bytes(codec, rows, cols);
+  if (codec.kind == CodecKind::kQ8) unpack_q8_codes(payload.first(codes), tensor);
+  else unpack_q4_codes(payload.first(codes), tensor);
+  for (std::int64_t row = 0; row < rows; ++row) {
+    for (std::int64_t g = 0; g < groups; ++g) {
+      const std::int64_t slot = ((row / kBlockRows) * groups + g) * kBlockRows + row % kBlockRows;
+      std::memcpy(&tensor.scales[static_cast<std::size_t>(row * groups + g)], payload.data() + codes + slot * 2, 2);
+    }
+  }
+  if (codec.kind == CodecKind::kQ4a) {
+    tensor.zeros.resize(static_cast<std::size_t>(rows * groups));
+    unpack_q4a_zeros(payload.subspan(codes + scale_bytes(rows, groups)), tensor);
+  }
+  tensor.validate(place);
+  return tensor;
+}
+
+}  // namespace pare
