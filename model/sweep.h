@@ -1,0 +1,65 @@
+// Second-order machinery over one linear's input Hessian: accumulation, factorisation and the column sweep that
+// GPTQ and SparseGPT share. Plain arrays and Eigen, no LibTorch types. Everything gives the same bits at any number
+// of threads: fixed tiles, each computed by one thread in a fixed order.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace pare {
+
+// sum [cols * cols] += a^T b for float a, b [rows, cols] (row-major): products in float32 over at most 512 rows, added
+// to the doubles. With a == b only entries (i, j) with i / 32 <= j / 32 are written: call mirror_upper at the end.
+void add_gram(const float* a, const float* b, std::int64_t rows, std::int64_t cols, double* sum, int threads);
+// h[j][i] = h[i][j] for i < j.
+void mirror_upper(double* h, std::int64_t n);
+
+// The factor of a damped Hessian in visiting order: (H + damping * mean diag * I)^-1 = U^T U with U upper triangular.
+struct SweepFactor {
+  std::int64_t columns = 0;
+  std::vector<std::int64_t> order;  // visiting position -> column as stored
+  std::vector<double> u;            // [columns * columns] row-major in visiting order; zero below the diagonal
+  std::vector<std::uint8_t> dead;   // [columns] as stored: the input was zero on every token
+  double damping = 0;               // the factor that succeeded
+};
+
+struct FactorOptions {
+  double damping = 0.01;            // of the mean diagonal; multiplied by 10 after a failed factorisation
+  bool activation_order = true;     // descending diagonal; ties by column
+};
+
+// hessian: [n * n] symmetric. With J the reversal and J H J = M M^T, R = J M J is upper with H = R R^T, so U = R^-1:
+// one Cholesky and one triangular inverse, no explicit inverse of H. Dead columns get diagonal 1.
+// Errors: exit 1 naming `place` when the Hessian holds NaN or infinity, or stays indefinite at damping 10.
+SweepFactor factor_hessian(std::span<const double> hessian, std::int64_t n, const FactorOptions& options,
+                           const std::string& place, int threads);
+
+// Rows [first, first + count) of a weight matrix, handled together.
+struct RowTile {
+  std::int64_t first = 0, count = 0;
+};
+
+// Chooses what becomes of a column; the sweep compensates the rest. Called from several threads for different tiles.
+class SweepRule {
+ public:
+  virtual ~SweepRule() = default;
+  // Before the columns of a block are visited. columns: as stored, in visiting order. diagonal: their U_ii.
+  // current: [columns.size() * kSweepRows], weights as compensated so far, row r of the tile at [c * kSweepRows + r].
+  virtual void open_block(RowTile tile, std::span<const std::int64_t> columns, std::span<const double> diagonal,
+                          const double* current) {}
+  // current [tile.count]: the compensated weights of `column` (as stored); writes what stands there from now on.
+  virtual void decide(RowTile tile, std::int64_t column, const double* current, double* decided) = 0;
+};
+inline constexpr std::int64_t kSweepRows = 32;
+inline constexpr std::int64_t kSweepBlock = 128;
+
+// weight: [rows * cols] row-major, not modified. Frantar et al. 2022 (GPTQ), algorithm 1 with lazy blocks.
+void sweep_columns(const float* weight, std::int64_t rows, const SweepFactor& factor, SweepRule& rule, int threads);
+
+// Per row: d H d^T for d = a - b, float a, b [rows, cols]. The exact layer error is the sum.
+std::vector<double> row_errors(const float* a, const float* b, std::int64_t rows, std::int64_t cols,
+                               const double* hessian, int threads);
+
+}  // namespace pare

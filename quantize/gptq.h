@@ -1,0 +1,29 @@
+// GPTQ on one matrix: Frantar et al. 2022, with static groups and columns in activation order. No LibTorch types.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "core/codec.h"
+#include "model/sweep.h"
+
+namespace pare {
+
+struct GptqResult {
+  QuantizedTensor tensor;
+  double nearest_error = 0;     // tr(dW H dW^T) of the nearest codes under the same scales
+  double sweep_error = 0;       // ... of the sweep's codes
+  double error = 0;             // ... of `tensor`: per row the better of the two, so never above nearest_error
+  std::int64_t nearest_rows = 0;  // rows that kept the nearest codes because the sweep's were worse
+};
+
+// weight: [rows * cols]. nearest: scales, zeros and nearest codes of `weight`, kept as the grid. hessian: [cols * cols],
+// undamped. keep_zeros: weights that are exactly 0 stay exactly 0 (a pruned matrix); the others compensate for them.
+GptqResult gptq(const float* weight, const QuantizedTensor& nearest, const double* hessian, const SweepFactor& factor,
+                bool keep_zeros, int threads);
+
+// True when at least 5 % of the matrix is exactly 0: it was pruned.
+bool is_pruned(std::span<const float> weight);
+
+}  // namespace pare

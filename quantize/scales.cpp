@@ -1,0 +1,292 @@
+#include "quantize/scales.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "core/error.h"
+
+#if defined(__x86_64__) && defined(__linux__)
+#define PARE_CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
+#else
+#define PARE_CLONES
+#endif
+
+namespace pare {
+namespace {
+
+// Sixteen rows of one group are searched together, one row a lane.
+typedef double Double8 __attribute__((vector_size(64)));
+constexpr int kLanes = 16, kVectors = kLanes / 8;
+constexpr double kF16Max = 65504.0;
+
+struct Lanes {
+  double at[kLanes] = {};
+};
+
+double to_f16(double value) { return static_cast<double>(f16_to_f32(f32_to_f16(static_cast<float>(value)))); }
+
+// One group of sixteen rows: values, the metric A and A w.
+struct Group {
+  std::int64_t size = 0;
+  std::vector<double> w, v;      // [size * kLanes]: weights, A w
+  std::vector<double> offsets;   // [size * kLanes]: code - zero of the candidate
+  const double* block = nullptr; // A[j][k] = block[j * stride + k], or null for a diagonal A
+  std::int64_t stride = 0;
+  const double* diagonal = nullptr;  // A[j][j]; null: ones
+  Lanes energy;                  // w^T A w
+};
+
+// v = A w and energy = w^T A w.
+PARE_CLONES void prepare(Group& g) {
+  Double8 energy[kVectors] = {};
+  for (std::int64_t j = 0; j < g.size; ++j) {
+    Double8 sum[kVectors] = {};
+    const std::int64_t begin = g.block ? 0 : j, end = g.block ? g.size : j + 1;
+    for (std::int64_t k = begin; k < end; ++k) {
+      const double factor = g.block ? g.block[j * g.stride + k] : (g.diagonal ? g.diagonal[j] : 1.0);
+      for (int i = 0; i < kVectors; ++i) {
+        Double8 w;
+        std::memcpy(&w, g.w.data() + k * kLanes + i * 8, sizeof w);
+        sum[i] += factor * w;
+      }
+    }
+    std::memcpy(g.v.data() + j * kLanes, sum, sizeof sum);
+    for (int i = 0; i < kVectors; ++i) {
+      Double8 w;
+      std::memcpy(&w, g.w.data() + j * kLanes + i * 8, sizeof w);
+      energy[i] += w * sum[i];
+    }
+  }
+  std::memcpy(g.energy.at, energy, sizeof energy);
+}
+
+// Nearest codes under (scale, zero), then b = q^T A w and c = q^T A q with q = code - zero.
+PARE_CLONES void project(Group& g, const Lanes& scale, const Lanes& zero, CodeRange range, Lanes& b_out, Lanes& c_out) {
+  constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: adding and taking it away rounds half to even
+  Double8 inverse[kVectors], low[kVectors], high[kVectors], b[kVectors] = {}, c[kVectors] = {};
+  for (int i = 0; i < kVectors; ++i) {
+    Double8 s, z;
+    std::memcpy(&s, scale.at + i * 8, sizeof s);
+    std::memcpy(&z, zero.at + i * 8, sizeof z);
+    const Double8 nothing = {};
+    inverse[i] = s > 0.0 ? s : nothing + INFINITY;  // dividing by infinity: code - zero = 0
+    low[i] = static_cast<double>(range.low) - z;
+    high[i] = static_cast<double>(range.high) - z;
+  }
+  for (std::int64_t j = 0; j < g.size; ++j) {
+    for (int i = 0; i < kVectors; ++i) {
+      Double8 w, v;
+      std::memcpy(&w, g.w.data() + j * kLanes + i * 8, sizeof w);
+      std::memcpy(&v, g.v.data() + j * kLanes + i * 8, sizeof v);
+      Double8 q = w / inverse[i];
+      q = q < low[i] ? low[i] : q;
+      q = q > high[i] ? high[i] : q;
+      q = (q + kRound) - kRound;
+      std::memcpy(g.offsets.data() + j * kLanes + i * 8, &q, sizeof q);
+      b[i] += q * v;
+    }
+  }
+  for (std::int64_t j = 0; j < g.size; ++j) {
+    Double8 inner[kVectors];
+    Double8 own[kVectors];
+    std::memcpy(own, g.offsets.data() + j * kLanes, sizeof own);
+    const double corner = g.block ? 0.5 * g.block[j * g.stride + j] : 0.5 * (g.diagonal ? g.diagonal[j] : 1.0);
+    for (int i = 0; i < kVectors; ++i) inner[i] = corner * own[i];
+    if (g.block) {
+      for (std::int64_t k = j + 1; k < g.size; ++k) {
+        const double factor = g.block[j * g.stride + k];
+        for (int i = 0; i < kVectors; ++i) {
+          Double8 q;
+          std::memcpy(&q, g.offsets.data() + k * kLanes + i * 8, sizeof q);
+          inner[i] += factor * q;
+        }
+      }
+    }
+    for (int i = 0; i < kVectors; ++i) c[i] += own[i] * inner[i];
+  }
+  for (int i = 0; i < kVectors; ++i) c[i] *= 2.0;
+  std::memcpy(b_out.at, b, sizeof b);
+  std::memcpy(c_out.at, c, sizeof c);
+}
+
+struct Best {
+  Lanes scale, zero, error;
+  bool any = false;
+};
+
+// Tries one candidate in all lanes; least-squares scale of its codes into `refit` (0 where there is none).
+void consider(Group& g, const Lanes& scale, const Lanes& zero, CodeRange range, Best& best, Lanes& refit) {
+  Lanes b, c;
+  project(g, scale, zero, range, b, c);
+  for (int r = 0; r < kLanes; ++r) {
+    const double s = scale.at[r];
+    const double error = g.energy.at[r] - 2.0 * s * b.at[r] + s * s * c.at[r];
+    if (!best.any || error < best.error.at[r]) {
+      best.scale.at[r] = s;
+      best.zero.at[r] = zero.at[r];
+      best.error.at[r] = error;
+    }
+    refit.at[r] = c.at[r] > 0 && b.at[r] > 0 ? to_f16(std::min(b.at[r] / c.at[r], kF16Max)) : 0.0;
+  }
+  best.any = true;
+}
+
+struct Extremes {
+  Lanes low, high;  // min(0, ...) and max(0, ...)
+};
+
+void symmetric_group(Group& g, const Extremes& e, CodecKind kind, ScaleRule rule, Best& best) {
+  const CodeRange range = code_range(kind);
+  const Lanes zero;
+  Lanes scale, refit, absmax, widest;
+  for (int r = 0; r < kLanes; ++r) {
+    absmax.at[r] = std::max(-e.low.at[r], e.high.at[r]);
+    scale.at[r] = to_f16(absmax.at[r] / range.high);
+    // The smallest scale that clips nothing: the negative end of int4 reaches one step further.
+    widest.at[r] = std::max(-e.low.at[r] / -range.low, e.high.at[r] / range.high);
+  }
+  consider(g, scale, zero, range, best, refit);
+  if (rule == ScaleRule::kAbsmax) return;
+  const int steps = kind == CodecKind::kQ4 ? 20 : 6;
+  const double step = kind == CodecKind::kQ4 ? 0.025 : 0.01;
+  for (int k = 0; k < steps; ++k) {
+    const double shrink = (kind == CodecKind::kQ4 ? 1.05 : 1.0) - step * k;
+    for (int r = 0; r < kLanes; ++r) scale.at[r] = to_f16(std::min(widest.at[r] * shrink, kF16Max));
+    consider(g, scale, zero, range, best, refit);
+    consider(g, Lanes(refit), zero, range, best, refit);
+  }
+  for (int k = 0; k < 2; ++k) {
+    consider(g, Lanes(best.scale), zero, range, best, refit);
+    consider(g, Lanes(refit), zero, range, best, refit);
+  }
+}
+
+void asymmetric_group(Group& g, const Extremes& e, ScaleRule rule, Best& best) {
+  const CodeRange range = code_range(CodecKind::kQ4a);
+  Lanes scale, zero, refit;
+  for (int r = 0; r < kLanes; ++r) {
+    scale.at[r] = to_f16((e.high.at[r] - e.low.at[r]) / 15.0);
+    zero.at[r] = scale.at[r] > 0 ? std::clamp(std::nearbyint(-e.low.at[r] / scale.at[r]), 0.0, 15.0) : 0.0;
+  }
+  consider(g, scale, zero, range, best, refit);
+  if (rule == ScaleRule::kAbsmax) return;
+  for (int k = 0; k < 14; ++k) {
+    const double shrink = 1.05 - 0.035 * k;
+    for (int shift = -1; shift <= 1; ++shift) {
+      for (int r = 0; r < kLanes; ++r) {
+        const double s = (e.high.at[r] - e.low.at[r]) / 15.0 * shrink;
+        scale.at[r] = to_f16(std::min(s, kF16Max));
+        // Centre of the range on the centre of the codes, then one step to either side.
+        const double centre = scale.at[r] > 0 ? 7.5 - (e.high.at[r] + e.low.at[r]) / 2.0 / scale.at[r] : 0.0;
+        zero.at[r] = std::clamp(std::nearbyint(centre) + shift, 0.0, 15.0);
+      }
+      consider(g, scale, zero, range, best, refit);
+      consider(g, Lanes(refit), zero, range, best, refit);
+    }
+  }
+  for (int k = 0; k < 2; ++k) {
+    consider(g, Lanes(best.scale), Lanes(best.zero), range, best, refit);
+    consider(g, Lanes(refit), Lanes(best.zero), range, best, refit);
+  }
+}
+
+}  // namespace
+
+CodeRange code_range(CodecKind kind) {
+  switch (kind) {
+    case CodecKind::kQ8: return {-127, 127};
+    case CodecKind::kQ4: return {-8, 7};
+    case CodecKind::kQ4a: return {0, 15};
+    default: return {0, 0};
+  }
+}
+
+void require_finite(const float* weight, std::int64_t rows, std::int64_t cols, const std::string& place) {
+  for (std::int64_t i = 0; i < rows * cols; ++i) {
+    if (!std::isfinite(weight[i])) {
+      throw input_error(place, "finite weights",
+                        (std::isnan(weight[i]) ? "NaN at row " : "infinity at row ") + std::to_string(i / cols) +
+                            ", column " + std::to_string(i % cols),
+                        "the model is damaged: quantizing it would spread the damage");
+    }
+  }
+}
+
+QuantizedTensor round_to_nearest(const float* weight, std::int64_t rows, std::int64_t cols, const Codec& codec,
+                                 ScaleRule rule, const Importance& importance, const std::string& place, int threads) {
+  require_finite(weight, rows, cols, place);
+  const CodeRange range = code_range(codec.kind);
+  const double span = codec.kind == CodecKind::kQ4a ? 15.0 : static_cast<double>(range.high);
+  for (std::int64_t i = 0; i < rows * cols; ++i) {
+    // Asymmetric ranges span at most twice the magnitude.
+    const double magnitude = std::fabs(static_cast<double>(weight[i])) * (codec.kind == CodecKind::kQ4a ? 2.0 : 1.0);
+    if (magnitude / span > kF16Max) {
+      throw input_error(place, "magnitudes whose scale fits float16", "a weight of " + std::to_string(weight[i]),
+                        "keep this tensor in float with --policy");
+    }
+  }
+  QuantizedTensor out;
+  out.codec = codec;
+  out.rows = rows;
+  out.cols = cols;
+  const std::int64_t groups = codec.groups(cols), size = cols / groups;
+  out.codes.resize(static_cast<std::size_t>(rows * cols));
+  out.scales.resize(static_cast<std::size_t>(rows * groups));
+  if (codec.kind == CodecKind::kQ4a) out.zeros.resize(static_cast<std::size_t>(rows * groups));
+
+  const std::int64_t tiles = (rows + kLanes - 1) / kLanes;
+#pragma omp parallel num_threads(threads > 0 ? threads : omp_get_num_procs())
+  {
+    Group g;
+    g.size = size;
+    g.stride = cols;
+    g.w.resize(static_cast<std::size_t>(size * kLanes));
+    g.v.resize(g.w.size());
+    g.offsets.resize(g.w.size());
+#pragma omp for schedule(dynamic)
+    for (std::int64_t t = 0; t < tiles; ++t) {
+      const std::int64_t first = t * kLanes, count = std::min<std::int64_t>(kLanes, rows - first);
+      for (std::int64_t group = 0; group < groups; ++group) {
+        const std::int64_t begin = group * size;
+        std::fill(g.w.begin(), g.w.end(), 0.0);
+        Extremes extremes;
+        for (std::int64_t r = 0; r < count; ++r) {
+          for (std::int64_t j = 0; j < size; ++j) {
+            const double w = static_cast<double>(weight[(first + r) * cols + begin + j]);
+            g.w[static_cast<std::size_t>(j * kLanes + r)] = w;
+            extremes.low.at[r] = std::min(extremes.low.at[r], w);
+            extremes.high.at[r] = std::max(extremes.high.at[r], w);
+          }
+        }
+        const bool block = importance.hessian && size <= kBlockObjectiveLimit;
+        g.block = block ? importance.hessian + begin * cols + begin : nullptr;
+        g.diagonal = importance.mean_square ? importance.mean_square + begin : nullptr;
+        prepare(g);
+        Best best;
+        if (codec.kind == CodecKind::kQ4a) {
+          asymmetric_group(g, extremes, rule, best);
+        } else {
+          symmetric_group(g, extremes, codec.kind, rule, best);
+        }
+        Lanes b, c;
+        project(g, best.scale, best.zero, range, b, c);
+        for (std::int64_t r = 0; r < count; ++r) {
+          const std::size_t at = static_cast<std::size_t>((first + r) * groups + group);
+          const int zero = static_cast<int>(best.zero.at[r]);
+          out.scales[at] = f32_to_f16(static_cast<float>(best.scale.at[r]));
+          if (codec.kind == CodecKind::kQ4a) out.zeros[at] = static_cast<std::uint8_t>(zero);
+          for (std::int64_t j = 0; j < size; ++j) {
+            out.codes[static_cast<std::size_t>((first + r) * cols + begin + j)] =
+                static_cast<std::int8_t>(static_cast<int>(g.offsets[static_cast<std::size_t>(j * kLanes + r)]) + zero);
+          }
+        }
+      }
+    }
+  }
+  return out;
+}
+
+}  // namespace pare

@@ -1,0 +1,40 @@
+// Scales, zero points and nearest codes, searched group by group. No LibTorch types.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "core/codec.h"
+
+namespace pare {
+
+enum class ScaleRule {
+  kAbsmax,    // absmax / 7, absmax / 127, (max - min) / 15: the null that everything is measured against
+  kSearched,  // the best of a grid around it, refined by least squares, under the importance below
+};
+
+// What an error in a group costs. With `hessian` and groups of at most 128: d^T H_gg d for the group's diagonal block
+// of H. Else with `mean_square`: sum E[x_j^2] d_j^2. Else plain squares.
+struct Importance {
+  const double* hessian = nullptr;      // [cols * cols]
+  const double* mean_square = nullptr;  // [cols]
+};
+inline constexpr std::int64_t kBlockObjectiveLimit = 128;
+
+// Scales (rounded to f16 first, finite, >= 0), zero points and the nearest codes of weight [rows * cols]. A weight that
+// is exactly 0 gets a code that means exactly 0. kSearched is never worse than kAbsmax under the objective, in any group.
+// Errors (exit 3, naming `place`): NaN or infinity, or a magnitude whose scale f16 cannot hold.
+// The same bits at any number of threads.
+QuantizedTensor round_to_nearest(const float* weight, std::int64_t rows, std::int64_t cols, const Codec& codec,
+                                 ScaleRule rule, const Importance& importance, const std::string& place, int threads);
+
+// Throws (exit 3) at the first value that is NaN or infinite, naming place, row and column.
+void require_finite(const float* weight, std::int64_t rows, std::int64_t cols, const std::string& place);
+
+// Smallest and largest code of a codec, and what the zero point adds: kQ4 [-8, 7], kQ8 [-127, 127], kQ4a [0, 15].
+struct CodeRange {
+  int low = 0, high = 0;
+};
+CodeRange code_range(CodecKind kind);
+
+}  // namespace pare
