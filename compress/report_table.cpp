@@ -15,7 +15,7 @@ struct Gate {
 constexpr Gate kGates[] = {
     {"mean-kl", "mean_kl", true},
     {"p99-kl", "p99_kl", true},
-    {"top1", "top1", false},
+    {"top1", "top1_agreement", false},
     {"perplexity-ratio", "perplexity_ratio", true},
     {"bytes", "file_bytes", true},
     {"bits-per-weight", "bits_per_weight", true},
@@ -34,7 +34,7 @@ std::string format(const std::string& metric, double value) {
     if (value >= 1e9) std::snprintf(text, sizeof text, "%.2f GB", value / 1e9);
     else if (value >= 1e6) std::snprintf(text, sizeof text, "%.2f MB", value / 1e6);
     else std::snprintf(text, sizeof text, "%.1f kB", value / 1e3);
-  } else if (metric == "top1") {
+  } else if (metric == "top1_agreement") {
     std::snprintf(text, sizeof text, "%.2f %%", 100 * value);
   } else if (metric == "bits_per_weight" || metric == "tokens_per_second") {
     std::snprintf(text, sizeof text, value < 100 ? "%.2f" : "%.0f", value);
@@ -51,7 +51,7 @@ std::string format(const std::string& metric, double value) {
 const std::vector<TableMetric>& table_metrics() {
   static const std::vector<TableMetric> metrics = {
       {"file_bytes", "size"},          {"bits_per_weight", "bits/weight"}, {"mean_kl", "mean KL (nats)"},
-      {"p99_kl", "99 % KL"},           {"top1", "top-1"},                  {"perplexity", "perplexity"},
+      {"p99_kl", "99 % KL"},           {"top1_agreement", "top-1"},                  {"perplexity", "perplexity"},
       {"tokens_per_second", "tokens/s"}};
   return metrics;
 }
@@ -71,7 +71,7 @@ std::string report_table(const Report& report) {
     for (const auto& m : table_metrics()) {
       const ReportRow* row = find(report, stage, m.metric);
       std::string cell = row ? format(m.metric, *row->after) : "-";
-      if (row && row->standard_error && (row->metric == "mean_kl" || row->metric == "top1"))
+      if (row && row->standard_error && (row->metric == "mean_kl" || row->metric == "top1_agreement"))
         cell += " ± " + format(row->metric, *row->standard_error);
       line.push_back(cell);
     }

@@ -1,0 +1,15 @@
+// The last step of a run: model folder -> compact file, proven before it gets its name.
+#pragma once
+
+#include "compress/toolbox.h"
+
+namespace pare {
+
+// Codes as they stand in the folder, float matrices in `request.codec`, vectors in f32; tokenizer, configs and the
+// recipe inside. `before_seal`, if set, sees the complete file and gives the report that goes into it.
+void export_compact(const ExportRequest& request, Progress& progress);
+
+// Weight payloads of that file, from headers alone.
+std::uint64_t compact_bytes(const fs::path& model, const std::string& codec);
+
+}  // namespace pare
