@@ -1,0 +1,339 @@
+#include "eval/tasks.h"
+
+#include <algorithm>
+#include <cmath>
+#include <fstream>
+
+#include "core/error.h"
+#include "eval/divergence.h"
+#include "eval/rows.h"
+
+namespace pare {
+namespace {
+
+constexpr std::size_t kMaxLine = 16 << 20;
+
+std::int64_t characters(std::string_view text) {
+  std::int64_t n = 0;
+  for (const char c : text) n += (static_cast<unsigned char>(c) & 0xC0) != 0x80;
+  return n;
+}
+
+bool is_blank(char c) { return c == ' ' || c == '\n' || c == '\t' || c == '\r'; }
+
+// One line of a task file with its place, so that every complaint names file:line.
+class Line {
+ public:
+  Line(const Json& json, std::string place) : json_(json), place_(std::move(place)) {}
+  const std::string& place() const { return place_; }
+  bool has(const char* key) const { return json_.contains(key); }
+
+  std::string text(const char* key) const {
+    const Json& value = field(key);
+    if (!value.is_string()) throw input_error(place_, std::string("\"") + key + "\" to be a text", value.type_name());
+    return value.get<std::string>();
+  }
+
+  std::int64_t index(const char* key, std::int64_t limit) const {
+    const Json& value = field(key);
+    const bool whole = value.is_number_integer() || value.is_number_unsigned();
+    const bool fits = whole && !(value.is_number_unsigned() && value.get<std::uint64_t>() > INT32_MAX);
+    const std::int64_t number = fits ? value.get<std::int64_t>() : -1;
+    if (number < 0 || number >= limit) {
+      throw input_error(place_, std::string("\"") + key + "\" to be a whole number from 0 to " + std::to_string(limit - 1),
+                        value.dump().substr(0, 60));
+    }
+    return number;
+  }
+
+  std::vector<std::string> texts(const char* key) const {
+    const Json& value = field(key);
+    std::vector<std::string> result;
+    if (value.is_array()) {
+      for (const Json& item : value) {
+        if (!item.is_string()) break;
+        result.push_back(item.get<std::string>());
+      }
+    }
+    if (!value.is_array() || result.size() != value.size() || result.size() < 2) {
+      throw input_error(place_, std::string("\"") + key + "\" to be a list of two texts or more",
+                        value.dump(-1, ' ', false, Json::error_handler_t::replace).substr(0, 60));
+    }
+    return result;
+  }
+
+ private:
+  const Json& field(const char* key) const {
+    const auto it = json_.find(key);
+    if (it == json_.end()) throw input_error(place_, std::string("key \"") + key + "\"", "no such key");
+    return *it;
+  }
+
+  const Json& json_;
+  std::string place_;
+};
+
+// lm-eval's target_delimiter: one blank between context and continuation.
+std::string delimited(const std::string& continuation) {
+  return !continuation.empty() && is_blank(continuation.front()) ? continuation : " " + continuation;
+}
+
+enum class Shape { kChoices, kOptions, kContinuation, kPair };
+
+Shape shape_of(const Line& line) {
+  if (line.has("query") && line.has("choices")) return Shape::kChoices;
+  if (line.has("sentence_good")) return Shape::kPair;
+  if (line.has("context") && line.has("continuation")) return Shape::kContinuation;
+  if (line.has("sentence") && line.has("option1")) return Shape::kOptions;
+  throw input_error(line.place(),
+                    "query/choices/gold, context/continuation, sentence_good/sentence_bad or "
+                    "sentence/option1/option2/label",
+                    "none of these sets of keys");
+}
+
+TaskItem item_of(const Line& line, Shape shape) {
+  TaskItem item;
+  switch (shape) {
+    case Shape::kChoices: {
+      const std::string query = line.text("query");
+      for (const std::string& choice : line.texts("choices")) {
+        item.pairs.push_back({query, delimited(choice), characters(choice)});
+      }
+      item.gold = line.index("gold", static_cast<std::int64_t>(item.pairs.size()));
+      break;
+    }
+    case Shape::kOptions: {
+      const std::string sentence = line.text("sentence");
+      const std::size_t gap = sentence.find('_');
+      if (gap == std::string::npos) throw input_error(line.place(), "\"sentence\" with a gap \"_\"", "no gap");
+      std::string rest = sentence.substr(gap + 1);
+      rest.erase(0, std::min(rest.find_first_not_of(" \n\t\r"), rest.size()));
+      for (const char* key : {"option1", "option2"}) {
+        item.pairs.push_back({sentence.substr(0, gap) + line.text(key), delimited(rest), characters(rest)});
+      }
+      item.gold = line.index("label", 2);
+      break;
+    }
+    case Shape::kContinuation: {
+      const std::string continuation = line.text("continuation");
+      item.pairs.push_back({line.text("context"), delimited(continuation), characters(continuation)});
+      break;
+    }
+    case Shape::kPair:
+      for (const char* key : {"sentence_good", "sentence_bad"}) {
+        const std::string sentence = line.text(key);
+        item.pairs.push_back({"", sentence, characters(sentence)});
+      }
+      break;
+  }
+  for (const TaskItem::Pair& pair : item.pairs) {
+    const bool blank = std::all_of(pair.continuation.begin(), pair.continuation.end(), is_blank);
+    if (blank) throw input_error(line.place(), "text to score", "an empty choice or continuation");
+  }
+  return item;
+}
+
+// The ids the model sees and how many of them, at the end, are scored.
+struct Encoded {
+  std::vector<std::int32_t> ids;
+  std::int64_t scored = 0;
+};
+
+Encoded encode_pair(const Tokenizer& tokenizer, const TaskItem::Pair& pair, const TaskOptions& options,
+                    const std::string& place) {
+  Encoded result;
+  std::int64_t context_ids = 0;
+  if (pair.context.empty()) {
+    result.ids = options.prefix_ids;
+    const std::vector<std::int32_t> text = tokenizer.encode(pair.continuation, false, false);
+    result.ids.insert(result.ids.end(), text.begin(), text.end());
+    // Without any prefix the first token has nothing before it and cannot be scored.
+    context_ids = std::max<std::int64_t>(static_cast<std::int64_t>(options.prefix_ids.size()), 1);
+  } else {
+    // Trailing blanks of the context belong to the continuation, then one encoding is cut at the context's length.
+    const std::size_t kept = pair.context.find_last_not_of(" \n\t\r") + 1;
+    const std::string context = pair.context.substr(0, kept);
+    result.ids = tokenizer.encode(pair.context + pair.continuation, true, false);
+    context_ids = static_cast<std::int64_t>(tokenizer.encode(context, true, false).size());
+    if (context.empty()) context_ids = std::max<std::int64_t>(context_ids, 1);
+  }
+  const auto n = static_cast<std::int64_t>(result.ids.size());
+  result.scored = n - std::max<std::int64_t>(context_ids, 1);
+  if (result.scored < 1) throw input_error(place, "at least one token to score", "none");
+  // lm-eval keeps the last context + 1 ids, the very last of which is only a target.
+  const std::int64_t most = options.context > 0 ? options.context + 1 : n;
+  if (result.scored > most - 1) {
+    throw input_error(place, "a continuation of at most " + std::to_string(most - 1) + " tokens",
+                      std::to_string(result.scored));
+  }
+  if (n > most) result.ids.erase(result.ids.begin(), result.ids.begin() + (n - most));
+  return result;
+}
+
+struct PairScore {
+  double log_prob = 0;
+  bool greedy = true;  // every scored id is the argmax of its row
+};
+
+class Scorer {
+ public:
+  Scorer(LogitsSource& model, const Tokenizer& tokenizer, const TaskOptions& options)
+      : model_(model), tokenizer_(tokenizer), options_(options) {}
+
+  PairScore score(const TaskItem::Pair& pair, const std::string& place) {
+    const Encoded encoded = encode_pair(tokenizer_, pair, options_, place);
+    const std::int64_t vocab = model_.vocab_size();
+    for (const std::int32_t id : encoded.ids) {
+      if (id < 0 || id >= vocab) {
+        throw input_error(place, "ids below the vocabulary size " + std::to_string(vocab), std::to_string(id));
+      }
+    }
+    const std::span<const std::int32_t> input(encoded.ids.data(), encoded.ids.size() - 1);
+    const auto n = static_cast<std::int64_t>(input.size());
+    const std::int64_t first = n - encoded.scored;
+    // Choices of one token share their input: the window is run once.
+    if (!std::equal(input.begin(), input.end(), seen_.begin(), seen_.end()) || first != first_) {
+      seen_.clear();
+      model_.begin(input);
+      rows_.resize(static_cast<std::size_t>(encoded.scored * vocab));
+      model_.logits(first, encoded.scored, rows_.data());
+      seen_.assign(input.begin(), input.end());
+      first_ = first;
+    }
+    PairScore result;
+    for (std::int64_t t = 0; t < encoded.scored; ++t) {
+      const float* row = rows_.data() + t * vocab;
+      const std::int32_t target = encoded.ids[static_cast<std::size_t>(first + t + 1)];
+      RowSoftmax softmax;
+      if (!row_softmax(row, vocab, softmax)) throw failure(model_.name(), "finite logits", "NaN or infinity at " + place);
+      result.log_prob += softmax.log_prob(row, target);
+      result.greedy = result.greedy && softmax.argmax == target;
+    }
+    return result;
+  }
+
+ private:
+  LogitsSource& model_;
+  const Tokenizer& tokenizer_;
+  const TaskOptions& options_;
+  std::vector<std::int32_t> seen_;
+  std::int64_t first_ = 0;
+  std::vector<float> rows_;
+};
+
+std::int64_t first_maximum(const std::vector<double>& values) {
+  return std::max_element(values.begin(), values.end()) - values.begin();
+}
+
+}  // namespace
+
+Task read_task(const fs::path& jsonl, std::int64_t limit) {
+  std::error_code error;
+  if (!fs::is_regular_file(jsonl, error)) throw input_error(jsonl.string(), "a jsonl file", "no such file");
+  std::ifstream in(jsonl, std::ios::binary);
+  if (!in) throw input_error(jsonl.string(), "a readable file", "cannot be opened");
+  Task task;
+  task.name = jsonl.stem().string();
+  std::optional<Shape> shape;
+  std::string text;
+  for (std::int64_t number = 1; std::getline(in, text); ++number) {
+    if (std::all_of(text.begin(), text.end(), is_blank)) continue;
+    const std::string place = jsonl.string() + ":" + std::to_string(number);
+    if (text.size() > kMaxLine) throw input_error(place, "a line of at most 16 MiB", std::to_string(text.size()) + " bytes");
+    const Json json = parse_json(text, place);
+    if (!json.is_object()) throw input_error(place, "a JSON object", json.type_name());
+    const Line line(json, place);
+    if (!shape) {
+      shape = shape_of(line);
+      task.kind = *shape == Shape::kPair           ? TaskKind::kMinimalPair
+                  : *shape == Shape::kContinuation ? TaskKind::kContinuation
+                                                   : TaskKind::kMultipleChoice;
+    }
+    task.items.push_back(item_of(line, *shape));
+    if (limit > 0 && static_cast<std::int64_t>(task.items.size()) == limit) break;
+  }
+  if (task.items.empty()) throw input_error(jsonl.string(), "at least one task item", "an empty file");
+  return task;
+}
+
+TaskResult score_task(LogitsSource& model, const Tokenizer& tokenizer, const Task& task, const TaskOptions& options,
+                      Progress& progress) {
+  TaskResult result;
+  result.name = task.name;
+  result.kind = task.kind;
+  result.items = static_cast<std::int64_t>(task.items.size());
+  Scorer scorer(model, tokenizer, options);
+  std::vector<double> right, right_norm, log_probs;
+  progress.begin(task.name, result.items);
+  for (std::size_t i = 0; i < task.items.size(); ++i) {
+    throw_if_interrupted("eval", "run the same command again");
+    const TaskItem& item = task.items[i];
+    const std::string place = task.name + " item " + std::to_string(i + 1);
+    std::vector<double> plain, normed;
+    bool greedy = false;
+    for (const TaskItem::Pair& pair : item.pairs) {
+      const PairScore score = scorer.score(pair, place);
+      plain.push_back(score.log_prob);
+      normed.push_back(score.log_prob / static_cast<double>(std::max<std::int64_t>(pair.characters, 1)));
+      greedy = score.greedy;
+    }
+    if (task.kind == TaskKind::kContinuation) {
+      log_probs.push_back(plain[0]);
+      result.picks.push_back(greedy ? 1 : 0);
+      right.push_back(greedy ? 1 : 0);
+    } else {
+      result.picks.push_back(first_maximum(plain));
+      // A tie between the sentences of a minimal pair shows no preference for the good one.
+      const bool tie = task.kind == TaskKind::kMinimalPair && plain[0] == plain[1];
+      right.push_back(result.picks.back() == item.gold && !tie ? 1 : 0);
+      right_norm.push_back(first_maximum(normed) == item.gold ? 1 : 0);
+    }
+    progress.update(static_cast<std::int64_t>(i + 1));
+  }
+  progress.end();
+  result.accuracy = plain_mean(right);
+  if (task.kind == TaskKind::kMultipleChoice) result.accuracy_norm = plain_mean(right_norm);
+  if (task.kind == TaskKind::kContinuation) {
+    const Estimate mean = plain_mean(log_probs);
+    Estimate perplexity{std::exp(-mean.value), {}};
+    if (mean.standard_error) perplexity.standard_error = perplexity.value * *mean.standard_error;
+    result.perplexity = perplexity;
+  }
+  return result;
+}
+
+void set_agreement(TaskResult& result, const TaskResult& original) {
+  if (result.picks.size() != original.picks.size()) {
+    throw failure(result.name, std::to_string(original.picks.size()) + " picks", std::to_string(result.picks.size()));
+  }
+  std::vector<double> same(result.picks.size());
+  for (std::size_t i = 0; i < same.size(); ++i) same[i] = result.picks[i] == original.picks[i] ? 1 : 0;
+  result.agreement = plain_mean(same);
+}
+
+void add_rows(const TaskResult& result, const TaskResult* original, const std::string& stage, Report& report) {
+  const auto row = [&](const char* metric, const Estimate& value, const Estimate* before, const char* unit) {
+    const std::optional<double> was = before ? std::optional<double>(before->value) : std::nullopt;
+    report.add({stage, result.name + " " + metric, was, value.value, unit, value.standard_error});
+  };
+  row("acc", result.accuracy, original ? &original->accuracy : nullptr, "share");
+  if (result.accuracy_norm) {
+    row("acc_norm", *result.accuracy_norm, original ? &*original->accuracy_norm : nullptr, "share");
+  }
+  if (result.perplexity) row("perplexity", *result.perplexity, original ? &*original->perplexity : nullptr, "");
+  if (result.agreement) row("agreement", *result.agreement, nullptr, "share");
+}
+
+Json to_json(const TaskResult& result) {
+  const char* kinds[] = {"multiple_choice", "continuation", "minimal_pair"};
+  Json json = {{"task", result.name},
+               {"kind", kinds[static_cast<int>(result.kind)]},
+               {"items", result.items},
+               {"acc", to_json(result.accuracy)}};
+  if (result.accuracy_norm) json["acc_norm"] = to_json(*result.accuracy_norm);
+  if (result.perplexity) json["perplexity"] = to_json(*result.perplexity);
+  if (result.agreement) json["agreement"] = to_json(*result.agreement);
+  return json;
+}
+
+}  // namespace pare
