@@ -1,0 +1,282 @@
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <fstream>
+
+#include "core/error.h"
+#include "runtime/engine.h"
+#include "runtime/kernels.h"
+#include "tests/runtime/tiny_model.h"
+
+namespace pare {
+namespace {
+
+using namespace pare::testing;
+
+struct Shape {
+  const char* name;
+  ModelConfig config;
+};
+
+std::vector<Shape> shapes() {
+  std::vector<Shape> all;
+  all.push_back({"gqa, tied, ragged widths", tiny_config("llama", 60, 172, 10, 5, 6, 61, true)});
+  {
+    ModelConfig c = tiny_config("llama", 64, 96, 4, 2, 24, 83, false);
+    c.qkv_bias = c.o_bias = c.mlp_bias = true;
+    c.rope_llama3 = Llama3Rope{8, 1, 4, 64};
+    c.max_position_embeddings = 512;
+    all.push_back({"head_dim of its own, all biases, llama3 rope, untied", c});
+  }
+  {
+    ModelConfig c = tiny_config("qwen2", 96, 160, 6, 2, 16, 70, true);
+    c.rope_linear_factor = 2.5;
+    all.push_back({"qkv bias, linear rope, tied", c});
+  }
+  all.push_back({"one head for each key head", tiny_config("mistral", 128, 256, 4, 4, 32, 64, false)});
+  return all;
+}
+
+std::vector<Codec> codecs() {
+  const auto q4 = CodecKind::kQ4, q4a = CodecKind::kQ4a;
+  return {{CodecKind::kF32, 0}, {CodecKind::kF16, 0}, {CodecKind::kBf16, 0}, {CodecKind::kQ8, 32},
+          {CodecKind::kQ8, Codec::kPerRow}, {q4, 32}, {q4, 64}, {q4, 128}, {q4a, 32}, {q4a, 64}, {q4a, 128}};
+}
+
+bool fits(const ModelConfig& c, const Codec& codec) {
+  return codec.fits(c.hidden_size) && codec.fits(c.intermediate_size) && codec.fits(c.num_heads * c.head_dim);
+}
+
+std::vector<float> all_logits(Session& session, std::int64_t rows, std::int64_t vocab) {
+  std::vector<float> out(static_cast<std::size_t>(rows * vocab));
+  session.logits(0, rows, out.data());
+  return out;
+}
+
+EngineOptions engine_options(const std::string& kernels, bool int8, int threads) {
+  EngineOptions options;
+  options.kernels = kernels;
+  options.int8_activations = int8;
+  options.threads = threads;
+  return options;
+}
+
+// Root mean square of the difference over that of the wanted logits.
+double relative_error(const std::vector<float>& got, const std::vector<std::vector<double>>& want) {
+  double difference = 0, power = 0;
+  std::size_t i = 0;
+  for (const auto& row : want) {
+    for (const double v : row) {
+      difference += (got[i] - v) * (got[i] - v);
+      power += v * v;
+      ++i;
+    }
+  }
+  return std::sqrt(difference / power);
+}
+
+TEST(ForwardTest, EveryIngredientCodecAndInstructionSetMatchesDoubles) {
+  const ScratchFolder scratch;
+  int checked = 0;
+  for (const Shape& shape : shapes()) {
+    for (const Codec& codec : codecs()) {
+      if (!fits(shape.config, codec)) continue;
+      const fs::path path = scratch.path / ("m" + std::to_string(checked) + ".pare");
+      const TinyModel model = write_tiny_model(path, shape.config, codec, static_cast<std::uint32_t>(++checked));
+      const auto ids = random_ids(20, shape.config.vocab_size, 7);
+      const auto exact = BruteForce(model, false).logits(ids);
+      const auto with_int8 = codec.is_float() ? exact : BruteForce(model, true).logits(ids);
+      for (const std::string& kernels : available_kernels()) {
+        for (const bool int8 : {false, true}) {
+          if (int8 && codec.is_float()) continue;
+          Session session(Engine::open(path, engine_options(kernels, int8, 1)));
+          session.feed(ids);
+          const auto got = all_logits(session, 20, shape.config.vocab_size);
+          // Float activations: rounding only. Int8: a value next to a rounding boundary may fall to the other side.
+          EXPECT_LT(relative_error(got, int8 ? with_int8 : exact), int8 ? 4e-3 : 3e-6)
+              << shape.name << ", " << codec.name() << ", " << kernels << (int8 ? ", int8" : ", float");
+        }
+      }
+    }
+  }
+  EXPECT_GT(checked, 20);
+}
+
+TEST(ForwardTest, LongSequencesCrossPagesAndBatches) {
+  const ScratchFolder scratch;
+  const fs::path path = scratch.path / "m.pare";
+  ModelConfig config = tiny_config("llama", 32, 64, 4, 2, 8, 40, true);
+  const TinyModel model = write_tiny_model(path, config, {CodecKind::kF32, 0}, 5);
+  const auto ids = random_ids(290, 40, 3);
+  const auto want = BruteForce(model, false).logits(ids);
+  for (const std::string& kernels : available_kernels()) {
+    Session session(Engine::open(path, engine_options(kernels, false, 2)));
+    session.feed(ids);
+    EXPECT_LT(relative_error(all_logits(session, 290, 40), want), 3e-6) << kernels;
+  }
+}
+
+TEST(ForwardTest, IncrementalDecodingAndAnyThreadCountGiveTheBitsOfOnePrefill) {
+  const ScratchFolder scratch;
+  int file = 0;
+  for (const Shape& shape : shapes()) {
+    for (const Codec& codec : {Codec{CodecKind::kF32, 0}, Codec{CodecKind::kBf16, 0}, Codec{CodecKind::kQ8, 32}, Codec{CodecKind::kQ4, 32}, Codec{CodecKind::kQ4a, 32}}) {
+      if (!fits(shape.config, codec)) continue;
+      const fs::path path = scratch.path / (std::to_string(file++) + ".pare");
+      write_tiny_model(path, shape.config, codec, 11);
+      const std::int64_t vocab = shape.config.vocab_size, count = 141;
+      const auto ids = random_ids(count, vocab, 4);
+      for (const std::string& kernels : available_kernels()) {
+        for (const bool int8 : {false, true}) {
+          const auto engine = Engine::open(path, engine_options(kernels, int8, 1));
+          Session whole(engine);
+          whole.feed(ids);
+          const auto want = all_logits(whole, count, vocab);
+
+          Session threads(Engine::open(path, engine_options(kernels, int8, 2)));
+          threads.feed(ids);
+          EXPECT_EQ(want, all_logits(threads, count, vocab)) << shape.name << ", " << codec.name() << ", " << kernels << ", 2 threads";
+
+          // Pieces of 1, 2, 3, ... tokens, after a reset that must leave nothing behind.
+          Session pieces(engine);
+          pieces.feed(random_ids(50, vocab, 99));
+          pieces.reset();
+          std::vector<float> got;
+          std::int64_t at = 0;
+          for (std::int64_t step = 1; at < count; ++step) {
+            const std::int64_t n = std::min(step, count - at);
+            pieces.feed({ids.data() + at, static_cast<std::size_t>(n)});
+            const auto part = all_logits(pieces, n, vocab);
+            got.insert(got.end(), part.begin(), part.end());
+            at += n;
+          }
+          EXPECT_EQ(want, got) << shape.name << ", " << codec.name() << ", " << kernels << ", pieces";
+        }
+      }
+    }
+  }
+}
+
+TEST(ForwardTest, LogitsOfAnyRowsAndRefusals) {
+  const ScratchFolder scratch;
+  const fs::path path = scratch.path / "m.pare";
+  const ModelConfig config = tiny_config("llama", 32, 64, 4, 2, 8, 40, true);
+  write_tiny_model(path, config, {CodecKind::kQ4, 32}, 5);
+  const auto engine = Engine::open(path);
+  Session session(engine, 30);
+  const auto ids = random_ids(25, 40, 1);
+  session.feed(ids);
+  const auto all = all_logits(session, 25, 40);
+  for (const auto& [first, count] : {std::pair{0, 1}, {24, 1}, {7, 13}, {3, 0}}) {
+    std::vector<float> some(static_cast<std::size_t>(count * 40));
+    session.logits(first, count, some.data());
+    EXPECT_TRUE(std::equal(some.begin(), some.end(), all.begin() + first * 40));
+  }
+  std::vector<float> out(80);
+  EXPECT_THROW(session.logits(24, 2, out.data()), Error);
+  EXPECT_THROW(session.logits(-1, 1, out.data()), Error);
+
+  // A refused call changes nothing.
+  const auto refused = [&](const std::vector<std::int32_t>& bad) {
+    try {
+      session.feed(bad);
+      ADD_FAILURE() << "accepted";
+    } catch (const Error& e) {
+      EXPECT_EQ(e.code(), ExitCode::kInput);
+    }
+    EXPECT_EQ(session.position(), 25);
+    EXPECT_EQ(all_logits(session, 25, 40), all);
+  };
+  refused(random_ids(6, 40, 2));
+  refused({1, 40});
+  refused({-1});
+  session.feed(random_ids(5, 40, 2));
+  EXPECT_EQ(session.position(), 30);
+  EXPECT_THROW(session.feed(std::vector<std::int32_t>{1}), Error);
+  session.reset();
+  session.feed(ids);
+  EXPECT_EQ(all_logits(session, 25, 40), all);
+}
+
+TEST(ForwardTest, LogitsSourceRestartsAtEachWindow) {
+  const ScratchFolder scratch;
+  const fs::path path = scratch.path / "m.pare";
+  write_tiny_model(path, tiny_config("llama", 32, 64, 4, 2, 8, 40, true), {CodecKind::kQ8, 32}, 5);
+  const auto engine = Engine::open(path);
+  const auto source = runtime_logits(engine);
+  EXPECT_EQ(source->vocab_size(), 40);
+  const auto ids = random_ids(20, 40, 1);
+  Session session(engine);
+  session.feed(ids);
+  const auto want = all_logits(session, 20, 40);
+  std::vector<float> got(want.size());
+  for (int round = 0; round < 2; ++round) {
+    source->begin(random_ids(9, 40, 8));
+    source->begin(ids);
+    source->logits(0, 20, got.data());
+    EXPECT_EQ(got, want);
+  }
+}
+
+// Damaged files: an error or a working model, never a crash, and the same for every length of a cut file.
+TEST(ForwardTest, DamagedFilesNeverCrash) {
+  const ScratchFolder scratch;
+  const fs::path path = scratch.path / "m.pare", bad = scratch.path / "bad.pare";
+  write_tiny_model(path, tiny_config("llama", 32, 64, 4, 2, 8, 40, true), {CodecKind::kQ4a, 32}, 5);
+  const std::string good = read_text(path);
+  const auto try_file = [&](const std::string& bytes) {
+    {
+      std::ofstream out(bad, std::ios::binary | std::ios::trunc);
+      out.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+    }
+    try {
+      Session session(Engine::open(bad, engine_options("", true, 1)));
+      session.feed(std::vector<std::int32_t>{1, 2, 3});
+      std::vector<float> out(static_cast<std::size_t>(3 * 40));
+      session.logits(0, 3, out.data());
+      return true;
+    } catch (const Error& e) {
+      EXPECT_STRNE(e.what(), "");
+      return false;
+    }
+  };
+  ASSERT_TRUE(try_file(good));
+  for (std::size_t length = 0; length < good.size(); length += length < 64 ? 1 : 97) {
+    EXPECT_FALSE(try_file(good.substr(0, length))) << length;
+  }
+  std::uint64_t header = 0;
+  std::memcpy(&header, good.data(), 8);
+  ASSERT_LT(header, good.size());
+  std::mt19937 rng(1);
+  int refused = 0;
+  for (int round = 0; round < 400; ++round) {
+    std::string bytes = good;
+    for (std::uint32_t flips = 1 + rng() % 3; flips > 0; --flips) {
+      const std::size_t at = rng() % (8 + header);
+      bytes[at] = static_cast<char>(bytes[at] ^ (1 << rng() % 8));
+    }
+    refused += !try_file(bytes);
+  }
+  EXPECT_GT(refused, 100);
+  for (int round = 0; round < 100; ++round) {  // damaged weights: numbers change, nothing else may
+    std::string bytes = good;
+    bytes[8 + header + rng() % (good.size() - 8 - header)] ^= static_cast<char>(1 << rng() % 8);
+    try_file(bytes);
+  }
+}
+
+TEST(EngineTest, OptionsAreResolvedAndChecked) {
+  const ScratchFolder scratch;
+  const fs::path path = scratch.path / "m.pare";
+  write_tiny_model(path, tiny_config("llama", 32, 64, 4, 2, 8, 40, true), {CodecKind::kQ4, 32}, 5);
+  EXPECT_GT(Engine::open(path)->options().threads, 0);
+  EXPECT_EQ(Engine::open(path, engine_options("plain", true, 3))->options().kernels, "plain");
+  EXPECT_EQ(Engine::open(path, engine_options("plain", true, 3))->options().threads, 3);
+  EXPECT_THROW(Engine::open(path, engine_options("mmx", true, 1)), Error);
+  EXPECT_THROW(Engine::open(path, engine_options("", true, -1)), Error);
+  EXPECT_THROW(Engine::open(scratch.path / "absent.pare"), Error);
+  EXPECT_THROW(Engine::open(path)->tokenizer(), Error);  // none inside
+}
+
+}  // namespace
+}  // namespace pare
