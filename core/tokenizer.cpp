@@ -108,7 +108,7 @@ std::vector<std::int32_t> Tokenizer::encode(std::string_view text, bool add_spec
       text, false, parse_special,
       [&](std::string_view raw, bool at_start) {
         std::string normal;
-        if (!impl.normalizer.empty()) raw = normal = impl.normalizer.apply(raw);
+        if (!impl.normalizer.empty()) raw = normal = impl.normalizer.apply(raw, &at_start);
         impl.added.split(
             raw, true, parse_special,
             [&](std::string_view piece, bool first) { impl.pre_tokenizer.apply(piece, at_start && first, on_word); },

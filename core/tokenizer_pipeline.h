@@ -18,7 +18,9 @@ class Normalizer {
  public:
   void load(const Node& node);  // null: nothing happens
   bool empty() const { return steps_.empty(); }
-  std::string apply(std::string_view text) const;
+  // front_kept becomes false when characters at the beginning were removed: what is left then no longer begins where
+  // the original text begins (Metaspace "first" asks).
+  std::string apply(std::string_view text, bool* front_kept = nullptr) const;
 
  private:
   enum class Kind { kPrepend, kReplace, kNfc, kNfd, kNfkc, kNfkd, kLowercase, kStrip, kStripAccents, kByteLevel };
