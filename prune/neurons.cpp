@@ -13,10 +13,6 @@ namespace {
 
 using Matrix = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
-double element(const float* gram, std::int64_t neurons, std::int64_t i, std::int64_t j) {
-  return i <= j ? gram[i * neurons + j] : gram[j * neurons + i];
-}
-
 std::vector<std::int64_t> complement(std::int64_t count, const std::vector<std::int64_t>& kept) {
   std::vector<std::int64_t> out;
   std::size_t next = 0;
@@ -27,12 +23,12 @@ std::vector<std::int64_t> complement(std::int64_t count, const std::vector<std::
   return out;
 }
 
-Matrix gram_block(const float* gram, std::int64_t neurons, const std::vector<std::int64_t>& rows,
+Matrix gram_block(const double* gram, std::int64_t neurons, const std::vector<std::int64_t>& rows,
                   const std::vector<std::int64_t>& cols) {
   Matrix out(static_cast<Eigen::Index>(rows.size()), static_cast<Eigen::Index>(cols.size()));
   for (std::size_t i = 0; i < rows.size(); ++i)
     for (std::size_t j = 0; j < cols.size(); ++j)
-      out(static_cast<Eigen::Index>(i), static_cast<Eigen::Index>(j)) = element(gram, neurons, rows[i], cols[j]);
+      out(static_cast<Eigen::Index>(i), static_cast<Eigen::Index>(j)) = gram[rows[i] * neurons + cols[j]];
   return out;
 }
 
@@ -84,7 +80,7 @@ std::vector<float> take_rows(const float* matrix, std::int64_t cols, const std::
   return out;
 }
 
-std::vector<float> corrected_down(const float* down, const float* gram, std::int64_t outputs, std::int64_t neurons,
+std::vector<float> corrected_down(const float* down, const double* gram, std::int64_t outputs, std::int64_t neurons,
                                   const std::vector<std::int64_t>& kept, double damping) {
   const std::vector<std::int64_t> removed = complement(neurons, kept);
   Matrix weights = columns(down, outputs, neurons, kept);
@@ -104,7 +100,7 @@ std::vector<float> corrected_down(const float* down, const float* gram, std::int
   return out;
 }
 
-double relative_error(const float* down, const float* pruned, const float* gram, std::int64_t outputs,
+double relative_error(const float* down, const float* pruned, const double* gram, std::int64_t outputs,
                       std::int64_t neurons, const std::vector<std::int64_t>& kept) {
   // Differences in the original columns: W - W' on the kept ones, W on the removed ones.
   Matrix full(outputs, neurons), difference(outputs, neurons);
@@ -113,9 +109,7 @@ double relative_error(const float* down, const float* pruned, const float* gram,
   for (std::int64_t i = 0; i < outputs; ++i)
     for (std::size_t j = 0; j < kept.size(); ++j)
       difference(i, kept[j]) -= pruned[static_cast<std::size_t>(i) * kept.size() + j];
-  Matrix moment(neurons, neurons);
-  for (std::int64_t i = 0; i < neurons; ++i)
-    for (std::int64_t j = 0; j < neurons; ++j) moment(i, j) = element(gram, neurons, i, j);
+  const Eigen::Map<const Matrix> moment(gram, neurons, neurons);
   const double error = (difference * moment).cwiseProduct(difference).sum();
   const double size = (full * moment).cwiseProduct(full).sum();
   return size > 0 ? std::max(error, 0.0) / size : 0.0;

@@ -11,20 +11,20 @@ namespace {
 constexpr std::int64_t kOut = 6, kNeurons = 12, kTokens = 400;
 
 struct Layer {
-  std::vector<float> down, inputs, gram;  // inputs [kTokens, kNeurons]
-  std::vector<double> mean_square;
+  std::vector<float> down, inputs;  // inputs [kTokens, kNeurons]
+  std::vector<double> gram, mean_square;
 };
 
 void finish(Layer& layer) {
-  layer.gram.assign(kNeurons * kNeurons, 0.0f);
+  layer.gram.assign(kNeurons * kNeurons, 0.0);
   layer.mean_square.assign(kNeurons, 0.0);
   for (std::int64_t i = 0; i < kNeurons; ++i)
-    for (std::int64_t j = i; j < kNeurons; ++j) {
+    for (std::int64_t j = 0; j < kNeurons; ++j) {
       double sum = 0;
       for (std::int64_t t = 0; t < kTokens; ++t)
         sum += static_cast<double>(layer.inputs[static_cast<std::size_t>(t * kNeurons + i)]) *
                layer.inputs[static_cast<std::size_t>(t * kNeurons + j)];
-      layer.gram[static_cast<std::size_t>(i * kNeurons + j)] = static_cast<float>(sum / kTokens);
+      layer.gram[static_cast<std::size_t>(i * kNeurons + j)] = sum / kTokens;
       if (i == j) layer.mean_square[static_cast<std::size_t>(i)] = sum / kTokens;
     }
 }

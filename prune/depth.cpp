@@ -1,0 +1,205 @@
+// Removing whole decoder blocks: the ones without which the predictions change least, measured, one at a time.
+#include <algorithm>
+#include <numeric>
+
+#include "core/error.h"
+#include "prune/measure.h"
+#include "prune/method.h"
+
+namespace pare {
+namespace {
+
+// Activations of candidates that advance side by side; more candidates than fit are taken in groups.
+constexpr std::uint64_t kStreamBudget = std::uint64_t{1} << 30;
+
+struct Choice {
+  int block = 0;                    // index in the original model
+  std::vector<int> candidates;      // original indices, in order
+  std::vector<double> costs;        // mean KL against the original without that block
+  std::vector<double> errors;       // their standard errors over windows
+};
+
+Json to_json(const Choice& choice) {
+  return {{"block", choice.block}, {"candidates", choice.candidates}, {"costs", choice.costs}, {"errors", choice.errors}};
+}
+Choice from_json(const Json& json, const std::string& place) {
+  try {
+    return {json.at("block").get<int>(), json.at("candidates").get<std::vector<int>>(),
+            json.at("costs").get<std::vector<double>>(), json.at("errors").get<std::vector<double>>()};
+  } catch (const Json::exception& problem) {
+    throw failure(place, "the choices of an earlier run", problem.what(), "remove this folder and run again");
+  }
+}
+
+std::uint64_t stream_bytes(const ModelConfig& config, std::int64_t windows, std::int64_t length) {
+  return 4 * static_cast<std::uint64_t>(windows) * static_cast<std::uint64_t>(length) *
+         static_cast<std::uint64_t>(config.hidden_size);
+}
+
+int group_size(const ModelConfig& config, std::int64_t windows, std::int64_t length) {
+  const std::uint64_t fit = kStreamBudget / std::max<std::uint64_t>(1, stream_bytes(config, windows, length));
+  return static_cast<int>(std::clamp<std::uint64_t>(fit, 1, 4096));
+}
+
+// The blocks `alive` without each one in turn. The activations before a candidate are those of the unchanged model, so
+// they are carried once; every candidate of a group then advances through the blocks behind it, each loaded once.
+class CostMeter {
+ public:
+  explicit CostMeter(PruneJob& job)
+      : job_(job), device_(parse_device(job.options.get<std::string>("device"))),
+        shards_(window_shards(job.windows, device_)), head_(load_head(job.model, device_)),
+        rope_(rope_tables(job.model.config(), job.windows.length, device_)),
+        group_(group_size(job.model.config(), job.windows.count, job.windows.length)) {
+    original_ = embed_stream(job.model, shards_, device_);
+    for (int layer = 0; layer < job.model.config().num_layers; ++layer) step(layer, {&original_});
+  }
+
+  Choice measure(const std::vector<int>& alive, int round, int rounds) {
+    Choice choice;
+    const auto count = static_cast<int>(alive.size());
+    job_.context.progress->begin("depth " + std::to_string(round + 1) + "/" + std::to_string(rounds), count);
+    Stream prefix = embed_stream(job_.model, shards_, device_);
+    for (int first = 0; first < count; first += group_) {
+      const int end = std::min(first + group_, count);
+      std::vector<Stream> candidates;
+      candidates.reserve(static_cast<std::size_t>(end - first));
+      for (int at = first; at < count; ++at) {
+        std::vector<Stream*> moving;
+        for (Stream& stream : candidates) moving.push_back(&stream);
+        if (at < end) {
+          candidates.push_back(prefix);  // skips block `at`
+          moving.push_back(&prefix);
+        }
+        step(alive[static_cast<std::size_t>(at)], moving);
+      }
+      std::vector<const Stream*> others;
+      for (const Stream& stream : candidates) others.push_back(&stream);
+      const auto results =
+          compare_streams(original_, head_, others, head_, shards_, device_, job_.context.threads);
+      for (int at = first; at < end; ++at) {
+        choice.candidates.push_back(alive[static_cast<std::size_t>(at)]);
+        choice.costs.push_back(results[static_cast<std::size_t>(at - first)].kl);
+        choice.errors.push_back(results[static_cast<std::size_t>(at - first)].kl_error);
+      }
+      job_.context.progress->update(end);
+    }
+    job_.context.progress->end();
+    const auto best = std::min_element(choice.costs.begin(), choice.costs.end());  // of equal ones the first
+    choice.block = choice.candidates[static_cast<std::size_t>(best - choice.costs.begin())];
+    return choice;
+  }
+
+ private:
+  void step(int layer, const std::vector<Stream*>& streams) {
+    DecoderBlock block = load_block(job_.model, layer, device_);
+    advance(block, rope_, streams, device_, job_.context.threads);
+  }
+
+  PruneJob& job_;
+  torch::Device device_;
+  std::vector<torch::Tensor> shards_;
+  Head head_;
+  RopeTables rope_;
+  int group_;
+  Stream original_;
+};
+
+ModelConfig shorter(const ModelConfig& config, const Options& options) {
+  const auto remove = options.get<std::int64_t>("remove");
+  if (remove >= config.num_layers)
+    throw usage_error("--remove", "fewer than the model's " + std::to_string(config.num_layers) + " blocks",
+                      std::to_string(remove));
+  ModelConfig out = config;
+  out.num_layers -= remove;
+  return out;
+}
+
+// Lists with one entry per block (transformers 5: "layer_types") lose the entries of the removed blocks.
+void drop_per_layer_entries(Json& source, const std::vector<int>& kept, std::int64_t layers) {
+  for (const char* key : {"layer_types", "no_rope_layers"}) {
+    const auto found = source.find(key);
+    if (found == source.end() || !found->is_array() || found->size() != static_cast<std::size_t>(layers)) continue;
+    Json shortened = Json::array();
+    for (const int layer : kept) shortened.push_back((*found)[static_cast<std::size_t>(layer)]);
+    *found = shortened;
+  }
+}
+
+void run(PruneJob& job) {
+  const auto rounds = static_cast<int>(job.options.get<std::int64_t>("remove"));
+  const fs::path file = job.state / "depth.json";
+  Json choices = fs::exists(file) ? read_json(file) : Json::array();
+  std::vector<int> alive(static_cast<std::size_t>(job.model.config().num_layers));
+  std::iota(alive.begin(), alive.end(), 0);
+  std::unique_ptr<CostMeter> meter;
+  for (int round = 0; round < rounds; ++round) {
+    Choice choice;
+    if (static_cast<std::size_t>(round) < choices.size()) {
+      choice = from_json(choices[static_cast<std::size_t>(round)], file.string());
+    } else {
+      if (!meter) {
+        for (const TensorSpec& spec : job.model.tensors()) {  // a NaN would make every cost NaN
+          read_finite(job.model, spec.name);
+          job.model.release(spec.name);
+        }
+        meter = std::make_unique<CostMeter>(job);
+      }
+      choice = meter->measure(alive, round, rounds);
+      choices.push_back(to_json(choice));
+      write_text(file, choices.dump());
+    }
+    std::erase(alive, choice.block);
+    for (std::size_t i = 0; i < choice.candidates.size(); ++i)
+      job.context.report.add({"prune",
+                              "mean_kl without block " + std::to_string(choice.candidates[i]) +
+                                  (choice.candidates[i] == choice.block ? " (removed)" : "") + ", round " +
+                                  std::to_string(round + 1),
+                              std::nullopt, choice.costs[i], "nats", choice.errors[i]});
+  }
+  meter.reset();
+
+  ModelConfig config = shorter(job.model.config(), job.options);
+  drop_per_layer_entries(config.source, alive, job.model.config().num_layers);
+  CheckpointWriter writer(job.work, config, job.dtype);
+  for (int layer = 0; layer < static_cast<int>(alive.size()); ++layer) {
+    throw_if_interrupted("prune", "run the same command again");
+    if (writer.has_piece(block_piece(layer))) continue;
+    const int from = alive[static_cast<std::size_t>(layer)];
+    const std::string prefix = block_tensor(from, "");
+    writer.begin_piece(block_piece(layer));
+    for (const TensorSpec& spec : job.model.tensors()) {
+      if (spec.layer != from) continue;
+      writer.put(block_tensor(layer, spec.name.substr(prefix.size())), read_finite(job.model, spec.name).data());
+      job.model.release(spec.name);
+    }
+    writer.end_piece();
+  }
+  copy_outer_tensors(job, writer);
+  writer.copy_side_files(job.model.folder());
+  writer.finish();
+}
+
+std::uint64_t peak(const ModelConfig& config, const Options& options) {
+  const auto samples = options.get<std::int64_t>("samples"), length = options.get<std::int64_t>("context");
+  const std::uint64_t streams = static_cast<std::uint64_t>(
+      std::min<std::int64_t>(group_size(config, samples, length), config.num_layers) + 2);
+  return streams * stream_bytes(config, samples, length);
+}
+
+double passes(const ModelConfig& config, const Options& options) {
+  double blocks = static_cast<double>(config.num_layers);  // the original
+  for (std::int64_t round = 0; round < options.get<std::int64_t>("remove"); ++round) {
+    const auto alive = static_cast<double>(config.num_layers - round);
+    blocks += alive * (alive - 1) / 2 + alive;
+  }
+  return blocks / static_cast<double>(config.num_layers);
+}
+
+}  // namespace
+
+PruneMethod depth_method() {
+  return {"depth", "remove the blocks whose removal changes the predictions least, one at a time", true, {"remove"}, {},
+          shorter, run, peak, passes};
+}
+
+}  // namespace pare

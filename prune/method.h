@@ -1,0 +1,60 @@
+// What a pruning method is to the stage: one row of a table, one file each.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "core/checkpoint.h"
+#include "core/context.h"
+#include "core/options.h"
+#include "model/blocks.h"
+
+namespace pare {
+
+// What the stage hands to a method. `work` is the folder of the transaction; what a method leaves under `state`
+// survives a kill and is removed before the folder appears under its final name.
+struct PruneJob {
+  const Checkpoint& model;
+  const Options& options;
+  Context& context;
+  CalibrationWindows windows;  // empty when the run has no --text
+  fs::path work, state;
+  std::string dtype;           // storage of the float tensors: as in the input
+};
+
+struct PruneMethod {
+  std::string name;
+  std::string summary;
+  bool needs_text = false;             // works on calibration text; otherwise text serves the measurement alone
+  std::vector<std::string> needs;      // options of which exactly one must be given
+  std::vector<std::string> takes;      // further options that mean something to it
+  // Config of the result as far as it is known in advance. Errors: exit 2 for values that do not fit this model.
+  ModelConfig (*result)(const ModelConfig& config, const Options& options) = nullptr;
+  // Writes every tensor and finishes the folder in job.work; resumes from what an earlier run left there.
+  void (*run)(PruneJob& job) = nullptr;
+  // Bytes on top of one block's weights, and forward passes over the calibration text.
+  std::uint64_t (*peak_bytes)(const ModelConfig& config, const Options& options) = nullptr;
+  double (*passes)(const ModelConfig& config, const Options& options) = nullptr;
+};
+
+const std::vector<PruneMethod>& prune_methods();
+
+// unstructured.cpp
+PruneMethod magnitude_method();
+PruneMethod wanda_method();
+PruneMethod random_method();
+// depth.cpp, width.cpp
+PruneMethod depth_method();
+PruneMethod ffn_width_method();
+
+// Elements of a tensor as float32. Exit 3 when one of them is NaN or infinite.
+std::vector<float> read_finite(const Checkpoint& model, const std::string& name);
+void check_finite(const float* values, std::size_t count, const std::string& place);
+// Name of a tensor in decoder block `layer`: ("mlp.up_proj.weight", 3) -> "model.layers.3.mlp.up_proj.weight".
+std::string block_tensor(int layer, const std::string& inside);
+std::string block_piece(int layer);  // name of the durable piece that holds the block
+// Embedding, final norm and head as they are, as one piece.
+void copy_outer_tensors(const PruneJob& job, CheckpointWriter& writer);
+
+}  // namespace pare

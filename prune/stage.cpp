@@ -1,0 +1,357 @@
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <thread>
+
+#include "core/error.h"
+#include "core/file.h"
+#include "prune/measure.h"
+#include "prune/method.h"
+#include "prune/prune.h"
+
+namespace pare {
+namespace {
+
+constexpr const char* kManifest = "prune.json";  // inside the work folder
+constexpr const char* kState = "prune.state";
+constexpr const char* kWritten = "written.json";  // in the state folder: the rows of a method whose folder is complete
+constexpr int kManifestVersion = 1;
+
+std::vector<OptionDecl> option_table() {
+  std::vector<std::string> methods;
+  std::string method_help = "what to remove:";
+  for (const PruneMethod& method : prune_methods()) {
+    methods.push_back(method.name);
+    method_help += (methods.size() == 1 ? " " : "; ") + method.name + ": " + method.summary;
+  }
+  return {
+      {.name = "model", .type = OptionType::kPath, .help = "model folder to prune (float weights)", .required = true},
+      {.name = "out", .type = OptionType::kPath, .help = "model folder to write; must not exist", .required = true},
+      {.name = "method", .type = OptionType::kText, .help = method_help, .choices = methods, .required = true},
+      {.name = "sparsity", .type = OptionType::kNumber,
+       .help = "magnitude, wanda, random: fraction of the weights of the decoder blocks' linears to zero",
+       .minimum = 0.0, .maximum = 0.99},
+      {.name = "pattern", .type = OptionType::kText,
+       .help = "magnitude, wanda, random: N:M, N weights kept of every M inputs, instead of --sparsity"},
+      {.name = "remove", .type = OptionType::kInteger, .help = "depth: number of decoder blocks to remove", .minimum = 1},
+      {.name = "ffn", .type = OptionType::kInteger,
+       .help = "ffn-width: MLP neurons to keep in every block, rounded up to --multiple-of", .minimum = 1},
+      {.name = "multiple-of", .type = OptionType::kInteger,
+       .help = "ffn-width: multiple that the kept neurons are rounded up to (default 32)", .minimum = 1},
+      {.name = "no-correction", .type = OptionType::kFlag,
+       .help = "ffn-width: leave down_proj as it is instead of refitting it to the kept neurons", .default_value = false},
+      {.name = "damping", .type = OptionType::kNumber,
+       .help = "ffn-width: damping of the refit, relative to the mean second moment (default 0.01)", .minimum = 1e-9,
+       .maximum = 100.0},
+      {.name = "text", .type = OptionType::kTextList, .help = "calibration text: .txt or .jsonl files, or folders of them"},
+      {.name = "samples", .type = OptionType::kInteger, .help = "calibration windows", .default_value = 128, .minimum = 1},
+      {.name = "context", .type = OptionType::kInteger, .help = "tokens per calibration window", .default_value = 512,
+       .minimum = 2},
+      {.name = "device", .type = OptionType::kText, .help = "cpu, cuda or cuda:N", .default_value = "cpu"},
+  };
+}
+
+const PruneMethod& method_of(const Options& options) {
+  const auto name = options.get<std::string>("method");
+  for (const PruneMethod& method : prune_methods())
+    if (method.name == name) return method;
+  throw usage_error("--method", "a method of the table", name);
+}
+
+bool is_set(const Options& options, const std::string& name) {
+  return options.has(name) && options.resolved().at(name) != Json(false);
+}
+
+// Options that belong to other methods are refused rather than ignored.
+void check_options(const PruneMethod& method, const Options& options) {
+  std::vector<std::string> problems;
+  int given = 0;
+  std::string names;
+  for (const std::string& name : method.needs) {
+    given += is_set(options, name) ? 1 : 0;
+    names += (names.empty() ? "--" : " or --") + name;
+  }
+  if (given != 1)
+    problems.push_back(given == 0 ? "needs " + names : "takes one of " + names + ", not both");
+  for (const char* name : {"sparsity", "pattern", "remove", "ffn", "multiple-of", "no-correction", "damping"}) {
+    const auto in = [&](const std::vector<std::string>& list) {
+      return std::find(list.begin(), list.end(), name) != list.end();
+    };
+    if (is_set(options, name) && !in(method.needs) && !in(method.takes))
+      problems.push_back("has no use for --" + std::string(name));
+  }
+  if (is_set(options, "no-correction") && is_set(options, "damping"))
+    problems.push_back("has no use for --damping with --no-correction");
+  const bool text = options.has("text") && !options.resolved().at("text").empty();
+  if (method.needs_text && !text) problems.push_back("needs calibration text: --text FILE");
+  if (problems.empty()) return;
+  std::string all;
+  for (const std::string& problem : problems) all += (all.empty() ? "" : "; ") + problem;
+  throw usage_error("--method " + method.name, "options that fit the method", all);
+}
+
+void check_model(const Checkpoint& model) {
+  for (const TensorSpec& spec : model.tensors())
+    if (model.is_quantized(spec.name))
+      throw input_error(model.folder().string(), "float weights", spec.name + " as " + model.codec(spec.name).name(),
+                        "prune first, then quantize: codes cannot be pruned without rounding again");
+}
+
+std::vector<fs::path> text_paths(const Options& options) {
+  std::vector<fs::path> paths;
+  if (options.has("text"))
+    for (const auto& path : options.get<std::vector<std::string>>("text")) paths.emplace_back(path);
+  return paths;
+}
+
+void check_text(const Options& options, const Checkpoint& model) {
+  const auto paths = text_paths(options);
+  if (paths.empty()) return;
+  for (const fs::path& path : paths)
+    if (!fs::exists(path)) throw input_error(path.string(), "a text file or folder", "nothing there");
+  if (!fs::exists(model.folder() / "tokenizer.json"))
+    throw input_error((model.folder() / "tokenizer.json").string(), "the model's tokenizer", "nothing there",
+                      "calibration text has to be turned into tokens");
+  if (options.get<std::int64_t>("context") > model.config().max_position_embeddings)
+    throw usage_error("--context", "at most the model's " + std::to_string(model.config().max_position_embeddings) +
+                                       " positions", std::to_string(options.get<std::int64_t>("context")));
+}
+
+// All float tensors keep their dtype; where a folder mixes several, float32 holds them all exactly.
+std::string storage_dtype(const Checkpoint& model) {
+  for (const TensorSpec& spec : model.tensors())
+    if (model.dtype(spec.name) != model.dtype(model.tensors().front().name)) return "float32";
+  return model.float_dtype();
+}
+
+std::uint64_t dtype_bytes(const std::string& dtype) { return dtype == "float32" ? 4 : 2; }
+
+// The work folder belongs to one set of options, one input and one choice of windows.
+void claim_work_folder(const PruneJob& job) {
+  Json options = job.options.resolved();
+  for (const char* key : {"model", "out", "text"}) options.erase(key);  // by content below
+  const Json manifest = {{"version", kManifestVersion},
+                         {"options", options},
+                         {"seed", job.context.seed},
+                         {"input", job.model.content_hash()},
+                         {"dtype", job.dtype},
+                         {"windows", job.windows.count > 0 ? Json(job.windows.hash()) : Json()}};
+  const fs::path file = job.work / kManifest;
+  if (fs::exists(file)) {
+    if (read_json(file) != manifest)
+      throw usage_error(job.work.string(), "an unfinished run of this very command",
+                        "one with other options, another input or other text",
+                        "remove that folder, or finish the command it belongs to");
+    job.context.progress->note("Continuing the unfinished run in " + job.work.string());
+  } else {
+    fs::create_directories(job.state);
+    write_text(file, manifest.dump(1));
+  }
+  fs::create_directories(job.state);
+}
+
+std::uint64_t zeros(const std::vector<float>& values) {
+  return static_cast<std::uint64_t>(std::count(values.begin(), values.end(), 0.0f));
+}
+
+// Zeros of each kind of linear, counted in what was written, against what was asked.
+void report_sparsity(const PruneJob& job, const Checkpoint& result, Json& summary) {
+  struct Count {
+    std::uint64_t before = 0, after = 0, all = 0;
+  };
+  std::map<std::string, Count> kinds;
+  Count total;
+  for (const TensorSpec& spec : result.tensors()) {
+    if (spec.role != TensorRole::kLinear || spec.layer < 0) continue;
+    Count& kind = kinds[spec.module];
+    const auto before = zeros(job.model.read_f32(spec.name)), after = zeros(result.read_f32(spec.name));
+    const auto all = static_cast<std::uint64_t>(spec.shape[0] * spec.shape[1]);
+    for (Count* count : {&kind, &total}) {
+      count->before += before;
+      count->after += after;
+      count->all += all;
+    }
+    job.model.release(spec.name);
+    result.release(spec.name);
+  }
+  const auto fraction = [](std::uint64_t part, std::uint64_t whole) {
+    return static_cast<double>(part) / static_cast<double>(std::max<std::uint64_t>(1, whole));
+  };
+  for (const auto& [module, count] : kinds)
+    job.context.report.add({"prune", "sparsity of " + module, fraction(count.before, count.all),
+                            fraction(count.after, count.all), "fraction", std::nullopt});
+  job.context.report.add({"prune", "sparsity of all block linears", fraction(total.before, total.all),
+                          fraction(total.after, total.all), "fraction", std::nullopt});
+  if (total.after <= total.before)
+    throw failure("prune", "more zeros than before", std::to_string(total.after) + " of " + std::to_string(total.all),
+                  "the model already has this sparsity; ask for more");
+  summary["sparsity"] = fraction(total.after, total.all);
+  const std::int64_t parameters = parameter_count(result.config());
+  job.context.report.add({"prune", "nonzero block parameters", static_cast<double>(total.all - total.before),
+                          static_cast<double>(total.all - total.after), "parameters", std::nullopt});
+  summary["parameters"] = parameters;
+}
+
+Json finish(PruneJob& job, const PruneMethod& method) {
+  Report& report = job.context.report;
+  Json summary = {{"method", method.name}};
+  const Checkpoint result(job.work);
+  const std::int64_t before = parameter_count(job.model.config()), after = parameter_count(result.config());
+  report.add({"prune", "parameters", static_cast<double>(before), static_cast<double>(after), "parameters",
+              std::nullopt});
+  summary["parameters_before"] = before;
+  summary["parameters"] = after;
+  if (after == before) report_sparsity(job, result, summary);
+  if (job.windows.count > 0) {
+    const Divergence d = compare_models(job.model, result, job.windows,
+                                        parse_device(job.options.get<std::string>("device")), job.context);
+    if (!std::isfinite(d.kl))
+      throw failure("prune", "finite predictions of the pruned model", "a divergence of " + std::to_string(d.kl),
+                    "remove less");
+    report.add({"prune", "calibration loss", d.original_loss, d.loss, "nats/token", d.loss_error});
+    report.add({"prune", "calibration mean_kl", std::nullopt, d.kl, "nats/token", d.kl_error});
+    summary["calibration_loss_before"] = d.original_loss;
+    summary["calibration_loss"] = d.loss;
+    summary["calibration_kl"] = d.kl;
+    summary["calibration_kl_stderr"] = d.kl_error;
+  }
+  return summary;
+}
+
+Json run(const Options& options, Context& context) {
+  const PruneMethod& method = method_of(options);
+  check_options(method, options);
+  const Checkpoint model(options.get<std::string>("model"));
+  check_model(model);
+  check_text(options, model);
+  method.result(model.config(), options);
+  parse_device(options.get<std::string>("device"));
+  FolderTransaction folder(options.get<std::string>("out"));
+
+  PruneJob job{model, options, context, {}, folder.work(), folder.work() / kState, storage_dtype(model)};
+  const auto texts = text_paths(options);
+  if (!texts.empty())
+    job.windows = sample_windows(Tokenizer::from_file(model.folder() / "tokenizer.json"), texts,
+                                 options.get<std::int64_t>("samples"), options.get<std::int64_t>("context"),
+                                 context.seed);
+  fs::create_directories(job.work);
+  claim_work_folder(job);
+  Json summary;
+  try {
+    // Killed between here and the rename, only the measurement is repeated.
+    const fs::path written = job.state / kWritten;
+    if (fs::exists(written)) {
+      const Report earlier = Report::from_json(read_json(written), written.string());
+      for (const ReportRow& row : earlier.rows()) context.report.add(row);
+    } else {
+      const std::size_t first = context.report.rows().size();
+      method.run(job);
+      Report own;
+      for (std::size_t i = first; i < context.report.rows().size(); ++i) own.add(context.report.rows()[i]);
+      write_text(written, own.to_json().dump());
+    }
+    summary = finish(job, method);
+  } catch (const Error& error) {
+    if (error.code() == ExitCode::kInput || error.code() == ExitCode::kUsage) folder.discard();
+    throw;
+  }
+  fs::remove(job.work / kManifest);
+  fs::remove_all(job.state);
+  folder.commit();
+  summary["out"] = options.get<std::string>("out");
+  context.print(context.report.table());
+  return summary;
+}
+
+Json plan(const Options& options) {
+  const PruneMethod& method = method_of(options);
+  check_options(method, options);
+  const Checkpoint model(options.get<std::string>("model"));
+  check_model(model);
+  check_text(options, model);
+  parse_device(options.get<std::string>("device"));
+  if (fs::exists(options.get<std::string>("out")))
+    throw usage_error(options.get<std::string>("out"), "a folder that does not exist yet", "an existing one");
+  const ModelConfig config = model.config(), result = method.result(config, options);
+  const auto parameters = static_cast<std::uint64_t>(parameter_count(config));
+  const auto outer = static_cast<std::uint64_t>(config.vocab_size * config.hidden_size) *
+                     (config.tie_word_embeddings ? 1u : 2u);
+  const std::uint64_t block = (parameters - std::min(parameters, outer)) / static_cast<std::uint64_t>(config.num_layers);
+  const bool text = !text_paths(options).empty();
+  const auto samples = static_cast<std::uint64_t>(options.get<std::int64_t>("samples"));
+  const auto length = static_cast<std::uint64_t>(options.get<std::int64_t>("context"));
+  // Original, pruned copy and masks of one block; or both models' embedding and head while measuring.
+  std::uint64_t peak = method.peak_bytes(config, options) + 3 * 4 * block;
+  if (text)
+    peak = std::max(peak, 2 * 4 * outer + 4 * block + 2 * 4 * samples * length * static_cast<std::uint64_t>(config.hidden_size));
+  // 2 flop per parameter and token, at 20 GFLOP/s a core; the measurement is two more passes with two heads.
+  const double flop = text ? 2.0 * static_cast<double>(parameters) * static_cast<double>(samples * length) *
+                                 (method.passes(config, options) + 3)
+                           : 0;
+  const double cores = std::max(1u, std::thread::hardware_concurrency());
+  Json notes = Json::array();
+  const std::string dtype = storage_dtype(model);
+  if (dtype != model.float_dtype()) notes.push_back("the folder mixes dtypes: the result is stored in float32, exactly");
+  if (result.intermediate_size != config.intermediate_size &&
+      options.has("ffn") && result.intermediate_size != options.get<std::int64_t>("ffn"))
+    notes.push_back("--ffn rounded up to " + std::to_string(result.intermediate_size));
+  if (!text) notes.push_back("no --text: the result is not measured");
+  return {{"seconds", flop / (2e10 * cores) + static_cast<double>(parameters) * 1e-8},
+          {"peak_bytes", peak},
+          {"out_bytes", static_cast<std::uint64_t>(parameter_count(result)) * dtype_bytes(dtype)},
+          {"notes", notes}};
+}
+
+}  // namespace
+
+const std::vector<PruneMethod>& prune_methods() {
+  static const std::vector<PruneMethod> table = {magnitude_method(), wanda_method(), random_method(), depth_method(),
+                                                 ffn_width_method()};
+  return table;
+}
+
+void check_finite(const float* values, std::size_t count, const std::string& place) {
+  for (std::size_t i = 0; i < count; ++i)
+    if (!std::isfinite(values[i]))
+      throw input_error(place, "finite numbers", (std::isnan(values[i]) ? "NaN" : "infinity") +
+                                                     (" at element " + std::to_string(i)),
+                        "the model is damaged or its training diverged");
+}
+
+std::vector<float> read_finite(const Checkpoint& model, const std::string& name) {
+  std::vector<float> values = model.read_f32(name);
+  check_finite(values.data(), values.size(), (model.folder() / name).string());
+  return values;
+}
+
+std::string block_tensor(int layer, const std::string& inside) {
+  return "model.layers." + std::to_string(layer) + "." + inside;
+}
+
+std::string block_piece(int layer) { return "block-" + std::to_string(layer); }
+
+void copy_outer_tensors(const PruneJob& job, CheckpointWriter& writer) {
+  const std::string piece = "outer";
+  if (writer.has_piece(piece)) return;
+  writer.begin_piece(piece);
+  for (const TensorSpec& spec : job.model.tensors()) {
+    if (spec.layer >= 0) continue;
+    writer.put(spec.name, read_finite(job.model, spec.name).data());
+    job.model.release(spec.name);
+  }
+  writer.end_piece();
+}
+
+Command prune_command() {
+  Command command;
+  command.name = "prune";
+  command.summary = "Remove weights, MLP neurons or whole blocks, and measure what that costs";
+  command.options = option_table();
+  command.run = run;
+  command.plan = plan;
+  command.is_stage = true;
+  command.example = "pare prune --model smol --out smol-half --method wanda --sparsity 0.5 --text notes.txt";
+  return command;
+}
+
+}  // namespace pare

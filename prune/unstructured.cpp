@@ -1,0 +1,173 @@
+// Zeros inside matrices that keep their shape: magnitude, Wanda and, as the null, random choice.
+#include <map>
+
+#include "core/error.h"
+#include "prune/masks.h"
+#include "prune/method.h"
+
+namespace pare {
+namespace {
+
+Sparsity sparsity_of(const Options& options) {
+  if (options.has("pattern")) return Sparsity::pattern(options.get<std::string>("pattern"), "--pattern");
+  return Sparsity{options.get<double>("sparsity")};
+}
+
+ModelConfig same_shape(const ModelConfig& config, const Options& options) {
+  const Sparsity sparsity = sparsity_of(options);
+  for (const TensorSpec& spec : expected_tensors(config)) {
+    if (spec.role != TensorRole::kLinear || spec.layer < 0) continue;
+    if (sparsity.n_of_m() && spec.shape[1] % sparsity.of != 0)
+      throw usage_error("--pattern", "a pattern whose M divides the " + std::to_string(spec.shape[1]) + " inputs of " +
+                                         spec.name, sparsity.name(), "use --sparsity instead");
+    if (sparsity.removed(spec.shape[1]) == 0)
+      throw usage_error("--sparsity", "a fraction that removes at least one of the " + std::to_string(spec.shape[1]) +
+                                          " inputs of " + spec.name, std::to_string(sparsity.fraction));
+  }
+  return config;
+}
+
+// Puts one block: `pruned` weights where there are some, everything else as it is.
+void put_block(const PruneJob& job, CheckpointWriter& writer, int layer,
+               const std::map<std::string, std::vector<float>>& pruned) {
+  writer.begin_piece(block_piece(layer));
+  for (const TensorSpec& spec : job.model.tensors()) {
+    if (spec.layer != layer) continue;
+    const auto found = pruned.find(spec.name);
+    if (found != pruned.end()) writer.put(spec.name, found->second.data());
+    else writer.put(spec.name, read_finite(job.model, spec.name).data());
+    job.model.release(spec.name);
+  }
+  writer.end_piece();
+}
+
+// Magnitude competes inside the whole tensor (the baseline of the Wanda paper), random inside each row as Wanda does.
+void run_without_text(PruneJob& job, bool random) {
+  const Sparsity sparsity = sparsity_of(job.options);
+  CheckpointWriter writer(job.work, job.model.config(), job.dtype);
+  const int layers = static_cast<int>(job.model.config().num_layers);
+  job.context.progress->begin("prune", layers);
+  for (int layer = 0; layer < layers; ++layer) {
+    throw_if_interrupted("prune", "run the same command again");
+    if (!writer.has_piece(block_piece(layer))) {
+      std::map<std::string, std::vector<float>> pruned;
+      for (const TensorSpec& spec : job.model.tensors()) {
+        if (spec.layer != layer || spec.role != TensorRole::kLinear) continue;
+        std::vector<float> weights = read_finite(job.model, spec.name);
+        const std::int64_t rows = spec.shape[0], cols = spec.shape[1];
+        const auto scores = random ? random_scores(job.context.seed, spec.name, rows, cols)
+                                   : magnitude_scores(weights.data(), rows, cols);
+        apply_mask(keep_mask(scores.data(), rows, cols, sparsity, random ? Scope::kRow : Scope::kTensor), weights.data());
+        pruned.emplace(spec.name, std::move(weights));
+      }
+      put_block(job, writer, layer, pruned);
+    }
+    job.context.progress->update(layer + 1);
+  }
+  copy_outer_tensors(job, writer);
+  writer.copy_side_files(job.model.folder());
+  writer.finish();
+  job.context.progress->end();
+}
+
+// Masks a block's linears from the inputs they see in the stream that is pruned so far. A finished block leaves its
+// masks (a byte per weight) in the state folder, so that a later run can carry the stream on.
+class WandaVisitor : public BlockVisitor {
+ public:
+  WandaVisitor(PruneJob& job, CheckpointWriter& writer)
+      : job_(job), writer_(writer), sparsity_(sparsity_of(job.options)) {}
+
+  bool finished(int layer) override { return writer_.has_piece(block_piece(layer)); }
+
+  void restore(int layer, std::span<BlockLinear> all_linears) override {
+    const SafetensorsFile masks(mask_file(layer));
+    for (BlockLinear& linear : all_linears) {
+      const TensorView* view = masks.find(linear.name);
+      if (view == nullptr || view->data.size() != linear.weight.size())
+        throw failure(mask_file(layer).string(), "the mask of " + linear.name, "none or one of another size",
+                      "remove " + job_.work.string() + " and run again");
+      for (std::size_t i = 0; i < linear.weight.size(); ++i)
+        linear.weight[i] = view->data[i] == std::byte{0} ? 0.0f : linear.original[i];
+    }
+  }
+
+  void compress(int layer, BlockStage stage, std::span<BlockLinear> linears, const InputStatistics& input) override {
+    for (BlockLinear& linear : linears) {
+      check_finite(linear.original.data(), linear.original.size(), linear.name);
+      const auto scores =
+          wanda_scores(linear.original.data(), input.mean_square.data(), linear.rows, linear.cols);
+      check_finite(scores.data(), scores.size(), linear.name + " (scores)");
+      const auto keep = keep_mask(scores.data(), linear.rows, linear.cols, sparsity_, Scope::kRow);
+      std::copy(linear.original.begin(), linear.original.end(), linear.weight.begin());
+      apply_mask(keep, linear.weight.data());
+      pruned_[linear.name].assign(linear.weight.begin(), linear.weight.end());
+      masks_[linear.name] = keep;
+    }
+  }
+
+  void end_block(int layer, double drift) override {
+    if (!finished(layer)) {
+      std::vector<TensorDecl> decls;
+      for (const auto& [name, keep] : masks_)
+        decls.push_back({name, DType::kU8, {static_cast<std::int64_t>(keep.size())}});
+      SafetensorsWriter file(mask_file(layer), decls, {});
+      for (const auto& [name, keep] : masks_) file.write(std::as_bytes(std::span(keep)));
+      file.finish();
+      put_block(job_, writer_, layer, pruned_);
+    }
+    pruned_.clear();
+    masks_.clear();
+    job_.context.report.add({"prune", "drift after block " + std::to_string(layer), std::nullopt, drift, "relative",
+                             std::nullopt});
+  }
+
+ private:
+  fs::path mask_file(int layer) const { return job_.state / (block_piece(layer) + ".masks"); }
+
+  PruneJob& job_;
+  CheckpointWriter& writer_;
+  Sparsity sparsity_;
+  std::map<std::string, std::vector<float>> pruned_;
+  std::map<std::string, std::vector<std::uint8_t>> masks_;
+};
+
+WalkOptions walk_options(const Options& options, const Context* context) {
+  WalkOptions walk;
+  walk.device = options.get<std::string>("device");
+  if (context != nullptr) walk.threads = context->threads;
+  return walk;
+}
+
+void run_wanda(PruneJob& job) {
+  CheckpointWriter writer(job.work, job.model.config(), job.dtype);
+  WandaVisitor visitor(job, writer);
+  walk_blocks(job.model, job.windows, walk_options(job.options, &job.context), job.context, visitor);
+  copy_outer_tensors(job, writer);
+  writer.copy_side_files(job.model.folder());
+  writer.finish();
+}
+
+std::uint64_t wanda_peak(const ModelConfig& config, const Options& options) {
+  return walk_peak_bytes(config, options.get<std::int64_t>("samples"), options.get<std::int64_t>("context"),
+                         walk_options(options, nullptr));
+}
+std::uint64_t no_peak(const ModelConfig&, const Options&) { return 0; }
+double no_passes(const ModelConfig&, const Options&) { return 0; }
+double walk_passes(const ModelConfig&, const Options&) { return 3; }  // original, statistics, compressed
+
+}  // namespace
+
+PruneMethod magnitude_method() {
+  return {"magnitude", "zero the smallest weights of each matrix", false, {"sparsity", "pattern"}, {}, same_shape,
+          [](PruneJob& job) { run_without_text(job, false); }, no_peak, no_passes};
+}
+PruneMethod wanda_method() {
+  return {"wanda", "zero the weights with the smallest |w| * input norm of each row", true, {"sparsity", "pattern"}, {},
+          same_shape, run_wanda, wanda_peak, walk_passes};
+}
+PruneMethod random_method() {
+  return {"random", "zero weights of each row at random: the null to compare with", false, {"sparsity", "pattern"}, {},
+          same_shape, [](PruneJob& job) { run_without_text(job, true); }, no_peak, no_passes};
+}
+
+}  // namespace pare
