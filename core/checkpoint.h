@@ -46,7 +46,9 @@ class Checkpoint {
   fs::path folder_;
   ModelConfig config_;
   std::vector<TensorSpec> specs_;
+  std::map<std::string, std::size_t, std::less<>> spec_of_;
   struct Source;
+  const Source& source(std::string_view name) const;
   std::map<std::string, std::shared_ptr<Source>, std::less<>> sources_;
   std::shared_ptr<ShardedTensors> shards_;
   std::shared_ptr<SafetensorsFile> side_;  // codes.pare

@@ -1,0 +1,349 @@
+#include "core/checkpoint.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+#include "core/compressed_tensors.h"
+#include "core/error.h"
+
+namespace pare {
+namespace {
+
+std::string shape_text(const std::vector<std::int64_t>& shape) {
+  std::string text = "[";
+  for (std::size_t i = 0; i < shape.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+std::string described(const TensorView& view) { return std::string(dtype_name(view.dtype)) + " " + shape_text(view.shape); }
+
+bool is_float(DType dtype) {
+  return dtype == DType::kF32 || dtype == DType::kF16 || dtype == DType::kBF16 || dtype == DType::kF64;
+}
+
+Codec float_codec(DType dtype) {
+  if (dtype == DType::kF16) return {CodecKind::kF16, 0};
+  if (dtype == DType::kBF16) return {CodecKind::kBf16, 0};
+  return {CodecKind::kF32, 0};
+}
+
+// "model.layers.0.mlp.up_proj.weight" -> "model.layers.0.mlp.up_proj"
+std::string module_of(const std::string& weight) { return weight.substr(0, weight.size() - std::strlen(".weight")); }
+
+// Buffers that older checkpoints carry and transformers ignores too.
+bool is_ignored_buffer(const std::string& name) { return name.ends_with(".rotary_emb.inv_freq"); }
+
+class Problems {
+ public:
+  void add(const std::string& text) {
+    ++count_;
+    if (count_ <= kShown) text_ += (text_.empty() ? "" : "; ") + text;
+  }
+  void finish(const std::string& place) const {
+    if (count_ == 0) return;
+    std::string text = std::to_string(count_) + (count_ == 1 ? " problem: " : " problems: ") + text_;
+    if (count_ > kShown) text += "; and " + std::to_string(count_ - kShown) + " more";
+    throw input_error(place, "exactly the tensors of its config.json", text);
+  }
+
+ private:
+  static constexpr std::size_t kShown = 50;
+  std::size_t count_ = 0;
+  std::string text_;
+};
+
+// Reports and returns null unless `view` is there with this dtype and shape.
+const TensorView* checked(const TensorView* view, const std::string& name, DType dtype,
+                          const std::vector<std::int64_t>& shape, Problems& problems) {
+  if (view == nullptr) {
+    problems.add(name + " is missing");
+  } else if (view->dtype != dtype || view->shape != shape) {
+    problems.add(name + " is " + described(*view) + " instead of " + dtype_name(dtype) + " " + shape_text(shape));
+    view = nullptr;
+  }
+  return view;
+}
+
+std::uint16_t half_scale(float value, const std::string& place) {
+  const std::uint16_t bits = f32_to_f16(value);
+  if (f16_to_f32(bits) != value)
+    throw input_error(place, "scales that half precision holds exactly", std::to_string(value),
+                      "quantize the float model with pare instead");
+  return bits;
+}
+
+}  // namespace
+
+struct Checkpoint::Source {
+  Codec codec;
+  const TensorView* dense = nullptr;   // floats; for codes.pare the unpacked copy
+  const TensorView* codes = nullptr;   // pack-quantized: I32 words; codes.pare: I8
+  const TensorView* scales = nullptr;  // pack-quantized: F32/F16/BF16; codes.pare: F16
+  const TensorView* zeros = nullptr;
+  bool side = false;  // codes.pare
+  std::int64_t rows = 0, cols = 0;
+  std::array<const TensorView*, 4> views() const { return {dense, codes, scales, zeros}; }
+};
+
+const std::vector<std::string>& side_file_names() {
+  static const std::vector<std::string> kNames = {
+      "tokenizer.json",   "tokenizer_config.json",  "special_tokens_map.json", "added_tokens.json",
+      "vocab.json",       "merges.txt",             "tokenizer.model",         "chat_template.jinja",
+      "chat_template.json", "generation_config.json", "LICENSE"};
+  return kNames;
+}
+
+Checkpoint::Checkpoint(const fs::path& folder) : folder_(folder) {
+  if (!fs::is_directory(folder))
+    throw input_error(folder.string(), "a model folder", fs::exists(folder) ? "a file" : "nothing there");
+  if (!fs::exists(folder / "config.json"))
+    throw input_error(folder.string(), "a model folder with config.json", "none in it");
+  const Json config = read_json(folder / "config.json");
+  const Json generation =
+      fs::exists(folder / "generation_config.json") ? read_json(folder / "generation_config.json") : Json(nullptr);
+  config_ = parse_config(config, generation, (folder / "config.json").string());
+  specs_ = expected_tensors(config_);
+  for (std::size_t i = 0; i < specs_.size(); ++i) spec_of_.emplace(specs_[i].name, i);
+  shards_ = std::make_shared<ShardedTensors>(folder);
+
+  std::optional<QuantizationSchemes> schemes;
+  if (config.contains("quantization_config") && !config["quantization_config"].is_null())
+    schemes.emplace(config["quantization_config"], (folder / "config.json").string() + ": quantization_config");
+
+  Problems problems;
+  std::map<std::string, Codec> side_codecs;
+  if (fs::exists(folder / "codes.pare")) {
+    side_ = std::make_shared<SafetensorsFile>(folder / "codes.pare");
+    const std::string place = (folder / "codes.pare").string();
+    const auto text = side_->metadata().find("pare.codecs");
+    if (text == side_->metadata().end()) throw input_error(place, "metadata pare.codecs", "none");
+    const Json codecs = parse_json(text->second, place + ": pare.codecs");
+    if (!codecs.is_object()) throw input_error(place + ": pare.codecs", "an object", codecs.type_name());
+    for (const auto& [name, codec] : codecs.items()) {
+      if (!codec.is_string()) throw input_error(place + ": pare.codecs." + name, "a codec name", codec.type_name());
+      side_codecs.emplace(name, Codec::parse(codec.get<std::string>(), place + ": pare.codecs." + name));
+    }
+  }
+
+  std::size_t side_used = 0;
+  std::map<std::string, bool, std::less<>> used;
+  for (const std::string& name : shards_->names()) used.emplace(name, false);
+  const auto take = [&](const std::string& name) {
+    if (const auto found = used.find(name); found != used.end()) found->second = true;
+    return shards_->find(name);
+  };
+
+  for (const TensorSpec& spec : specs_) {
+    auto source = std::make_shared<Source>();
+    source->rows = spec.shape[0];
+    source->cols = spec.shape.size() == 2 ? spec.shape[1] : 1;
+    const TensorView* dense = take(spec.name);
+    const std::string stem = spec.role == TensorRole::kLinear || spec.role == TensorRole::kHead ? module_of(spec.name) : "";
+    const TensorView* packed = stem.empty() ? nullptr : take(stem + "." + kPackedSuffix);
+    if (packed != nullptr) {
+      if (dense != nullptr) problems.add(spec.name + " is there as floats and packed");
+      if (side_codecs.contains(spec.name)) problems.add(spec.name + " is packed and in codes.pare");
+      if (!schemes) {
+        problems.add(packed->name + " without a quantization_config in config.json");
+        continue;
+      }
+      const Codec codec = schemes->codec(stem);
+      source->codec = codec;
+      if (!codec.fits(source->cols)) {
+        problems.add(spec.name + " has rows of " + std::to_string(source->cols) + " that " + codec.name() + " does not divide");
+        continue;
+      }
+      const std::int64_t groups = codec.groups(source->cols);
+      source->codes = checked(packed, packed->name, DType::kI32, {source->rows, packed_words(source->cols, codec.bits())}, problems);
+      const TensorView* scale = take(stem + "." + kScaleSuffix);
+      const DType scale_type = scale != nullptr && is_float(scale->dtype) ? scale->dtype : DType::kF32;
+      source->scales = checked(scale, stem + "." + kScaleSuffix, scale_type, {source->rows, groups}, problems);
+      if (const TensorView* shape = checked(take(stem + "." + kShapeSuffix), stem + "." + kShapeSuffix, DType::kI64, {2}, problems)) {
+        std::int64_t sizes[2];
+        std::memcpy(sizes, shape->data.data(), sizeof sizes);
+        if (sizes[0] != source->rows || sizes[1] != source->cols)
+          problems.add(shape->name + " says " + shape_text({sizes[0], sizes[1]}) + " instead of " + shape_text(spec.shape));
+      }
+      if (codec.kind == CodecKind::kQ4a)
+        source->zeros = checked(take(stem + "." + kZeroSuffix), stem + "." + kZeroSuffix, DType::kI32,
+                                {packed_words(source->rows, 4), groups}, problems);
+    } else {
+      if (dense == nullptr) {
+        problems.add(spec.name + " is missing");
+        continue;
+      }
+      if (!is_float(dense->dtype)) {
+        problems.add(spec.name + " is " + described(*dense) + ", not F32, F16, BF16 or F64");
+        continue;
+      }
+      source->dense = checked(dense, spec.name, dense->dtype, spec.shape, problems);
+      source->codec = float_codec(dense->dtype);
+      if (const auto side = side_codecs.find(spec.name); side != side_codecs.end()) {
+        source->side = true;
+        source->codec = side->second;
+        if (spec.shape.size() != 2 || source->codec.is_float() || !source->codec.fits(source->cols)) {
+          problems.add("codes.pare: " + spec.name + " " + shape_text(spec.shape) + " cannot be " + source->codec.name());
+          continue;
+        }
+        if (dense->dtype != DType::kF32) problems.add(spec.name + " has codes in codes.pare and is not F32");
+        const std::int64_t groups = source->codec.groups(source->cols);
+        const auto part = [&](const char* suffix, DType dtype, std::vector<std::int64_t> shape) {
+          const std::string name = spec.name + suffix;
+          side_used += side_->find(name) != nullptr ? 1 : 0;
+          return checked(side_->find(name), "codes.pare: " + name, dtype, shape, problems);
+        };
+        source->codes = part(".codes", DType::kI8, spec.shape);
+        source->scales = part(".scales", DType::kF16, {source->rows, groups});
+        if (source->codec.kind == CodecKind::kQ4a) source->zeros = part(".zeros", DType::kU8, {source->rows, groups});
+        side_codecs.erase(side);
+      }
+    }
+    sources_.emplace(spec.name, std::move(source));
+  }
+  for (const auto& [name, codec] : side_codecs)
+    if (spec_of_.find(name) == spec_of_.end()) problems.add("codes.pare: " + name + " is not a tensor of this model");
+  if (side_ && side_used < side_->tensors().size())
+    problems.add("codes.pare: " + std::to_string(side_->tensors().size() - side_used) + " tensors are left over");
+  for (const auto& [name, was_used] : used) {
+    if (was_used || is_ignored_buffer(name) || (config_.tie_word_embeddings && name == "lm_head.weight")) continue;
+    const TensorView* view = shards_->find(name);
+    problems.add(name + " " + described(*view) +
+                 (name.ends_with(".weight_g_idx") ? " reorders inputs, which is not supported" : " is left over"));
+  }
+  problems.finish(folder.string());
+}
+
+const TensorSpec& Checkpoint::spec(std::string_view name) const {
+  const auto found = spec_of_.find(name);
+  if (found == spec_of_.end()) throw std::logic_error("Checkpoint: no tensor " + std::string(name));
+  return specs_[found->second];
+}
+
+bool Checkpoint::has(std::string_view name) const { return spec_of_.find(name) != spec_of_.end(); }
+
+const Checkpoint::Source& Checkpoint::source(std::string_view name) const {
+  const auto found = sources_.find(name);
+  if (found == sources_.end()) throw std::logic_error("Checkpoint: no tensor " + std::string(name));
+  return *found->second;
+}
+
+DType Checkpoint::dtype(std::string_view name) const {
+  const Source& from = source(name);
+  return from.codec.is_float() ? from.dense->dtype : DType::kF32;
+}
+
+std::string Checkpoint::float_dtype() const {
+  std::int64_t f32 = 0, f16 = 0, bf16 = 0;
+  for (const auto& [name, from] : sources_) {
+    if (!from->codec.is_float()) continue;
+    auto& count = from->codec.kind == CodecKind::kF16 ? f16 : from->codec.kind == CodecKind::kBf16 ? bf16 : f32;
+    count += from->rows * from->cols;
+  }
+  if (bf16 > f32 && bf16 >= f16) return "bfloat16";
+  return f16 > f32 ? "float16" : "float32";
+}
+
+Codec Checkpoint::codec(std::string_view name) const { return source(name).codec; }
+
+QuantizedTensor Checkpoint::codes(std::string_view name) const {
+  const Source& from = source(name);
+  if (from.codec.is_float()) throw std::logic_error("Checkpoint: " + std::string(name) + " has no codes");
+  const std::string place = folder_.string() + ": " + std::string(name);
+  QuantizedTensor tensor;
+  tensor.codec = from.codec;
+  tensor.rows = from.rows;
+  tensor.cols = from.cols;
+  const auto scale_count = static_cast<std::size_t>(from.rows * from.codec.groups(from.cols));
+  tensor.scales.resize(scale_count);
+  if (from.side) {
+    tensor.codes.resize(from.codes->data.size());
+    std::memcpy(tensor.codes.data(), from.codes->data.data(), from.codes->data.size());
+    std::memcpy(tensor.scales.data(), from.scales->data.data(), from.scales->data.size());
+    if (from.zeros != nullptr) {
+      tensor.zeros.resize(from.zeros->data.size());
+      std::memcpy(tensor.zeros.data(), from.zeros->data.data(), from.zeros->data.size());
+    }
+  } else {
+    unpack_weight(*from.codes, tensor);
+    std::vector<float> scales(scale_count);
+    to_f32(*from.scales, 0, static_cast<std::int64_t>(scale_count), scales.data());
+    for (std::size_t i = 0; i < scale_count; ++i) tensor.scales[i] = half_scale(scales[i], place);
+    if (from.zeros != nullptr) unpack_zero_points(*from.zeros, tensor);
+  }
+  tensor.validate(place);
+  return tensor;
+}
+
+const TensorView& Checkpoint::view(std::string_view name) const {
+  const Source& from = source(name);
+  if (!from.codec.is_float()) throw std::logic_error("Checkpoint: " + std::string(name) + " is stored as codes");
+  return *from.dense;
+}
+
+void Checkpoint::read_f32(std::string_view name, float* out) const {
+  const Source& from = source(name);
+  if (from.codec.is_float()) to_f32(*from.dense, 0, from.rows * from.cols, out);
+  else codes(name).unpack(out);
+}
+
+std::vector<float> Checkpoint::read_f32(std::string_view name) const {
+  const Source& from = source(name);
+  std::vector<float> values(static_cast<std::size_t>(from.rows * from.cols));
+  read_f32(name, values.data());
+  return values;
+}
+
+std::uint64_t Checkpoint::tensor_bytes() const {
+  std::uint64_t bytes = 0;
+  for (const auto& [name, from] : sources_) {
+    if (from->codec.is_float()) {
+      bytes += from->dense->data.size();
+    } else {
+      // The unpacked copy of a codes.pare tensor is for other readers and 8-bit storage of 4-bit codes is a
+      // convenience: counted is what the codes need.
+      const auto elements = static_cast<std::uint64_t>(from->rows) * static_cast<std::uint64_t>(from->cols);
+      const auto scales = static_cast<std::uint64_t>(from->rows * from->codec.groups(from->cols));
+      bytes += elements * static_cast<std::uint64_t>(from->codec.bits()) / 8 + scales * 2;
+      if (from->codec.kind == CodecKind::kQ4a) bytes += (scales + 1) / 2;
+    }
+  }
+  return bytes;
+}
+
+void Checkpoint::release(std::string_view name) const {
+  const auto drop = [](const SafetensorsFile& file, const TensorView& view) {
+    const auto all = file.file().bytes();
+    if (view.data.empty() || view.data.data() < all.data() || view.data.data() >= all.data() + all.size()) return;
+    file.file().release(static_cast<std::size_t>(view.data.data() - all.data()), view.data.size());
+  };
+  for (const TensorView* view : source(name).views()) {
+    if (view == nullptr) continue;
+    for (const auto& file : shards_->files()) drop(*file, *view);
+    if (side_) drop(*side_, *view);
+  }
+}
+
+std::string Checkpoint::content_hash() const {
+  Hasher hasher;
+  const auto file = [&](const std::string& name) {
+    if (!fs::is_regular_file(folder_ / name)) return;
+    const MappedFile mapped(folder_ / name);
+    hasher.update(name + '\0' + std::to_string(mapped.bytes().size()) + '\0');
+    hasher.update(mapped.bytes());
+  };
+  file("config.json");
+  for (const std::string& name : side_file_names()) file(name);
+  for (const TensorSpec& spec : specs_) {
+    const Source& from = source(spec.name);
+    for (const TensorView* view : from.views()) {
+      if (view == nullptr) continue;
+      hasher.update(view->name + '\0' + dtype_name(view->dtype) + shape_text(view->shape) + '\0');
+      hasher.update(view->data);
+    }
+    release(spec.name);
+  }
+  return hasher.hex();
+}
+
+}  // namespace pare

@@ -1,0 +1,407 @@
+#include <algorithm>
+#include <cctype>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <set>
+
+#include "core/checkpoint.h"
+#include "core/compressed_tensors.h"
+#include "core/error.h"
+
+// A piece is a file of its own under <work>/pieces, complete or absent:
+//
+//   data of its tensors | JSON index of its tensors | u64 length of that JSON
+//
+// Dense tensors lie there in their final dtype; codes as codes, scales, zeros in the layout of QuantizedTensor.
+// finish() reads pieces in canonical tensor order, so interruptions and the order of put leave no trace.
+
+namespace pare {
+namespace {
+
+constexpr std::uint64_t kShardBytes = 5'000'000'000;  // Hugging Face's limit, decimal
+constexpr std::int64_t kChunk = 1 << 16;              // elements converted at a time
+
+// Names of half-written temporaries that a killed process left (see AtomicFile).
+bool is_stray(const std::string& name) {
+  const auto at = name.rfind(".tmp-");
+  if (at == std::string::npos || at + 5 == name.size()) return false;
+  return std::all_of(name.begin() + static_cast<std::ptrdiff_t>(at) + 5, name.end(),
+                     [](unsigned char c) { return std::isdigit(c) != 0; });
+}
+
+void remove_strays(const fs::path& folder) {
+  if (!fs::exists(folder)) return;
+  std::vector<fs::path> strays;
+  for (const auto& entry : fs::directory_iterator(folder))
+    if (entry.is_regular_file() && is_stray(entry.path().filename().string())) strays.push_back(entry.path());
+  for (const auto& path : strays) fs::remove(path);
+}
+
+DType storage_dtype(const std::string& dtype) {
+  if (dtype == "float32") return DType::kF32;
+  if (dtype == "float16") return DType::kF16;
+  if (dtype == "bfloat16") return DType::kBF16;
+  throw usage_error("dtype", "float32, float16 or bfloat16", "\"" + dtype + "\"");
+}
+
+template <class T>
+std::span<const std::byte> bytes_of(const std::vector<T>& values) {
+  return std::as_bytes(std::span<const T>(values));
+}
+
+struct Entry {
+  bool dense = true;
+  Codec codec;
+  std::shared_ptr<MappedFile> file;
+  std::uint64_t offset = 0, bytes = 0;
+  std::span<const std::byte> data() const { return file->bytes().subspan(offset, bytes); }
+};
+
+}  // namespace
+
+struct CheckpointWriter::State {
+  fs::path work, pieces;
+  ModelConfig config;
+  std::string dtype_text;
+  DType dtype = DType::kF32;
+  std::vector<TensorSpec> specs;
+  std::map<std::string, const TensorSpec*, std::less<>> spec_of;
+  std::map<std::string, Entry, std::less<>> entries;
+  std::set<std::string> names_of_pieces;
+  std::set<std::string, std::less<>> put_here;  // by this writer, to catch a tensor put twice
+  bool complete = false;                        // finish() had run before this writer was made
+
+  std::unique_ptr<AtomicFile> open;
+  std::string open_name;
+  std::vector<std::pair<std::string, Entry>> pending;
+
+  fs::path piece_path(const std::string& piece) const { return pieces / (hash_bytes(as_bytes(piece)) + ".piece"); }
+
+  const TensorSpec& spec(std::string_view name) const {
+    const auto found = spec_of.find(name);
+    if (found == spec_of.end()) throw std::logic_error("CheckpointWriter: no tensor " + std::string(name));
+    return *found->second;
+  }
+
+  void load_piece(const fs::path& path) {
+    auto file = std::make_shared<MappedFile>(path);
+    const auto bytes = file->bytes();
+    std::uint64_t length = 0;
+    if (bytes.size() >= 8) std::memcpy(&length, bytes.data() + bytes.size() - 8, 8);
+    if (bytes.size() < 8 || length > bytes.size() - 8)
+      throw input_error(path.string(), "a complete piece", "a damaged one", "remove " + work.string() + " and start again");
+    const auto text = bytes.subspan(bytes.size() - 8 - length, length);
+    try {
+      const auto index = nlohmann::json::parse(reinterpret_cast<const char*>(text.data()),
+                                               reinterpret_cast<const char*>(text.data()) + text.size());
+      for (const auto& row : index.at("tensors")) {
+        Entry entry;
+        const auto codec = row.at("codec").get<std::string>();
+        entry.dense = codec.empty();
+        if (!entry.dense) entry.codec = Codec::parse(codec, path.string());
+        entry.file = file;
+        entry.offset = row.at("offset").get<std::uint64_t>();
+        entry.bytes = row.at("bytes").get<std::uint64_t>();
+        if (entry.offset > bytes.size() || entry.bytes > bytes.size() - entry.offset)
+          throw input_error(path.string(), "tensors inside the piece", "one beyond its end");
+        entries[row.at("name").get<std::string>()] = entry;
+      }
+      names_of_pieces.insert(index.at("piece").get<std::string>());
+    } catch (const nlohmann::json::exception& problem) {
+      throw input_error(path.string(), "a complete piece", problem.what(), "remove " + work.string() + " and start again");
+    }
+  }
+
+  // Work after a finished state starts over: whoever puts again means new weights.
+  void reopen() {
+    if (!complete) return;
+    complete = false;
+    for (const auto& entry : fs::directory_iterator(work)) {
+      const std::string name = entry.path().filename().string();
+      if (name == "config.json" || name == "codes.pare" || name.starts_with("model.safetensors") ||
+          (name.starts_with("model-") && name.ends_with(".safetensors")))
+        fs::remove(entry.path());
+    }
+    prepare_pieces();
+  }
+
+  void prepare_pieces() {
+    fs::create_directories(pieces);
+    const fs::path plan = pieces / "plan.json";
+    const std::string text = write_config(config, dtype_text).dump(2);
+    if (fs::exists(plan)) {
+      if (read_text(plan) != text)
+        throw usage_error(work.string(), "the unfinished output of the same run", "one with another configuration",
+                          "remove it or choose another --out");
+    } else {
+      write_text(plan, text);
+    }
+  }
+
+  void begin(const std::string& piece) {
+    if (open) throw std::logic_error("CheckpointWriter: piece " + open_name + " is still open");
+    reopen();
+    open = std::make_unique<AtomicFile>(piece_path(piece));
+    open_name = piece;
+    pending.clear();
+  }
+
+  void end() {
+    if (!open) throw std::logic_error("CheckpointWriter: no piece is open");
+    nlohmann::json index = {{"piece", open_name}, {"tensors", nlohmann::json::array()}};
+    for (const auto& [name, entry] : pending)
+      index["tensors"].push_back({{"name", name},
+                                  {"codec", entry.dense ? "" : entry.codec.name()},
+                                  {"offset", entry.offset},
+                                  {"bytes", entry.bytes}});
+    const std::string text = index.dump();
+    const std::uint64_t length = text.size();
+    open->write(std::string_view(text));
+    open->write(std::as_bytes(std::span(&length, 1)));
+    open->commit();
+    open.reset();
+    load_piece(piece_path(open_name));
+    pending.clear();
+  }
+
+  // Runs `write` inside the open piece, or inside one of its own.
+  void put(std::string_view name, Entry entry, const std::function<void(AtomicFile&)>& write) {
+    const bool alone = !open;
+    if (alone) begin("tensor " + std::string(name));
+    if (!put_here.emplace(name).second) throw std::logic_error("CheckpointWriter: " + std::string(name) + " put twice");
+    try {
+      entry.offset = open->size();
+      write(*open);
+      entry.bytes = open->size() - entry.offset;
+      pending.emplace_back(name, entry);
+      if (alone) end();
+    } catch (...) {
+      open.reset();
+      throw;
+    }
+  }
+
+  QuantizedTensor codes(const TensorSpec& spec, const Entry& entry) const {
+    QuantizedTensor tensor;
+    tensor.codec = entry.codec;
+    tensor.rows = spec.shape[0];
+    tensor.cols = spec.shape[1];
+    const auto groups = static_cast<std::size_t>(tensor.rows * entry.codec.groups(tensor.cols));
+    tensor.codes.resize(static_cast<std::size_t>(tensor.rows * tensor.cols));
+    tensor.scales.resize(groups);
+    if (entry.codec.kind == CodecKind::kQ4a) tensor.zeros.resize(groups);
+    const std::byte* from = entry.data().data();
+    std::memcpy(tensor.codes.data(), from, tensor.codes.size());
+    std::memcpy(tensor.scales.data(), from + tensor.codes.size(), groups * 2);
+    if (!tensor.zeros.empty()) std::memcpy(tensor.zeros.data(), from + tensor.codes.size() + groups * 2, groups);
+    return tensor;
+  }
+
+  void assemble() const;
+};
+
+CheckpointWriter::CheckpointWriter(fs::path work_folder, ModelConfig config, std::string dtype)
+    : state_(std::make_unique<State>()) {
+  State& s = *state_;
+  s.work = std::move(work_folder);
+  s.pieces = s.work / "pieces";
+  s.dtype = storage_dtype(dtype);
+  s.dtype_text = std::move(dtype);
+  s.config = std::move(config);
+  s.specs = expected_tensors(s.config);
+  for (const TensorSpec& spec : s.specs) s.spec_of.emplace(spec.name, &spec);
+  fs::remove_all(s.work / "pieces.old");
+  remove_strays(s.work);
+  remove_strays(s.pieces);
+  if (fs::exists(s.work / "config.json") && !fs::exists(s.pieces)) {
+    Json there = Checkpoint(s.work).config().source;
+    there.erase("quantization_config");
+    if (there != write_config(s.config, s.dtype_text))
+      throw usage_error(s.work.string(), "the unfinished output of the same run", "one with another configuration",
+                        "remove it or choose another --out");
+    s.complete = true;
+    return;
+  }
+  s.prepare_pieces();
+  for (const auto& entry : fs::directory_iterator(s.pieces))
+    if (entry.path().extension() == ".piece") s.load_piece(entry.path());
+}
+
+CheckpointWriter::~CheckpointWriter() = default;
+
+bool CheckpointWriter::has(std::string_view name) const {
+  if (state_->complete || state_->entries.find(name) != state_->entries.end())
+    return state_->spec_of.find(name) != state_->spec_of.end();
+  return std::any_of(state_->pending.begin(), state_->pending.end(), [&](const auto& row) { return row.first == name; });
+}
+
+void CheckpointWriter::put(std::string_view name, const float* values) {
+  const TensorSpec& spec = state_->spec(name);
+  const DType dtype = state_->dtype;
+  std::int64_t count = 1;
+  for (const std::int64_t size : spec.shape) count *= size;
+  state_->put(name, {}, [&](AtomicFile& out) {
+    std::vector<std::uint16_t> chunk;
+    for (std::int64_t first = 0; first < count; first += kChunk) {
+      const auto n = static_cast<std::size_t>(std::min(kChunk, count - first));
+      const float* from = values + first;
+      if (dtype != DType::kF32) chunk.resize(n);
+      for (std::size_t i = 0; i < n; ++i) {
+        bool finite = std::isfinite(from[i]);
+        if (finite && dtype == DType::kF16) finite = std::isfinite(f16_to_f32(chunk[i] = f32_to_f16(from[i])));
+        if (finite && dtype == DType::kBF16) finite = std::isfinite(bf16_to_f32(chunk[i] = f32_to_bf16(from[i])));
+        if (!finite)
+          throw failure("tensor " + spec.name, "finite values that " + state_->dtype_text + " can hold",
+                        std::to_string(from[i]) + " at element " + std::to_string(first + static_cast<std::int64_t>(i)));
+      }
+      if (dtype == DType::kF32) out.write(std::as_bytes(std::span(from, n)));
+      else out.write(bytes_of(chunk));
+    }
+  });
+}
+
+void CheckpointWriter::put_codes(std::string_view name, const QuantizedTensor& codes) {
+  const TensorSpec& spec = state_->spec(name);
+  codes.validate("tensor " + spec.name);
+  if (spec.shape != std::vector<std::int64_t>{codes.rows, codes.cols})
+    throw std::logic_error("CheckpointWriter: codes of another shape for " + spec.name);
+  state_->put(name, {.dense = false, .codec = codes.codec, .file = nullptr}, [&](AtomicFile& out) {
+    out.write(bytes_of(codes.codes));
+    out.write(bytes_of(codes.scales));
+    out.write(bytes_of(codes.zeros));
+  });
+}
+
+void CheckpointWriter::begin_piece(const std::string& piece) { state_->begin(piece); }
+void CheckpointWriter::end_piece() { state_->end(); }
+bool CheckpointWriter::has_piece(const std::string& piece) const {
+  return state_->complete || state_->names_of_pieces.contains(piece);
+}
+
+void CheckpointWriter::copy_side_files(const fs::path& from) {
+  for (const std::string& name : side_file_names())
+    if (fs::is_regular_file(from / name)) copy_file_durably(from / name, state_->work / name);
+}
+
+void CheckpointWriter::State::assemble() const {
+  struct Output {
+    TensorDecl decl;
+    std::function<void(SafetensorsWriter&)> write;
+  };
+  std::vector<Output> outputs, side;
+  std::map<std::string, Codec> modules;
+  std::vector<std::string> ignored;
+  Json side_codecs = Json::object();
+  const auto finished = [](const Entry& entry) { entry.file->release(entry.offset, entry.bytes); };
+
+  for (const TensorSpec& spec : specs) {
+    const Entry& entry = entries.find(spec.name)->second;
+    const bool linear = spec.role == TensorRole::kLinear || spec.role == TensorRole::kHead;
+    const std::string module = spec.name.substr(0, spec.name.rfind('.'));
+    if (entry.dense) {
+      if (linear) ignored.push_back(module);
+      outputs.push_back({{spec.name, dtype, spec.shape}, [&, finished](SafetensorsWriter& out) {
+                           out.write(entry.data());
+                           finished(entry);
+                         }});
+      continue;
+    }
+    const std::int64_t rows = spec.shape[0], cols = spec.shape[1], groups = entry.codec.groups(cols);
+    const bool asymmetric = entry.codec.kind == CodecKind::kQ4a;
+    if (linear) {
+      modules.emplace(module, entry.codec);
+      outputs.push_back({{module + "." + kPackedSuffix, DType::kI32, {rows, packed_words(cols, entry.codec.bits())}},
+                         [&](SafetensorsWriter& out) { out.write(bytes_of(pack_weight(codes(spec, entry)))); }});
+      outputs.push_back({{module + "." + kScaleSuffix, DType::kF32, {rows, groups}}, [&](SafetensorsWriter& out) {
+                           const QuantizedTensor tensor = codes(spec, entry);
+                           std::vector<float> scales(tensor.scales.size());
+                           std::transform(tensor.scales.begin(), tensor.scales.end(), scales.begin(), f16_to_f32);
+                           out.write(bytes_of(scales));
+                         }});
+      outputs.push_back({{module + "." + kShapeSuffix, DType::kI64, {2}},
+                         [&](SafetensorsWriter& out) { out.write(bytes_of(spec.shape)); }});
+      if (asymmetric)
+        outputs.push_back({{module + "." + kZeroSuffix, DType::kI32, {packed_words(rows, 4), groups}},
+                           [&](SafetensorsWriter& out) { out.write(bytes_of(pack_zero_points(codes(spec, entry)))); }});
+    } else {
+      side_codecs[spec.name] = entry.codec.name();
+      outputs.push_back({{spec.name, DType::kF32, spec.shape}, [&, cols](SafetensorsWriter& out) {
+                           const QuantizedTensor tensor = codes(spec, entry);
+                           std::vector<float> row(static_cast<std::size_t>(cols));
+                           for (std::int64_t r = 0; r < tensor.rows; ++r) {
+                             tensor.unpack_row(r, row.data());
+                             out.write(bytes_of(row));
+                           }
+                         }});
+      side.push_back({{spec.name + ".codes", DType::kI8, {rows, cols}},
+                      [&](SafetensorsWriter& out) { out.write(bytes_of(codes(spec, entry).codes)); }});
+      side.push_back({{spec.name + ".scales", DType::kF16, {rows, groups}},
+                      [&](SafetensorsWriter& out) { out.write(bytes_of(codes(spec, entry).scales)); }});
+      if (asymmetric)
+        side.push_back({{spec.name + ".zeros", DType::kU8, {rows, groups}},
+                        [&](SafetensorsWriter& out) { out.write(bytes_of(codes(spec, entry).zeros)); }});
+    }
+  }
+
+  const auto write_file = [&](const fs::path& path, std::span<const Output> list,
+                              const std::map<std::string, std::string>& metadata) {
+    std::vector<TensorDecl> decls;
+    for (const Output& output : list) decls.push_back(output.decl);
+    SafetensorsWriter writer(path, decls, metadata);
+    for (const Output& output : list) output.write(writer);
+    writer.finish();
+  };
+
+  std::vector<std::size_t> shard_ends;
+  std::uint64_t total = 0, in_shard = 0;
+  for (std::size_t i = 0; i < outputs.size(); ++i) {
+    const std::uint64_t bytes = outputs[i].decl.bytes();
+    if (in_shard > 0 && in_shard + bytes > kShardBytes) {
+      shard_ends.push_back(i);
+      in_shard = 0;
+    }
+    in_shard += bytes;
+    total += bytes;
+  }
+  shard_ends.push_back(outputs.size());
+  const std::map<std::string, std::string> hf_metadata = {{"format", "pt"}};
+  if (shard_ends.size() == 1) {
+    write_file(work / "model.safetensors", outputs, hf_metadata);
+  } else {
+    nlohmann::json weight_map = nlohmann::json::object();
+    std::size_t begin = 0;
+    for (std::size_t shard = 0; shard < shard_ends.size(); ++shard) {
+      char name[64];
+      std::snprintf(name, sizeof name, "model-%05zu-of-%05zu.safetensors", shard + 1, shard_ends.size());
+      write_file(work / name, std::span(outputs).subspan(begin, shard_ends[shard] - begin), hf_metadata);
+      for (; begin < shard_ends[shard]; ++begin) weight_map[outputs[begin].decl.name] = name;
+    }
+    const nlohmann::json index = {{"metadata", {{"total_size", total}}}, {"weight_map", weight_map}};
+    write_text(work / "model.safetensors.index.json", index.dump(2) + "\n");
+  }
+  if (!side.empty()) write_file(work / "codes.pare", side, {{"format", "pt"}, {"pare.codecs", side_codecs.dump()}});
+
+  Json out = write_config(config, dtype_text);
+  if (!modules.empty()) out["quantization_config"] = quantization_config(modules, ignored);
+  write_text(work / "config.json", out.dump(2) + "\n");
+}
+
+void CheckpointWriter::finish() {
+  State& s = *state_;
+  if (s.complete) return;
+  if (s.open) throw std::logic_error("CheckpointWriter: piece " + s.open_name + " is still open");
+  for (const TensorSpec& spec : s.specs)
+    if (!s.entries.contains(spec.name)) throw std::logic_error("CheckpointWriter: " + spec.name + " was never put");
+  s.assemble();
+  const Checkpoint reopened(s.work);  // what was written has to pass our own reader before the pieces go
+  s.entries.clear();
+  // Renamed first: an interrupted removal must not look like unfinished work.
+  const fs::path leaving = s.work / "pieces.old";
+  fs::remove_all(leaving);
+  fs::rename(s.pieces, leaving);
+  fs::remove_all(leaving);
+  s.complete = true;
+}
+
+}  // namespace pare
