@@ -115,6 +115,7 @@ Pipeline::Pipeline(Recipe recipe, const Toolbox& tools) : recipe_(std::move(reci
   for (const auto& list : {recipe_.list(recipe_.run, "text"), recipe_.list(recipe_.evaluation, "text")})
     for (const auto& t : list)
       if (!fs::exists(t, ignored)) throw input_error(t, "a text file or folder", "nothing there");
+  facts_ = tools_.inspect(model_);
   model_hash_ = hash_path(model_);
   run_key_ = hash_bytes(as_bytes(tools_.version + portable_recipe().dump()));
 }
@@ -157,12 +158,16 @@ Options Pipeline::stage_options(std::size_t index, const fs::path& input, const 
     if (d.name == "seed") given["seed"] = seed_;
     if (d.name == "device") given["device"] = recipe_.text("device");
     if (d.name == "teacher") given["teacher"] = model_.string();
+    if (d.name == "context" && d.default_value.is_number() && facts_.max_positions > 0 &&
+        d.default_value.get<std::int64_t>() > facts_.max_positions)
+      given["context"] = facts_.max_positions;
   }
   return Options(command(stage.name).options, given, stage.place);
 }
 
 // Resolved options with content hashes in place of paths: equal for equal work wherever the files lie.
-Json Pipeline::keyed_options(const Command& stage, const Json& resolved) const {
+// Sampled text may not exist yet when the whole recipe is keyed; it follows from keys that are part of it.
+Json Pipeline::keyed_options(const Command& stage, const Json& resolved, bool portable) const {
   Json keyed = Json::object();
   for (const auto& d : stage.options) {
     if (d.name == "model" || d.name == "out") continue;
@@ -175,7 +180,9 @@ Json Pipeline::keyed_options(const Command& stage, const Json& resolved) const {
     for (const auto& path : value.is_array() ? value : Json::array({value})) {
       const std::string file = path.get<std::string>();
       std::error_code ignored;
-      hashes.push_back(file == model_.string() ? model_hash_ : fs::exists(file, ignored) ? hash_path(file) : "absent");
+      if (file == model_.string()) hashes.push_back(model_hash_);
+      else if (portable && file == sampled_path(false).string()) hashes.push_back("sampled from the model");
+      else hashes.push_back(fs::exists(file, ignored) ? hash_path(file) : "absent");
     }
     keyed[d.name] = hashes;
   }
@@ -185,7 +192,7 @@ Json Pipeline::keyed_options(const Command& stage, const Json& resolved) const {
 StageFolder Pipeline::stage_folder(std::size_t index, const fs::path& input, const std::vector<std::string>& text,
                                    const std::string& input_hash) const {
   const Command& stage = command(recipe_.stages[index].name);
-  const Json keyed = keyed_options(stage, stage_options(index, input, work_ / "out", text).resolved());
+  const Json keyed = keyed_options(stage, stage_options(index, input, work_ / "out", text).resolved(), false);
   const std::string key = short_hash(Json({tools_.version, stage.name, input_hash, seed_, keyed}).dump());
   const std::string name = std::to_string(index + 1) + "-" + file_name(label(index)) + "-" + key;
   return {work_ / name, work_ / (name + ".json")};
@@ -206,7 +213,7 @@ Json Pipeline::portable_recipe() const {
   portable["stages"] = Json::array();
   for (std::size_t i = 0; i < recipe_.stages.size(); ++i) {
     const Command& stage = command(recipe_.stages[i].name);
-    portable["stages"].push_back({{stage.name, keyed_options(stage, stage_options(i, model_, work_ / "out", text).resolved())}});
+    portable["stages"].push_back({{stage.name, keyed_options(stage, stage_options(i, model_, work_ / "out", text_or_sampled(false)).resolved(), true)}});
   }
   portable["eval"] = recipe_.evaluation;
   const auto held_out = recipe_.list(recipe_.evaluation, "text");
@@ -218,11 +225,12 @@ Json Pipeline::portable_recipe() const {
 
 std::string Pipeline::resolved_recipe() const {
   Recipe resolved = recipe_;
-  const auto text = recipe_.list(recipe_.run, "text");
+  const std::vector<std::string> text = text_or_sampled(false);
   for (std::size_t i = 0; i < resolved.stages.size(); ++i) {
     Json options = stage_options(i, model_, work_ / "out", text).resolved();
     options.erase("model");
     options.erase("out");
+    if (needs_sampled_text(false) && !recipe_.stages[i].given.contains("text")) options.erase("text");  // sampled again, alike
     resolved.stages[i].given = std::move(options);
   }
   return emit_recipe(resolved, {"Everything this run did, defaults included. Run it again with:",
@@ -245,9 +253,14 @@ std::int64_t Pipeline::sample_documents(bool held_out) const {
   return held_out ? (documents + 1) / 2 : documents;
 }
 
+std::int64_t Pipeline::sample_context() const {
+  const auto wanted = recipe_.run["context"].get<std::int64_t>();
+  return facts_.max_positions > 0 ? std::min(wanted, facts_.max_positions) : wanted;
+}
+
 fs::path Pipeline::sampled_path(bool held_out) const {
   const std::string key = short_hash(Json({tools_.version, model_hash_, seed_, sample_documents(held_out),
-                                           recipe_.run["context"], held_out}).dump());
+                                           sample_context(), held_out}).dump());
   return work_ / ((held_out ? "held-out-" : "sampled-") + key + ".jsonl");
 }
 
@@ -269,8 +282,8 @@ void Pipeline::sample_missing(Context& context, std::vector<std::string>& skippe
     }
     context.progress->note(std::string("No ") + (held_out ? "eval text" : "text") + " given: sampling " + what +
                            " from the model itself (" + std::to_string(sample_documents(held_out)) + " documents of " +
-                           recipe_.run["context"].dump() + " tokens, seed " + std::to_string(seed_) + ")");
-    tools_.sample({model_, file, sample_documents(held_out), recipe_.run["context"].get<std::int64_t>(),
+                           std::to_string(sample_context()) + " tokens, seed " + std::to_string(seed_) + ")");
+    tools_.sample({model_, file, sample_documents(held_out), sample_context(),
                    held_out ? seed_ ^ kHeldOutSeed : seed_, work_},
                   context);
   }
@@ -424,7 +437,6 @@ void Pipeline::finish(const fs::path& last, Report report, std::chrono::steady_c
     against.model = last;
     for (auto& row : tools_.compare(unsealed, against, context)) report.add(std::move(row));
     for (auto& row : tools_.measure(measure, context)) report.add(std::move(row));
-    report.add({kCompactStage, "peak_memory_bytes", {}, static_cast<double>(peak_resident_bytes()), "bytes", {}, false});
     gates = check_requirements(recipe_.require, report, kCompactStage);
     enforce(gates, report, context);
     return Json{{"run", run_key_}, {"rows", report.to_json(true)}}.dump(1) + "\n";

@@ -57,9 +57,10 @@ class Pipeline {
   void plan_steps(Plan& plan, const std::function<void(const Error&)>& problem) const;
   bool needs_sampled_text(bool held_out) const;
   std::int64_t sample_documents(bool held_out) const;
+  std::int64_t sample_context() const;
   const Command& command(const std::string& name) const;
   Options stage_options(std::size_t index, const fs::path& input, const fs::path& out, const std::vector<std::string>& text) const;
-  Json keyed_options(const Command& command, const Json& resolved) const;
+  Json keyed_options(const Command& command, const Json& resolved, bool portable) const;
   Json portable_recipe() const;
   std::string resolved_recipe() const;
   std::string label(std::size_t index) const;
@@ -76,6 +77,7 @@ class Pipeline {
   Recipe recipe_;
   const Toolbox& tools_;
   fs::path model_, out_, work_;
+  ModelFacts facts_;
   std::uint64_t seed_ = 0;
   std::string model_hash_, run_key_;
 };

@@ -54,13 +54,11 @@ bool inside(const fs::path& inner, const fs::path& outer) {
 class Problems {
  public:
   template <class F>
-  bool check(F&& f) {
+  void check(F&& f) {
     try {
       f();
-      return true;
     } catch (const Error& e) {
       add(e);
-      return false;
     }
   }
   void add(const Error& e) { errors_.push_back(e); }
@@ -162,14 +160,14 @@ Plan Pipeline::plan() const {
     problems.add(failure(out_.string(), "a place that can be written", "no permission to write in " + parent.string(),
                          "choose another --out"));
 
-  const bool model_ok = problems.check([&] { plan.original = tools_.inspect(model_); });
+  plan.original = facts_;
   const auto check_text = [&](const std::vector<std::string>& text, const std::string& split) {
     if (!text.empty()) problems.check([&] { tools_.check_text(text, split); });
   };
   check_text(recipe_.list(recipe_.run, "text"), recipe_.text("split"));
   check_text(recipe_.list(recipe_.evaluation, "text"), measure_request("", model_).split);
 
-  if (model_ok) plan_steps(plan, [&](const Error& e) { problems.add(e); });
+  plan_steps(plan, [&](const Error& e) { problems.add(e); });
 
   plan.disk_free = std::min(free_bytes(out_), free_bytes(work_));
   plan.memory = machine_memory();
@@ -193,12 +191,12 @@ Plan Pipeline::plan() const {
 // dimensions hold until a stage announces a smaller model.
 void Pipeline::plan_steps(Plan& plan, const std::function<void(const Error&)>& problem) const {
   std::error_code ignored;
-  const double tokens = recipe_.run["samples"].get<double>() * recipe_.run["context"].get<double>();
+  const double tokens = static_cast<double>(sample_documents(false)) * static_cast<double>(sample_context());
   const auto sampled = [&](bool held_out) {
     PlanStep s;
     s.label = held_out ? "sample held-out" : "sample";
     s.summary = std::string(held_out ? "held-out text" : "calibration text") + " sampled from the model itself: " +
-                std::to_string(sample_documents(held_out)) + " documents of " + recipe_.run["context"].dump() + " tokens, temperature 1";
+                std::to_string(sample_documents(held_out)) + " documents of " + std::to_string(sample_context()) + " tokens, temperature 1";
     s.done = fs::exists(sampled_path(held_out), ignored);
     const double bytes = 4.0 * static_cast<double>(plan.original.parameters);
     s.seconds = 1 + (held_out ? 0.5 : 1) * tokens * bytes / 4e9;  // one read of the weights per token at 4 GB/s
@@ -216,6 +214,8 @@ void Pipeline::plan_steps(Plan& plan, const std::function<void(const Error&)>& p
   const std::vector<std::string> text = text_or_sampled(false);
   bool text_exists = true;
   for (const auto& t : text) text_exists = text_exists && fs::exists(t, ignored);
+  // Text that is not sampled yet is stood in for by a text that every model has: a plan looks at no more than its being there.
+  const std::vector<std::string> plan_text = text_exists ? text : std::vector<std::string>{(model_ / "tokenizer.json").string()};
   for (std::size_t i = 0; i < recipe_.stages.size(); ++i) {
     const Command& stage = command(recipe_.stages[i].name);
     PlanStep s;
@@ -224,7 +224,7 @@ void Pipeline::plan_steps(Plan& plan, const std::function<void(const Error&)>& p
     Json estimate = Json::object();
     bool checked = true;
     try {
-      const Options options = stage_options(i, input_exists ? input : model_, work_ / s.label, text_exists ? text : std::vector<std::string>{});
+      const Options options = stage_options(i, input_exists ? input : model_, work_ / s.label, plan_text);
       if (stage.plan) estimate = stage.plan(options);
     } catch (const Error& e) {
       checked = false;

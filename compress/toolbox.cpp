@@ -2,10 +2,10 @@
 #include "compress/toolbox.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <memory>
 #include <optional>
+#include <span>
 
 #include "compress/export/compact_export.h"
 #include "compress/sample.h"
@@ -16,6 +16,7 @@
 #include "core/error.h"
 #include "distill/distill.h"
 #include "eval/divergence.h"
+#include "eval/speed.h"
 #include "model/logits.h"
 #include "model/train.h"
 #include "prune/prune.h"
@@ -26,7 +27,6 @@ namespace pare {
 namespace {
 
 constexpr std::int64_t kCompareTokens = 2048;  // enough to see a wrong layout, little enough to be quick
-constexpr std::int64_t kSpeedTokens = 64;
 
 std::optional<std::string> optional_text(const std::string& text) {
   return text.empty() ? std::nullopt : std::optional<std::string>(text);
@@ -67,33 +67,27 @@ std::shared_ptr<const Engine> open_engine(const fs::path& file, int threads, boo
   return Engine::open(file, options);
 }
 
-// Single-token decoding after a short prompt, median over tokens; times are rows that no file carries.
-void add_speed(const std::shared_ptr<const Engine>& engine, const std::string& stage, std::vector<ReportRow>& rows) {
-  using Clock = std::chrono::steady_clock;
+void add_speed(const std::shared_ptr<const Engine>& engine, std::span<const std::int32_t> ids, const std::string& stage,
+               std::vector<ReportRow>& rows) {
   const ModelConfig& config = engine->config();
-  const std::int64_t prompt = std::min<std::int64_t>(32, std::max<std::int64_t>(1, config.max_position_embeddings / 2));
-  const std::int64_t count = std::min<std::int64_t>(kSpeedTokens, config.max_position_embeddings - prompt);
-  if (count < 2) return;
-  std::vector<std::int32_t> ids(static_cast<std::size_t>(prompt));
-  for (std::size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<std::int32_t>(i * 7919 % static_cast<std::size_t>(config.vocab_size));
-  std::vector<float> logits(static_cast<std::size_t>(config.vocab_size));
-  Session session(engine);
-  const auto begin = Clock::now();
-  session.feed(ids);
-  session.logits(prompt - 1, 1, logits.data());
-  const double first = std::chrono::duration<double>(Clock::now() - begin).count();
-  std::vector<double> seconds;
-  for (std::int64_t i = 0; i < count; ++i) {
-    const auto id = static_cast<std::int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
-    const auto start = Clock::now();
-    session.feed({&id, 1});
-    session.logits(0, 1, logits.data());
-    seconds.push_back(std::chrono::duration<double>(Clock::now() - start).count());
+  SpeedOptions options;
+  const std::int64_t positions = config.max_position_embeddings;
+  if (options.prompt + options.warm_up + options.tokens > positions) {
+    options.prompt = std::max<std::int64_t>(1, positions / 2);
+    options.warm_up = std::min(options.warm_up, positions / 8);
+    options.tokens = std::min(options.tokens, positions - options.prompt - options.warm_up);
   }
-  std::sort(seconds.begin(), seconds.end());
-  rows.push_back({stage, "tokens_per_second", {}, 1.0 / seconds[seconds.size() / 2], "tokens/s", {}, false});
-  rows.push_back({stage, "seconds_per_token_p95", {}, seconds[(seconds.size() * 95) / 100], "s", {}, false});
-  rows.push_back({stage, "time_to_first_token", {}, first, "s", {}, false});
+  Session session(engine);
+  DecodeProbe probe;
+  probe.vocab_size = config.vocab_size;
+  probe.reset = [&] { session.reset(); };
+  probe.feed = [&](std::span<const std::int32_t> fed, float* logits) {
+    session.feed(fed);
+    session.logits(static_cast<std::int64_t>(fed.size()) - 1, 1, logits);
+  };
+  Report report;
+  add_rows(measure_speed(probe, ids, options), stage, report);
+  for (const auto& row : report.rows()) rows.push_back(row);
 }
 
 std::vector<ReportRow> measure(const MeasureRequest& request, Context& context) {
@@ -141,7 +135,7 @@ std::vector<ReportRow> measure(const MeasureRequest& request, Context& context) 
     if (result.log_perplexity_ratio.standard_error) error = ratio * *result.log_perplexity_ratio.standard_error;
     add("perplexity_ratio", ratio, "", error);
   }
-  if (engine) add_speed(engine, stage, rows);
+  if (engine) add_speed(engine, windows.front().ids, stage, rows);
   return rows;
 }
 
@@ -180,6 +174,7 @@ ModelFacts inspect(const fs::path& model) {
   facts.family = c.family;
   facts.parameters = parameter_count(c);
   facts.tensor_bytes = checkpoint.tensor_bytes();
+  facts.max_positions = c.max_position_embeddings;
   for (const auto& spec : checkpoint.tensors()) facts.quantized = facts.quantized || checkpoint.is_quantized(spec.name);
   facts.details = {{"layers", c.num_layers},          {"hidden_size", c.hidden_size}, {"intermediate_size", c.intermediate_size},
                    {"heads", c.num_heads},            {"kv_heads", c.num_kv_heads},   {"vocab_size", c.vocab_size},

@@ -18,6 +18,7 @@ struct ModelFacts {
   std::string family;
   std::int64_t parameters = 0;         // tied weights once
   std::uint64_t tensor_bytes = 0;      // as stored
+  std::int64_t max_positions = 0;      // 0: no limit known
   bool quantized = false;
   Json details = Json::object();       // layers, hidden size, ... for the plan
 };

@@ -59,7 +59,7 @@ inline void make_tiny_model(const fs::path& out, const TinyModel& m) {
                      {"num_hidden_layers", m.layers},
                      {"num_attention_heads", m.heads},
                      {"num_key_value_heads", m.kv_heads},
-                     {"max_position_embeddings", 256},
+                     {"max_position_embeddings", 512},
                      {"rms_norm_eps", 1e-5},
                      {"rope_theta", 10000.0},
                      {"hidden_act", "silu"},
