@@ -205,7 +205,7 @@ SweepFactor factor_hessian(std::span<const double> hessian, std::int64_t n, cons
     }
     Eigen::LLT<Eigen::Ref<Matrix>> cholesky(m);
     if (cholesky.info() == Eigen::Success) break;
-    if (damping >= 10) throw failure(place, "a positive definite Hessian", "still indefinite at damping 10");
+    if (damping > 9.99) throw failure(place, "a positive definite Hessian", "still indefinite at damping 10");
     if (damping <= 0) damping = 1e-4;
   }
   factor.damping = damping;

@@ -26,7 +26,9 @@ struct Lanes {
   double at[kLanes] = {};
 };
 
-double to_f16(double value) { return static_cast<double>(f16_to_f32(f32_to_f16(static_cast<float>(value)))); }
+double to_f16(double value) {
+  return value > 0 ? static_cast<double>(f16_to_f32(f32_to_f16(static_cast<float>(value)))) : 0.0;
+}
 
 // One group of sixteen rows: values, the metric A and A w.
 struct Group {
@@ -66,13 +68,13 @@ PARE_CLONES void prepare(Group& g) {
 // Nearest codes under (scale, zero), then b = q^T A w and c = q^T A q with q = code - zero.
 PARE_CLONES void project(Group& g, const Lanes& scale, const Lanes& zero, CodeRange range, Lanes& b_out, Lanes& c_out) {
   constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: adding and taking it away rounds half to even
-  Double8 inverse[kVectors], low[kVectors], high[kVectors], b[kVectors] = {}, c[kVectors] = {};
+  Double8 divisor[kVectors], low[kVectors], high[kVectors], b[kVectors] = {}, c[kVectors] = {};
   for (int i = 0; i < kVectors; ++i) {
     Double8 s, z;
     std::memcpy(&s, scale.at + i * 8, sizeof s);
     std::memcpy(&z, zero.at + i * 8, sizeof z);
     const Double8 nothing = {};
-    inverse[i] = s > 0.0 ? s : nothing + INFINITY;  // dividing by infinity: code - zero = 0
+    divisor[i] = s > 0.0 ? s : nothing + INFINITY;  // dividing by infinity: code - zero = 0
     low[i] = static_cast<double>(range.low) - z;
     high[i] = static_cast<double>(range.high) - z;
   }
@@ -81,7 +83,7 @@ PARE_CLONES void project(Group& g, const Lanes& scale, const Lanes& zero, CodeRa
       Double8 w, v;
       std::memcpy(&w, g.w.data() + j * kLanes + i * 8, sizeof w);
       std::memcpy(&v, g.v.data() + j * kLanes + i * 8, sizeof v);
-      Double8 q = w / inverse[i];
+      Double8 q = w / divisor[i];
       q = q < low[i] ? low[i] : q;
       q = q > high[i] ? high[i] : q;
       q = (q + kRound) - kRound;
@@ -146,7 +148,7 @@ void symmetric_group(Group& g, const Extremes& e, CodecKind kind, ScaleRule rule
     absmax.at[r] = std::max(-e.low.at[r], e.high.at[r]);
     scale.at[r] = to_f16(absmax.at[r] / range.high);
     // The smallest scale that clips nothing: the negative end of int4 reaches one step further.
-    widest.at[r] = std::max(-e.low.at[r] / -range.low, e.high.at[r] / range.high);
+    widest.at[r] = std::max(e.low.at[r] / range.low, e.high.at[r] / range.high);
   }
   consider(g, scale, zero, range, best, refit);
   if (rule == ScaleRule::kAbsmax) return;

@@ -1,0 +1,234 @@
+#include "model/sweep.h"
+
+#include <gtest/gtest.h>
+
+#include <Eigen/Dense>
+#include <cmath>
+#include <random>
+
+#include "core/error.h"
+
+namespace pare {
+namespace {
+
+std::vector<float> normal(std::mt19937_64& random, std::int64_t count, double scale = 1.0) {
+  std::normal_distribution<double> distribution(0.0, scale);
+  std::vector<float> out(static_cast<std::size_t>(count));
+  for (float& value : out) value = static_cast<float>(distribution(random));
+  return out;
+}
+
+// E[x x^T] of correlated inputs with very unequal energies.
+std::vector<double> random_hessian(std::mt19937_64& random, std::int64_t n, std::int64_t tokens) {
+  std::vector<float> x = normal(random, tokens * n);
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    for (std::int64_t j = n - 1; j > 0; --j) {
+      float& value = x[static_cast<std::size_t>(t * n + j)];
+      value = (value + 0.7f * x[static_cast<std::size_t>(t * n + j - 1)]) * (1.0f + static_cast<float>(j % 5));
+    }
+  }
+  std::vector<double> h(static_cast<std::size_t>(n * n), 0.0);
+  for (std::int64_t i = 0; i < n; ++i) {
+    for (std::int64_t j = 0; j < n; ++j) {
+      for (std::int64_t t = 0; t < tokens; ++t) {
+        h[static_cast<std::size_t>(i * n + j)] += static_cast<double>(x[static_cast<std::size_t>(t * n + i)]) *
+                                                  static_cast<double>(x[static_cast<std::size_t>(t * n + j)]) /
+                                                  static_cast<double>(tokens);
+      }
+    }
+  }
+  return h;
+}
+
+TEST(Gram, MatchesDoubleSumsWithRaggedEdges) {
+  std::mt19937_64 random(1);
+  for (std::int64_t n : {1, 7, 32, 33, 172}) {
+    for (std::int64_t rows : {1, 5, 513}) {
+      const std::vector<float> a = normal(random, rows * n), b = normal(random, rows * n);
+      std::vector<double> own(static_cast<std::size_t>(n * n), 0.0), cross = own;
+      add_gram(a.data(), a.data(), rows, n, own.data(), 2);
+      mirror_upper(own.data(), n);
+      add_gram(a.data(), b.data(), rows, n, cross.data(), 2);
+      for (std::int64_t i = 0; i < n; ++i) {
+        for (std::int64_t j = 0; j < n; ++j) {
+          double own_sum = 0, cross_sum = 0;
+          for (std::int64_t t = 0; t < rows; ++t) {
+            const double left = static_cast<double>(a[static_cast<std::size_t>(t * n + i)]);
+            own_sum += left * static_cast<double>(a[static_cast<std::size_t>(t * n + j)]);
+            cross_sum += left * static_cast<double>(b[static_cast<std::size_t>(t * n + j)]);
+          }
+          const std::size_t at = static_cast<std::size_t>(i * n + j);
+          ASSERT_NEAR(own[at], own_sum, 1e-3) << n << " " << rows << " " << i << " " << j;
+          ASSERT_NEAR(cross[at], cross_sum, 1e-3) << n << " " << rows << " " << i << " " << j;
+        }
+      }
+    }
+  }
+}
+
+TEST(Gram, SameBitsAtAnyThreadCount) {
+  std::mt19937_64 random(2);
+  const std::vector<float> x = normal(random, 700 * 130);
+  std::vector<double> one(130 * 130, 0.0), four = one;
+  add_gram(x.data(), x.data(), 700, 130, one.data(), 1);
+  add_gram(x.data(), x.data(), 700, 130, four.data(), 4);
+  EXPECT_EQ(one, four);
+}
+
+TEST(Factor, InverseOfTheDampedHessianIsUTransposedU) {
+  std::mt19937_64 random(3);
+  for (bool ordered : {false, true}) {
+    const std::int64_t n = 150;
+    std::vector<double> h = random_hessian(random, n, 400);
+    const SweepFactor factor = factor_hessian(h, n, {0.01, ordered}, "h", 2);
+    EXPECT_EQ(factor.damping, 0.01);
+    Eigen::MatrixXd damped(n, n), u(n, n);
+    double mean = 0;
+    for (std::int64_t i = 0; i < n; ++i) mean += h[static_cast<std::size_t>(i * n + i)] / static_cast<double>(n);
+    for (std::int64_t i = 0; i < n; ++i) {
+      for (std::int64_t j = 0; j < n; ++j) {
+        damped(i, j) = h[static_cast<std::size_t>(factor.order[static_cast<std::size_t>(i)] * n +
+                                                  factor.order[static_cast<std::size_t>(j)])];
+        u(i, j) = factor.u[static_cast<std::size_t>(i * n + j)];
+        if (j < i) {
+          ASSERT_EQ(u(i, j), 0.0);
+        }
+      }
+      damped(i, i) += 0.01 * mean;
+      if (ordered && i > 0) {
+        ASSERT_LE(damped(i, i), damped(i - 1, i - 1));
+      }
+    }
+    const Eigen::MatrixXd inverse = damped.inverse();
+    EXPECT_LT((inverse - u.transpose() * u).norm(), 1e-9 * inverse.norm());
+  }
+}
+
+TEST(Factor, DampingGrowsUntilTheHessianIsDefinite) {
+  // Indefinite as statistics can become through rounding, here grossly: eigenvalues 3.5 and -1.5.
+  const std::vector<double> h = {1, 2.5, 2.5, 1};
+  const SweepFactor factor = factor_hessian(h, 2, {0.01, true}, "h", 1);
+  EXPECT_NEAR(factor.damping, 10.0, 1e-9);
+  const std::vector<double> hopeless = {1, 200, 200, 1};
+  EXPECT_THROW(factor_hessian(hopeless, 2, {0.01, true}, "h", 1), Error);
+  const std::vector<double> nan = {1, NAN, NAN, 1};
+  EXPECT_THROW(factor_hessian(nan, 2, {0.01, true}, "h", 1), Error);
+}
+
+TEST(Factor, DeadColumnsAreMarkedAndTouchNothing) {
+  const std::vector<double> h = {2, 0, 1, 0, 0, 0, 1, 0, 3};
+  const SweepFactor factor = factor_hessian(h, 3, {0.01, true}, "h", 1);
+  EXPECT_EQ(factor.dead, (std::vector<std::uint8_t>{0, 1, 0}));
+  EXPECT_EQ(factor.order, (std::vector<std::int64_t>{2, 0, 1}));
+  EXPECT_EQ(factor.u[0 * 3 + 2], 0.0);
+  EXPECT_EQ(factor.u[1 * 3 + 2], 0.0);
+  const std::vector<double> nothing(9, 0.0);
+  EXPECT_EQ(factor_hessian(nothing, 3, {0.01, true}, "h", 1).dead, (std::vector<std::uint8_t>{1, 1, 1}));
+}
+
+// Rounds to a grid of step 0.25 and records what it saw.
+class GridRule : public SweepRule {
+ public:
+  void decide(RowTile tile, std::int64_t column, const double* current, double* decided) override {
+    for (std::int64_t r = 0; r < tile.count; ++r) {
+      decided[r] = std::nearbyint(current[r] * 4.0) / 4.0;
+      out[static_cast<std::size_t>((tile.first + r) * cols + column)] = decided[r];
+    }
+  }
+  std::int64_t cols = 0;
+  std::vector<double> out;
+};
+
+// The optimal brain surgeon, literally: explicit inverse, one elimination per column, no blocks, no factor.
+std::vector<double> surgeon(const std::vector<float>& weight, std::int64_t rows, const std::vector<double>& h,
+                            const SweepFactor& factor) {
+  const std::int64_t n = factor.columns;
+  double mean = 0;
+  std::int64_t live = 0;
+  for (std::int64_t i = 0; i < n; ++i) {
+    if (factor.dead[static_cast<std::size_t>(i)]) continue;
+    mean += h[static_cast<std::size_t>(i * n + i)];
+    ++live;
+  }
+  mean /= static_cast<double>(live);
+  Eigen::MatrixXd damped(n, n);
+  for (std::int64_t i = 0; i < n; ++i) {
+    for (std::int64_t j = 0; j < n; ++j) damped(i, j) = h[static_cast<std::size_t>(i * n + j)];
+    damped(i, i) = factor.dead[static_cast<std::size_t>(i)] ? 1.0 : damped(i, i) + factor.damping * mean;
+  }
+  Eigen::MatrixXd inverse = damped.inverse();
+  Eigen::MatrixXd w(rows, n);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    for (std::int64_t j = 0; j < n; ++j) w(r, j) = static_cast<double>(weight[static_cast<std::size_t>(r * n + j)]);
+  }
+  for (std::int64_t i : factor.order) {
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const double kept = std::nearbyint(w(r, i) * 4.0) / 4.0;
+      const double error = (w(r, i) - kept) / inverse(i, i);
+      for (std::int64_t j = 0; j < n; ++j) w(r, j) -= error * inverse(i, j);
+      w(r, i) = kept;
+    }
+    const Eigen::MatrixXd column = inverse.col(i);
+    inverse -= column * column.transpose() / inverse(i, i);
+    inverse.row(i).setZero();  // visited columns never move again
+    inverse.col(i).setZero();
+  }
+  std::vector<double> out(static_cast<std::size_t>(rows * n));
+  for (std::int64_t r = 0; r < rows; ++r) {
+    for (std::int64_t j = 0; j < n; ++j) out[static_cast<std::size_t>(r * n + j)] = w(r, j);
+  }
+  return out;
+}
+
+TEST(Sweep, EqualsTheLiteralAlgorithm) {
+  std::mt19937_64 random(4);
+  for (bool ordered : {false, true}) {
+    for (std::int64_t n : {1, 5, 128, 129, 172, 300}) {
+      const std::int64_t rows = 37;
+      std::vector<double> h = random_hessian(random, n, 2 * n + 3);
+      for (std::int64_t dead : {n / 2, n - 1}) {
+        if (n < 5) break;
+        for (std::int64_t j = 0; j < n; ++j) h[static_cast<std::size_t>(dead * n + j)] = h[static_cast<std::size_t>(j * n + dead)] = 0;
+      }
+      const std::vector<float> weight = normal(random, rows * n);
+      const SweepFactor factor = factor_hessian(h, n, {0.01, ordered}, "h", 2);
+      GridRule rule;
+      rule.cols = n;
+      rule.out.resize(weight.size());
+      sweep_columns(weight.data(), rows, factor, rule, 2);
+      const std::vector<double> expected = surgeon(weight, rows, h, factor);
+      std::int64_t different = 0;
+      for (std::size_t i = 0; i < expected.size(); ++i) different += rule.out[i] != expected[i];
+      EXPECT_EQ(different, 0) << "columns " << n << " ordered " << ordered;
+      GridRule alone;
+      alone.cols = n;
+      alone.out.resize(weight.size());
+      sweep_columns(weight.data(), rows, factor, alone, 1);
+      EXPECT_EQ(alone.out, rule.out);
+    }
+  }
+}
+
+TEST(RowErrors, AreTheQuadraticForm) {
+  std::mt19937_64 random(5);
+  for (std::int64_t n : {1, 3, 4, 66}) {
+    const std::int64_t rows = 35;
+    const std::vector<double> h = random_hessian(random, n, 90);
+    const std::vector<float> a = normal(random, rows * n), b = normal(random, rows * n);
+    const std::vector<double> errors = row_errors(a.data(), b.data(), rows, n, h.data(), 2);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      double expected = 0;
+      for (std::int64_t i = 0; i < n; ++i) {
+        for (std::int64_t j = 0; j < n; ++j) {
+          const std::size_t left = static_cast<std::size_t>(r * n + i), right = static_cast<std::size_t>(r * n + j);
+          expected += (static_cast<double>(a[left]) - static_cast<double>(b[left])) * h[static_cast<std::size_t>(i * n + j)] *
+                      (static_cast<double>(a[right]) - static_cast<double>(b[right]));
+        }
+      }
+      EXPECT_NEAR(errors[static_cast<std::size_t>(r)], expected, 1e-9 * std::fabs(expected));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace pare

@@ -1,0 +1,199 @@
+#include "quantize/gptq.h"
+
+#include <gtest/gtest.h>
+
+#include <Eigen/Dense>
+#include <cmath>
+#include <limits>
+#include <algorithm>
+
+#include "quantize/scales.h"
+#include "tests/quantize/layers.h"
+
+namespace pare {
+namespace {
+
+using testing::diagonal;
+using testing::quadratic;
+using testing::random_hessian;
+using testing::random_weight;
+
+// The literal algorithm in double: explicit inverse Hessian, one elimination per column, no blocks, no factor.
+std::vector<std::int8_t> literal_gptq(const std::vector<float>& weight, const QuantizedTensor& grid, const std::vector<double>& h,
+                                      const std::vector<std::int64_t>& order, bool keep_zeros) {
+  const std::int64_t rows = grid.rows, n = grid.cols, groups = grid.codec.groups(n), size = n / groups;
+  const CodeRange range = code_range(grid.codec.kind);
+  Eigen::MatrixXd damped(n, n);
+  double mean = 0;
+  std::int64_t live = 0;
+  for (std::int64_t i = 0; i < n; ++i) {
+    for (std::int64_t j = 0; j < n; ++j) damped(i, j) = h[static_cast<std::size_t>(i * n + j)];
+    mean += damped(i, i);
+    live += damped(i, i) > 0;
+  }
+  for (std::int64_t i = 0; i < n; ++i) damped(i, i) = damped(i, i) > 0 ? damped(i, i) + 0.01 * mean / static_cast<double>(live) : 1.0;
+  Eigen::MatrixXd inverse = damped.inverse(), w(rows, n);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    for (std::int64_t j = 0; j < n; ++j) w(r, j) = static_cast<double>(weight[static_cast<std::size_t>(r * n + j)]);
+  }
+  std::vector<std::int8_t> codes(static_cast<std::size_t>(rows * n));
+  for (std::int64_t i : order) {
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const std::size_t g = static_cast<std::size_t>(r * groups + i / size);
+      const double scale = static_cast<double>(f16_to_f32(grid.scales[g]));
+      const int zero = grid.zeros.empty() ? 0 : grid.zeros[g];
+      int code = zero;
+      if (scale > 0 && !(keep_zeros && weight[static_cast<std::size_t>(r * n + i)] == 0.0f)) {
+        code = std::clamp(static_cast<int>(std::nearbyint(w(r, i) / scale)) + zero, range.low, range.high);
+      }
+      codes[static_cast<std::size_t>(r * n + i)] = static_cast<std::int8_t>(code);
+      const double error = (w(r, i) - (code - zero) * scale) / inverse(i, i);
+      for (std::int64_t j = 0; j < n; ++j) w(r, j) -= error * inverse(i, j);
+    }
+    const Eigen::MatrixXd column = inverse.col(i);
+    inverse -= column * column.transpose() / inverse(i, i);
+    inverse.row(i).setZero();
+    inverse.col(i).setZero();
+  }
+  return codes;
+}
+
+double layer_error(const std::vector<float>& weight, const QuantizedTensor& q, std::int64_t row, const std::vector<double>& h) {
+  std::vector<float> unpacked(static_cast<std::size_t>(q.cols));
+  q.unpack_row(row, unpacked.data());
+  std::vector<double> d(unpacked.size());
+  for (std::size_t j = 0; j < d.size(); ++j) {
+    d[j] = static_cast<double>(weight[static_cast<std::size_t>(row * q.cols) + j]) - static_cast<double>(unpacked[j]);
+  }
+  return quadratic(h, q.cols, d, 0, q.cols);
+}
+
+struct Case {
+  const char* codec;
+  std::int64_t rows, cols;
+  bool dead, pruned;
+};
+
+TEST(Gptq, EqualsTheLiteralAlgorithmCodeForCode) {
+  std::mt19937_64 random(1);
+  for (const Case& c : {Case{"q4", 33, 64, false, false}, Case{"q4", 5, 160, true, false}, Case{"q4g128", 40, 256, true, false},
+                        Case{"q4a", 17, 96, false, false}, Case{"q4ag64", 9, 192, true, true}, Case{"q8c", 12, 172, true, false},
+                        Case{"q8", 7, 64, false, true}, Case{"q4", 20, 128, false, true}}) {
+    std::vector<float> w = random_weight(random, c.rows, c.cols);
+    if (c.pruned) {
+      for (std::size_t i = 0; i < w.size(); i += 3) w[i] = 0.0f;
+    }
+    std::vector<double> h = random_hessian(random, c.cols, 2 * c.cols);
+    if (c.dead) {
+      for (std::int64_t j = 0; j < c.cols; ++j) {
+        h[static_cast<std::size_t>(3 * c.cols + j)] = h[static_cast<std::size_t>(j * c.cols + 3)] = 0.0;
+      }
+    }
+    const std::vector<double> diag = diagonal(h, c.cols);
+    const QuantizedTensor nearest = round_to_nearest(w.data(), c.rows, c.cols, Codec::parse(c.codec, "t"),
+                                                     ScaleRule::kSearched, {h.data(), diag.data()}, "w", 2);
+    for (bool ordered : {true, false}) {
+      const SweepFactor factor = factor_hessian(h, c.cols, {0.01, ordered}, "w", 2);
+      const GptqResult result = gptq(w.data(), nearest, h.data(), factor, c.pruned, 2);
+      const std::vector<std::int8_t> literal = literal_gptq(w, nearest, h, factor.order, c.pruned);
+      double nearest_error = 0, literal_error = 0, best_error = 0;
+      QuantizedTensor swept = nearest;
+      swept.codes = literal;
+      for (std::int64_t r = 0; r < c.rows; ++r) {
+        const double plain = layer_error(w, nearest, r, h), own = layer_error(w, swept, r, h);
+        nearest_error += plain;
+        literal_error += own;
+        best_error += std::min(plain, own);
+        const std::vector<std::int8_t>& source = plain < own ? nearest.codes : literal;
+        for (std::int64_t j = r * c.cols; j < (r + 1) * c.cols; ++j) {
+          ASSERT_EQ(result.tensor.codes[static_cast<std::size_t>(j)], source[static_cast<std::size_t>(j)])
+              << c.codec << " row " << r << " column " << j % c.cols;
+        }
+      }
+      EXPECT_NEAR(result.nearest_error, nearest_error, 1e-9 * nearest_error);
+      EXPECT_NEAR(result.sweep_error, literal_error, 1e-9 * literal_error);
+      EXPECT_NEAR(result.error, best_error, 1e-9 * best_error);
+      EXPECT_LT(result.error, nearest_error) << c.codec;
+      EXPECT_EQ(result.tensor.scales, nearest.scales);
+      result.tensor.validate("w");
+    }
+  }
+}
+
+TEST(Gptq, PrunedWeightsStayExactlyZeroAndTheRestCompensates) {
+  std::mt19937_64 random(2);
+  for (const char* codec : {"q4", "q4a", "q8"}) {
+    std::vector<float> w = random_weight(random, 30, 128);
+    for (std::size_t i = 0; i < w.size(); ++i) {
+      if (i % 4 < 2) w[i] = 0.0f;
+    }
+    ASSERT_TRUE(is_pruned(w));
+    const std::vector<double> h = random_hessian(random, 128, 400);
+    const QuantizedTensor nearest =
+        round_to_nearest(w.data(), 30, 128, Codec::parse(codec, "t"), ScaleRule::kSearched, {h.data(), nullptr}, "w", 1);
+    const SweepFactor factor = factor_hessian(h, 128, {}, "w", 1);
+    const GptqResult result = gptq(w.data(), nearest, h.data(), factor, true, 1);
+    std::vector<float> back(w.size());
+    result.tensor.unpack(back.data());
+    for (std::size_t i = 0; i < w.size(); ++i) {
+      if (w[i] == 0.0f) {
+        ASSERT_EQ(back[i], 0.0f) << codec << " " << i;
+      }
+    }
+    EXPECT_LT(result.sweep_error, result.nearest_error) << codec;
+  }
+  EXPECT_FALSE(is_pruned(std::vector<float>(100, 1.0f)));
+}
+
+// Every combination of codes of one group of four columns (padded with dead columns): GPTQ lies between the optimum
+// and, on average, round-to-nearest.
+TEST(Gptq, LiesBetweenTheExhaustiveOptimumAndNearest) {
+  std::mt19937_64 random(3);
+  double optimum_sum = 0, sweep_sum = 0, nearest_sum = 0;
+  for (int trial = 0; trial < 40; ++trial) {
+    std::vector<float> w(32, 0.0f);
+    const std::vector<float> live = random_weight(random, 1, 4);
+    const std::vector<double> small = random_hessian(random, 4, 12);
+    std::vector<double> h(32 * 32, 0.0);
+    for (std::size_t i = 0; i < 4; ++i) {
+      w[i * 5] = live[i];
+      for (std::size_t j = 0; j < 4; ++j) h[i * 5 * 32 + j * 5] = small[i * 4 + j];
+    }
+    const QuantizedTensor nearest =
+        round_to_nearest(w.data(), 1, 32, Codec::parse("q4", "t"), ScaleRule::kAbsmax, {}, "w", 1);
+    const SweepFactor factor = factor_hessian(h, 32, {1e-6, true}, "w", 1);
+    const GptqResult result = gptq(w.data(), nearest, h.data(), factor, false, 1);
+    const double scale = static_cast<double>(f16_to_f32(nearest.scales[0]));
+    double best = std::numeric_limits<double>::infinity();
+    for (int combination = 0; combination < 65536; ++combination) {
+      double d[4], error = 0;
+      for (int i = 0; i < 4; ++i) d[i] = static_cast<double>(live[static_cast<std::size_t>(i)]) - scale * ((combination >> (4 * i) & 15) - 8);
+      for (int i = 0; i < 4; ++i) {
+        for (int j = 0; j < 4; ++j) error += d[i] * small[static_cast<std::size_t>(i * 4 + j)] * d[j];
+      }
+      best = std::min(best, error);
+    }
+    ASSERT_GE(result.error, best * (1 - 1e-5)) << trial;
+    ASSERT_LE(result.error, result.nearest_error);
+    optimum_sum += best;
+    sweep_sum += result.sweep_error;
+    nearest_sum += result.nearest_error;
+  }
+  EXPECT_LT(sweep_sum, 0.8 * nearest_sum);
+  EXPECT_GE(sweep_sum, optimum_sum);
+}
+
+TEST(Gptq, SameBitsAtAnyThreadCount) {
+  std::mt19937_64 random(4);
+  const std::vector<float> w = random_weight(random, 100, 160);
+  const std::vector<double> h = random_hessian(random, 160, 400);
+  const QuantizedTensor nearest =
+      round_to_nearest(w.data(), 100, 160, Codec::parse("q4", "t"), ScaleRule::kSearched, {h.data(), nullptr}, "w", 1);
+  const GptqResult one = gptq(w.data(), nearest, h.data(), factor_hessian(h, 160, {}, "w", 1), false, 1);
+  const GptqResult three = gptq(w.data(), nearest, h.data(), factor_hessian(h, 160, {}, "w", 3), false, 3);
+  EXPECT_EQ(one.tensor.codes, three.tensor.codes);
+  EXPECT_EQ(one.error, three.error);
+}
+
+}  // namespace
+}  // namespace pare
