@@ -69,8 +69,8 @@ void add_rows(const SpeedResult& result, const std::string& stage, Report& repor
   };
   row("tokens_per_second", result.tokens_per_second, "tokens/s");
   row("prefill_tokens_per_second", result.prefill_tokens_per_second, "tokens/s");
-  row("p95_token_seconds", result.p95_token_seconds, "s");
-  row("first_token_seconds", result.first_token_seconds, "s");
+  row("seconds_per_token_p95", result.p95_token_seconds, "s");
+  row("time_to_first_token", result.first_token_seconds, "s");
   row("peak_memory_bytes", static_cast<double>(result.peak_memory_bytes), "bytes");
 }
 

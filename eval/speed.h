@@ -34,7 +34,7 @@ struct SpeedResult {
 // `prompt_ids` are repeated to the wanted length. Errors: exit 3 when prompt or token counts are not positive.
 SpeedResult measure_speed(const DecodeProbe& probe, std::span<const std::int32_t> prompt_ids, const SpeedOptions& options);
 
-// Rows "tokens_per_second", "p95_token_seconds", "first_token_seconds", "peak_memory_bytes"; none of them deterministic.
+// Rows "tokens_per_second", "seconds_per_token_p95", "time_to_first_token", "peak_memory_bytes"; none deterministic.
 void add_rows(const SpeedResult& result, const std::string& stage, Report& report);
 Json to_json(const SpeedResult& result);
 
