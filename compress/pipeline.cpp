@@ -436,13 +436,15 @@ void Pipeline::finish(const fs::path& last, Report report, std::chrono::steady_c
     MeasureRequest against = measure;
     against.model = last;
     for (auto& row : tools_.compare(unsealed, against, context)) report.add(std::move(row));
-    for (auto& row : tools_.measure(measure, context)) report.add(std::move(row));
-    gates = check_requirements(recipe_.require, report, kCompactStage);
-    enforce(gates, report, context);
+    for (auto& row : tools_.measure(measure, context))
+      if (row.metric != "file_bytes") report.add(std::move(row));  // known when the report itself is inside
     return Json{{"run", run_key_}, {"rows", report.to_json(true)}}.dump(1) + "\n";
   };
   tools_.export_file(request, context);
   file_bytes = fs::file_size(request.out);
+  report.add({kCompactStage, "file_bytes", {}, static_cast<double>(file_bytes), "bytes", {}, true});
+  gates = check_requirements(recipe_.require, report, kCompactStage);
+  enforce(gates, report, context);
   write_text(transaction.work() / kRecipeFile, resolved_recipe());
 
   result["run"] = run_key_;

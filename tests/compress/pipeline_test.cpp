@@ -181,7 +181,7 @@ TEST_F(PipelineTest, TemporariesOfAKilledStageDoNotReachTheResult) {
 
 TEST_F(PipelineTest, MissedGateIsExitFourNamesTheFigureAndLeavesNothing) {
   fake.kl = {0.5};
-  EXPECT_EQ(code("require: {mean-kl: 0.1, bytes: 1000, tokens-per-second: 500}"), ExitCode::kQuality);
+  EXPECT_EQ(code("require: {mean-kl: 0.1, bytes: 100000, tokens-per-second: 500}"), ExitCode::kQuality);
   EXPECT_NE(message.find("mean-kl at most 0.1, measured 0.5"), std::string::npos) << message;
   EXPECT_NE(message.find("tokens-per-second at least 500"), std::string::npos) << message;
   EXPECT_EQ(message.find("bytes"), std::string::npos) << message;

@@ -64,6 +64,7 @@ inline void make_tiny_model(const fs::path& out, const TinyModel& m) {
                      {"rope_theta", 10000.0},
                      {"hidden_act", "silu"},
                      {"tie_word_embeddings", m.tied},
+                     {"eos_token_id", tokenizer.at("added_tokens").at(0).at("id")},
                      {"torch_dtype", m.dtype}};
   const ModelConfig config = parse_config(json, nullptr, "tiny model");
   FolderTransaction folder(out);
