@@ -279,6 +279,17 @@ bool CheckpointWriter::has_piece(const std::string& piece) const {
   return state_->complete || state_->names_of_pieces.contains(piece);
 }
 
+void CheckpointWriter::read_f32(std::string_view name, float* out) const {
+  const TensorSpec& spec = state_->spec(name);
+  if (state_->complete) return Checkpoint(state_->work).read_f32(name, out);
+  const auto found = state_->entries.find(name);
+  if (found == state_->entries.end()) throw std::logic_error("CheckpointWriter: " + spec.name + " was not put yet");
+  const Entry& entry = found->second;
+  if (!entry.dense) return state_->codes(spec, entry).unpack(out);
+  const TensorView view{spec.name, state_->dtype, spec.shape, entry.data()};
+  to_f32(view, 0, view.elements(), out);
+}
+
 void CheckpointWriter::copy_side_files(const fs::path& from) {
   for (const std::string& name : side_file_names())
     if (fs::is_regular_file(from / name)) copy_file_durably(from / name, state_->work / name);
@@ -309,7 +320,9 @@ void CheckpointWriter::State::assemble() const {
     }
     const std::int64_t rows = spec.shape[0], cols = spec.shape[1], groups = entry.codec.groups(cols);
     const bool asymmetric = entry.codec.kind == CodecKind::kQ4a;
-    if (linear) {
+    // compressed-tensors 0.20 lays out the packed zero points of asymmetric codes otherwise on loading than on saving
+    // (its skeleton expects them unpacked), so transformers refuses such folders: those codes go to codes.pare.
+    if (linear && !asymmetric) {
       modules.emplace(module, entry.codec);
       outputs.push_back({{module + "." + kPackedSuffix, DType::kI32, {rows, packed_words(cols, entry.codec.bits())}},
                          [&](SafetensorsWriter& out) { out.write(bytes_of(pack_weight(codes(spec, entry)))); }});
@@ -321,10 +334,8 @@ void CheckpointWriter::State::assemble() const {
                          }});
       outputs.push_back({{module + "." + kShapeSuffix, DType::kI64, {2}},
                          [&](SafetensorsWriter& out) { out.write(bytes_of(spec.shape)); }});
-      if (asymmetric)
-        outputs.push_back({{module + "." + kZeroSuffix, DType::kI32, {packed_words(rows, 4), groups}},
-                           [&](SafetensorsWriter& out) { out.write(bytes_of(pack_zero_points(codes(spec, entry)))); }});
     } else {
+      if (linear) ignored.push_back(module);
       side_codecs[spec.name] = entry.codec.name();
       outputs.push_back({{spec.name, DType::kF32, spec.shape}, [&, cols](SafetensorsWriter& out) {
                            const QuantizedTensor tensor = codes(spec, entry);

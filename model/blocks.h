@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -25,7 +26,8 @@ struct CalibrationWindows {
 // Seeded random windows over the documents joined in order; every window starts with the prefix ids, if the tokenizer
 // has any. Errors: exit 3 when the text has fewer tokens than one window.
 CalibrationWindows sample_windows(const Tokenizer& tokenizer, const std::vector<fs::path>& texts, std::int64_t count,
-                                  std::int64_t length, std::uint64_t seed);
+                                  std::int64_t length, std::uint64_t seed,
+                                  const std::optional<std::string>& split = std::nullopt);
 // Uniform random ids below vocab_size, for tests and for models without a tokenizer.
 CalibrationWindows random_windows(std::int64_t vocab_size, std::int64_t count, std::int64_t length, std::uint64_t seed);
 
@@ -53,6 +55,8 @@ struct BlockLinear {
 class BlockVisitor {
  public:
   virtual ~BlockVisitor() = default;
+  // Before the first block: [vocab * hidden] of the compressed stream, may be changed in place.
+  virtual void embedding(std::span<float> weight) {}
   // True: this block was finished by an earlier run; `restore` then fills in its weights and `compress` is not called.
   virtual bool finished(int layer) { return false; }
   virtual void restore(int layer, std::span<BlockLinear> all_linears) {}

@@ -1,0 +1,388 @@
+#include "model/blocks.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <exception>
+#include <random>
+
+#include "core/corpus.h"
+#include "core/error.h"
+#include "model/decoder.h"
+#include "model/sweep.h"
+
+namespace pare {
+namespace {
+
+// Windows whose inputs are held at a time; a constant, so that sums do not depend on the machine.
+constexpr std::int64_t kShardWindows = 8;
+
+// LibTorch stays inside one thread: parallelism is over windows, and restored on leaving.
+class SingleThreadedTorch {
+ public:
+  SingleThreadedTorch() : before_(at::get_num_threads()) { at::set_num_threads(1); }
+  ~SingleThreadedTorch() { at::set_num_threads(before_); }
+  SingleThreadedTorch(const SingleThreadedTorch&) = delete;
+  SingleThreadedTorch& operator=(const SingleThreadedTorch&) = delete;
+
+ private:
+  int before_;
+};
+
+torch::Tensor stage_input(DecoderBlock& block, BlockStage stage, const torch::Tensor& hidden, const RopeTables& rope) {
+  switch (stage) {
+    case BlockStage::kQkv: return block->attention_input(hidden);
+    case BlockStage::kO: return block->attention_mix(block->attention_input(hidden), rope);
+    case BlockStage::kGateUp: return block->mlp_input(hidden);
+    case BlockStage::kDown: return block->mlp_mix(block->mlp_input(hidden));
+  }
+  throw std::logic_error("block stage");
+}
+
+torch::Tensor past_attention(DecoderBlock& block, const torch::Tensor& hidden, const RopeTables& rope) {
+  return block->attention_output(hidden, stage_input(block, BlockStage::kO, hidden, rope));
+}
+
+torch::Tensor past_mlp(DecoderBlock& block, const torch::Tensor& hidden, const RopeTables& rope) {
+  return block->mlp_output(hidden, stage_input(block, BlockStage::kDown, hidden, rope));
+}
+
+class Walk {
+ public:
+  Walk(const Checkpoint& checkpoint, const CalibrationWindows& windows, const WalkOptions& options, Context& context)
+      : checkpoint_(checkpoint),
+        config_(checkpoint.config()),
+        windows_(windows),
+        options_(options),
+        context_(context),
+        device_(parse_device(options.device)),
+        threads_(!device_.is_cpu() ? 1 : options.threads > 0 ? options.threads : omp_get_num_procs()),
+        sum_threads_(options.threads > 0 ? options.threads : omp_get_num_procs()),
+        window_size_(windows.length * config_.hidden_size) {}
+
+  void run(BlockVisitor& visitor);
+
+ private:
+  using Advance = torch::Tensor (*)(DecoderBlock&, const torch::Tensor&, const RopeTables&);
+
+  void embed(BlockVisitor& visitor);
+  void advance(DecoderBlock& block, std::vector<float>& stream, Advance step);
+  void visit(DecoderBlock& block, std::vector<BlockLinear>& linears, int layer, BlockVisitor& visitor);
+  void push_weights(DecoderBlock& block, std::span<BlockLinear> linears);
+  InputStatistics statistics(DecoderBlock& block, BlockStage stage, std::int64_t columns);
+  void cap_first_tokens(std::vector<float>& inputs, std::vector<float>* paired, std::int64_t windows, std::int64_t columns);
+  double drift() const;
+
+  torch::Tensor hidden(const std::vector<float>& stream, std::int64_t window) const {
+    return torch::from_blob(const_cast<float*>(stream.data()) + window * window_size_,
+                            {1, windows_.length, config_.hidden_size}, torch::kFloat)
+        .to(device_);
+  }
+  static void store(const torch::Tensor& tensor, float* out) {
+    const torch::Tensor values = tensor.to(torch::kCPU, torch::kFloat).contiguous();
+    std::copy_n(values.data_ptr<float>(), values.numel(), out);
+  }
+  // Runs `work` for windows [first, last), each on one thread.
+  template <class Work>
+  void each_window(std::int64_t first, std::int64_t last, const Work& work) {
+    throw_if_interrupted("calibration", "the same command continues with the block that was not finished");
+    std::exception_ptr problem;
+#pragma omp parallel for schedule(dynamic) num_threads(threads_)
+    for (std::int64_t w = first; w < last; ++w) {
+      try {
+        const torch::NoGradGuard no_grad;
+        work(w);
+      } catch (...) {
+#pragma omp critical
+        problem = std::current_exception();
+      }
+    }
+    if (problem) std::rethrow_exception(problem);
+  }
+
+  const Checkpoint& checkpoint_;
+  const ModelConfig& config_;
+  const CalibrationWindows& windows_;
+  const WalkOptions& options_;
+  Context& context_;
+  torch::Device device_;
+  int threads_, sum_threads_;
+  std::int64_t window_size_;
+  RopeTables rope_;
+  std::vector<float> original_, compressed_;  // hidden states [windows * length * hidden]
+  std::vector<std::vector<float>> original_weights_, weights_;  // of the linears of the block
+  DecoderBlock reference_{nullptr};  // the block with original weights, where both streams advance in step
+};
+
+void Walk::embed(BlockVisitor& visitor) {
+  const torch::NoGradGuard no_grad;
+  torch::Tensor table = load_tensor(checkpoint_, "model.embed_tokens.weight", torch::kCPU);
+  const auto look_up = [&](std::vector<float>& stream) {
+    stream.resize(static_cast<std::size_t>(windows_.count * window_size_));
+    const float* rows = table.data_ptr<float>();
+    for (std::size_t t = 0; t < windows_.ids.size(); ++t) {
+      std::copy_n(rows + windows_.ids[t] * config_.hidden_size, config_.hidden_size,
+                  stream.data() + static_cast<std::int64_t>(t) * config_.hidden_size);
+    }
+  };
+  if (options_.original_stream || options_.cross) look_up(original_);
+  visitor.embedding({table.data_ptr<float>(), static_cast<std::size_t>(table.numel())});
+  look_up(compressed_);
+}
+
+void Walk::advance(DecoderBlock& block, std::vector<float>& stream, Advance step) {
+  if (stream.empty()) return;
+  for (std::int64_t first = 0; first < windows_.count; first += kShardWindows) {
+    each_window(first, std::min(first + kShardWindows, windows_.count), [&](std::int64_t w) {
+      store(step(block, hidden(stream, w), rope_), stream.data() + w * window_size_);
+    });
+  }
+}
+
+// Scales row 0 of every window, so that its square counts at most kFirstTokenEnergy times the mean of the others.
+void Walk::cap_first_tokens(std::vector<float>& inputs, std::vector<float>* paired, std::int64_t windows,
+                            std::int64_t columns) {
+  if (!windows_.prefixed || windows_.length < 2) return;
+  for (std::int64_t w = 0; w < windows; ++w) {
+    double first = 0, others = 0;
+    for (std::int64_t t = 0; t < windows_.length; ++t) {
+      const float* x = inputs.data() + (w * windows_.length + t) * columns;
+      double energy = 0;
+      for (std::int64_t j = 0; j < columns; ++j) energy += static_cast<double>(x[j]) * static_cast<double>(x[j]);
+      (t == 0 ? first : others) += energy;
+    }
+    const double limit = kFirstTokenEnergy * others / static_cast<double>(windows_.length - 1);
+    if (first <= limit) continue;
+    const float factor = static_cast<float>(std::sqrt(limit / first));
+    for (std::vector<float>* list : {&inputs, paired}) {
+      if (!list) continue;
+      float* x = list->data() + w * windows_.length * columns;
+      for (std::int64_t j = 0; j < columns; ++j) x[j] *= factor;
+    }
+  }
+}
+
+InputStatistics Walk::statistics(DecoderBlock& block, BlockStage stage, std::int64_t columns) {
+  InputStatistics result;
+  result.columns = columns;
+  result.tokens = windows_.count * windows_.length;
+  result.mean_square.assign(static_cast<std::size_t>(columns), 0.0);
+  const std::size_t square = static_cast<std::size_t>(columns * columns);
+  if (options_.hessian) result.hessian.assign(square, 0.0);
+  if (options_.cross) result.cross.assign(square, 0.0);
+  std::vector<float> inputs, paired;
+  for (std::int64_t first = 0; first < windows_.count; first += kShardWindows) {
+    const std::int64_t last = std::min(first + kShardWindows, windows_.count);
+    const std::int64_t rows = (last - first) * windows_.length;
+    inputs.resize(static_cast<std::size_t>(rows * columns));
+    if (options_.cross) paired.resize(inputs.size());
+    each_window(first, last, [&](std::int64_t w) {
+      const std::int64_t at = (w - first) * windows_.length * columns;
+      store(stage_input(block, stage, hidden(compressed_, w), rope_), inputs.data() + at);
+      if (options_.cross) store(stage_input(reference_, stage, hidden(original_, w), rope_), paired.data() + at);
+    });
+    cap_first_tokens(inputs, options_.cross ? &paired : nullptr, last - first, columns);
+    if (options_.hessian) {
+      add_gram(inputs.data(), inputs.data(), rows, columns, result.hessian.data(), sum_threads_);
+    } else {
+      for (std::int64_t t = 0; t < rows; ++t) {
+        const float* x = inputs.data() + t * columns;
+        for (std::int64_t j = 0; j < columns; ++j) {
+          result.mean_square[static_cast<std::size_t>(j)] += static_cast<double>(x[j]) * static_cast<double>(x[j]);
+        }
+      }
+    }
+    if (options_.cross) add_gram(paired.data(), inputs.data(), rows, columns, result.cross.data(), sum_threads_);
+  }
+  const double scale = 1.0 / static_cast<double>(result.tokens);
+  for (double& value : result.mean_square) value *= scale;
+  for (double& value : result.hessian) value *= scale;
+  for (double& value : result.cross) value *= scale;
+  if (options_.hessian) {
+    mirror_upper(result.hessian.data(), columns);
+    for (std::int64_t j = 0; j < columns; ++j) {
+      result.mean_square[static_cast<std::size_t>(j)] = result.hessian[static_cast<std::size_t>(j * columns + j)];
+    }
+  }
+  return result;
+}
+
+void Walk::push_weights(DecoderBlock& block, std::span<BlockLinear> linears) {
+  const torch::NoGradGuard no_grad;
+  for (BlockLinear& linear : linears) {
+    block->weight(linear.module)
+        .copy_(torch::from_blob(linear.weight.data(), {linear.rows, linear.cols}, torch::kFloat));
+  }
+}
+
+void Walk::visit(DecoderBlock& block, std::vector<BlockLinear>& linears, int layer, BlockVisitor& visitor) {
+  std::size_t next = 0;
+  for (BlockStage stage : {BlockStage::kQkv, BlockStage::kO, BlockStage::kGateUp, BlockStage::kDown}) {
+    if (stage == BlockStage::kGateUp) {
+      advance(block, compressed_, past_attention);
+      if (options_.cross) advance(reference_, original_, past_attention);
+    }
+    const std::span<BlockLinear> own = std::span(linears).subspan(next, stage_modules(stage).size());
+    next += own.size();
+    if (context_.progress) context_.progress->update(layer, own.front().module + ": inputs");
+    const InputStatistics input = statistics(block, stage, own.front().cols);
+    if (context_.progress) context_.progress->update(layer, own.front().module + ": weights");
+    throw_if_interrupted("calibration", "the same command continues with the block that was not finished");
+    visitor.compress(layer, stage, own, input);
+    push_weights(block, own);
+  }
+}
+
+double Walk::drift() const {
+  if (original_.empty()) return 0;
+  double difference = 0, energy = 0;
+  for (std::int64_t w = 0; w < windows_.count; ++w) {
+    double window_difference = 0, window_energy = 0;
+    for (std::int64_t i = w * window_size_; i < (w + 1) * window_size_; ++i) {
+      const double value = static_cast<double>(original_[static_cast<std::size_t>(i)]);
+      const double other = static_cast<double>(compressed_[static_cast<std::size_t>(i)]);
+      window_difference += (other - value) * (other - value);
+      window_energy += value * value;
+    }
+    difference += window_difference;
+    energy += window_energy;
+  }
+  return energy > 0 ? difference / energy : 0;
+}
+
+void Walk::run(BlockVisitor& visitor) {
+  const SingleThreadedTorch single;
+  rope_ = rope_tables(config_, windows_.length, device_);
+  embed(visitor);
+  if (context_.progress) context_.progress->begin("blocks", config_.num_layers);
+  for (int layer = 0; layer < config_.num_layers; ++layer) {
+    DecoderBlock block = load_block(checkpoint_, layer, device_);
+    original_weights_.clear();
+    weights_.clear();
+    std::vector<BlockLinear> linears;
+    for (BlockStage stage : {BlockStage::kQkv, BlockStage::kO, BlockStage::kGateUp, BlockStage::kDown}) {
+      for (const std::string& module : stage_modules(stage)) {
+        const torch::Tensor weight = block->weight(module).detach().to(torch::kCPU).contiguous();
+        const float* values = weight.data_ptr<float>();
+        original_weights_.emplace_back(values, values + weight.numel());
+        weights_.push_back(original_weights_.back());
+        linears.push_back({"model.layers." + std::to_string(layer) + "." + module + ".weight", module, weight.size(0),
+                           weight.size(1), {}, {}});
+      }
+    }
+    for (std::size_t i = 0; i < linears.size(); ++i) {
+      linears[i].original = original_weights_[i];
+      linears[i].weight = weights_[i];
+    }
+    if (options_.cross) {
+      reference_ = load_block(checkpoint_, layer, device_);
+    } else {
+      advance(block, original_, past_attention);
+      advance(block, original_, past_mlp);
+    }
+    visitor.begin_block(layer);
+    if (visitor.finished(layer)) {
+      if (context_.progress) context_.progress->update(layer, "replayed");
+      visitor.restore(layer, linears);
+      push_weights(block, linears);
+      advance(block, compressed_, past_attention);
+      if (options_.cross) advance(reference_, original_, past_attention);
+    } else {
+      visit(block, linears, layer, visitor);
+    }
+    advance(block, compressed_, past_mlp);
+    if (options_.cross) advance(reference_, original_, past_mlp);
+    visitor.end_block(layer, drift());
+    if (context_.progress) context_.progress->update(layer + 1);
+  }
+  if (context_.progress) context_.progress->end();
+}
+
+}  // namespace
+
+const std::vector<std::string>& stage_modules(BlockStage stage) {
+  static const std::vector<std::string> modules[] = {
+      {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"},
+      {"self_attn.o_proj"},
+      {"mlp.gate_proj", "mlp.up_proj"},
+      {"mlp.down_proj"}};
+  return modules[static_cast<std::size_t>(stage)];
+}
+
+std::string CalibrationWindows::hash() const {
+  Hasher hasher;
+  hasher.update(std::to_string(count) + "x" + std::to_string(length) + (prefixed ? "p" : "") + ":");
+  hasher.update(std::as_bytes(std::span(ids)));
+  return hasher.hex();
+}
+
+CalibrationWindows sample_windows(const Tokenizer& tokenizer, const std::vector<fs::path>& texts, std::int64_t count,
+                                  std::int64_t length, std::uint64_t seed, const std::optional<std::string>& split) {
+  const std::vector<std::int32_t> prefix = tokenizer.prefix_ids();
+  std::vector<std::int32_t> joined;
+  for (const Document& document : read_documents(texts, split)) {
+    const std::vector<std::int32_t> ids = encode_document(tokenizer, document);
+    joined.insert(joined.end(), ids.begin(), ids.end());
+  }
+  const std::int64_t body = length - static_cast<std::int64_t>(prefix.size());
+  if (body < 1 || static_cast<std::int64_t>(joined.size()) < body) {
+    throw input_error(texts.empty() ? "calibration text" : texts.front().string(),
+                      "at least " + std::to_string(length) + " tokens for one window",
+                      std::to_string(joined.size()) + " tokens", "more text, or a smaller --context");
+  }
+  CalibrationWindows windows;
+  windows.count = count;
+  windows.length = length;
+  windows.prefixed = !prefix.empty();
+  windows.ids.reserve(static_cast<std::size_t>(count * length));
+  std::mt19937_64 random(seed);
+  const std::uint64_t starts = joined.size() - static_cast<std::uint64_t>(body) + 1;
+  for (std::int64_t w = 0; w < count; ++w) {
+    const auto start = static_cast<std::ptrdiff_t>(random() % starts);
+    windows.ids.insert(windows.ids.end(), prefix.begin(), prefix.end());
+    windows.ids.insert(windows.ids.end(), joined.begin() + start, joined.begin() + start + body);
+  }
+  return windows;
+}
+
+CalibrationWindows random_windows(std::int64_t vocab_size, std::int64_t count, std::int64_t length, std::uint64_t seed) {
+  CalibrationWindows windows;
+  windows.count = count;
+  windows.length = length;
+  std::mt19937_64 random(seed);
+  windows.ids.resize(static_cast<std::size_t>(count * length));
+  for (std::int32_t& id : windows.ids) {
+    id = static_cast<std::int32_t>(random() % static_cast<std::uint64_t>(vocab_size));
+  }
+  return windows;
+}
+
+void walk_blocks(const Checkpoint& checkpoint, const CalibrationWindows& windows, const WalkOptions& options,
+                 Context& context, BlockVisitor& visitor) {
+  for (std::int32_t id : windows.ids) {
+    if (id < 0 || id >= checkpoint.config().vocab_size) {
+      throw input_error("calibration tokens", "ids below " + std::to_string(checkpoint.config().vocab_size),
+                        std::to_string(id), "the tokenizer does not belong to this model");
+    }
+  }
+  Walk(checkpoint, windows, options, context).run(visitor);
+}
+
+std::uint64_t walk_peak_bytes(const ModelConfig& config, std::int64_t windows, std::int64_t length,
+                              const WalkOptions& options) {
+  const auto hidden = static_cast<std::uint64_t>(config.hidden_size);
+  const auto wide = static_cast<std::uint64_t>(
+      std::max({config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim}));
+  const auto tokens = static_cast<std::uint64_t>(windows * length);
+  const std::uint64_t streams = options.original_stream || options.cross ? 2 : 1;
+  const auto attention = static_cast<std::uint64_t>(config.num_heads * config.head_dim) * 2 +
+                         static_cast<std::uint64_t>(config.num_kv_heads * config.head_dim) * 2;
+  const std::uint64_t block = hidden * (attention + 3 * static_cast<std::uint64_t>(config.intermediate_size)) * 4;
+  const std::uint64_t inputs = static_cast<std::uint64_t>(std::min(windows, kShardWindows) * length) * wide * 4;
+  const std::uint64_t embedding = static_cast<std::uint64_t>(config.vocab_size) * hidden * 4;
+  const std::uint64_t walking = block * (options.cross ? 4 : 3) + inputs * (options.cross ? 4 : 2) +
+                                (options.hessian ? wide * wide * 8 * (options.cross ? 2 : 1) : 0);
+  return streams * tokens * hidden * 4 + std::max(embedding, walking);
+}
+
+}  // namespace pare
