@@ -3,6 +3,7 @@
 
 #include <torch/torch.h>
 
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -37,9 +38,15 @@ class DecoderBlockImpl : public torch::nn::Module {
   torch::Tensor weight(const std::string& module) const;  // "self_attn.q_proj" -> the parameter itself
   int layer() const { return layer_; }
 
+  // What products are computed in: kFloat (default) or kBFloat16 (inputs rounded, sums in float32; for training speed).
+  // A module in float64 ignores it.
+  void set_matmul_dtype(torch::ScalarType dtype) { matmul_dtype_ = dtype; }
+
  private:
+  torch::ScalarType matmul_dtype() const;
   const ModelConfig config_;
   int layer_;
+  torch::ScalarType matmul_dtype_ = torch::kFloat;
   torch::Tensor q_, k_, v_, o_, gate_, up_, down_, norm1_, norm2_;
   torch::Tensor q_bias_, k_bias_, v_bias_, o_bias_, gate_bias_, up_bias_, down_bias_;  // undefined when absent
 };
@@ -58,9 +65,14 @@ class DecoderImpl : public torch::nn::Module {
   torch::Tensor head_weight() const;                           // embedding when tied
   DecoderBlock block(int layer) const { return blocks_[static_cast<std::size_t>(layer)]; }
   torch::Tensor& tensor(const std::string& hf_name);           // a parameter by its checkpoint name
+  void set_matmul_dtype(torch::ScalarType dtype);              // see DecoderBlockImpl; hidden() returns this dtype
+  const RopeTables& rope(std::int64_t positions);              // kept and grown on demand, on the module's device
 
  private:
   ModelConfig config_;
+  torch::ScalarType matmul_dtype_ = torch::kFloat;
+  RopeTables rope_;
+  std::map<std::string, torch::Tensor> by_name_;
   torch::Tensor embed_, norm_, lm_head_;
   std::vector<DecoderBlock> blocks_;
 };
@@ -76,6 +88,8 @@ DecoderBlock load_block(const Checkpoint& checkpoint, int layer, const torch::De
 torch::Tensor load_tensor(const Checkpoint& checkpoint, const std::string& name, const torch::Device& device);
 // Writes a model folder (transaction). `like`: copy tokenizer and side files from there; dtype of the floats.
 void save_decoder(Decoder& decoder, const std::string& dtype, const fs::path& like, const fs::path& out);
+// The same into a folder that already exists, such as the work folder of a transaction the caller commits.
+void write_decoder(Decoder& decoder, const std::string& dtype, const fs::path& like, const fs::path& folder);
 
 // "cpu", "cuda", "cuda:1"; exit 5 when LibTorch has no such device.
 torch::Device parse_device(const std::string& name);

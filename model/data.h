@@ -1,0 +1,77 @@
+// Token batches from text and jsonl: documents -> streams of fixed windows, drawn by a seeded, resumable schedule.
+// Include only from .cpp files (LibTorch headers).
+#pragma once
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/config.h"
+#include "core/context.h"
+#include "core/corpus.h"
+
+namespace pare {
+
+// "path" or "path=weight": weight is the share of the tokens drawn from there.
+struct TextSpec {
+  fs::path path;
+  std::optional<double> weight;
+  std::string name() const { return path.filename().empty() ? path.parent_path().filename() : path.filename(); }
+};
+// Errors: exit 2, weight not a positive number, or given for some sources only.
+std::vector<TextSpec> parse_text_specs(const std::vector<std::string>& texts, const std::string& option);
+
+// One source as one long row of ids. Plain documents are joined with the end-of-text id and cut into windows anywhere;
+// with responses (jsonl prompt/response) whole documents are packed into windows and only response ids are predicted.
+struct TokenSource {
+  std::string name;
+  double weight = 1;
+  std::vector<std::int32_t> ids;
+  std::vector<std::uint8_t> scored;           // empty: every id is predicted
+  std::vector<std::int64_t> document_begin;   // with `scored`: first id of each document
+  std::int64_t documents = 0, too_long = 0;   // too_long: response documents cut at the context
+};
+
+// The id that ends a document: the config's eos, else the tokenizer's <|endoftext|> or </s>. Error: exit 3.
+std::int32_t end_of_text(const Tokenizer& tokenizer, const ModelConfig& config);
+
+std::vector<TokenSource> read_sources(const std::vector<TextSpec>& specs, const std::optional<std::string>& split,
+                                      const Tokenizer& tokenizer, std::int32_t end_id, std::int64_t context,
+                                      Context& run);
+
+struct Batch {
+  torch::Tensor ids, targets;  // [sequences, context] int64; target -1: nothing predicted there
+  std::int64_t counted = 0;    // targets >= 0
+};
+
+// Sequence k goes to the source that is furthest behind its share; each source runs through its windows in a new
+// seeded order, from a new seeded offset, every epoch. State is one counter per source.
+class BatchStream {
+ public:
+  BatchStream(std::vector<TokenSource> sources, std::int64_t context, std::uint64_t seed);
+  Batch next(std::int64_t sequences);
+  const std::vector<std::int64_t>& taken() const { return taken_; }
+  void restore(const std::vector<std::int64_t>& taken);
+  const std::vector<TokenSource>& sources() const { return sources_; }
+  std::int64_t tokens() const;  // of all sources together
+
+ private:
+  struct Epoch {
+    std::int64_t number = -1;
+    std::vector<std::int64_t> begin, end;  // of each window, in the order drawn; the window's ids are [begin, end)
+  };
+  void draw(std::size_t source, std::int64_t* ids, std::int64_t* targets);
+  void start_epoch(std::size_t source, std::int64_t number);
+  std::int64_t windows(std::size_t source) const;
+
+  std::vector<TokenSource> sources_;
+  std::int64_t context_;
+  std::uint64_t seed_;
+  std::vector<std::int64_t> taken_;
+  std::vector<Epoch> epochs_;
+};
+
+}  // namespace pare

@@ -1,0 +1,37 @@
+// The operations of a decoder step as single differentiable functions. On the CPU in float32 or bfloat16 they run
+// our own kernels; on any other device or dtype (float64 above all: the reference of the tests) they are composed of
+// ordinary LibTorch operations. Include only from .cpp files (LibTorch headers).
+#pragma once
+
+#include <torch/torch.h>
+
+namespace pare {
+
+// What products are computed in. kFloat: everything float32. kBFloat16: the inputs of every product are rounded to
+// bfloat16 and sums kept in float32; weights, residual stream, norms, softmax, loss and optimizer stay float32.
+using MatmulDtype = torch::ScalarType;
+
+// x [.., width] float (or double), weight [width] -> `out` dtype.
+torch::Tensor rms_norm(const torch::Tensor& x, const torch::Tensor& weight, double eps, MatmulDtype out);
+
+// x [.., in] (already in the product's dtype) times weight [out, in]^T plus bias (may be undefined).
+torch::Tensor project(const torch::Tensor& x, const torch::Tensor& weight, const torch::Tensor& bias);
+
+// gate_up [.., 2 width], gate first -> silu(gate) * up [.., width].
+torch::Tensor swiglu(const torch::Tensor& gate_up);
+
+// x float + delta (float or the product's dtype) -> x's dtype.
+torch::Tensor residual_add(const torch::Tensor& x, const torch::Tensor& delta);
+
+// qkv [batch, positions, (heads + 2 kv_heads) * head_dim], rows ordered q | k | v; cosine, sine [>= positions,
+// head_dim / 2]. Rotary positions, causal softmax(q k / sqrt(head_dim)) v -> [batch, positions, heads * head_dim].
+torch::Tensor rope_attention(const torch::Tensor& qkv, const torch::Tensor& cosine, const torch::Tensor& sine,
+                             std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim);
+
+// Sum of squares over fixed chunks, added in order: the same bits at any thread count.
+double sum_of_squares(const torch::Tensor& flat);
+
+// Sets the thread count of LibTorch and flushes denormal numbers to zero on each of its threads.
+void prepare_threads(int threads);
+
+}  // namespace pare

@@ -1,0 +1,218 @@
+#include "model/losses.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "model/fused_kernels.h"
+
+namespace pare {
+namespace {
+
+using torch::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+constexpr std::int64_t kRowShard = 16;
+
+// Rows per chunk: about 4 Mi logits at a time, whatever the vocabulary.
+std::int64_t chunk_rows(std::int64_t vocab) {
+  return std::clamp<std::int64_t>((std::int64_t{1} << 22) / vocab / kRowShard * kRowShard, kRowShard, 2048);
+}
+
+bool has_kernel(const Tensor& t) {
+  return t.device().is_cpu() && (t.scalar_type() == torch::kFloat || t.scalar_type() == torch::kBFloat16);
+}
+
+template <class F>
+void for_shards(std::int64_t rows, F&& f) {
+  at::parallel_for(0, (rows + kRowShard - 1) / kRowShard, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) f(i * kRowShard, std::min(rows, (i + 1) * kRowShard));
+  });
+}
+
+template <class T>
+T* storage(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+double sum_in_order(const Tensor& values) {
+  const Tensor v = values.to(torch::kCPU, torch::kDouble).contiguous();
+  double sum = 0;
+  for (std::int64_t i = 0; i < v.numel(); ++i) sum += v.data_ptr<double>()[i];
+  return sum;
+}
+
+// Turns logits into scale * gradient in place and returns the losses of the rows.
+Tensor cross_entropy_rows(Tensor& logits, const Tensor& targets, double scale) {
+  const std::int64_t rows = logits.size(0), vocab = logits.size(1);
+  if (has_kernel(logits)) {
+    Tensor losses = torch::empty({rows}, logits.options().dtype(torch::kFloat));
+    const auto run = [&]<class T>(T* data) {
+      for_shards(rows, [&](std::int64_t begin, std::int64_t end) {
+        row_kernels<T>().cross_entropy(data + begin * vocab, targets.data_ptr<std::int64_t>() + begin, end - begin,
+                                       vocab, static_cast<float>(scale), losses.data_ptr<float>() + begin);
+      });
+    };
+    if (logits.scalar_type() == torch::kFloat)
+      run(storage<float>(logits));
+    else
+      run(storage<Bf16>(logits));
+    return losses;
+  }
+  const auto type = logits.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat;
+  const Tensor counted = (targets >= 0).to(type).unsqueeze(1), index = targets.clamp_min(0).unsqueeze(1);
+  const Tensor log_p = torch::log_softmax(logits.to(type), -1);
+  const Tensor losses = -(log_p.gather(1, index) * counted).squeeze(1);
+  Tensor g = log_p.exp();
+  g.scatter_add_(1, index, -torch::ones_like(index, g.options()));
+  logits = (g * counted * scale).to(logits.scalar_type());
+  return losses;
+}
+
+void distill_rows(Tensor& student, Tensor& teacher, const Tensor& targets, const DistillLoss& loss, double scale,
+                  Tensor& kl, Tensor& ce) {
+  const std::int64_t rows = student.size(0), vocab = student.size(1);
+  if (has_kernel(student)) {
+    kl = torch::empty({rows}, student.options().dtype(torch::kFloat));
+    ce = torch::empty_like(kl);
+    const auto run = [&]<class T>(T* s, T* t) {
+      for_shards(rows, [&](std::int64_t begin, std::int64_t end) {
+        row_kernels<T>().distill(s + begin * vocab, t + begin * vocab, targets.data_ptr<std::int64_t>() + begin,
+                                 end - begin, vocab, static_cast<float>(loss.tau), static_cast<float>(loss.kl_weight),
+                                 static_cast<float>(loss.ce_weight), static_cast<float>(scale),
+                                 kl.data_ptr<float>() + begin, ce.data_ptr<float>() + begin);
+      });
+    };
+    if (student.scalar_type() == torch::kFloat)
+      run(storage<float>(student), storage<float>(teacher));
+    else
+      run(storage<Bf16>(student), storage<Bf16>(teacher));
+    return;
+  }
+  const auto type = student.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat;
+  const Tensor counted = (targets >= 0).to(type).unsqueeze(1), index = targets.clamp_min(0).unsqueeze(1);
+  const Tensor z = student.to(type), log_q = torch::log_softmax(z / loss.tau, -1);
+  const Tensor log_p = torch::log_softmax(teacher.to(type) / loss.tau, -1), log_hard = torch::log_softmax(z, -1);
+  kl = ((log_p.exp() * (log_p - log_q)).sum(-1) * counted.squeeze(1));
+  ce = -(log_hard.gather(1, index) * counted).squeeze(1);
+  Tensor hard = log_hard.exp();
+  hard.scatter_add_(1, index, -torch::ones_like(index, hard.options()));
+  const Tensor g = (log_q.exp() - log_p.exp()) * (loss.kl_weight * loss.tau) + hard * loss.ce_weight;
+  student = (g * counted * scale).to(student.scalar_type());
+}
+
+// Runs `rows` on each chunk of logits and turns the gradient of the logits into those of hidden and head.
+template <class Rows>
+Tensor head_loss(AutogradContext* ctx, const Tensor& hidden_any, const Tensor& head, bool want_hidden, bool want_head,
+                 Rows&& rows) {
+  const Tensor hidden = hidden_any.contiguous(), w = head.to(hidden.scalar_type());
+  const std::int64_t n = hidden.size(0), chunk = chunk_rows(head.size(0));
+  Tensor g_hidden = want_hidden ? torch::empty_like(hidden) : Tensor();
+  Tensor g_head = want_head ? torch::zeros_like(head) : Tensor();
+  double total = 0;
+  for (std::int64_t begin = 0; begin < n; begin += chunk) {
+    const std::int64_t count = std::min(chunk, n - begin);
+    const Tensor part = hidden.narrow(0, begin, count);
+    Tensor logits = torch::mm(part, w.t());
+    total += rows(begin, count, logits);
+    if (want_hidden) {
+      Tensor target = g_hidden.narrow(0, begin, count);
+      torch::mm_out(target, logits, w);
+    }
+    if (want_head) g_head.add_(torch::mm(logits.t(), part));
+  }
+  ctx->save_for_backward({g_hidden, g_head});
+  return torch::scalar_tensor(total, torch::TensorOptions(hidden.device()).dtype(
+                                         hidden.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat));
+}
+
+variable_list scaled_gradients(AutogradContext* ctx, const variable_list& grads) {
+  const auto saved = ctx->get_saved_variables();
+  const double factor = grads[0].item<double>();
+  const auto scaled = [&](const Tensor& g) { return !g.defined() || factor == 1.0 ? g : g * factor; };
+  return {scaled(saved[0]), scaled(saved[1])};
+}
+
+struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& head, const Tensor& targets,
+                        double scale, std::int64_t sums_address, bool want_hidden, bool want_head) {
+    auto* sums = reinterpret_cast<LossSums*>(sums_address);
+    return head_loss(ctx, hidden, head, want_hidden, want_head,
+                     [&](std::int64_t begin, std::int64_t count, Tensor& logits) {
+                       const Tensor losses = cross_entropy_rows(logits, targets.narrow(0, begin, count), scale);
+                       const double sum = sum_in_order(losses);
+                       if (sums != nullptr) sums->ce += sum;
+                       return sum * scale;
+                     });
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    auto out = scaled_gradients(ctx, grads);
+    out.resize(7);
+    return out;
+  }
+};
+
+struct DistillFunction : torch::autograd::Function<DistillFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& head, const Tensor& teacher_hidden,
+                        const Tensor& teacher_head, const Tensor& targets, double tau, double kl_weight,
+                        double ce_weight, double scale, std::int64_t sums_address, bool want_hidden, bool want_head) {
+    auto* sums = reinterpret_cast<LossSums*>(sums_address);
+    const DistillLoss loss{tau, kl_weight, ce_weight};
+    const Tensor teacher_w = teacher_head.to(hidden.scalar_type());
+    const Tensor teacher_x = teacher_hidden.to(hidden.scalar_type());
+    return head_loss(ctx, hidden, head, want_hidden, want_head,
+                     [&](std::int64_t begin, std::int64_t count, Tensor& logits) {
+                       Tensor teacher = torch::mm(teacher_x.narrow(0, begin, count), teacher_w.t()), kl, ce;
+                       distill_rows(logits, teacher, targets.narrow(0, begin, count), loss, scale, kl, ce);
+                       const double kl_sum = sum_in_order(kl), ce_sum = sum_in_order(ce);
+                       if (sums != nullptr) {
+                         sums->kl += kl_sum;
+                         sums->ce += ce_sum;
+                       }
+                       return scale * (kl_weight * tau * tau * kl_sum + ce_weight * ce_sum);
+                     });
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    auto out = scaled_gradients(ctx, grads);
+    out.resize(12);
+    return out;
+  }
+};
+
+std::int64_t counted_rows(const Tensor& targets) { return (targets >= 0).sum().item<std::int64_t>(); }
+
+}  // namespace
+
+Tensor cross_entropy_loss(const Tensor& hidden, const Tensor& head, const Tensor& targets, double scale,
+                          LossSums* sums) {
+  if (sums != nullptr) sums->rows += counted_rows(targets);
+  const bool grad = torch::GradMode::is_enabled();
+  return CrossEntropyFunction::apply(hidden, head, targets.contiguous(), scale, reinterpret_cast<std::int64_t>(sums),
+                                     grad && hidden.requires_grad(), grad && head.requires_grad());
+}
+
+Tensor distill_loss(const Tensor& hidden, const Tensor& head, const Tensor& teacher_hidden, const Tensor& teacher_head,
+                    const Tensor& targets, const DistillLoss& loss, double scale, LossSums* sums) {
+  if (sums != nullptr) sums->rows += counted_rows(targets);
+  const bool grad = torch::GradMode::is_enabled();
+  return DistillFunction::apply(hidden, head, teacher_hidden.detach(), teacher_head.detach(), targets.contiguous(),
+                                loss.tau, loss.kl_weight, loss.ce_weight, scale, reinterpret_cast<std::int64_t>(sums),
+                                grad && hidden.requires_grad(), grad && head.requires_grad());
+}
+
+Tensor row_losses(const Tensor& hidden, const Tensor& head, const Tensor& targets) {
+  const torch::NoGradGuard no_grad;
+  const std::int64_t n = hidden.size(0), chunk = chunk_rows(head.size(0));
+  const Tensor index = targets.contiguous();
+  std::vector<Tensor> parts;
+  for (std::int64_t begin = 0; begin < n; begin += chunk) {
+    const std::int64_t count = std::min(chunk, n - begin);
+    Tensor logits = torch::mm(hidden.narrow(0, begin, count), head.t());
+    parts.push_back(cross_entropy_rows(logits, index.narrow(0, begin, count), 0.0));
+  }
+  return torch::cat(parts);
+}
+
+}  // namespace pare

@@ -1,0 +1,355 @@
+#include "model/trainer.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <map>
+#include <numbers>
+
+#include "core/error.h"
+#include "model/fused.h"
+#include "model/trainer_state.h"
+
+namespace pare {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr const char* kStateFile = "training_state.safetensors";
+constexpr const char* kCurveFile = "training_curve.jsonl";
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+std::string format(const char* pattern, double value) {
+  char text[64];
+  std::snprintf(text, sizeof text, pattern, value);
+  return text;
+}
+
+// Sequences per forward pass: about 4,096 tokens, which keeps the activations of a small model in cache.
+std::int64_t fitting_micro_batch(const TrainerSettings& s) {
+  if (s.micro_batch > 0) return std::min(s.micro_batch, s.batch);
+  return std::clamp<std::int64_t>(4096 / s.context, 1, s.batch);
+}
+
+void write_curve(const fs::path& work, const Json& curve) {
+  std::string lines;
+  for (const Json& point : curve) lines += point.dump() + "\n";
+  write_text(work / kCurveFile, lines);
+}
+
+// Rounds the weights to the dtype they will be stored in.
+void round_weights(Decoder& decoder, const std::string& dtype) {
+  const torch::NoGradGuard no_grad;
+  if (dtype == "float32") return;
+  const auto type = dtype == "bfloat16" ? torch::kBFloat16 : torch::kHalf;
+  for (torch::Tensor& parameter : decoder->parameters()) parameter.copy_(parameter.to(type).to(torch::kFloat));
+}
+
+}  // namespace
+
+double learning_rate(const TrainerSettings& s, std::int64_t step) {
+  const double warm = std::max(1.0, s.warmup * static_cast<double>(s.steps));
+  const double at = static_cast<double>(step);
+  if (at + 1 < warm) return s.lr * (at + 1) / warm;
+  const double rest = std::max(1.0, static_cast<double>(s.steps) - warm);
+  const double progress = std::clamp((at + 1 - warm) / rest, 0.0, 1.0);
+  return s.lr * (s.min_lr_ratio + (1 - s.min_lr_ratio) * 0.5 * (1 + std::cos(std::numbers::pi * progress)));
+}
+
+std::vector<OptionDecl> trainer_options(double lr, std::int64_t steps) {
+  using enum OptionType;
+  return {
+      {.name = "text", .type = kTextList, .help = "training text: file or folder of .txt/.jsonl, path or path=weight",
+       .required = true},
+      {.name = "split", .type = kText, .help = "separator of the documents inside one text file"},
+      {.name = "held-out", .type = kTextList, .help = "text never trained on, for the loss before and after"},
+      {.name = "steps", .type = kInteger, .help = "optimizer steps", .default_value = steps, .minimum = 1},
+      {.name = "tokens", .type = kInteger, .help = "tokens to train on; replaces --steps", .minimum = 1},
+      {.name = "batch", .type = kInteger, .help = "sequences per step", .default_value = 16, .minimum = 1},
+      {.name = "micro-batch", .type = kInteger, .help = "sequences per forward pass; 0: fitting",
+       .default_value = 0, .minimum = 0},
+      {.name = "context", .type = kInteger, .help = "tokens per sequence", .default_value = 512, .minimum = 2},
+      {.name = "lr", .type = kNumber, .help = "peak learning rate", .default_value = lr, .minimum = 0},
+      {.name = "min-lr-ratio", .type = kNumber, .help = "last learning rate as a part of the peak",
+       .default_value = 0.0, .minimum = 0, .maximum = 1},
+      {.name = "warmup", .type = kNumber, .help = "part of the steps with rising learning rate", .default_value = 0.02,
+       .minimum = 0, .maximum = 1},
+      {.name = "weight-decay", .type = kNumber, .help = "decoupled decay of matrices", .default_value = 0.1, .minimum = 0},
+      {.name = "beta1", .type = kNumber, .help = "AdamW first moment", .default_value = 0.9, .minimum = 0, .maximum = 1},
+      {.name = "beta2", .type = kNumber, .help = "AdamW second moment", .default_value = 0.95, .minimum = 0, .maximum = 1},
+      {.name = "clip", .type = kNumber, .help = "largest gradient norm; 0: no clipping", .default_value = 1.0, .minimum = 0},
+      {.name = "eval-every", .type = kInteger, .help = "steps between held-out losses; 0: before and after only",
+       .default_value = 0, .minimum = 0},
+      {.name = "eval-tokens", .type = kInteger, .help = "held-out tokens per source in between", .default_value = 65536,
+       .minimum = 1},
+      {.name = "final-eval-tokens", .type = kInteger, .help = "held-out tokens per source before and after; 0: all",
+       .default_value = 0, .minimum = 0},
+      {.name = "checkpoint-minutes", .type = kNumber, .help = "minutes between saved states", .default_value = 5.0,
+       .minimum = 0},
+      {.name = "precision", .type = kText, .help = "inputs of matrix products; sums and weights stay f32",
+       .default_value = "f32", .choices = {"f32", "bf16"}},
+      {.name = "keep-zeros", .type = kText, .help = "pruned zeros of linear weights stay zero; auto: from 5 % on",
+       .default_value = "auto", .choices = {"auto", "on", "off"}},
+      {.name = "device", .type = kText, .help = "cpu, cuda or cuda:N", .default_value = "cpu"},
+      {.name = "restart", .type = kFlag, .help = "discard the state of an interrupted run", .default_value = false},
+  };
+}
+
+TrainerSettings trainer_settings(const Options& o, const ModelConfig& config) {
+  TrainerSettings s;
+  s.batch = o.get<std::int64_t>("batch");
+  s.micro_batch = o.get<std::int64_t>("micro-batch");
+  s.context = o.get<std::int64_t>("context");
+  s.steps = o.get<std::int64_t>("steps");
+  if (o.has("tokens")) {
+    const std::int64_t per_step = s.batch * s.context;
+    s.steps = (o.get<std::int64_t>("tokens") + per_step - 1) / per_step;
+  }
+  s.lr = o.get<double>("lr");
+  s.min_lr_ratio = o.get<double>("min-lr-ratio");
+  s.warmup = o.get<double>("warmup");
+  s.weight_decay = o.get<double>("weight-decay");
+  s.beta1 = o.get<double>("beta1");
+  s.beta2 = o.get<double>("beta2");
+  s.clip = o.get<double>("clip");
+  s.eval_every = o.get<std::int64_t>("eval-every");
+  s.eval_tokens = o.get<std::int64_t>("eval-tokens");
+  s.final_eval_tokens = o.get<std::int64_t>("final-eval-tokens");
+  s.checkpoint_minutes = o.get<double>("checkpoint-minutes");
+  s.precision = o.get<std::string>("precision");
+  s.keep_zeros = o.get<std::string>("keep-zeros");
+  s.device = o.get<std::string>("device");
+  if (config.max_position_embeddings > 0 && s.context > config.max_position_embeddings)
+    throw usage_error("--context", "at most " + std::to_string(config.max_position_embeddings) + " (max_position_embeddings)",
+                      std::to_string(s.context));
+  return s;
+}
+
+std::vector<HeldOut> read_held_out(const std::vector<std::string>& paths, const std::optional<std::string>& split,
+                                   const Tokenizer& tokenizer, std::int64_t context) {
+  std::vector<HeldOut> held_out;
+  for (const TextSpec& spec : parse_text_specs(paths, "--held-out")) {
+    if (spec.weight) throw usage_error("--held-out", "a path without a weight", spec.path.string());
+    held_out.push_back({spec.name(), make_windows(tokenizer, read_documents({spec.path}, split), context, false)});
+    if (held_out.back().windows.empty()) throw input_error(spec.path.string(), "at least two tokens of text", "fewer");
+  }
+  return held_out;
+}
+
+MeanLoss held_out_loss(Decoder& decoder, const HeldOut& held_out, std::int64_t tokens, const torch::Device& device) {
+  const torch::NoGradGuard no_grad;
+  std::vector<const Window*> chosen;
+  std::int64_t available = 0;
+  for (const Window& window : held_out.windows) available += static_cast<std::int64_t>(window.ids.size());
+  const double every = tokens > 0 ? std::max(1.0, static_cast<double>(available) / static_cast<double>(tokens)) : 1.0;
+  for (double at = 0; at < static_cast<double>(held_out.windows.size()); at += every)
+    chosen.push_back(&held_out.windows[static_cast<std::size_t>(at)]);
+
+  struct Sum {
+    double loss = 0;
+    std::int64_t count = 0;
+  };
+  std::map<std::int64_t, Sum> documents;
+  std::vector<Sum> windows;
+  for (std::size_t first = 0; first < chosen.size();) {
+    if (interrupt_requested()) break;
+    std::size_t last = first;
+    std::int64_t width = 0;
+    while (last < chosen.size() && last - first < 8) {
+      width = std::max(width, static_cast<std::int64_t>(chosen[last]->ids.size()));
+      ++last;
+    }
+    const auto count = static_cast<std::int64_t>(last - first);
+    torch::Tensor ids = torch::zeros({count, width}, torch::kLong), targets = torch::full({count, width}, -1, torch::kLong);
+    for (std::int64_t i = 0; i < count; ++i) {
+      const Window& window = *chosen[first + static_cast<std::size_t>(i)];
+      const auto size = static_cast<std::int64_t>(window.ids.size());
+      for (std::int64_t t = 0; t < size; ++t) {
+        ids.data_ptr<std::int64_t>()[i * width + t] = window.ids[static_cast<std::size_t>(t)];
+        if (t >= window.first_scored && t > 0)
+          targets.data_ptr<std::int64_t>()[i * width + t - 1] = window.ids[static_cast<std::size_t>(t)];
+      }
+    }
+    const torch::Tensor hidden = decoder->hidden(ids.to(device)).view({count * width, -1});
+    const torch::Tensor losses = row_losses(hidden, decoder->head_weight(), targets.to(device).view(-1))
+                                     .to(torch::kCPU, torch::kDouble).contiguous();
+    for (std::int64_t i = 0; i < count; ++i) {
+      Sum sum;
+      for (std::int64_t t = 0; t < width; ++t) {
+        if (targets.data_ptr<std::int64_t>()[i * width + t] < 0) continue;
+        sum.loss += losses.data_ptr<double>()[i * width + t];
+        ++sum.count;
+      }
+      windows.push_back(sum);
+      Sum& document = documents[chosen[first + static_cast<std::size_t>(i)]->document];
+      document.loss += sum.loss;
+      document.count += sum.count;
+    }
+    first = last;
+  }
+  std::vector<Sum> units;
+  if (documents.size() > 1)
+    for (const auto& [index, sum] : documents) units.push_back(sum);
+  else
+    units = windows;
+  MeanLoss result;
+  double total = 0;
+  for (const Sum& unit : units) {
+    total += unit.loss;
+    result.tokens += unit.count;
+  }
+  if (result.tokens == 0) return result;
+  result.mean = total / static_cast<double>(result.tokens);
+  double squares = 0;  // ratio estimator over units of unequal size
+  for (const Sum& unit : units) {
+    const double residual = unit.loss - result.mean * static_cast<double>(unit.count);
+    squares += residual * residual;
+  }
+  const auto n = static_cast<double>(units.size());
+  if (n > 1) result.standard_error = std::sqrt(squares * n / (n - 1)) / static_cast<double>(result.tokens);
+  return result;
+}
+
+Json run_training(TrainingJob& job, const std::string& output_dtype, Context& run) {
+  TrainerSettings& s = job.settings;
+  const torch::Device device = parse_device(s.device);
+  prepare_threads(run.threads);
+  job.decoder->to(device);
+  FlatParameters flat(job.decoder, s.keep_zeros, device);
+  if (flat.kept_zeros() > 0)
+    run.progress->note("keeping " + std::to_string(flat.kept_zeros()) + " pruned zeros at zero");
+  const auto matmul = s.precision == "bf16" ? torch::kBFloat16 : torch::kFloat;
+  const fs::path state_file = job.work / kStateFile;
+  const std::string resume_hint = "run the same command again to continue, or add --restart to begin anew";
+
+  Json curve = Json::array(), before = Json::object();
+  std::int64_t step = 0, tokens = 0;
+  double smoothed = 0;
+  if (fs::exists(state_file)) {
+    const Json meta = flat.read(state_file);
+    if (meta.at("options") != job.echo) {
+      std::string differ;
+      for (const auto& [key, value] : job.echo.items())
+        if (!meta.at("options").contains(key) || meta.at("options").at(key) != value) differ += (differ.empty() ? "" : ", ") + key;
+      throw usage_error(state_file.string(), "the options of the interrupted run", "other values of: " + differ,
+                        "repeat the command with the same options, or add --restart to begin anew");
+    }
+    step = meta.at("step").get<std::int64_t>();
+    tokens = meta.at("tokens").get<std::int64_t>();
+    smoothed = meta.at("smoothed_loss").get<double>();
+    curve = meta.at("curve");
+    before = meta.at("before");
+    job.data->restore(meta.at("taken").get<std::vector<std::int64_t>>());
+    run.progress->note("continuing from step " + std::to_string(step));
+  }
+  const auto save_state = [&] {
+    flat.write(state_file, Json{{"options", job.echo}, {"step", step}, {"tokens", tokens}, {"smoothed_loss", smoothed},
+                                {"taken", job.data->taken()}, {"before", before}, {"curve", curve}});
+    write_curve(job.work, curve);
+  };
+  const auto evaluate = [&](std::int64_t limit) {
+    Json losses = Json::object();
+    job.decoder->set_matmul_dtype(torch::kFloat);
+    for (const HeldOut& held_out : job.held_out) {
+      const MeanLoss loss = held_out_loss(job.decoder, held_out, limit, device);
+      losses[held_out.name] = Json{{"loss", loss.mean}, {"standard_error", loss.standard_error}, {"tokens", loss.tokens}};
+    }
+    return losses;
+  };
+  if (before.empty() && !job.held_out.empty()) {
+    before = evaluate(s.final_eval_tokens);
+    throw_if_interrupted(job.stage, "nothing was done yet; run the same command again");
+  }
+
+  run.progress->begin(job.stage, s.steps);
+  const std::int64_t micro = fitting_micro_batch(s), log_every = std::max<std::int64_t>(1, s.steps / 500);
+  auto last_save = Clock::now(), last_rate = Clock::now();
+  std::int64_t rate_tokens = 0;
+  double rate = 0;
+  std::string latest;
+  while (step < s.steps) {
+    if (interrupt_requested()) {
+      save_state();
+      run.progress->end();
+      throw_if_interrupted(job.stage + " at step " + std::to_string(step), resume_hint);
+    }
+    job.decoder->set_matmul_dtype(matmul);
+    const Batch batch = job.data->next(s.batch);
+    LossSums sums;
+    double loss = 0;
+    flat.clear_gradients();
+    for (std::int64_t first = 0; batch.counted > 0 && first < s.batch; first += micro) {
+      const std::int64_t count = std::min(micro, s.batch - first);
+      const Batch part{batch.ids.narrow(0, first, count).to(device), batch.targets.narrow(0, first, count).to(device), 0};
+      torch::Tensor value = job.loss(part, 1.0 / static_cast<double>(batch.counted), sums);
+      loss += value.item<double>();
+      value.backward();
+    }
+    const double norm = flat.gradient_norm();
+    if (!std::isfinite(loss) || !std::isfinite(norm))
+      throw failure(job.stage + " at step " + std::to_string(step + 1), "a finite loss",
+                    std::isfinite(loss) ? "a gradient that is not finite" : "loss " + format("%g", loss),
+                    "lower --lr or lengthen --warmup; the last saved state is kept in " + job.work.string());
+    const double lr = learning_rate(s, step);
+    const double clip = s.clip > 0 && norm > s.clip ? s.clip / norm : 1.0;
+    flat.step(lr, s.beta1, s.beta2, s.weight_decay, clip, step + 1);
+    ++step;
+    tokens += s.batch * s.context;
+    rate_tokens += s.batch * s.context;
+    smoothed = step == 1 ? loss : 0.98 * smoothed + 0.02 * loss;
+    if (const double elapsed = seconds_since(last_rate); elapsed > 2) {
+      rate = static_cast<double>(rate_tokens) / elapsed;
+      rate_tokens = 0;
+      last_rate = Clock::now();
+    }
+    run.progress->update(step, "loss " + format("%.4f", smoothed) + latest + format(", %.0f tokens/s", rate));
+
+    const bool eval_now = s.eval_every > 0 && (step % s.eval_every == 0) && step < s.steps && !job.held_out.empty();
+    if (step % log_every == 0 || step == 1 || step == s.steps || eval_now) {
+      Json point{{"step", step}, {"tokens", tokens}, {"lr", lr}, {"loss", loss}, {"gradient_norm", norm}};
+      if (eval_now) {
+        const Json losses = evaluate(s.eval_tokens);
+        if (interrupt_requested()) continue;  // partial sums: the saved state has no such point
+        Json means = Json::object();
+        latest.clear();
+        for (const auto& [name, value] : losses.items()) {
+          means[name] = value.at("loss");
+          latest += ", " + name + format(" %.4f", value.at("loss").get<double>());
+        }
+        point["held_out"] = means;
+      }
+      curve.push_back(std::move(point));
+    }
+    if (step < s.steps && seconds_since(last_save) > 60 * s.checkpoint_minutes) {
+      save_state();
+      last_save = Clock::now();
+    }
+  }
+  save_state();  // an interrupted final evaluation or write begins here again
+  round_weights(job.decoder, output_dtype);
+  const Json after = evaluate(s.final_eval_tokens);
+  throw_if_interrupted(job.stage + " after its last step", resume_hint);
+  run.progress->end("loss " + format("%.4f", smoothed));
+
+  Json result{{"steps", step}, {"tokens", tokens}, {"train_loss", smoothed}, {"held_out", Json::object()}};
+  run.report.add({job.stage, "tokens", std::nullopt, static_cast<double>(tokens), "tokens", std::nullopt});
+  run.report.add({job.stage, "train_loss", curve.empty() ? std::nullopt : std::optional(curve[0].at("loss").get<double>()),
+                  smoothed, "nats/token", std::nullopt});
+  Json last{{"step", step}, {"tokens", tokens}, {"final", true}, {"dtype", output_dtype}, {"held_out", Json::object()}};
+  for (const auto& [name, value] : after.items()) {
+    const double mean = value.at("loss").get<double>(), error = value.at("standard_error").get<double>();
+    run.report.add({job.stage, "held_out_loss[" + name + "]", before.at(name).at("loss").get<double>(), mean, "nats/token",
+                    error});
+    result["held_out"][name] = Json{{"before", before.at(name)}, {"after", value}};
+    last["held_out"][name] = Json{{"loss", mean}, {"standard_error", error}, {"tokens", value.at("tokens")}};
+  }
+  if (!after.empty()) curve.push_back(std::move(last));
+  write_curve(job.work, curve);
+  return result;
+}
+
+void finish_training_folder(const fs::path& work) { fs::remove(work / kStateFile); }
+
+}  // namespace pare

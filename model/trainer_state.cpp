@@ -1,0 +1,128 @@
+#include "model/trainer_state.h"
+
+#include <ATen/Parallel.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "core/error.h"
+#include "core/safetensors.h"
+#include "model/fused.h"
+
+namespace pare {
+namespace {
+
+constexpr const char* kMetaKey = "pare.training";
+constexpr double kPrunedShare = 0.05;  // exact zeros never come in such numbers by themselves
+
+}  // namespace
+
+FlatParameters::FlatParameters(Decoder& decoder, const std::string& keep_zeros, const torch::Device& device) {
+  const torch::NoGradGuard no_grad;
+  const auto specs = expected_tensors(decoder->config());
+  std::int64_t total = 0;
+  for (const TensorSpec& spec : specs) {
+    const std::int64_t count = decoder->tensor(spec.name).numel();
+    const bool matrix = spec.role != TensorRole::kNorm && spec.role != TensorRole::kBias;
+    ranges_.push_back({total, count, matrix});
+    total += (count + 15) / 16 * 16;  // every parameter begins on 64 bytes
+  }
+  const auto options = torch::TensorOptions(device).dtype(torch::kFloat);
+  w_ = torch::zeros({total}, options);
+  g_ = torch::zeros({total}, options);
+  m_ = torch::zeros({total}, options);
+  v_ = torch::zeros({total}, options);
+  for (std::size_t i = 0; i < specs.size(); ++i) {
+    torch::Tensor& parameter = decoder->tensor(specs[i].name);
+    const Range& range = ranges_[i];
+    const torch::Tensor view = w_.narrow(0, range.begin, range.count).view(parameter.sizes());
+    view.copy_(parameter);
+    parameter.set_data(view);
+    parameter.mutable_grad() = g_.narrow(0, range.begin, range.count).view(parameter.sizes());
+    if (specs[i].role != TensorRole::kLinear || keep_zeros == "off") continue;
+    const torch::Tensor zero = view == 0;
+    const auto zeros = zero.sum().item<std::int64_t>();
+    if (zeros == 0 || (keep_zeros == "auto" && static_cast<double>(zeros) <= kPrunedShare * static_cast<double>(range.count)))
+      continue;
+    if (!keep_.defined()) keep_ = torch::ones({total}, options.dtype(torch::kByte));
+    keep_.narrow(0, range.begin, range.count).copy_(zero.logical_not().view(-1));
+    kept_zeros_ += zeros;
+  }
+}
+
+void FlatParameters::clear_gradients() { g_.zero_(); }
+
+double FlatParameters::gradient_norm() const { return std::sqrt(sum_of_squares(g_)); }
+
+bool FlatParameters::finite_weights() const { return std::isfinite(sum_of_squares(w_)); }
+
+void FlatParameters::step(double lr, double beta1, double beta2, double decay, double clip_factor, std::int64_t t) {
+  const torch::NoGradGuard no_grad;
+  const double correction1 = 1 - std::pow(beta1, static_cast<double>(t));
+  const double correction2 = 1 - std::pow(beta2, static_cast<double>(t));
+  constexpr double kEps = 1e-8;
+  if (w_.device().is_cpu()) {
+    AdamStep a;
+    a.lr = static_cast<float>(lr);
+    a.beta1 = static_cast<float>(beta1);
+    a.beta2 = static_cast<float>(beta2);
+    a.eps = static_cast<float>(kEps);
+    a.correction1 = static_cast<float>(correction1);
+    a.correction2 = static_cast<float>(correction2);
+    a.clip = static_cast<float>(clip_factor);
+    const std::uint8_t* keep = keep_.defined() ? keep_.data_ptr<std::uint8_t>() : nullptr;
+    constexpr std::int64_t kChunk = 1 << 15;
+    for (const Range& range : ranges_) {
+      at::parallel_for(0, (range.count + kChunk - 1) / kChunk, 1, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i) {
+          const std::int64_t at = range.begin + i * kChunk;
+          optimizer_kernels().adamw(a, range.decay ? static_cast<float>(decay) : 0.0f,
+                                    keep == nullptr ? nullptr : keep + at, std::min(kChunk, range.count - i * kChunk),
+                                    w_.data_ptr<float>() + at, g_.data_ptr<float>() + at, m_.data_ptr<float>() + at,
+                                    v_.data_ptr<float>() + at);
+        }
+      });
+    }
+    return;
+  }
+  g_.mul_(clip_factor);
+  m_.mul_(beta1).add_(g_, 1 - beta1);
+  v_.mul_(beta2).addcmul_(g_, g_, 1 - beta2);
+  for (const Range& range : ranges_)
+    if (range.decay) w_.narrow(0, range.begin, range.count).mul_(1 - lr * decay);
+  w_.addcdiv_(m_, (v_ / correction2).sqrt_().add_(kEps), -lr / correction1);
+  if (keep_.defined()) w_.mul_(keep_);
+}
+
+void FlatParameters::write(const fs::path& file, const Json& meta) const {
+  const std::int64_t count = w_.numel();
+  SafetensorsWriter writer(file,
+                           {{"weights", DType::kF32, {count}}, {"first_moment", DType::kF32, {count}},
+                            {"second_moment", DType::kF32, {count}}},
+                           {{kMetaKey, meta.dump()}});
+  for (const torch::Tensor* tensor : {&w_, &m_, &v_}) {
+    const torch::Tensor host = tensor->to(torch::kCPU).contiguous();
+    writer.write({reinterpret_cast<const std::byte*>(host.data_ptr<float>()), static_cast<std::size_t>(count) * 4});
+  }
+  writer.finish();
+}
+
+Json FlatParameters::read(const fs::path& file) {
+  const torch::NoGradGuard no_grad;
+  const SafetensorsFile state(file);
+  const auto meta = state.metadata().find(kMetaKey);
+  if (meta == state.metadata().end()) throw input_error(file.string(), "a training state", "no " + std::string(kMetaKey));
+  const std::pair<const char*, torch::Tensor*> parts[] = {{"weights", &w_}, {"first_moment", &m_}, {"second_moment", &v_}};
+  for (const auto& [name, target] : parts) {
+    const TensorView* view = state.find(name);
+    if (view == nullptr || view->dtype != DType::kF32 || view->elements() != target->numel())
+      throw input_error(file.string(), std::to_string(target->numel()) + " float32 values in " + name,
+                        view == nullptr ? "none" : std::to_string(view->elements()));
+    torch::Tensor host = torch::empty({target->numel()}, torch::kFloat);
+    std::memcpy(host.data_ptr<float>(), view->data.data(), view->data.size());
+    target->copy_(host);
+  }
+  return parse_json(meta->second, file.string() + ": " + kMetaKey);
+}
+
+}  // namespace pare
