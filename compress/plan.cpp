@@ -207,6 +207,12 @@ void Pipeline::plan_steps(Plan& plan, const std::function<void(const Error&)>& p
   if (needs_sampled_text(false)) sampled(false);
   if (needs_sampled_text(true)) sampled(true);
 
+  // A measurement holds the original and the model at hand in float32 and costs two forward passes of 2 flops a weight.
+  const auto parameters = static_cast<double>(plan.original.parameters);
+  const auto measuring_bytes = static_cast<std::uint64_t>(8 * parameters) + (64u << 20);
+  const double measuring_seconds = 1 + recipe_.evaluation["max-tokens"].get<double>() * 4 * parameters / 2e10;
+  const bool every_stage = !recipe_.evaluation["final-only"].get<bool>();
+
   fs::path input = model_;
   bool input_exists = true, same_shapes = true;
   std::string input_hash = model_hash_;
@@ -239,6 +245,10 @@ void Pipeline::plan_steps(Plan& plan, const std::function<void(const Error&)>& p
       return estimate.contains(key) && estimate[key].is_number() ? static_cast<std::uint64_t>(estimate[key].get<double>()) : 0;
     };
     s.peak_bytes = bytes("peak_bytes");
+    if (every_stage) {
+      s.peak_bytes = std::max(s.peak_bytes, measuring_bytes);
+      if (s.seconds) *s.seconds += measuring_seconds;
+    }
     s.out_bytes = bytes("out_bytes");
     if (estimate.contains("notes") && estimate["notes"].is_array())
       for (const auto& n : estimate["notes"])
@@ -270,8 +280,8 @@ void Pipeline::plan_steps(Plan& plan, const std::function<void(const Error&)>& p
   } catch (const Error& e) {
     problem(e);
   }
-  last.seconds = 1 + static_cast<double>(last.out_bytes) / 2e8;
-  last.peak_bytes = 5 * static_cast<std::uint64_t>(plan.original.parameters) + last.out_bytes;
+  last.seconds = measuring_seconds + 1 + static_cast<double>(last.out_bytes) / 2e8;
+  last.peak_bytes = measuring_bytes + last.out_bytes;
   plan.steps.push_back(last);
   if (finished())
     for (auto& s : plan.steps) s.done = true;

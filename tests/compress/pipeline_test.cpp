@@ -207,7 +207,7 @@ TEST_F(PipelineTest, DryRunWritesNothing) {
   ASSERT_EQ(plan.steps.size(), 6u);
   EXPECT_EQ(plan.steps[2].label, "prune");
   EXPECT_EQ(plan.steps[4].label, "quantize 2");
-  EXPECT_EQ(plan.steps[2].seconds, 2.0);
+  EXPECT_GE(plan.steps[2].seconds.value(), 2.0);
   const std::string text = plan.text();
   for (const char* part : {"prune", "fallback: one tensor in q8c", "peak memory", "model.pare: pare", "compressed-tensors", "sampled from the model itself"})
     EXPECT_NE(text.find(part), std::string::npos) << part << "\n" << text;
