@@ -99,19 +99,6 @@ void unpack_weight(const TensorView& packed, QuantizedTensor& tensor) {
   }
 }
 
-std::vector<std::int32_t> pack_zero_points(const QuantizedTensor& tensor) {
-  const std::int64_t groups = tensor.codec.groups(tensor.cols), words = packed_words(tensor.rows, 4);
-  std::vector<std::int32_t> out(static_cast<std::size_t>(words * groups));
-  for (std::int64_t row = 0; row < tensor.rows; ++row) {
-    for (std::int64_t g = 0; g < groups; ++g) {
-      auto& word = out[static_cast<std::size_t>(row / 8 * groups + g)];
-      const std::uint32_t zero = tensor.zeros[static_cast<std::size_t>(row * groups + g)];
-      word = static_cast<std::int32_t>(static_cast<std::uint32_t>(word) | zero << (row % 8 * 4));
-    }
-  }
-  return out;
-}
-
 void unpack_zero_points(const TensorView& packed, QuantizedTensor& tensor) {
   const std::int64_t groups = tensor.codec.groups(tensor.cols);
   tensor.zeros.resize(static_cast<std::size_t>(tensor.rows * groups));
@@ -133,7 +120,7 @@ Json quantization_config(const std::map<std::string, Codec>& modules, const std:
     const bool channel = codec.group == Codec::kPerRow;
     Json weights = {{"num_bits", codec.bits()},
                     {"type", "int"},
-                    {"symmetric", codec.kind != CodecKind::kQ4a},
+                    {"symmetric", true},
                     {"strategy", channel ? "channel" : "group"},
                     {"group_size", channel ? Json(nullptr) : Json(codec.group)},
                     {"dynamic", false},

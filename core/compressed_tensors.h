@@ -20,14 +20,13 @@ inline constexpr const char* kZeroSuffix = "weight_zero_point";      // I32 [cei
 
 std::int64_t packed_words(std::int64_t count, int bits);
 
-// Dense bit stream along a row, lowest bits first, code + 2^(bits - 1).
+// Dense bit stream along a row, lowest bits first, code + 2^(bits - 1). Zero points run along the rows, the same way.
 std::vector<std::int32_t> pack_weight(const QuantizedTensor& tensor);
-std::vector<std::int32_t> pack_zero_points(const QuantizedTensor& tensor);
 // `tensor` has codec, rows and cols; fills codes or zeros.
 void unpack_weight(const TensorView& packed, QuantizedTensor& tensor);
 void unpack_zero_points(const TensorView& packed, QuantizedTensor& tensor);
 
-// quantization_config for linears by module name ("model.layers.0.mlp.up_proj"); `ignored`: float linears.
+// quantization_config for symmetric linears by module name ("model.layers.0.mlp.up_proj"); `ignored`: float linears.
 Json quantization_config(const std::map<std::string, Codec>& modules, const std::vector<std::string>& ignored);
 
 // The reading side: which codec a module has. Errors: exit 3 for methods, formats and schemes without a codec here.
