@@ -77,6 +77,34 @@ std::string unicode_form(std::string_view text, utf8proc_option_t options, char3
   return out += unicode_form_of_known(text.substr(done), options);
 }
 
+// Characters that NFC leaves alone, that start a combining sequence and never compose with what stands before them.
+bool is_stable_in_nfc(char32_t code) {
+  return code < 0x300 || (code >= 0x410 && code <= 0x44F) || (code >= 0x2010 && code <= 0x2027) ||
+         (code >= 0x2030 && code <= 0x205E) || (code >= 0x3041 && code <= 0x3096) ||
+         (code >= 0x30A1 && code <= 0x30FA) || (code >= 0x4E00 && code <= 0x9FFF);
+}
+
+// Only the stretches that may change are normalized, each with the character that it may combine with.
+std::string nfc(std::string_view text) {
+  std::string out;
+  out.reserve(text.size());
+  std::size_t done = 0, before = 0;
+  for (std::size_t i = 0; i < text.size();) {
+    const std::size_t begin = i;
+    if (is_stable_in_nfc(next_char(text, i))) {
+      before = begin;
+      continue;
+    }
+    const std::size_t from = before >= done && before < begin ? before : begin;
+    std::size_t end = i;
+    while (i < text.size() && !is_stable_in_nfc(next_char(text, i))) end = i;
+    out.append(text, done, from - done);
+    out += unicode_form(text.substr(from, end - from), UTF8PROC_COMPOSE, 0x300);
+    before = done = i = end;
+  }
+  return out.append(text, done);
+}
+
 bool is_accent(char32_t code) {
   return code == 0x1CF2 || code == 0x1CF3 || (is_mark(code) && !after_unicode9(code));
 }
@@ -175,7 +203,7 @@ std::string Normalizer::apply(std::string_view input, bool* front_kept) const {
         if (!text.empty()) text.insert(0, step.content);
         break;
       case Kind::kReplace: text = replace_all(step.pattern, text, step.content); break;
-      case Kind::kNfc: text = unicode_form(text, UTF8PROC_COMPOSE, 0x300); break;
+      case Kind::kNfc: text = nfc(text); break;
       case Kind::kNfd: text = unicode_form(text, UTF8PROC_DECOMPOSE, 0xC0); break;
       case Kind::kNfkc:
         text = unicode_form(text, static_cast<utf8proc_option_t>(UTF8PROC_COMPOSE | UTF8PROC_COMPAT), 0xA0);

@@ -7,6 +7,7 @@ Without arguments writes the committed fixtures next to this script, under token
 only the fuzz comparison uses; --text trains on a larger text.
 """
 import argparse
+import collections
 import json
 import os
 import sys
@@ -116,9 +117,11 @@ def train(byte_level, text, size):
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
         alphabet = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789▁.,;'\n\t -")
         special = ["<unk>", "<s>", "</s>"] + [f"<0x{b:02X}>" for b in range(256)]
-    # The rare characters stay out, so that unknown ones occur.
+        # The rare characters stay out, so that unknown ones occur.
+        counts = collections.Counter(text)
+        text = "".join(c for c in text if counts[c] >= 6)
     trainer = trainers.BpeTrainer(vocab_size=size + (0 if byte_level else 100), special_tokens=special, initial_alphabet=alphabet,
-                                  show_progress=False, limit_alphabet=1000 if byte_level else 110, min_frequency=2)
+                                  show_progress=False, min_frequency=2)
     tokenizer.train_from_iterator(text.split("\n\n") if len(text) > 10000 else [text], trainer)
     return json.loads(tokenizer.to_str())
 
@@ -154,14 +157,18 @@ def main():
     args = parser.parse_args()
     text = open(args.text, encoding="utf-8").read() if args.text else TEXT * 2
     os.makedirs(args.out, exist_ok=True)
+    if not args.text:
+        with open(os.path.join(args.out, "training.txt"), "w", encoding="utf-8") as out:
+            out.write(text)
     trained = {kind: train(kind, text, args.vocab_size) for kind in (True, False)}
-    strings = STRINGS + SPACES + TRICKY + WORDS
+    strings = STRINGS + TRICKY + ["x".join(SPACES[i::5]) for i in range(5)] + [" ".join(WORDS)]
     for number, (name, (byte_level, parts)) in enumerate({**VARIANTS, **(EXTRA if args.all else {})}.items()):
         file = variant(trained[byte_level], byte_level, parts, old_merges=number % 2 == 0)
         path = os.path.join(args.out, name + ".json")
         with open(path, "w", encoding="utf-8") as out:
             json.dump(file, out, ensure_ascii=False, separators=(",", ":"))
         reference = Tokenizer.from_file(path)
+        odd = {i for i, t in reference.get_added_tokens_decoder().items() if reference.id_to_token(i) != t.content}
         cases = []
         for i, string in enumerate(strings):
             reference.encode_special_tokens = False
@@ -174,7 +181,9 @@ def main():
             if i < 12 and whole != ids:
                 case["whole"] = whole  # with the post-processor
             decoded = reference.decode(plain)
-            if decoded != string:
+            if any(i in odd for i in plain):
+                case["decoded"] = None  # see the fuzz comparison: this version prints these tokens normalized
+            elif decoded != string:
                 case["decoded"] = decoded
             cases.append(case)
         if not args.all:
