@@ -37,7 +37,9 @@ class CompactFile {
   int version() const { return version_; }
   std::uint64_t file_bytes() const;
   std::uint64_t tensor_bytes() const;    // payloads of weights only, padding counted
-  // Recomputes all hashes; returns the names that differ ("file" for the file hash). Empty: intact.
+  std::vector<std::string> embedded_names() const;
+  // Recomputes all hashes; returns the names that differ ("pare.report" for the report, "file" for the file hash).
+  // Empty: intact.
   std::vector<std::string> verify() const;
   const fs::path& path() const;
 
@@ -46,8 +48,8 @@ class CompactFile {
   ModelConfig config_;
   std::vector<CompactTensor> tensors_;
   std::map<std::string, std::size_t, std::less<>> by_name_;
-  std::map<std::string, std::string> embedded_;
-  std::string file_hash_;
+  std::map<std::string, std::span<const std::byte>> embedded_;
+  std::string file_hash_, report_hash_;
   int version_ = 0;
 };
 
