@@ -1,0 +1,38 @@
+// Model folder -> compact file, torch-free.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/checkpoint.h"
+#include "core/compact.h"
+#include "core/context.h"
+
+namespace pare {
+
+struct ExportOptions {
+  fs::path out;
+  // "keep": codes stay codes, float matrices keep 16 bits where they are stored so, else f32. Any other codec name:
+  // float matrices are converted to it (round to nearest); codes are never rounded again.
+  std::string codec = "keep";
+  bool fallback = true;    // a row that the group does not divide: q8c (announced) instead of an error
+  std::string recipe = {}; // embedded as "recipe" when not empty
+};
+
+struct ExportPlan {
+  std::vector<CompactWriter::Plan> tensors;
+  std::vector<std::string> notes;    // announced fallbacks and what is missing in the folder
+  std::uint64_t payload_bytes = 0;
+};
+
+// Headers only. Errors: exit 2 for an unknown codec, exit 3 for a row that does not fit with fallback off.
+ExportPlan plan_export(const Checkpoint& checkpoint, const ExportOptions& options);
+
+// Writes everything but the report; the writer's finish_payload() gives the file to measure on, seal() ends it.
+std::unique_ptr<CompactWriter> begin_export(const Checkpoint& checkpoint, const ExportOptions& options, Context& context);
+
+// begin_export and seal with the deterministic rows of context.report. Adds the rows "tensor_bytes" and "file_bytes".
+void export_compact(const Checkpoint& checkpoint, const ExportOptions& options, Context& context);
+
+}  // namespace pare
