@@ -12,6 +12,24 @@
 
 namespace pare {
 
+void TeamBarrier::wait(int threads) {
+  if (threads == 1) return;
+  const std::uint32_t phase = phase_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+    arrived_.store(0, std::memory_order_relaxed);
+    phase_.store(phase + 1, std::memory_order_release);
+    phase_.notify_all();
+    return;
+  }
+  for (int spin = 0; spin < 2000; ++spin) {
+    if (phase_.load(std::memory_order_acquire) != phase) return;
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+  while (phase_.load(std::memory_order_acquire) == phase) phase_.wait(phase, std::memory_order_acquire);
+}
+
 void FloatBuffer::Free::operator()(float* p) const { std::free(p); }
 
 void FloatBuffer::reserve(std::int64_t count) {
@@ -162,12 +180,18 @@ void Forward::begin(std::int64_t stages, std::int64_t tokens) {
   }
 }
 
+int Forward::team(std::int64_t products) const {
+  constexpr std::int64_t kWorthAThread = 200000;
+  return static_cast<int>(std::clamp<std::int64_t>(products / kWorthAThread, 1, threads_));
+}
+
 // What one thread of the team does. Every thread runs the same stages in the same order; within a stage, items are
 // claimed from a shared counter. Which thread computes an item never changes its bits.
 struct Forward::Worker {
   Forward& f;
   Scratch& mine;
   std::int64_t tokens;
+  int threads;  // of this team
   std::int64_t stage = 0;
 
   template <class Item>
@@ -179,9 +203,7 @@ struct Forward::Worker {
     }
   }
 
-  static void barrier() {
-#pragma omp barrier
-  }
+  void barrier() { f.barrier_.wait(threads); }
 
   // Normalizes (norm != null) and quantizes [tokens, cols] once for all matrices that read it. Up to one tile of
   // tokens every thread does it for itself, which is cheaper than waiting for another. Takes one stage.
@@ -205,8 +227,8 @@ struct Forward::Worker {
       tile(0);
     } else if (norm != nullptr || int8) {
       if (int8) {
-#pragma omp single
-        to.resize(tokens, cols);
+        if (omp_get_thread_num() == 0) to.resize(tokens, cols);
+        barrier();
       }
       share((tokens + kActTile - 1) / kActTile, tile);
       barrier();
@@ -237,7 +259,7 @@ struct Forward::Worker {
   // Row blocks an item: about four items a thread; with many tokens few enough that their codes stay in cache while
   // the activation tiles pass by.
   std::int64_t blocks_per_item(std::int64_t blocks) const {
-    const std::int64_t wanted = (blocks + 4 * f.threads_ - 1) / (4 * f.threads_);
+    const std::int64_t wanted = (blocks + 4 * threads - 1) / (4 * threads);
     return std::clamp<std::int64_t>(wanted, 1, tokens > kActTile ? 8 : 64);
   }
 
@@ -407,9 +429,10 @@ void Forward::run(std::span<const std::int32_t> ids, std::int64_t position, KvCa
       sin_.data()[t * half + i] = static_cast<float>(std::sin(static_cast<double>(angle)));
     }
   }
-#pragma omp parallel num_threads(threads_)
+  const std::int64_t block_products = config_.hidden_size * (2 * q_width_ + 2 * kv_width_ + 3 * config_.intermediate_size);
+#pragma omp parallel num_threads(team(tokens * block_products / 4))
   {
-    Worker worker{*this, scratch_[static_cast<std::size_t>(omp_get_thread_num())], tokens};
+    Worker worker{*this, scratch_[static_cast<std::size_t>(omp_get_thread_num())], tokens, omp_get_num_threads()};
     for (std::int64_t i = 0; i < config_.num_layers; ++i) worker.block(i, position, cache, hidden);
   }
 }
@@ -420,9 +443,9 @@ void Forward::head(const float* hidden, std::int64_t count, float* out) {
     const std::int64_t tokens = std::min(kBatch, count - first);
     begin(2, tokens);
     float* to = out + first * config_.vocab_size;
-#pragma omp parallel num_threads(threads_)
+#pragma omp parallel num_threads(team(tokens * config_.hidden_size * config_.vocab_size))
     {
-      Worker worker{*this, scratch_[static_cast<std::size_t>(omp_get_thread_num())], tokens};
+      Worker worker{*this, scratch_[static_cast<std::size_t>(omp_get_thread_num())], tokens, omp_get_num_threads()};
       const Input in = worker.prepare(hidden + first * config_.hidden_size, config_.hidden_size, weights_.final_norm,
                                       worker.wants_int8({&linear}));
       worker.multiply(in, {{&linear, to, config_.vocab_size, false}});

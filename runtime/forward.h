@@ -64,6 +64,17 @@ class KvCache {
   std::vector<FloatBuffer> pages_;  // [page][block]
 };
 
+// Waits for a few microseconds, then sleeps: where other programs want the cores too, a thread that spins for its
+// partner takes away the time that the partner needs.
+class TeamBarrier {
+ public:
+  void wait(int threads);
+
+ private:
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<std::uint32_t> phase_{0};
+};
+
 class Forward {
  public:
   static constexpr std::int64_t kBatch = 20 * kActTile;  // tokens a call at most
@@ -89,6 +100,8 @@ class Forward {
   };
 
   void begin(std::int64_t stages, std::int64_t tokens);
+  // Threads that pay for `products` multiplications and additions a stage: waking and waiting cost microseconds.
+  int team(std::int64_t products) const;
 
   const ModelConfig& config_;
   const Weights& weights_;
@@ -98,6 +111,7 @@ class Forward {
   std::int64_t q_width_, kv_width_, widest_;
   std::vector<double> frequencies_;
   std::vector<Counter> counters_;
+  TeamBarrier barrier_;
   std::vector<Scratch> scratch_;  // one a thread
   FloatBuffer normed_, q_, k_, v_, mixed_, gate_, up_, cos_, sin_;
   Int8Activations int8_input_;

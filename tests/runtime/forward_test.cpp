@@ -92,9 +92,15 @@ TEST(ForwardTest, EveryIngredientCodecAndInstructionSetMatchesDoubles) {
           Session session(Engine::open(path, engine_options(kernels, int8, 1)));
           session.feed(ids);
           const auto got = all_logits(session, 20, shape.config.vocab_size);
-          // Float activations: rounding only. Int8: a value next to a rounding boundary may fall to the other side.
-          EXPECT_LT(relative_error(got, int8 ? with_int8 : exact), int8 ? 4e-3 : 3e-6)
-              << shape.name << ", " << codec.name() << ", " << kernels << (int8 ? ", int8" : ", float");
+          const std::string what = std::string(shape.name) + ", " + codec.name() + ", " + kernels + (int8 ? ", int8" : ", float");
+          if (int8) {
+            // A value next to a rounding boundary may fall to the other side and shift what follows a little, but far
+            // less than int8 activations differ from float ones.
+            EXPECT_LT(relative_error(got, with_int8), 1e-2) << what;
+            EXPECT_LT(relative_error(got, with_int8), 0.6 * relative_error(got, exact)) << what;
+          } else {
+            EXPECT_LT(relative_error(got, exact), 3e-6) << what;
+          }
         }
       }
     }
