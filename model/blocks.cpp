@@ -368,6 +368,8 @@ void walk_blocks(const Checkpoint& checkpoint, const CalibrationWindows& windows
   Walk(checkpoint, windows, options, context).run(visitor);
 }
 
+void require_device(const std::string& name) { parse_device(name); }
+
 std::uint64_t walk_peak_bytes(const ModelConfig& config, std::int64_t windows, std::int64_t length,
                               const WalkOptions& options) {
   const auto hidden = static_cast<std::uint64_t>(config.hidden_size);

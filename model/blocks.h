@@ -81,6 +81,9 @@ inline constexpr double kFirstTokenEnergy = 4.0;
 void walk_blocks(const Checkpoint& checkpoint, const CalibrationWindows& windows, const WalkOptions& options,
                  Context& context, BlockVisitor& visitor);
 
+// Errors: exit 2 for a name that is no device, exit 5 for a device that this build or machine does not have.
+void require_device(const std::string& name);
+
 // Peak memory of a walk: activations + one block + statistics, in bytes; from the config alone.
 std::uint64_t walk_peak_bytes(const ModelConfig& config, std::int64_t windows, std::int64_t length,
                               const WalkOptions& options);

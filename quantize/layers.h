@@ -1,0 +1,37 @@
+// Quantizing the linears of one model, block by block, with or without calibration. No LibTorch types.
+#pragma once
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "core/checkpoint.h"
+#include "core/context.h"
+#include "model/blocks.h"
+#include "quantize/policy.h"
+
+namespace pare {
+
+enum class QuantizeMethod { kGptq, kRtn, kAbsmax };
+
+struct QuantizeJob {
+  const Checkpoint& model;
+  const std::vector<TensorPlan>& plan;
+  CheckpointWriter& writer;
+  fs::path rows;              // folder of the figures of finished blocks
+  QuantizeMethod method = QuantizeMethod::kGptq;
+  CalibrationWindows windows; // count 0: no calibration (not with kGptq)
+  double damping = 0.01;
+  std::string device = "cpu";
+  int threads = 0;
+};
+
+// Writes every tensor of the model into the writer: the embedding, one durable piece per block, the rest. Skips what is
+// already there; finished blocks are replayed from their codes. Errors: exit 3 for damaged weights, exit 1 when the
+// sweep improves no row of a linear, exit 130 on interruption (resumable).
+void quantize_layers(const QuantizeJob& job, Context& context);
+
+// The figures of every block linear, in order, as written by quantize_layers into `rows`.
+Json collect_rows(const ModelConfig& config, const fs::path& rows);
+
+}  // namespace pare

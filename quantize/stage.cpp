@@ -1,0 +1,344 @@
+// The quantize stage: options, plan, work folder and report.
+#include <omp.h>
+
+#include <chrono>
+#include <cmath>
+
+#include "core/error.h"
+#include "quantize/layers.h"
+#include "quantize/quantize.h"
+
+namespace pare {
+namespace {
+
+constexpr int kManifestVersion = 1;
+// Stays in the output: what was done to which input, and the error of every linear.
+constexpr const char* kManifest = "quantize.json";
+constexpr const char* kRows = "quantize.rows";
+
+QuantizeMethod method_of(const Options& options) {
+  const auto name = options.get<std::string>("method");
+  return name == "gptq" ? QuantizeMethod::kGptq : name == "rtn" ? QuantizeMethod::kRtn : QuantizeMethod::kAbsmax;
+}
+
+std::vector<std::string> texts(const Options& options, const char* name) {
+  return options.get_or<std::vector<std::string>>(name, {});
+}
+
+QuantizePolicy policy_of(const Options& options) {
+  return {options.get<std::string>("codec"), options.get<std::string>("embedding-codec"),
+          options.get<std::string>("head-codec"), texts(options, "policy"), options.get<std::string>("fallback") != "none"};
+}
+
+std::int64_t context_of(const Options& options, const ModelConfig& config) {
+  return options.get_or<std::int64_t>("context", std::min<std::int64_t>(512, config.max_position_embeddings));
+}
+
+bool calibrated(const Options& options) { return !texts(options, "text").empty() || options.get<bool>("random-tokens"); }
+
+// All float tensors keep their dtype; where a folder mixes several, float32 holds them all exactly.
+std::string storage_dtype(const Checkpoint& model) {
+  for (const TensorSpec& spec : model.tensors()) {
+    if (model.dtype(spec.name) != model.dtype(model.tensors().front().name)) return "float32";
+  }
+  return model.float_dtype();
+}
+
+// Everything that can be wrong before weights are touched.
+std::vector<TensorPlan> check(const Options& options, const Checkpoint& model) {
+  std::vector<std::string> quantized;
+  for (const TensorSpec& spec : model.tensors()) {
+    if (model.is_quantized(spec.name)) quantized.push_back(spec.name + " as " + model.codec(spec.name).name());
+  }
+  if (!quantized.empty()) {
+    throw input_error(model.folder().string(), "float weights",
+                      quantized.front() + (quantized.size() > 1 ? " and " + std::to_string(quantized.size() - 1) + " more" : ""),
+                      "quantize the original: codes cannot be rounded again without loss");
+  }
+  const auto text = texts(options, "text");
+  if (!text.empty() && options.get<bool>("random-tokens")) {
+    throw usage_error("--random-tokens", "one source of calibration tokens", "--text as well");
+  }
+  if (method_of(options) == QuantizeMethod::kGptq && !calibrated(options)) {
+    throw usage_error("--method gptq", "calibration text", "none",
+                      "--text FILE, or --method rtn, which does without");
+  }
+  for (const std::string& path : text) {
+    if (!fs::exists(path)) throw input_error(path, "a text file or folder", "nothing there");
+  }
+  if (!text.empty() && !fs::exists(model.folder() / "tokenizer.json")) {
+    throw input_error((model.folder() / "tokenizer.json").string(), "the model's tokenizer", "nothing there",
+                      "calibration text has to be turned into tokens");
+  }
+  const std::int64_t context = context_of(options, model.config());
+  if (context > model.config().max_position_embeddings) {
+    throw usage_error("--context", "at most the model's " + std::to_string(model.config().max_position_embeddings) +
+                      " positions", std::to_string(context));
+  }
+  require_device(options.get<std::string>("device"));
+  return plan_codecs(model.config(), policy_of(options));
+}
+
+std::uint64_t dtype_bytes(const std::string& dtype) { return dtype == "float32" ? 4 : 2; }
+
+std::uint64_t elements(const TensorSpec& spec) {
+  std::uint64_t count = 1;
+  for (std::int64_t size : spec.shape) count *= static_cast<std::uint64_t>(size);
+  return count;
+}
+
+// Bytes of the tensors as the compact file will hold them, and as this folder does.
+struct Sizes {
+  std::uint64_t compact = 0, folder = 0, before = 0;
+};
+
+Sizes sizes_of(const std::vector<TensorPlan>& plan, const std::string& dtype) {
+  Sizes sizes;
+  for (const TensorPlan& tensor : plan) {
+    const std::uint64_t count = elements(tensor.spec), dense = count * dtype_bytes(dtype);
+    sizes.before += dense;
+    if (!tensor.codec) {
+      sizes.compact += dense;
+      sizes.folder += dense;
+      continue;
+    }
+    const std::int64_t rows = tensor.spec.shape[0], cols = tensor.spec.shape[1];
+    const auto groups = static_cast<std::uint64_t>(rows * tensor.codec->groups(cols));
+    sizes.compact += tensor.codec->payload_bytes(rows, cols);
+    // Outside linears: floats for other loaders and one byte a code for ours.
+    sizes.folder += tensor.spec.role == TensorRole::kEmbedding
+                        ? count * 5 + groups * 3
+                        : count * static_cast<std::uint64_t>(tensor.codec->bits()) / 8 + groups * 5;
+  }
+  return sizes;
+}
+
+Json plan(const Options& options) {
+  const Checkpoint model(options.get<std::string>("model"));
+  const std::vector<TensorPlan> tensors = check(options, model);
+  const fs::path out = options.get<std::string>("out");
+  if (fs::exists(fs::symlink_status(out))) {
+    throw usage_error(out.string(), "an output that does not exist yet", "an existing one", "remove it or choose another --out");
+  }
+  const ModelConfig& config = model.config();
+  const auto samples = options.get<std::int64_t>("samples"), context = context_of(options, config);
+  Json notes = fallback_notes(tensors);
+  WalkOptions walk;
+  walk.hessian = true;
+  std::uint64_t peak = 64u << 20;
+  double operations = 0, block_parameters = 0;
+  std::uint64_t widest = 0, largest = 0;
+  for (const TensorPlan& tensor : tensors) {
+    largest = std::max(largest, elements(tensor.spec));
+    if (tensor.spec.role != TensorRole::kLinear) continue;
+    const auto count = static_cast<double>(elements(tensor.spec));
+    widest = std::max(widest, static_cast<std::uint64_t>(tensor.spec.shape[1]));
+    block_parameters += count;
+    if (!tensor.codec) continue;
+    const double group = static_cast<double>(tensor.spec.shape[1] / tensor.codec->groups(tensor.spec.shape[1]));
+    operations += count * 45.0 * std::min(group, 128.0);                     // scale search
+    if (calibrated(options)) operations += count * 3.0 * static_cast<double>(tensor.spec.shape[1]);  // sweep, two errors
+  }
+  if (calibrated(options)) {
+    const auto tokens = static_cast<double>(samples * context);
+    operations += tokens * 2.0 * 3.0 * block_parameters;  // the original once, the compressed stream twice
+    operations += tokens * static_cast<double>(widest) * block_parameters / static_cast<double>(widest);
+    peak += walk_peak_bytes(config, samples, context, walk) + 3 * 8 * widest * widest;
+    if (tokens < 4.0 * static_cast<double>(widest)) {
+      notes.push_back("few calibration tokens: " + std::to_string(samples * context) + " for inputs of width " +
+                      std::to_string(widest));
+    }
+  }
+  peak += largest * 9;
+  return {{"seconds", 1.0 + operations / (1.2e10 * omp_get_num_procs())},
+          {"peak_bytes", peak},
+          {"out_bytes", sizes_of(tensors, storage_dtype(model)).folder},
+          {"notes", notes}};
+}
+
+CalibrationWindows calibration(const Options& options, const Checkpoint& model, std::uint64_t seed) {
+  const std::int64_t samples = options.get<std::int64_t>("samples"), context = context_of(options, model.config());
+  if (options.get<bool>("random-tokens")) return random_windows(model.config().vocab_size, samples, context, seed);
+  std::vector<fs::path> paths;
+  for (const std::string& path : texts(options, "text")) paths.emplace_back(path);
+  if (paths.empty()) return {};
+  std::optional<std::string> split;
+  if (options.has("split")) split = options.get<std::string>("split");
+  return sample_windows(Tokenizer::from_file(model.folder() / "tokenizer.json"), paths, samples, context, seed, split);
+}
+
+// The work folder belongs to one input, one set of options and one choice of windows. Returns the figures of a run that
+// had ended but for the rename, else null.
+Json claim(const fs::path& work, const Json& manifest, Context& context) {
+  const fs::path file = work / kManifest;
+  if (!fs::exists(file)) {
+    if (fs::exists(work / "pieces") || fs::exists(work / "config.json")) {
+      throw usage_error(work.string(), "an unfinished run of this very command", "one of another command",
+                        "remove that folder, or finish the command it belongs to");
+    }
+    write_text(file, manifest.dump(1) + "\n");
+    return nullptr;
+  }
+  const Json found = read_json(file);
+  std::string differences;
+  const auto compare = [&](const Json& ours, const Json& theirs, const std::string& prefix) {
+    for (const auto& [key, value] : ours.items()) {
+      if (value.is_object() || (theirs.contains(key) && theirs.at(key) == value)) continue;
+      differences += (differences.empty() ? "" : ", ") + prefix + key + " " + (theirs.contains(key) ? theirs.at(key).dump() : "unset") +
+                     " there and " + value.dump() + " here";
+    }
+  };
+  compare(manifest, found, "");
+  compare(manifest.at("options"), found.value("options", Json::object()), "--");
+  if (!differences.empty()) {
+    throw usage_error(work.string(), "an unfinished run of this very command", "one with " + differences,
+                      "remove that folder, or repeat the command it belongs to");
+  }
+  context.progress->note("Continuing the unfinished run in " + work.string());
+  return found.contains("linears") ? found.at("linears") : Json(nullptr);
+}
+
+// Totals by module, drift and size as report rows; returns the summary.
+Json report(const Options& options, const std::vector<TensorPlan>& tensors, const std::string& dtype, const Json& linears,
+            Context& context) {
+  std::vector<std::string> modules;
+  std::map<std::string, std::pair<double, double>> sums;
+  double before = 0, after = 0, drift = -1, kept = 0, swept = 0, log_ratio = 0;
+  int compared = 0;
+  bool errors = false, compares = false;
+  for (const Json& row : linears) {
+    if (row.contains("drift")) drift = row.at("drift").get<double>();
+    if (!row.contains("after")) continue;
+    errors = true;
+    const auto name = row.at("name").get<std::string>();
+    const std::string module = name.substr(name.find('.', std::string_view("model.layers.").size()) + 1,
+                                           name.rfind('.') - name.find('.', std::string_view("model.layers.").size()) - 1);
+    if (!sums.contains(module)) modules.push_back(module);
+    const double own_after = row.at("after").get<double>(), own_before = row.value("before", own_after);
+    compares = compares || row.contains("before");
+    sums[module].first += own_before;
+    sums[module].second += own_after;
+    before += own_before;
+    after += own_after;
+    if (own_before > 0 && own_after > 0) {
+      log_ratio += std::log(own_after / own_before);
+      ++compared;
+    }
+    kept += row.value("rows_kept_nearest", 0.0);
+    swept += row.contains("sweep") ? row.at("rows").get<double>() : 0.0;
+  }
+  Report& rows = context.report;
+  const auto optional = [&](double value) { return compares ? std::optional<double>(value) : std::nullopt; };
+  for (const std::string& module : modules) {
+    rows.add({"quantize", "layer_error " + module, optional(sums[module].first), sums[module].second, "squared output", {}});
+  }
+  Json summary = {{"method", options.get<std::string>("method")}};
+  if (errors) {
+    rows.add({"quantize", "layer_error", optional(before), after, "squared output", {}});
+    rows.add({"quantize", "stream_error", {}, drift, "of its energy", {}});
+    if (compares) summary["layer_error_before"] = before;
+    summary["layer_error"] = after;
+    summary["layer_error_ratio"] = compared > 0 ? std::exp(log_ratio / compared) : 1.0;
+    summary["stream_error"] = drift;
+  }
+  if (swept > 0) {
+    rows.add({"quantize", "rows that kept nearest codes", {}, kept, "of " + std::to_string(static_cast<std::int64_t>(swept)), {}});
+    summary["rows_kept_nearest"] = kept;
+  }
+  const Sizes sizes = sizes_of(tensors, dtype);
+  double parameters = 0;
+  for (const TensorPlan& tensor : tensors) parameters += static_cast<double>(elements(tensor.spec));
+  const double bits = 8.0 * static_cast<double>(sizes.compact) / parameters;
+  rows.add({"quantize", "bits_per_weight", 8.0 * static_cast<double>(sizes.before) / parameters, bits, "bits", {}});
+  summary["bits_per_weight"] = bits;
+  summary["fallbacks"] = fallback_notes(tensors);
+  for (const std::string& note : fallback_notes(tensors)) {
+    rows.add({"quantize", "fallback " + note.substr(0, note.find(':')), {}, {}, note.substr(note.find(':') + 2), {}});
+  }
+  return summary;
+}
+
+Json run(const Options& options, Context& context) {
+  const auto start = std::chrono::steady_clock::now();
+  const Checkpoint model(options.get<std::string>("model"));
+  const std::vector<TensorPlan> tensors = check(options, model);
+  FolderTransaction folder(options.get<std::string>("out"));
+  Json linears;
+  const std::string dtype = storage_dtype(model);
+  const bool fresh = fs::is_empty(folder.work());
+  try {
+    for (const std::string& note : fallback_notes(tensors)) context.progress->note(note);
+    CalibrationWindows windows = calibration(options, model, context.seed);
+    Json said = options.resolved();
+    for (const char* key : {"model", "out", "text", "split"}) said.erase(key);  // by content: input and windows
+    Json manifest = {{"stage", "quantize"}, {"version", kManifestVersion}, {"input", model.content_hash()},
+                     {"dtype", dtype},      {"windows", windows.hash()},   {"options", said}};
+    linears = claim(folder.work(), manifest, context);
+    CheckpointWriter writer(folder.work(), model.config(), dtype);
+    if (linears.is_null()) {
+      const QuantizeJob job{model, tensors, writer, folder.work() / kRows, method_of(options), std::move(windows),
+                            options.get<double>("damping"), options.get<std::string>("device"), context.threads};
+      quantize_layers(job, context);
+      linears = collect_rows(model.config(), job.rows);
+    }
+    writer.copy_side_files(model.folder());
+    writer.finish();
+    manifest["linears"] = linears;
+    write_text(folder.work() / kManifest, manifest.dump(1) + "\n");
+    fs::remove_all(folder.work() / kRows);
+  } catch (const Error& error) {
+    // A refusal leaves nothing behind, an interruption or a full disk what can be resumed.
+    if (fresh && (error.code() == ExitCode::kInput || error.code() == ExitCode::kUsage)) folder.discard();
+    throw;
+  }
+  folder.commit();
+  Json summary = report(options, tensors, dtype, linears, context);
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  context.report.add({"quantize", "seconds", {}, seconds, "s", {}, false});
+  summary["seconds"] = seconds;
+  summary["linears"] = linears;
+  summary["out"] = options.get<std::string>("out");
+  context.print(context.report.table());
+  return summary;
+}
+
+}  // namespace
+
+Command quantize_command() {
+  Command command;
+  command.name = "quantize";
+  command.summary = "Round the weights to 4 or 8 bits with GPTQ or searched scales";
+  command.example = "pare quantize --model DIR --out DIR --codec q4 --text train.txt";
+  command.is_stage = true;
+  command.options = {
+      {.name = "model", .type = OptionType::kPath, .help = "input model folder", .required = true},
+      {.name = "out", .type = OptionType::kPath, .help = "output model folder", .required = true},
+      {.name = "codec", .help = "codec of the linears inside the blocks: q4 q4g64 q4g128 q4a q4ag64 q4ag128 q8 q8c, or keep",
+       .default_value = "q4"},
+      {.name = "embedding-codec", .help = "codec of the embedding, of the head too where the two are tied", .default_value = "q8"},
+      {.name = "head-codec", .help = "codec of an untied head", .default_value = "q8"},
+      {.name = "policy", .type = OptionType::kTextList,
+       .help = "PATTERN=codec for single tensors, * and ? in names; a later rule wins"},
+      {.name = "fallback", .help = "where the group does not divide a row: smaller groups, at last q8c; or refuse",
+       .default_value = "smaller", .choices = {"smaller", "none"}},
+      {.name = "method", .help = "gptq; rtn: nearest codes, searched scales; rtn-absmax: nearest codes, absmax scales",
+       .default_value = "gptq", .choices = {"gptq", "rtn", "rtn-absmax"}},
+      {.name = "text", .type = OptionType::kTextList, .help = "calibration text: .txt or .jsonl files, or folders of them"},
+      {.name = "split", .help = "separator between documents of .txt files, such as <|endoftext|>"},
+      {.name = "random-tokens", .type = OptionType::kFlag, .help = "calibrate on uniform random tokens instead of text",
+       .default_value = false},
+      {.name = "samples", .type = OptionType::kInteger, .help = "calibration windows", .default_value = 128, .minimum = 1,
+       .maximum = 1e6},
+      {.name = "context", .type = OptionType::kInteger,
+       .help = "tokens per window, a BOS included (default: 512, or the model's positions where those are fewer)", .minimum = 2,
+       .maximum = 1e6},
+      {.name = "damping", .type = OptionType::kNumber, .help = "GPTQ damping as a fraction of the mean Hessian diagonal",
+       .default_value = 0.01, .minimum = 1e-9, .maximum = 10},
+      {.name = "device", .help = "cpu, cuda or cuda:N for the calibration passes", .default_value = "cpu"},
+  };
+  command.run = run;
+  command.plan = plan;
+  return command;
+}
+
+}  // namespace pare
