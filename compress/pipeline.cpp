@@ -336,9 +336,11 @@ Json Pipeline::run(Context& context) {
     std::error_code ignored;  // a run killed just after its last rename had no time to tidy up
     if (recipe_.text("work").empty()) fs::remove_all(work_, ignored);
     context.progress->note("Nothing to do: " + out_.string() + " is the finished result of this recipe.");
-    context.print(report_table(Report::from_json((*report)["rows"], (out_ / kReportFile).string())));
+    context.report = Report::from_json((*report)["rows"], (out_ / kReportFile).string());
+    context.print(report_table(context.report));
     Json result = {{"status", "already finished"}, {"work_done", false}};
-    for (const auto& [key, value] : report->items()) result[key] = value;
+    for (const auto& [key, value] : report->items())
+      if (key != "rows") result[key] = value;
     return result;
   }
   const Plan checked = plan();
@@ -455,10 +457,11 @@ void Pipeline::finish(const fs::path& last, Report report, std::chrono::steady_c
   result["eval_text"] = needs_sampled_text(true) ? "sampled from the model itself" : "given";
   result["require"] = gates;
   result["seconds"] = seconds_since(begin);
-  result["rows"] = report.to_json();
+  context.report = report;
   Json stored = result;
   stored.erase("status");
   stored.erase("work_done");
+  stored["rows"] = report.to_json();
   write_text(transaction.work() / kReportFile, stored.dump(1) + "\n");
   guard.armed = false;
   transaction.commit();

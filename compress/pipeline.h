@@ -45,7 +45,7 @@ class Pipeline {
   Plan plan() const;
   // The report of this very run when `out` already holds it.
   std::optional<Json> finished() const;
-  // Runs what is missing. Returns the result object. Errors: those of plan(), of the stages, exit 4 on a missed gate.
+  // Runs what is missing. Returns the result object; all rows are in context.report. Errors: those of plan(), of the stages, exit 4 on a missed gate.
   Json run(Context& context);
 
   const Recipe& recipe() const { return recipe_; }

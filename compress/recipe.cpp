@@ -386,8 +386,8 @@ const std::vector<OptionDecl>& eval_options() {
 
 const std::vector<OptionDecl>& export_options() {
   static const std::vector<OptionDecl> table = [] {
-    std::vector<OptionDecl> t = {decl("codec", OptionType::kText, "codec of tensors that no stage quantized: f32, f16 or bf16", "f16")};
-    t[0].choices = {"f32", "f16", "bf16"};
+    std::vector<OptionDecl> t = {decl("codec", OptionType::kText, "matrices that no stage quantized: as stored, or this", "keep")};
+    t[0].choices = {"keep", "f32", "f16", "bf16"};
     return t;
   }();
   return table;

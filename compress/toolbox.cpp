@@ -194,7 +194,7 @@ void sample(const SampleRequest& request, Context& context) {
   } remove{file};
   std::error_code ignored;
   fs::remove(file, ignored);
-  export_compact({request.model, file, "f32", "", {}}, *context.progress);
+  export_compact_file({request.model, file, "f32", "", {}}, context);
   const auto engine = open_engine(file, 1, false);
   sample_text(engine, request.documents, request.context, request.seed, request.out, context.threads, *context.progress);
 }
@@ -212,7 +212,7 @@ Toolbox real_toolbox() {
   tools.sample = sample;
   tools.measure = measure;
   tools.compare = compare_with_folder;
-  tools.export_file = [](const ExportRequest& request, Context& context) { export_compact(request, *context.progress); };
+  tools.export_file = export_compact_file;
   tools.export_bytes = compact_bytes;
   return tools;
 }

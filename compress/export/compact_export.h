@@ -5,11 +5,11 @@
 
 namespace pare {
 
-// Codes as they stand in the folder, float matrices in `request.codec`, vectors in f32; tokenizer, configs and the
-// recipe inside. `before_seal`, if set, sees the complete file and gives the report that goes into it.
-void export_compact(const ExportRequest& request, Progress& progress);
+// Codes as they stand in the folder, float matrices in `request.codec` ("keep": as stored), vectors in f32; tokenizer,
+// configs and the recipe inside. `before_seal`, if set, sees the complete file and gives the report that goes into it.
+void export_compact_file(const ExportRequest& request, Context& context);
 
-// Weight payloads of that file, from headers alone.
+// Weight payloads and tokenizer of that file, from headers alone.
 std::uint64_t compact_bytes(const fs::path& model, const std::string& codec);
 
 }  // namespace pare

@@ -35,9 +35,9 @@ class RealRun : public ::testing::Test {
     }
     return Pipeline(parse_recipe(yaml, "r.yaml", scratch.path(), flags, tools.stages), tools).run(context);
   }
-  static double figure(const Json& result, const std::string& stage, const std::string& metric) {
-    for (const auto& row : result["rows"])
-      if (row["stage"] == stage && row["metric"] == metric) return row["after"].get<double>();
+  double figure(const std::string& stage, const std::string& metric) const {
+    for (const auto& row : context.report.rows())
+      if (row.stage == stage && row.metric == metric && row.after) return *row.after;
     ADD_FAILURE() << "no row " << stage << " " << metric;
     return std::nan("");
   }
@@ -50,19 +50,19 @@ class RealRun : public ::testing::Test {
 
 TEST_F(RealRun, DefaultRecipeGivesAFileThatComputesWhatTheFolderSays) {
   const std::string before = scratch.snapshot("model");
-  const Json result = run("", "out");
+  run("", "out");
   EXPECT_EQ(scratch.snapshot("model"), before);
   const CompactFile file(scratch.path() / "out/model.pare");
   EXPECT_TRUE(file.verify().empty());
   EXPECT_TRUE(file.embedded("recipe").has_value());
   ASSERT_TRUE(file.embedded("report").has_value());
   // The folder and the file were scored on the same text: int8 activations may add a little, never much.
-  const double folder = figure(result, "quantize", "mean_kl"), compact = figure(result, "compact file", "mean_kl");
+  const double folder = figure("quantize", "mean_kl"), compact = figure("compact file", "mean_kl");
   EXPECT_GT(folder, 0);
   EXPECT_LT(std::abs(compact - folder), 0.2 * folder + 1e-3);
-  EXPECT_LE(figure(result, "compact file", "runtime_mean_kl"), 1e-5);
-  EXPECT_LT(figure(result, "compact file", "bits_per_weight"), 12);
-  EXPECT_DOUBLE_EQ(figure(result, "compact file", "file_bytes"), static_cast<double>(fs::file_size(scratch.path() / "out/model.pare")));
+  EXPECT_LE(figure("compact file", "runtime_mean_kl"), 1e-5);
+  EXPECT_LT(figure("compact file", "bits_per_weight"), 12);
+  EXPECT_DOUBLE_EQ(figure("compact file", "file_bytes"), static_cast<double>(fs::file_size(scratch.path() / "out/model.pare")));
   // Codes in the file are those of the folder.
   const Checkpoint folder_model(scratch.path() / "out/model");
   for (const auto& tensor : file.tensors()) EXPECT_EQ(tensor.codec.is_float(), !folder_model.is_quantized(tensor.name)) << tensor.name;
@@ -79,12 +79,12 @@ TEST_F(RealRun, WithoutTextItSamplesItsOwn) {
   const Json result = run("samples: 8\ncontext: 64", "out", false);
   EXPECT_EQ(result["text"], "sampled from the model itself");
   EXPECT_EQ(result["eval_text"], "sampled from the model itself");
-  EXPECT_GT(figure(result, "compact file", "mean_kl"), 0);
+  EXPECT_GT(figure("compact file", "mean_kl"), 0);
 }
 
 TEST_F(RealRun, ExportAloneIsNearlyLossless) {
-  const Json result = run("stages: []\nexport: {codec: f32}\nrequire: {mean-kl: 1.0e-6}", "out");
-  EXPECT_LE(figure(result, "compact file", "mean_kl"), 1e-6);
+  run("stages: []\nexport: {codec: f32}\nrequire: {mean-kl: 1.0e-6}", "out");
+  EXPECT_LE(figure("compact file", "mean_kl"), 1e-6);
 }
 
 TEST_F(RealRun, SampledTextIsTheSameAtAnyThreadCount) {

@@ -38,7 +38,7 @@ TEST(Recipe, WithoutAFileIsOneQuantizeStage) {
   EXPECT_EQ(r.stages[0].name, "quantize");
   EXPECT_EQ(r.text("model"), "/m");
   EXPECT_EQ(r.text("device"), "cpu");
-  EXPECT_EQ(r.exporting["codec"], "f16");
+  EXPECT_EQ(r.exporting["codec"], "keep");
   EXPECT_TRUE(r.require["mean-kl"].is_null());
 }
 
