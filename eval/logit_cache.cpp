@@ -199,16 +199,6 @@ struct Column {
 
 }  // namespace
 
-std::string windows_hash(std::span<const Window> windows) {
-  Hasher hasher;
-  for (const Window& window : windows) {
-    const std::uint64_t n = window.ids.size();
-    hasher.update(std::as_bytes(std::span(&n, 1)));
-    hasher.update(std::as_bytes(std::span(window.ids)));
-  }
-  return hasher.hex();
-}
-
 struct LogitCacheWriter::State {
   fs::path path, partial;
   LogitCacheInfo info;
