@@ -133,6 +133,7 @@ std::int64_t BatchStream::tokens() const {
 // The count of windows is the same in every epoch (needed to find the epoch from the counter alone).
 std::int64_t BatchStream::windows(std::size_t index) const {
   const TokenSource& source = sources_[index];
+  if (!source.window_begin.empty()) return static_cast<std::int64_t>(source.window_begin.size());
   if (!source.scored.empty()) return static_cast<std::int64_t>(epochs_[index].begin.size());
   const auto pairs = static_cast<std::int64_t>(source.ids.size()) - 1;
   return pairs >= 2 * context_ ? (pairs - context_) / context_ : 1;
@@ -146,7 +147,11 @@ void BatchStream::start_epoch(std::size_t index, std::int64_t number) {
   epoch.end.clear();
   const auto size = static_cast<std::int64_t>(source.ids.size());
   Random random(mix(seed_ ^ mix(index + 1)) ^ mix(static_cast<std::uint64_t>(number)));
-  if (source.scored.empty()) {
+  if (!source.window_begin.empty()) {
+    epoch.begin = source.window_begin;
+    epoch.end.assign(source.window_begin.begin() + 1, source.window_begin.end());
+    epoch.end.push_back(size);
+  } else if (source.scored.empty()) {
     const std::int64_t count = windows(index);
     const bool single = size - 1 < 2 * context_;
     const std::int64_t offset = single ? 0 : static_cast<std::int64_t>(random.below(static_cast<std::uint64_t>(context_)));
@@ -181,7 +186,7 @@ void BatchStream::start_epoch(std::size_t index, std::int64_t number) {
   std::vector<std::size_t> order(epoch.begin.size());
   std::iota(order.begin(), order.end(), std::size_t{0});
   for (std::size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random.below(i)]);
-  Epoch shuffled{number, {}, {}};
+  Epoch shuffled{number, {}, {}, order};
   for (const std::size_t i : order) {
     shuffled.begin.push_back(epoch.begin[i]);
     shuffled.end.push_back(epoch.end[i]);
@@ -189,7 +194,7 @@ void BatchStream::start_epoch(std::size_t index, std::int64_t number) {
   epoch = std::move(shuffled);
 }
 
-void BatchStream::draw(std::size_t index, std::int64_t* ids, std::int64_t* targets) {
+std::int64_t BatchStream::draw(std::size_t index, std::int64_t* ids, std::int64_t* targets) {
   if (epochs_[index].number < 0) start_epoch(index, 0);
   const std::int64_t count = windows(index), number = taken_[index] / count;
   if (epochs_[index].number != number) start_epoch(index, number);
@@ -203,10 +208,11 @@ void BatchStream::draw(std::size_t index, std::int64_t* ids, std::int64_t* targe
     targets[i] = inside && (source.scored.empty() || source.scored[next] != 0) ? source.ids[next] : -1;
   }
   ++taken_[index];
+  return source.window_begin.empty() ? -1 : static_cast<std::int64_t>(epochs_[index].order[at]);
 }
 
 Batch BatchStream::next(std::int64_t sequences) {
-  Batch batch{torch::empty({sequences, context_}, torch::kLong), torch::empty({sequences, context_}, torch::kLong), 0};
+  Batch batch{torch::empty({sequences, context_}, torch::kLong), torch::empty({sequences, context_}, torch::kLong), 0, {}};
   for (std::int64_t i = 0; i < sequences; ++i) {
     const auto drawn = std::accumulate(taken_.begin(), taken_.end(), std::int64_t{0});
     std::size_t chosen = 0;
@@ -218,7 +224,8 @@ Batch BatchStream::next(std::int64_t sequences) {
         chosen = s;
       }
     }
-    draw(chosen, batch.ids.data_ptr<std::int64_t>() + i * context_, batch.targets.data_ptr<std::int64_t>() + i * context_);
+    batch.windows.push_back(draw(chosen, batch.ids.data_ptr<std::int64_t>() + i * context_,
+                                 batch.targets.data_ptr<std::int64_t>() + i * context_));
   }
   batch.counted = (batch.targets >= 0).sum().item<std::int64_t>();
   return batch;

@@ -32,6 +32,7 @@ struct TokenSource {
   std::vector<std::int32_t> ids;
   std::vector<std::uint8_t> scored;           // empty: every id is predicted
   std::vector<std::int64_t> document_begin;   // with `scored`: first id of each document
+  std::vector<std::int64_t> window_begin;     // not empty: these windows and no others, each up to the next begin
   std::int64_t documents = 0, too_long = 0;   // too_long: response documents cut at the context
 };
 
@@ -45,6 +46,7 @@ std::vector<TokenSource> read_sources(const std::vector<TextSpec>& specs, const 
 struct Batch {
   torch::Tensor ids, targets;  // [sequences, context] int64; target -1: nothing predicted there
   std::int64_t counted = 0;    // targets >= 0
+  std::vector<std::int64_t> windows;  // sources with fixed windows: the window of each sequence, else -1
 };
 
 // Sequence k goes to the source that is furthest behind its share; each source runs through its windows in a new
@@ -62,8 +64,9 @@ class BatchStream {
   struct Epoch {
     std::int64_t number = -1;
     std::vector<std::int64_t> begin, end;  // of each window, in the order drawn; the window's ids are [begin, end)
+    std::vector<std::size_t> order;        // their places before the shuffle
   };
-  void draw(std::size_t source, std::int64_t* ids, std::int64_t* targets);
+  std::int64_t draw(std::size_t source, std::int64_t* ids, std::int64_t* targets);  // the fixed window drawn, or -1
   void start_epoch(std::size_t source, std::int64_t number);
   std::int64_t windows(std::size_t source) const;
 

@@ -181,6 +181,58 @@ struct DistillFunction : torch::autograd::Function<DistillFunction> {
   }
 };
 
+// As distill_rows, for a teacher of k listed outcomes and a rest. With q the student's probabilities, p the teacher's and
+// r its rest: d KL / d z_j = q_j - p_j for listed j, q_j (1 - r / q(rest)) for the others.
+void topk_rows(Tensor& student, const Tensor& index, const Tensor& log_prob, const Tensor& targets,
+               const DistillLoss& loss, double scale, Tensor& kl, Tensor& ce) {
+  const auto type = student.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat;
+  constexpr double kLeast = 1e-9;
+  const Tensor counted = (targets >= 0).to(type).unsqueeze(1), target = targets.clamp_min(0).unsqueeze(1);
+  const Tensor log_q = torch::log_softmax(student.to(type), -1), q = log_q.exp();
+  const Tensor log_p = log_prob.to(type), p = log_p.exp();
+  const Tensor q_listed = q.gather(1, index), log_q_listed = log_q.gather(1, index);
+  const Tensor rest_p = (1 - p.sum(1, true)).clamp_min(kLeast), rest_q = (1 - q_listed.sum(1, true)).clamp_min(kLeast);
+  const Tensor rest = rest_p * (rest_p / rest_q).log();
+  kl = (((p * (log_p - log_q_listed)).sum(1, true) + rest) * counted).squeeze(1);
+  ce = -(log_q.gather(1, target) * counted).squeeze(1);
+  Tensor g = q * (1 - rest_p / rest_q);
+  g.scatter_(1, index, q_listed - p);
+  if (loss.ce_weight != 0) {
+    Tensor hard = q.clone();
+    hard.scatter_add_(1, target, -torch::ones_like(target, hard.options()));
+    g = g * loss.kl_weight + hard * loss.ce_weight;
+  } else {
+    g.mul_(loss.kl_weight);
+  }
+  student = (g * counted * scale).to(student.scalar_type());
+}
+
+struct TopkFunction : torch::autograd::Function<TopkFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& head, const Tensor& index,
+                        const Tensor& log_prob, const Tensor& targets, double kl_weight, double ce_weight, double scale,
+                        std::int64_t sums_address, bool want_hidden, bool want_head) {
+    auto* sums = reinterpret_cast<LossSums*>(sums_address);
+    const DistillLoss loss{1.0, kl_weight, ce_weight};
+    return head_loss(ctx, hidden, head, want_hidden, want_head,
+                     [&](std::int64_t begin, std::int64_t count, Tensor& logits) {
+                       Tensor kl, ce;
+                       topk_rows(logits, index.narrow(0, begin, count), log_prob.narrow(0, begin, count),
+                                 targets.narrow(0, begin, count), loss, scale, kl, ce);
+                       const double kl_sum = sum_in_order(kl), ce_sum = sum_in_order(ce);
+                       if (sums != nullptr) {
+                         sums->kl += kl_sum;
+                         sums->ce += ce_sum;
+                       }
+                       return scale * (kl_weight * kl_sum + ce_weight * ce_sum);
+                     });
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    auto out = scaled_gradients(ctx, grads);
+    out.resize(11);
+    return out;
+  }
+};
+
 std::int64_t counted_rows(const Tensor& targets) { return (targets >= 0).sum().item<std::int64_t>(); }
 
 }  // namespace
@@ -200,6 +252,31 @@ Tensor distill_loss(const Tensor& hidden, const Tensor& head, const Tensor& teac
   return DistillFunction::apply(hidden, head, teacher_hidden.detach(), teacher_head.detach(), targets.contiguous(),
                                 loss.tau, loss.kl_weight, loss.ce_weight, scale, reinterpret_cast<std::int64_t>(sums),
                                 grad && hidden.requires_grad(), grad && head.requires_grad());
+}
+
+Tensor topk_distill_loss(const Tensor& hidden, const Tensor& head, const Tensor& index, const Tensor& log_prob,
+                         const Tensor& targets, const DistillLoss& loss, double scale, LossSums* sums) {
+  if (sums != nullptr) sums->rows += counted_rows(targets);
+  const bool grad = torch::GradMode::is_enabled();
+  return TopkFunction::apply(hidden, head, index, log_prob, targets.contiguous(), loss.kl_weight, loss.ce_weight, scale,
+                             reinterpret_cast<std::int64_t>(sums), grad && hidden.requires_grad(),
+                             grad && head.requires_grad());
+}
+
+Tensor row_divergences(const Tensor& hidden, const Tensor& head, const Tensor& teacher_hidden,
+                       const Tensor& teacher_head, const Tensor& targets) {
+  const torch::NoGradGuard no_grad;
+  const std::int64_t n = hidden.size(0), chunk = chunk_rows(head.size(0));
+  const Tensor index = targets.contiguous();
+  std::vector<Tensor> parts;
+  for (std::int64_t begin = 0; begin < n; begin += chunk) {
+    const std::int64_t count = std::min(chunk, n - begin);
+    Tensor student = torch::mm(hidden.narrow(0, begin, count), head.t());
+    Tensor teacher = torch::mm(teacher_hidden.narrow(0, begin, count), teacher_head.t()), kl, ce;
+    distill_rows(student, teacher, index.narrow(0, begin, count), DistillLoss{}, 0.0, kl, ce);
+    parts.push_back(kl);
+  }
+  return torch::cat(parts);
 }
 
 Tensor row_losses(const Tensor& hidden, const Tensor& head, const Tensor& targets) {

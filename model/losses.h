@@ -30,6 +30,18 @@ torch::Tensor distill_loss(const torch::Tensor& hidden, const torch::Tensor& hea
                            const torch::Tensor& teacher_head, const torch::Tensor& targets, const DistillLoss& loss,
                            double scale, LossSums* sums);
 
+// A teacher known by its largest k log-probabilities of each row: index [rows, k] int64, log_prob [rows, k].
+// scale * sum over rows of kl_weight * KL + ce_weight * CE at temperature 1, where KL is over k + 1 outcomes: the k
+// listed ids and "any other" (a lower bound of the full KL; its gradient pulls the others' mass together, not apart).
+torch::Tensor topk_distill_loss(const torch::Tensor& hidden, const torch::Tensor& head, const torch::Tensor& index,
+                                const torch::Tensor& log_prob, const torch::Tensor& targets, const DistillLoss& loss,
+                                double scale, LossSums* sums);
+
+// KL(teacher || student) of each row at temperature 1, without gradient (evaluation); targets < 0 give 0.
+torch::Tensor row_divergences(const torch::Tensor& hidden, const torch::Tensor& head,
+                              const torch::Tensor& teacher_hidden, const torch::Tensor& teacher_head,
+                              const torch::Tensor& targets);
+
 // -log p(target) of each row [rows] float, without gradient (evaluation); rows with target < 0 give 0.
 torch::Tensor row_losses(const torch::Tensor& hidden, const torch::Tensor& head, const torch::Tensor& targets);
 

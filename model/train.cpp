@@ -10,14 +10,6 @@
 namespace pare {
 namespace {
 
-// Options that decide the result; the others may differ between an interrupted run and its continuation.
-Json deciding_options(const Options& options, std::uint64_t seed) {
-  Json echo = options.resolved();
-  for (const char* key : {"checkpoint-minutes", "restart"}) echo.erase(key);
-  echo["seed"] = seed;
-  return echo;
-}
-
 std::vector<OptionDecl> options() {
   using enum OptionType;
   std::vector<OptionDecl> table = {

@@ -138,7 +138,7 @@ std::vector<HeldOut> read_held_out(const std::vector<std::string>& paths, const 
   return held_out;
 }
 
-MeanLoss held_out_loss(Decoder& decoder, const HeldOut& held_out, std::int64_t tokens, const torch::Device& device) {
+MeanLoss held_out_mean(const HeldOut& held_out, std::int64_t tokens, const torch::Device& device, const RowFn& rows) {
   const torch::NoGradGuard no_grad;
   std::vector<const Window*> chosen;
   std::int64_t available = 0;
@@ -172,9 +172,8 @@ MeanLoss held_out_loss(Decoder& decoder, const HeldOut& held_out, std::int64_t t
           targets.data_ptr<std::int64_t>()[i * width + t - 1] = window.ids[static_cast<std::size_t>(t)];
       }
     }
-    const torch::Tensor hidden = decoder->hidden(ids.to(device)).view({count * width, -1});
-    const torch::Tensor losses = row_losses(hidden, decoder->head_weight(), targets.to(device).view(-1))
-                                     .to(torch::kCPU, torch::kDouble).contiguous();
+    const torch::Tensor losses =
+        rows(ids.to(device), targets.to(device).view(-1)).to(torch::kCPU, torch::kDouble).contiguous();
     for (std::int64_t i = 0; i < count; ++i) {
       Sum sum;
       for (std::int64_t t = 0; t < width; ++t) {
@@ -210,6 +209,20 @@ MeanLoss held_out_loss(Decoder& decoder, const HeldOut& held_out, std::int64_t t
   const auto n = static_cast<double>(units.size());
   if (n > 1) result.standard_error = std::sqrt(squares * n / (n - 1)) / static_cast<double>(result.tokens);
   return result;
+}
+
+MeanLoss held_out_loss(Decoder& decoder, const HeldOut& held_out, std::int64_t tokens, const torch::Device& device) {
+  return held_out_mean(held_out, tokens, device, [&](const torch::Tensor& ids, const torch::Tensor& targets) {
+    const torch::Tensor hidden = decoder->hidden(ids);
+    return row_losses(hidden.view({-1, hidden.size(-1)}), decoder->head_weight(), targets);
+  });
+}
+
+Json deciding_options(const Options& options, std::uint64_t seed) {
+  Json echo = options.resolved();
+  for (const char* key : {"checkpoint-minutes", "restart"}) echo.erase(key);
+  echo["seed"] = seed;
+  return echo;
 }
 
 Json run_training(TrainingJob& job, const std::string& output_dtype, Context& run) {
@@ -282,7 +295,8 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
     flat.clear_gradients();
     for (std::int64_t first = 0; batch.counted > 0 && first < s.batch; first += micro) {
       const std::int64_t count = std::min(micro, s.batch - first);
-      const Batch part{batch.ids.narrow(0, first, count).to(device), batch.targets.narrow(0, first, count).to(device), 0};
+      const Batch part{batch.ids.narrow(0, first, count).to(device), batch.targets.narrow(0, first, count).to(device), 0,
+                       {batch.windows.begin() + first, batch.windows.begin() + first + count}};
       torch::Tensor value = job.loss(part, 1.0 / static_cast<double>(batch.counted), sums);
       loss += value.item<double>();
       value.backward();

@@ -33,6 +33,8 @@ double learning_rate(const TrainerSettings& settings, std::int64_t step);  // st
 // The options that train and distill share, and their reading.
 std::vector<OptionDecl> trainer_options(double lr, std::int64_t steps);
 TrainerSettings trainer_settings(const Options& options, const ModelConfig& config);
+// What decides the result, for the state file: every option but those that only pace the run, and the seed.
+Json deciding_options(const Options& options, std::uint64_t seed);
 
 struct HeldOut {
   std::string name;
@@ -47,6 +49,9 @@ struct MeanLoss {
   double mean = 0, standard_error = 0;
   std::int64_t tokens = 0;
 };
+// rows(ids [n, width], targets [n * width]) -> one value for each target, 0 where the target is -1.
+using RowFn = std::function<torch::Tensor(const torch::Tensor& ids, const torch::Tensor& targets)>;
+MeanLoss held_out_mean(const HeldOut& held_out, std::int64_t tokens, const torch::Device& device, const RowFn& rows);
 MeanLoss held_out_loss(Decoder& decoder, const HeldOut& held_out, std::int64_t tokens, const torch::Device& device);
 
 // loss(ids, targets, scale, sums): differentiable scale * sum over counted rows; adds to sums.
