@@ -102,7 +102,7 @@ class Evaluation {
  public:
   Evaluation(const EvalBackend& backend, const Options& options, Context& context)
       : backend_(backend), options_(options), context_(context) {
-    if (options.has("device")) device_ = options.get<std::string>("device");
+    if (backend.has_devices) device_ = options.get<std::string>("device");
     if (options.has("limit")) limit_ = options.get<std::int64_t>("limit");
   }
 
