@@ -1,0 +1,155 @@
+#include "core/codec.h"
+
+#include <bit>
+#include <cmath>
+
+#include "model_folder.h"
+
+namespace pare {
+namespace {
+
+using testing::contains;
+using testing::error_of;
+using testing::random_codes;
+
+// Every half, from the definition in double.
+TEST(CodecFloat, EveryHalfHasItsValueAndComesBack) {
+  for (std::uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const auto half = static_cast<std::uint16_t>(bits);
+    const int exponent = (half >> 10) & 31, mantissa = half & 0x3ff;
+    const float value = f16_to_f32(half);
+    if (exponent == 31 && mantissa != 0) {
+      EXPECT_TRUE(std::isnan(value));
+      EXPECT_TRUE(std::isnan(f16_to_f32(f32_to_f16(value))));
+      continue;
+    }
+    double expected = exponent == 31 ? INFINITY : exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25);
+    if (half & 0x8000) expected = -expected;
+    ASSERT_EQ(static_cast<double>(value), expected) << bits;
+    ASSERT_EQ(f32_to_f16(value), half) << bits;
+  }
+}
+
+// Between neighbours: the nearer one, the even one in the middle.
+TEST(CodecFloat, HalfAndBrainRoundToNearestEven) {
+  for (std::uint32_t bits = 0; bits < 0x7bff; ++bits) {
+    const auto low = static_cast<std::uint16_t>(bits), high = static_cast<std::uint16_t>(bits + 1);
+    const float middle = 0.5f * (f16_to_f32(low) + f16_to_f32(high));  // exact in float
+    ASSERT_EQ(f32_to_f16(middle), low % 2 == 0 ? low : high) << bits;
+    ASSERT_EQ(f32_to_f16(std::nextafter(middle, 0.0f)), low) << bits;
+    ASSERT_EQ(f32_to_f16(std::nextafter(middle, 1e9f)), high) << bits;
+    ASSERT_EQ(f32_to_f16(-middle), (low % 2 == 0 ? low : high) | 0x8000) << bits;
+  }
+  EXPECT_EQ(f32_to_f16(65519.996f), 0x7bff);
+  EXPECT_EQ(f32_to_f16(65520.0f), 0x7c00);
+  EXPECT_EQ(f32_to_f16(INFINITY), 0x7c00);
+  for (std::uint32_t bits = 0; bits < 0x7f80; ++bits) {
+    const float low = bf16_to_f32(static_cast<std::uint16_t>(bits));
+    ASSERT_EQ(f32_to_bf16(low), bits);
+    const float middle = std::bit_cast<float>((bits << 16) | 0x8000u);
+    ASSERT_EQ(f32_to_bf16(middle), bits + bits % 2);
+    ASSERT_EQ(f32_to_bf16(std::bit_cast<float>((bits << 16) | 0x8001u)), bits + 1);
+    ASSERT_EQ(f32_to_bf16(std::bit_cast<float>((bits << 16) | 0x7fffu)), bits);
+  }
+  EXPECT_TRUE(std::isnan(bf16_to_f32(f32_to_bf16(std::bit_cast<float>(0x7f800001u)))));
+}
+
+TEST(Codec, NamesGoBothWays) {
+  for (const char* name : {"f32", "f16", "bf16", "q8", "q8c", "q4g32", "q4g64", "q4g128", "q4ag32", "q4ag64", "q4ag128"})
+    EXPECT_EQ(Codec::parse(name, "").name(), name);
+  EXPECT_EQ(Codec::parse("q4", ""), Codec::parse("q4g32", ""));
+  EXPECT_EQ(Codec::parse("q4a", ""), Codec::parse("q4ag32", ""));
+  const std::string message = error_of([] { Codec::parse("q4g63", "--codec"); });
+  EXPECT_TRUE(message.starts_with("2 --codec") && contains(message, "did you mean \"q4g")) << message;
+  EXPECT_FALSE(Codec::parse("q4g64", "").fits(96));
+  EXPECT_TRUE(Codec::parse("q8c", "").fits(97));
+}
+
+// The layout of runtime/FORMAT.md section 3, element by element and without any of the packer's code.
+std::vector<std::byte> naive_payload(const QuantizedTensor& t) {
+  const auto pad64 = [](std::size_t n) { return (n + 63) / 64 * 64; };
+  const std::size_t rows = static_cast<std::size_t>(t.rows), cols = static_cast<std::size_t>(t.cols);
+  const std::size_t blocks = (rows + 15) / 16, groups = static_cast<std::size_t>(t.codec.groups(t.cols));
+  const bool eight = t.codec.kind == CodecKind::kQ8, asymmetric = t.codec.kind == CodecKind::kQ4a;
+  const std::size_t per_line = eight ? 4 : 8, chunks = (cols + per_line - 1) / per_line;
+  const std::size_t scales_at = blocks * chunks * 64, zeros_at = scales_at + pad64(blocks * groups * 32);
+  std::vector<std::byte> out(zeros_at + (asymmetric ? pad64(blocks * groups * 8) : 0));
+  for (std::size_t row = 0; row < blocks * 16; ++row) {
+    for (std::size_t col = 0; col < chunks * per_line; ++col) {
+      const int code = row < rows && col < cols ? t.codes[row * cols + col] : 0;
+      const std::size_t line = (row / 16 * chunks + col / per_line) * 64 + row % 16 * 4;
+      if (eight) {
+        out[line + col % 4] = std::byte(code + 128);
+      } else {
+        const auto u = static_cast<unsigned>(code + (asymmetric ? 0 : 8));
+        out[line + col % 4] |= std::byte(col % 8 < 4 ? u : u << 4);
+      }
+    }
+    for (std::size_t g = 0; row < rows && g < groups; ++g) {
+      const std::uint16_t scale = t.scales[row * groups + g];
+      const std::size_t at = scales_at + ((row / 16 * groups + g) * 16 + row % 16) * 2;
+      out[at] = std::byte(scale & 255);
+      out[at + 1] = std::byte(scale >> 8);
+      if (asymmetric) out[zeros_at + (row / 16 * groups + g) * 8 + row % 8] |= std::byte(t.zeros[row * groups + g] << (row % 16 < 8 ? 0 : 4));
+    }
+  }
+  return out;
+}
+
+TEST(Codec, PayloadMatchesTheSpecificationAndComesBack) {
+  for (const char* name : {"q8", "q8c", "q4g32", "q4g64", "q4g128", "q4ag32", "q4ag64", "q4ag128"}) {
+    const Codec codec = Codec::parse(name, "");
+    for (const std::int64_t rows : {1, 7, 8, 15, 16, 17, 40}) {
+      for (const std::int64_t cols : {1, 3, 32, 64, 96, 101, 128, 384}) {
+        if (!codec.fits(cols)) continue;
+        const QuantizedTensor tensor = random_codes(codec, rows, cols, static_cast<std::uint32_t>(rows * 1000 + cols));
+        const std::vector<std::byte> payload = pack_payload(tensor);
+        ASSERT_EQ(payload, naive_payload(tensor)) << name << " " << rows << " x " << cols;
+        ASSERT_EQ(payload.size(), codec.payload_bytes(rows, cols));
+        ASSERT_EQ(payload.size() % 64, 0u);
+        ASSERT_TRUE(testing::same(unpack_payload(codec, rows, cols, payload, "x"), tensor)) << name;
+        EXPECT_TRUE(error_of([&] { unpack_payload(codec, rows, cols, std::span(payload).first(payload.size() - 1), "x"); }).starts_with("3 "));
+      }
+    }
+  }
+}
+
+TEST(Codec, UnpackIsOneProduct) {
+  for (const char* name : {"q8", "q8c", "q4g32", "q4ag64"}) {
+    const Codec codec = Codec::parse(name, "");
+    const QuantizedTensor tensor = random_codes(codec, 5, 128, 9);
+    std::vector<float> values(5 * 128);
+    tensor.unpack(values.data());
+    const std::int64_t groups = codec.groups(128);
+    for (std::int64_t i = 0; i < 5 * 128; ++i) {
+      const auto at = static_cast<std::size_t>(i / 128 * groups + i % 128 / (128 / groups));
+      const int zero = tensor.zeros.empty() ? 0 : tensor.zeros[at];
+      ASSERT_EQ(values[static_cast<std::size_t>(i)],
+                static_cast<float>(static_cast<double>(tensor.codes[static_cast<std::size_t>(i)] - zero) * f16_to_f32(tensor.scales[at])));
+    }
+  }
+}
+
+TEST(Codec, ValidateRefusesValuesOutOfRange) {
+  const auto broken = [](const char* name, auto change) {
+    QuantizedTensor tensor = random_codes(Codec::parse(name, ""), 3, 64, 1);
+    change(tensor);
+    return error_of([&] { tensor.validate("t"); });
+  };
+  EXPECT_EQ(broken("q8", [](auto&) {}), "no error");
+  EXPECT_TRUE(contains(broken("q8", [](auto& t) { t.codes[5] = -128; }), "-127"));
+  EXPECT_TRUE(contains(broken("q4", [](auto& t) { t.codes[5] = 8; }), "-8 to 7"));
+  EXPECT_TRUE(contains(broken("q4", [](auto& t) { t.codes[5] = -9; }), "-8 to 7"));
+  EXPECT_TRUE(contains(broken("q4a", [](auto& t) { t.codes[5] = -1; }), "0 to 15"));
+  EXPECT_TRUE(contains(broken("q4a", [](auto& t) { t.zeros[0] = 16; }), "zeros"));
+  EXPECT_TRUE(contains(broken("q4", [](auto& t) { t.scales[0] = 0x7c00; }), "finite"));
+  EXPECT_TRUE(contains(broken("q4", [](auto& t) { t.scales[0] = 0x7e00; }), "finite"));
+  EXPECT_TRUE(contains(broken("q4", [](auto& t) { t.scales[0] = 0x8001; }), "zero or above"));
+  EXPECT_TRUE(contains(broken("q4", [](auto& t) { t.scales.pop_back(); }), "scales"));
+  EXPECT_TRUE(contains(broken("q4", [](auto& t) { t.codes.pop_back(); }), "codes"));
+  EXPECT_TRUE(contains(broken("q4", [](auto& t) { t.zeros.push_back(0); }), "zeros"));
+  EXPECT_TRUE(contains(broken("q4", [](auto& t) { t.cols = 63; }), "divides"));
+}
+
+}  // namespace
+}  // namespace pare
