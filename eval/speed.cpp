@@ -37,6 +37,10 @@ SpeedResult measure_speed(const DecodeProbe& probe, std::span<const std::int32_t
   probe.reset();
   next = prompt.front();
   for (std::int64_t i = 0; i < options.warm_up; ++i) decode();
+  if (options.warm_up > 0) {  // buffers of a whole prompt exist, too
+    probe.reset();
+    probe.feed(prompt, logits.data());
+  }
 
   SpeedResult result;
   result.prompt = options.prompt;

@@ -19,7 +19,7 @@ struct DecodeProbe {
 struct SpeedOptions {
   std::int64_t prompt = 128;   // ids fed at once
   std::int64_t tokens = 64;    // ids decoded one by one, greedy
-  std::int64_t warm_up = 8;    // ids decoded before, not counted
+  std::int64_t warm_up = 8;    // ids decoded before, then the prompt once; not counted; 0: cold
 };
 
 struct SpeedResult {
