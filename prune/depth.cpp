@@ -180,7 +180,7 @@ void run(PruneJob& job) {
 }
 
 std::uint64_t peak(const ModelConfig& config, const Options& options) {
-  const auto samples = options.get<std::int64_t>("samples"), length = options.get<std::int64_t>("context");
+  const auto samples = options.get<std::int64_t>("samples"), length = window_length(config, options);
   const std::uint64_t streams = static_cast<std::uint64_t>(
       std::min<std::int64_t>(group_size(config, samples, length), config.num_layers) + 2);
   return streams * stream_bytes(config, samples, length);

@@ -48,6 +48,8 @@ PruneMethod random_method();
 PruneMethod depth_method();
 PruneMethod ffn_width_method();
 
+// --context, or its default for this model.
+std::int64_t window_length(const ModelConfig& config, const Options& options);
 // Elements of a tensor as float32. Exit 3 when one of them is NaN or infinite.
 std::vector<float> read_finite(const Checkpoint& model, const std::string& name);
 void check_finite(const float* values, std::size_t count, const std::string& place);

@@ -44,8 +44,10 @@ std::vector<OptionDecl> option_table() {
        .help = "ffn-width: damping of the refit, relative to the mean second moment (default 0.01)", .minimum = 1e-9,
        .maximum = 100.0},
       {.name = "text", .type = OptionType::kTextList, .help = "calibration text: .txt or .jsonl files, or folders of them"},
+      {.name = "split", .help = "separator between documents of .txt files, such as <|endoftext|>"},
       {.name = "samples", .type = OptionType::kInteger, .help = "calibration windows", .default_value = 128, .minimum = 1},
-      {.name = "context", .type = OptionType::kInteger, .help = "tokens per calibration window", .default_value = 512,
+      {.name = "context", .type = OptionType::kInteger,
+       .help = "tokens per calibration window (default: 512, or all of the model's positions where it has fewer)",
        .minimum = 2},
       {.name = "device", .type = OptionType::kText, .help = "cpu, cuda or cuda:N", .default_value = "cpu"},
   };
@@ -60,6 +62,13 @@ const PruneMethod& method_of(const Options& options) {
 
 bool is_set(const Options& options, const std::string& name) {
   return options.has(name) && options.resolved().at(name) != Json(false);
+}
+
+std::vector<fs::path> text_paths(const Options& options) {
+  std::vector<fs::path> paths;
+  if (options.has("text"))
+    for (const auto& path : options.get<std::vector<std::string>>("text")) paths.emplace_back(path);
+  return paths;
 }
 
 // Options that belong to other methods are refused rather than ignored.
@@ -82,7 +91,8 @@ void check_options(const PruneMethod& method, const Options& options) {
   }
   if (is_set(options, "no-correction") && is_set(options, "damping"))
     problems.push_back("has no use for --damping with --no-correction");
-  const bool text = options.has("text") && !options.resolved().at("text").empty();
+  const bool text = !text_paths(options).empty();
+  if (options.has("split") && !text) problems.push_back("has no use for --split without --text");
   if (method.needs_text && !text) problems.push_back("needs calibration text: --text FILE");
   if (problems.empty()) return;
   std::string all;
@@ -97,13 +107,6 @@ void check_model(const Checkpoint& model) {
                         "prune first, then quantize: codes cannot be pruned without rounding again");
 }
 
-std::vector<fs::path> text_paths(const Options& options) {
-  std::vector<fs::path> paths;
-  if (options.has("text"))
-    for (const auto& path : options.get<std::vector<std::string>>("text")) paths.emplace_back(path);
-  return paths;
-}
-
 void check_text(const Options& options, const Checkpoint& model) {
   const auto paths = text_paths(options);
   if (paths.empty()) return;
@@ -112,9 +115,10 @@ void check_text(const Options& options, const Checkpoint& model) {
   if (!fs::exists(model.folder() / "tokenizer.json"))
     throw input_error((model.folder() / "tokenizer.json").string(), "the model's tokenizer", "nothing there",
                       "calibration text has to be turned into tokens");
-  if (options.get<std::int64_t>("context") > model.config().max_position_embeddings)
+  const std::int64_t length = window_length(model.config(), options);
+  if (length > model.config().max_position_embeddings)
     throw usage_error("--context", "at most the model's " + std::to_string(model.config().max_position_embeddings) +
-                                       " positions", std::to_string(options.get<std::int64_t>("context")));
+                                       " positions", std::to_string(length));
 }
 
 // All float tensors keep their dtype; where a folder mixes several, float32 holds them all exactly.
@@ -129,7 +133,7 @@ std::uint64_t dtype_bytes(const std::string& dtype) { return dtype == "float32" 
 // The work folder belongs to one set of options, one input and one choice of windows.
 void claim_work_folder(const PruneJob& job) {
   Json options = job.options.resolved();
-  for (const char* key : {"model", "out", "text"}) options.erase(key);  // by content below
+  for (const char* key : {"model", "out", "text", "split"}) options.erase(key);  // by content below
   const Json manifest = {{"version", kManifestVersion},
                          {"options", options},
                          {"seed", job.context.seed},
@@ -144,7 +148,12 @@ void claim_work_folder(const PruneJob& job) {
                         "remove that folder, or finish the command it belongs to");
     job.context.progress->note("Continuing the unfinished run in " + job.work.string());
   } else {
-    fs::create_directories(job.state);
+    // Without a manifest only a run that was killed between its very last steps can have left a whole model here.
+    const bool whole = fs::exists(job.work / "config.json") && !fs::exists(job.work / "pieces");
+    if (!whole && fs::exists(job.work / "pieces"))
+      throw usage_error(job.work.string(), "an unfinished run of this very command", "one of another command",
+                        "remove that folder, or finish the command it belongs to");
+    for (const auto& entry : fs::directory_iterator(job.work)) fs::remove_all(entry.path());
     write_text(file, manifest.dump(1));
   }
   fs::create_directories(job.state);
@@ -232,9 +241,9 @@ Json run(const Options& options, Context& context) {
   const auto texts = text_paths(options);
   if (!texts.empty())
     job.windows = sample_windows(Tokenizer::from_file(model.folder() / "tokenizer.json"), texts,
-                                 options.get<std::int64_t>("samples"), options.get<std::int64_t>("context"),
-                                 context.seed);
-  fs::create_directories(job.work);
+                                 options.get<std::int64_t>("samples"), window_length(model.config(), options),
+                                 context.seed,
+                                 options.has("split") ? std::optional(options.get<std::string>("split")) : std::nullopt);
   claim_work_folder(job);
   Json summary;
   try {
@@ -279,7 +288,7 @@ Json plan(const Options& options) {
   const std::uint64_t block = (parameters - std::min(parameters, outer)) / static_cast<std::uint64_t>(config.num_layers);
   const bool text = !text_paths(options).empty();
   const auto samples = static_cast<std::uint64_t>(options.get<std::int64_t>("samples"));
-  const auto length = static_cast<std::uint64_t>(options.get<std::int64_t>("context"));
+  const auto length = static_cast<std::uint64_t>(window_length(config, options));
   // Original, pruned copy and masks of one block; or both models' embedding and head while measuring.
   std::uint64_t peak = method.peak_bytes(config, options) + 3 * 4 * block;
   if (text)
@@ -316,6 +325,10 @@ void check_finite(const float* values, std::size_t count, const std::string& pla
       throw input_error(place, "finite numbers", (std::isnan(values[i]) ? "NaN" : "infinity") +
                                                      (" at element " + std::to_string(i)),
                         "the model is damaged or its training diverged");
+}
+
+std::int64_t window_length(const ModelConfig& config, const Options& options) {
+  return options.get_or<std::int64_t>("context", std::min<std::int64_t>(512, config.max_position_embeddings));
 }
 
 std::vector<float> read_finite(const Checkpoint& model, const std::string& name) {

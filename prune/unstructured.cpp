@@ -148,7 +148,7 @@ void run_wanda(PruneJob& job) {
 }
 
 std::uint64_t wanda_peak(const ModelConfig& config, const Options& options) {
-  return walk_peak_bytes(config, options.get<std::int64_t>("samples"), options.get<std::int64_t>("context"),
+  return walk_peak_bytes(config, options.get<std::int64_t>("samples"), window_length(config, options),
                          walk_options(options, nullptr));
 }
 std::uint64_t no_peak(const ModelConfig&, const Options&) { return 0; }

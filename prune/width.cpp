@@ -190,7 +190,7 @@ std::uint64_t peak(const ModelConfig& config, const Options& options) {
   const auto k = static_cast<std::uint64_t>(target_width(config, options));
   // Beside the walk: H_SS in double and W, W' and their products in the correction.
   const std::uint64_t solve = walk.hessian ? 8 * (k * k + (n - k) * k + 4 * n * static_cast<std::uint64_t>(config.hidden_size)) : 0;
-  return walk_peak_bytes(config, options.get<std::int64_t>("samples"), options.get<std::int64_t>("context"), walk) + solve;
+  return walk_peak_bytes(config, options.get<std::int64_t>("samples"), window_length(config, options), walk) + solve;
 }
 double passes(const ModelConfig&, const Options&) { return 3; }
 

@@ -1,0 +1,156 @@
+#!/usr/bin/env python3
+"""Loads what `pare prune` wrote in transformers: every method and dtype loads without a missing or unused tensor, has
+the shapes of its config.json, and gives the logits that pare's own arithmetic gives (checked through the calibration
+loss: transformers scores the same windows of a document as `pare eval` does). The untouched original is the control.
+
+usage: pruned_folder.py PARE [MODEL_FOLDER TEXT_FILE]     exit code 1 on any difference, 77 when transformers is missing
+
+Without a model folder a small random Llama, Qwen2 and Mistral are made here, with a tokenizer of their own.
+"""
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+
+try:
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+except ImportError as problem:
+    print(f"SKIPPED: pruned_folder.py needs torch, transformers and tokenizers ({problem})")
+    sys.exit(77)
+
+WORDS = "river stone quiet letter north opens carries garden seven blue wind paper answer slowly light".split()
+METHODS = {
+    "magnitude": ["--method", "magnitude", "--sparsity", "0.5"],
+    "wanda": ["--method", "wanda", "--pattern", "2:4"],
+    "random": ["--method", "random", "--sparsity", "0.3"],
+    "depth": ["--method", "depth", "--remove", "2"],
+    "ffn-width": ["--method", "ffn-width", "--ffn", "64"],
+}
+CONTEXT = 48
+
+
+def make_text(path):
+    state, out = 1, []
+    for _ in range(4000):
+        state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+        out.append(WORDS[(state >> 33) % len(WORDS)])
+    with open(path, "w") as file:
+        file.write(" ".join(out))
+
+
+def make_model(folder, text, family, dtype):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train([text], trainers.BpeTrainer(vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                                special_tokens=["<|endoftext|>"], show_progress=False))
+    common = dict(vocab_size=320, hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4,
+                  num_key_value_heads=2, max_position_embeddings=128, bos_token_id=0, eos_token_id=0)
+    torch.manual_seed(7)
+    config, kind = {
+        "llama": (transformers.LlamaConfig(**common, mlp_bias=True, tie_word_embeddings=True), transformers.LlamaForCausalLM),
+        "qwen2": (transformers.Qwen2Config(**common, tie_word_embeddings=False), transformers.Qwen2ForCausalLM),
+        "mistral": (transformers.MistralConfig(**common, sliding_window=None), transformers.MistralForCausalLM),
+    }[family]
+    model = kind(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # far from flat logits, biases not zero
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.to(dtype).save_pretrained(folder)
+    tokenizer.save(os.path.join(folder, "tokenizer.json"))
+
+
+def run(pare, *arguments):
+    done = subprocess.run([pare, *arguments, "--json", "--quiet"], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"pare {' '.join(arguments)} ended with {done.returncode}: {done.stderr[-800:]}{done.stdout[-400:]}")
+    return json.loads(done.stdout)
+
+
+def rows_of(report):
+    return report["rows"] if isinstance(report, dict) else report
+
+
+def pare_perplexity(pare, folder, text):
+    rows = rows_of(run(pare, "eval", folder, "--text", text, "--ctx", str(CONTEXT))["report"])
+    return next(row["after"] for row in rows if row["metric"] == "perplexity")
+
+
+def reference_perplexity(model, tokenizer, text):
+    """Disjoint windows over the document, each with the tokenizer's prefix (BOS); later tokens are scored."""
+    with open(text) as file:
+        ids = tokenizer.encode(file.read(), add_special_tokens=False).ids
+    prefix = tokenizer.encode("").ids
+    begin = max(1, len(prefix))
+    loss, count = 0.0, 0
+    for first in range(0, len(ids), CONTEXT - len(prefix)):
+        window = torch.tensor(prefix + ids[first:first + CONTEXT - len(prefix)])[None]
+        if window.shape[1] <= begin:
+            continue
+        with torch.no_grad():
+            logits = model(window).logits[0, begin - 1:-1].double()
+        loss -= torch.log_softmax(logits, -1).gather(1, window[0, begin:, None]).sum().item()
+        count += window.shape[1] - begin
+    return math.exp(loss / count)
+
+
+def check(pare, original, text, method, dtype, work):
+    out = os.path.join(work, "out")
+    shutil.rmtree(out, ignore_errors=True)
+    run(pare, "prune", "--model", original, "--out", out, *METHODS[method], "--text", text, "--samples", "16",
+        "--context", str(CONTEXT))
+    stored = transformers.AutoConfig.from_pretrained(original)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    problems = [f"{kind}: {info[kind]}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]]
+    layers, width = stored.num_hidden_layers, stored.intermediate_size
+    wanted = {"depth": (layers - 2, width), "ffn-width": (layers, 64)}.get(method, (layers, width))
+    if (model.config.num_hidden_layers, model.config.intermediate_size) != wanted:
+        problems.append(f"config says {model.config.num_hidden_layers} blocks of {model.config.intermediate_size}, not {wanted}")
+    if len(model.model.layers) != wanted[0] or model.model.layers[0].mlp.up_proj.weight.shape[0] != wanted[1]:
+        problems.append("other shapes than the config")
+    kept = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    if kept.dtype != dtype:
+        problems.append(f"stored as {kept.dtype}, not {dtype}")
+    theirs = reference_perplexity(model.eval(), Tokenizer.from_file(os.path.join(out, "tokenizer.json")), text)
+    ours = pare_perplexity(pare, out, text)
+    if not abs(math.log(ours / theirs)) < 1e-5:
+        problems.append(f"perplexity {ours} where transformers has {theirs}")
+    return problems, ours
+
+
+def main():
+    if len(sys.argv) not in (2, 4):
+        sys.exit(__doc__)
+    pare, failed = os.path.abspath(sys.argv[1]), 0
+    transformers.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as work:
+        cases = []
+        if len(sys.argv) == 4:
+            config = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype="auto")
+            cases.append((os.path.basename(os.path.normpath(sys.argv[2])), sys.argv[2], sys.argv[3], config.dtype))
+        else:
+            text = os.path.join(work, "text.txt")
+            make_text(text)
+            for family, dtype in (("llama", torch.float32), ("qwen2", torch.bfloat16), ("mistral", torch.float16)):
+                folder = os.path.join(work, family)
+                make_model(folder, text, family, dtype)
+                cases.append((f"{family} {dtype}", folder, text, dtype))
+        for name, folder, text, dtype in cases:
+            for method in METHODS:
+                try:
+                    problems, perplexity = check(pare, folder, text, method, dtype, work)
+                except Exception as problem:  # one broken case must not hide the others
+                    problems, perplexity = [f"{type(problem).__name__}: {problem}"], float("nan")
+                print(f"{'FAILED' if problems else 'ok':6} {name} {method}: perplexity {perplexity:.4f} {'; '.join(problems)}")
+                failed += bool(problems)
+    print("every pruned folder loads and agrees" if failed == 0 else f"{failed} cases FAILED")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

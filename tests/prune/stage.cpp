@@ -1,0 +1,384 @@
+#include <gtest/gtest.h>
+#include <signal.h>
+
+#include <atomic>
+#include <cstring>
+#include <fstream>
+#include <thread>
+
+#include "prune/masks.h"
+#include "prune/neurons.h"
+#include "tests/prune/small_model.h"
+
+namespace pare {
+namespace {
+
+using testing::Folder;
+using testing::SmallModel;
+using testing::failing_code;
+using testing::make_model;
+using testing::run_prune;
+
+bool is_block_linear(const TensorSpec& spec) { return spec.role == TensorRole::kLinear && spec.layer >= 0; }
+
+Json base(const fs::path& model, const fs::path& out, const std::string& method) {
+  return {{"model", model.string()}, {"out", out.string()}, {"method", method}, {"samples", 12}, {"context", 40}};
+}
+
+Json with_text(Json options, const fs::path& text) {
+  write_text(text, testing::small_text());
+  options["text"] = {text.string()};
+  return options;
+}
+
+TEST(PruneStage, MagnitudeEqualsBruteForceAndKeepsDtypeAndTheRest) {
+  const Folder folder("magnitude");
+  make_model(folder / "m", {.dtype = "bfloat16"});
+  Json options = base(folder / "m", folder / "out", "magnitude");
+  options["sparsity"] = 0.3;
+  const auto outcome = run_prune(options);
+  const Checkpoint before(folder / "m"), after(folder / "out");
+  std::int64_t zeros = 0, all = 0;
+  for (const TensorSpec& spec : before.tensors()) {
+    EXPECT_EQ(after.dtype(spec.name), DType::kBF16);
+    const auto w = before.read_f32(spec.name), p = after.read_f32(spec.name);
+    if (!is_block_linear(spec)) {
+      EXPECT_EQ(w, p) << spec.name;
+      continue;
+    }
+    std::vector<std::pair<float, std::size_t>> order;  // lowest first, of equal ones the higher index first
+    for (std::size_t i = 0; i < w.size(); ++i) order.emplace_back(std::fabs(w[i]), w.size() - 1 - i);
+    std::sort(order.begin(), order.end());
+    auto expected = w;
+    const std::size_t remove = w.size() * 3 / 10;
+    for (std::size_t i = 0; i < remove; ++i) expected[w.size() - 1 - order[i].second] = 0.0f;
+    EXPECT_EQ(0, std::memcmp(expected.data(), p.data(), p.size() * sizeof(float))) << spec.name;  // no -0.0 either
+    zeros += static_cast<std::int64_t>(remove);
+    all += static_cast<std::int64_t>(w.size());
+  }
+  EXPECT_NEAR(outcome.after("sparsity of all block linears"), static_cast<double>(zeros) / static_cast<double>(all), 1e-3);
+  EXPECT_FALSE(fs::exists(folder / "out.partial"));
+  EXPECT_EQ(read_text(folder / "m" / "tokenizer.json"), read_text(folder / "out" / "tokenizer.json"));
+  std::vector<std::string> names;
+  for (const auto& entry : fs::directory_iterator(folder / "out")) names.push_back(entry.path().filename().string());
+  std::sort(names.begin(), names.end());
+  EXPECT_EQ(names, (std::vector<std::string>{"config.json", "model.safetensors", "tokenizer.json"}));
+}
+
+TEST(PruneStage, RandomTakesHalfOfEveryRowBySeed) {
+  const Folder folder("random");
+  make_model(folder / "m");
+  Json options = base(folder / "m", folder / "a", "random");
+  options["sparsity"] = 0.5;
+  run_prune(options, 1, 1);
+  options["out"] = (folder / "b").string();
+  run_prune(options, 1, 2);
+  const Checkpoint a(folder / "a"), b(folder / "b");
+  for (const TensorSpec& spec : a.tensors()) {
+    if (!is_block_linear(spec)) continue;
+    const auto w = a.read_f32(spec.name);
+    for (std::int64_t r = 0; r < spec.shape[0]; ++r)
+      EXPECT_EQ(std::count(w.begin() + r * spec.shape[1], w.begin() + (r + 1) * spec.shape[1], 0.0f), spec.shape[1] / 2);
+    EXPECT_NE(w, b.read_f32(spec.name));
+  }
+}
+
+TEST(PruneStage, WandaKeepsTwoOfFourAndMeasures) {
+  const Folder folder("pattern");
+  make_model(folder / "m", {.tied = false});
+  Json options = with_text(base(folder / "m", folder / "out", "wanda"), folder / "text.txt");
+  options["pattern"] = "2:4";
+  const auto outcome = run_prune(options);
+  const Checkpoint after(folder / "out");
+  for (const TensorSpec& spec : after.tensors()) {
+    if (!is_block_linear(spec)) continue;
+    const auto w = after.read_f32(spec.name);
+    for (auto at = w.begin(); at != w.end(); at += 4) ASSERT_EQ(std::count(at, at + 4, 0.0f), 2);
+  }
+  EXPECT_EQ(outcome.after("sparsity of all block linears"), 0.5);
+  EXPECT_GT(outcome.after("calibration mean_kl"), 0.0);
+  EXPECT_GT(outcome.after("calibration loss"), 0.0);
+}
+
+// A block whose attention and MLP add nothing costs nothing: chosen first, and the rest is the original, renumbered.
+TEST(PruneStage, DepthRemovesThePlantedIdentityBlock) {
+  const Folder folder("depth");
+  make_model(folder / "m", {}, [](const TensorSpec& spec, std::vector<float>& values) {
+    if (spec.layer == 2 && (spec.module == "self_attn.o_proj" || spec.module == "mlp.down_proj"))
+      std::fill(values.begin(), values.end(), 0.0f);
+  });
+  Json options = with_text(base(folder / "m", folder / "out", "depth"), folder / "text.txt");
+  options["remove"] = 1;
+  const auto outcome = run_prune(options, 2);
+  const Checkpoint before(folder / "m"), after(folder / "out");
+  ASSERT_EQ(after.config().num_layers, 3);
+  EXPECT_EQ(outcome.after("mean_kl without block 2 (removed), round 1"), 0.0);
+  EXPECT_GT(outcome.after("mean_kl without block 1, round 1"), 1e-6);
+  EXPECT_EQ(outcome.after("calibration mean_kl"), 0.0);
+  EXPECT_LT(outcome.after("parameters"), static_cast<double>(parameter_count(before.config())));
+  const int from[] = {0, 1, 3};
+  for (const TensorSpec& spec : after.tensors()) {
+    std::string name = spec.name;
+    if (spec.layer >= 0) {
+      const std::string prefix = "model.layers." + std::to_string(spec.layer) + ".";
+      name = "model.layers." + std::to_string(from[spec.layer]) + "." + spec.name.substr(prefix.size());
+    }
+    EXPECT_EQ(after.read_f32(spec.name), before.read_f32(name)) << spec.name;
+  }
+}
+
+// The divergence of the written folder is measured apart from the search: it has to be the cost of the last choice.
+TEST(PruneStage, DepthMeasuresAgainAfterEachRemoval) {
+  const Folder folder("depth2");
+  make_model(folder / "m", {.layers = 5, .seed = 3});
+  Json options = with_text(base(folder / "m", folder / "out", "depth"), folder / "text.txt");
+  options["remove"] = 2;
+  const auto outcome = run_prune(options);
+  int rows[2] = {0, 0};
+  double chosen[2] = {-1, -1}, least[2] = {1e9, 1e9};
+  for (const ReportRow& row : outcome.report.rows()) {
+    if (!row.metric.starts_with("mean_kl without block")) continue;
+    const int round = row.metric.back() - '1';
+    ASSERT_TRUE(round == 0 || round == 1);
+    ++rows[round];
+    least[round] = std::min(least[round], row.after.value());
+    if (row.metric.find("(removed)") != std::string::npos) chosen[round] = row.after.value();
+  }
+  EXPECT_EQ(rows[0], 5);
+  EXPECT_EQ(rows[1], 4);
+  EXPECT_EQ(chosen[0], least[0]);
+  EXPECT_EQ(chosen[1], least[1]);
+  EXPECT_NEAR(outcome.after("calibration mean_kl"), chosen[1], 1e-9);
+  EXPECT_EQ(Checkpoint(folder / "out").config().num_layers, 3);
+}
+
+TEST(PruneStage, WidthRemovesPlantedDeadNeuronsAtNoCost) {
+  const Folder folder("dead");
+  const auto dead = [](int layer, std::int64_t neuron) { return (neuron + layer) % 3 == 0; };  // 32 of 96 everywhere
+  make_model(folder / "m", {.mlp_bias = true}, [&](const TensorSpec& spec, std::vector<float>& values) {
+    if (spec.module != "mlp.up_proj") return;
+    const std::int64_t cols = spec.shape.size() == 2 ? spec.shape[1] : 1;
+    for (std::int64_t j = 0; j < spec.shape[0]; ++j)
+      if (dead(spec.layer, j)) std::fill_n(values.begin() + j * cols, cols, 0.0f);
+  });
+  Json options = with_text(base(folder / "m", folder / "out", "ffn-width"), folder / "text.txt");
+  options["ffn"] = 64;
+  const auto outcome = run_prune(options);
+  EXPECT_NEAR(outcome.after("calibration mean_kl"), 0.0, 1e-9);
+  const Checkpoint before(folder / "m"), after(folder / "out");
+  ASSERT_EQ(after.config().intermediate_size, 64);
+  for (const TensorSpec& spec : after.tensors()) {
+    const auto w = before.read_f32(spec.name), p = after.read_f32(spec.name);
+    std::vector<std::int64_t> kept;
+    for (std::int64_t j = 0; j < 96; ++j)
+      if (!dead(spec.layer, j)) kept.push_back(j);
+    if (spec.module == "mlp.gate_proj" || spec.module == "mlp.up_proj")
+      EXPECT_EQ(p, take_rows(w.data(), spec.shape.size() == 2 ? spec.shape[1] : 1, kept)) << spec.name;
+    else if (spec.module == "mlp.down_proj" && spec.role == TensorRole::kLinear)
+      EXPECT_EQ(p, take_columns(w.data(), 32, 96, kept)) << spec.name;
+    else EXPECT_EQ(p, w) << spec.name;
+  }
+}
+
+TEST(PruneStage, WidthCorrectionLowersTheLayerErrorAndTheDivergence) {
+  const Folder folder("width");
+  make_model(folder / "m");
+  Json options = with_text(base(folder / "m", folder / "corrected", "ffn-width"), folder / "text.txt");
+  options["ffn"] = 40;  // rounded up to 64
+  const auto corrected = run_prune(options);
+  EXPECT_EQ(Checkpoint(folder / "corrected").config().intermediate_size, 64);
+  int rows = 0;
+  for (const ReportRow& row : corrected.report.rows())
+    if (row.metric.starts_with("down_proj error")) {
+      ++rows;
+      EXPECT_LT(row.after.value(), row.before.value()) << row.metric;
+    }
+  EXPECT_EQ(rows, 4);
+  options["out"] = (folder / "plain").string();
+  options["no-correction"] = true;
+  const auto plain = run_prune(options);
+  EXPECT_LT(corrected.after("calibration mean_kl"), plain.after("calibration mean_kl"));
+  EXPECT_EQ(plain.summary["parameters"], corrected.summary["parameters"]);
+}
+
+TEST(PruneStage, SameBytesTwiceAndAtOneAndTwoThreads) {
+  const Folder folder("bytes");
+  make_model(folder / "m", {.mlp_bias = true, .dtype = "float16"});
+  for (const auto& [method, key, value] : std::vector<std::tuple<std::string, std::string, Json>>{
+           {"wanda", "sparsity", 0.5}, {"random", "sparsity", 0.5}, {"depth", "remove", 2}, {"ffn-width", "ffn", 64}}) {
+    std::vector<std::string> hashes, reports;
+    for (const int threads : {1, 2, 2}) {
+      const fs::path out = folder / (method + std::to_string(hashes.size()));
+      Json options = with_text(base(folder / "m", out, method), folder / "text.txt");
+      options[key] = value;
+      reports.push_back(run_prune(options, threads).report.to_json().dump());
+      hashes.push_back(hash_file(out / "model.safetensors"));
+    }
+    EXPECT_EQ(hashes[0], hashes[1]) << method;
+    EXPECT_EQ(hashes[1], hashes[2]) << method;
+    EXPECT_EQ(reports[0], reports[1]) << method;
+    EXPECT_EQ(reports[1], reports[2]) << method;
+  }
+}
+
+TEST(PruneStage, RefusesWhatItCannotDo) {
+  const Folder folder("refuse");
+  make_model(folder / "m");
+  const auto options = [&](const std::string& method, const Json& more) {
+    Json out = base(folder / "m", folder / "out", method);
+    out.update(more);
+    return out;
+  };
+  write_text(folder / "text.txt", testing::small_text());
+  const Json text = {(folder / "text.txt").string()};
+  const auto usage = ExitCode::kUsage;
+  EXPECT_EQ(failing_code(options("magnitude", Json::object())), usage);
+  EXPECT_EQ(failing_code(options("magnitude", {{"sparsity", 0.5}, {"pattern", "2:4"}})), usage);
+  EXPECT_EQ(failing_code(options("magnitude", {{"sparsity", 0.5}, {"ffn", 32}})), usage);
+  EXPECT_EQ(failing_code(options("magnitude", {{"sparsity", 0.5}, {"no-correction", true}})), usage);
+  EXPECT_EQ(failing_code(options("magnitude", {{"pattern", "5:7"}})), usage);   // 32 inputs
+  EXPECT_EQ(failing_code(options("magnitude", {{"sparsity", 0.001}})), usage);  // nothing would go
+  EXPECT_EQ(failing_code(options("wanda", {{"sparsity", 0.5}})), usage);        // no text
+  EXPECT_EQ(failing_code(options("depth", {{"remove", 4}, {"text", text}})), usage);
+  EXPECT_EQ(failing_code(options("ffn-width", {{"ffn", 96}, {"text", text}})), usage);
+  EXPECT_EQ(failing_code(options("ffn-width", {{"ffn", 65}, {"text", text}})), usage);  // 96 after rounding
+  EXPECT_EQ(failing_code(options("wanda", {{"sparsity", 0.5}, {"text", text}, {"context", 129}})), usage);
+  EXPECT_EQ(failing_code(options("wanda", {{"sparsity", 0.5}, {"text", {"/nonexistent"}}})), ExitCode::kInput);
+  EXPECT_FALSE(fs::exists(folder / "out"));
+  EXPECT_FALSE(fs::exists(folder / "out.partial"));
+  fs::create_directories(folder / "out");
+  EXPECT_EQ(failing_code(options("magnitude", {{"sparsity", 0.5}})), usage);
+  EXPECT_TRUE(fs::is_empty(folder / "out"));
+}
+
+TEST(PruneStage, RefusesNaNAndLeavesNothing) {
+  const Folder folder("nan");
+  make_model(folder / "m");
+  const std::string victim = "model.layers.3.mlp.up_proj.weight";
+  std::ptrdiff_t offset = 0;
+  {
+    const SafetensorsFile file(folder / "m" / "model.safetensors");
+    offset = file.find(victim)->data.data() - file.file().bytes().data() + 4 * 17;
+  }
+  {
+    std::fstream stream(folder / "m" / "model.safetensors", std::ios::in | std::ios::out | std::ios::binary);
+    stream.seekp(offset);
+    const float nan = NAN;
+    stream.write(reinterpret_cast<const char*>(&nan), 4);
+  }
+  for (const auto& [method, key, value] : std::vector<std::tuple<std::string, std::string, Json>>{
+           {"magnitude", "sparsity", 0.5}, {"wanda", "sparsity", 0.5}, {"depth", "remove", 1}, {"ffn-width", "ffn", 64}}) {
+    Json options = with_text(base(folder / "m", folder / "out", method), folder / "text.txt");
+    options[key] = value;
+    try {
+      run_prune(options);
+      ADD_FAILURE() << method;
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ExitCode::kInput) << method << error.what();
+      EXPECT_NE(std::string(error.what()).find(victim), std::string::npos) << method << error.what();
+    }
+    EXPECT_FALSE(fs::exists(folder / "out")) << method;
+    EXPECT_FALSE(fs::exists(folder / "out.partial")) << method;
+  }
+}
+
+TEST(PruneStage, RefusesAQuantizedFolder) {
+  const Folder folder("codes");
+  make_model(folder / "m");
+  {
+    const Checkpoint model(folder / "m");
+    FolderTransaction out(folder / "q");
+    CheckpointWriter writer(out.work(), model.config(), "float32");
+    for (const TensorSpec& spec : model.tensors()) {
+      if (spec.name != "model.layers.0.mlp.up_proj.weight") {
+        writer.put(spec.name, model.read_f32(spec.name).data());
+        continue;
+      }
+      QuantizedTensor codes{Codec::parse("q8", "test"), spec.shape[0], spec.shape[1], {}, {}, {}};
+      codes.codes.assign(static_cast<std::size_t>(codes.rows * codes.cols), 3);
+      codes.scales.assign(static_cast<std::size_t>(codes.rows * codes.codec.groups(codes.cols)), f32_to_f16(0.01f));
+      writer.put_codes(spec.name, codes);
+    }
+    writer.finish();
+    out.commit();
+  }
+  Json options = base(folder / "q", folder / "out", "magnitude");
+  options["sparsity"] = 0.5;
+  EXPECT_EQ(failing_code(options), ExitCode::kInput);
+  EXPECT_FALSE(fs::exists(folder / "out.partial"));
+}
+
+TEST(PruneStage, PlanAgreesWithWhatIsWritten) {
+  const Folder folder("plan");
+  make_model(folder / "m", {.dtype = "bfloat16"});
+  Json given = with_text(base(folder / "m", folder / "out", "ffn-width"), folder / "text.txt");
+  given["ffn"] = 50;
+  const Command command = prune_command();
+  const Options options(command.options, given, "test");
+  const Json plan = command.plan(options);
+  EXPECT_GT(plan["peak_bytes"].get<std::uint64_t>(), 0u);
+  EXPECT_NE(plan["notes"].dump().find("64"), std::string::npos);
+  run_prune(given);
+  EXPECT_EQ(plan["out_bytes"].get<std::uint64_t>(), Checkpoint(folder / "out").tensor_bytes());
+  EXPECT_THROW(command.plan(options), Error);  // the output exists now
+}
+
+// Runs the command and kills the process once `pieces` blocks are durable.
+void run_and_die(const Json& options, std::size_t pieces) {
+  std::thread watcher([&] {
+    const fs::path folder = options["out"].get<std::string>() + ".partial/pieces";
+    for (;;) {
+      std::error_code ignored;
+      std::size_t found = 0;
+      for (fs::directory_iterator at(folder, ignored), end; !ignored && at != end; at.increment(ignored))
+        found += at->path().extension() == ".piece" ? 1 : 0;
+      if (found >= pieces) kill(getpid(), SIGKILL);
+      std::this_thread::yield();
+    }
+  });
+  run_prune(options, 2);
+  _exit(0);
+}
+
+class PruneResume : public ::testing::TestWithParam<std::tuple<std::string, std::string, Json>> {};
+
+TEST_P(PruneResume, AKilledRunContinuesToTheSameBytes) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  const auto& [method, key, value] = GetParam();
+  // The child of a thread-safe death test runs this test from its top: same names, same bytes.
+  const fs::path folder = fs::temp_directory_path() / ("pare-prune-resume-" + method);
+  fs::remove_all(folder);
+  fs::create_directories(folder);
+  make_model(folder / "m", {.hidden = 64, .intermediate = 192, .layers = 6, .dtype = "bfloat16"});
+  Json options = with_text(base(folder / "m", folder / "out", method), folder / "text.txt");
+  options[key] = value;
+  EXPECT_EXIT(run_and_die(options, 2), ::testing::KilledBySignal(SIGKILL), "");
+  ASSERT_TRUE(fs::exists(folder / "out.partial"));
+  ASSERT_FALSE(fs::exists(folder / "out"));
+  Json other = options;
+  other["samples"] = 11;  // another command may not continue it
+  EXPECT_EQ(failing_code(other), ExitCode::kUsage);
+  ASSERT_TRUE(fs::exists(folder / "out.partial" / "pieces"));
+  const auto resumed = run_prune(options);
+  options["out"] = (folder / "whole").string();
+  const auto whole = run_prune(options);
+  EXPECT_EQ(hash_file(folder / "out" / "model.safetensors"), hash_file(folder / "whole" / "model.safetensors"));
+  EXPECT_EQ(read_text(folder / "out" / "config.json"), read_text(folder / "whole" / "config.json"));
+  EXPECT_EQ(resumed.report.to_json(), whole.report.to_json());
+  EXPECT_FALSE(fs::exists(folder / "out.partial"));
+  fs::remove_all(folder);
+}
+
+INSTANTIATE_TEST_SUITE_P(Methods, PruneResume,
+                         ::testing::Values(std::tuple{"magnitude", "sparsity", Json(0.5)},
+                                           std::tuple{"wanda", "sparsity", Json(0.5)},
+                                           std::tuple{"depth", "remove", Json(2)},
+                                           std::tuple{"ffn-width", "ffn", Json(96)}),
+                         [](const auto& info) {
+                           std::string name = std::get<0>(info.param);
+                           std::erase(name, '-');
+                           return name;
+                         });
+
+}  // namespace
+}  // namespace pare
