@@ -65,7 +65,7 @@ inline std::vector<float> values_of(const TensorSpec& spec) {
   std::size_t count = 1;
   for (const std::int64_t size : spec.shape) count *= static_cast<std::size_t>(size);
   std::vector<float> values(count);
-  std::uint32_t state = 12345u + static_cast<std::uint32_t>(spec.name.size() * 7919 + spec.name[spec.name.size() / 2]);
+  std::uint32_t state = 12345u + static_cast<std::uint32_t>(spec.name.size() * 7919 + static_cast<unsigned char>(spec.name[spec.name.size() / 2]));
   for (float& value : values) {
     state = state * 1664525u + 1013904223u;
     value = static_cast<float>(static_cast<std::int32_t>(state)) * 0x1p-34f;
