@@ -50,7 +50,7 @@ inline std::string tiny_text(std::uint64_t seed, int documents, const std::strin
 inline void make_tiny_model(const fs::path& out, const TinyModel& m) {
   TokenizerTraining training;
   training.vocab_size = m.vocab;
-  const Json tokenizer = train_tokenizer({tiny_text(7, 60)}, training);
+  const Json tokenizer = parse_json(train_tokenizer({tiny_text(7, 60)}, training), "tokenizer.json");
   const Json json = {{"architectures", {"LlamaForCausalLM"}},
                      {"model_type", "llama"},
                      {"vocab_size", m.vocab},
