@@ -3,6 +3,8 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <bit>
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -30,6 +32,40 @@ void TeamBarrier::wait(int threads) {
   while (phase_.load(std::memory_order_acquire) == phase) phase_.wait(phase, std::memory_order_acquire);
 }
 
+std::size_t TeamChoice::size_class(std::int64_t products) {
+  return static_cast<std::size_t>(std::bit_width(static_cast<std::uint64_t>(products)) - 1);
+}
+
+int TeamChoice::threads(std::int64_t products, int most) const {
+  constexpr std::int64_t kWorthAThread = 1 << 18;  // a power of two, so that a size class is wholly alone or not
+  const int team = static_cast<int>(std::clamp<std::int64_t>(products / kWorthAThread, 1, most));
+  if (team == 1) return 1;
+  const Pace& pace = paces_[size_class(products)];
+  if (pace.calls < kFirstCalls) return pace.calls % 2 == 0 ? team : 1;
+  const bool team_is_faster = pace.seconds[1] <= pace.seconds[0];
+  return team_is_faster == (pace.until_trial > 0) ? team : 1;
+}
+
+void TeamChoice::record(std::int64_t products, int threads, double seconds) {
+  Pace& pace = paces_[size_class(products)];
+  double& mine = pace.seconds[threads > 1 ? 1 : 0];
+  const double now = seconds / static_cast<double>(products);
+  if (pace.calls < kFirstCalls) {
+    ++pace.calls;
+    mine = mine == 0 ? now : std::min(mine, now);
+  } else {
+    mine = 0.5 * (mine + now);
+    --pace.until_trial;
+  }
+  if (pace.until_trial > 0 || pace.calls < kFirstCalls || pace.seconds[0] == 0 || pace.seconds[1] == 0) return;
+  // A trial may cost as much more as the way is slower: space them so that all trials together cost about 3 %.
+  const double ratio = std::max(pace.seconds[0], pace.seconds[1]) / std::min(pace.seconds[0], pace.seconds[1]);
+  if (pace.until_trial < 0 || pace.calls == kFirstCalls) {
+    pace.until_trial = static_cast<int>(std::min(1000.0, 32 * ratio));
+    pace.calls = kFirstCalls + 1;
+  }
+}
+
 void FloatBuffer::Free::operator()(float* p) const { std::free(p); }
 
 void FloatBuffer::reserve(std::int64_t count) {
@@ -43,6 +79,10 @@ void FloatBuffer::reserve(std::int64_t count) {
 }
 
 namespace {
+
+double seconds_since(std::chrono::steady_clock::time_point begin) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
 
 std::string shape_text(const std::vector<std::int64_t>& shape) {
   std::string text = "[";
@@ -178,11 +218,6 @@ void Forward::begin(std::int64_t stages, std::int64_t tokens) {
     normed_.reserve(tokens * widest_);
     int8_input_.resize(tokens, widest_);
   }
-}
-
-int Forward::team(std::int64_t products) const {
-  constexpr std::int64_t kWorthAThread = 200000;
-  return static_cast<int>(std::clamp<std::int64_t>(products / kWorthAThread, 1, threads_));
 }
 
 // What one thread of the team does. Every thread runs the same stages in the same order; within a stage, items are
@@ -430,11 +465,14 @@ void Forward::run(std::span<const std::int32_t> ids, std::int64_t position, KvCa
     }
   }
   const std::int64_t block_products = config_.hidden_size * (2 * q_width_ + 2 * kv_width_ + 3 * config_.intermediate_size);
-#pragma omp parallel num_threads(team(tokens * block_products / 4))
+  const int threads = block_team_.threads(tokens * block_products / 4, threads_);
+  const auto begun = std::chrono::steady_clock::now();
+#pragma omp parallel num_threads(threads)
   {
     Worker worker{*this, scratch_[static_cast<std::size_t>(omp_get_thread_num())], tokens, omp_get_num_threads()};
     for (std::int64_t i = 0; i < config_.num_layers; ++i) worker.block(i, position, cache, hidden);
   }
+  block_team_.record(tokens * block_products / 4, threads, seconds_since(begun));
 }
 
 void Forward::head(const float* hidden, std::int64_t count, float* out) {
@@ -443,13 +481,17 @@ void Forward::head(const float* hidden, std::int64_t count, float* out) {
     const std::int64_t tokens = std::min(kBatch, count - first);
     begin(2, tokens);
     float* to = out + first * config_.vocab_size;
-#pragma omp parallel num_threads(team(tokens * config_.hidden_size * config_.vocab_size))
+    const std::int64_t products = tokens * config_.hidden_size * config_.vocab_size;
+    const int threads = head_team_.threads(products, threads_);
+    const auto begun = std::chrono::steady_clock::now();
+#pragma omp parallel num_threads(threads)
     {
       Worker worker{*this, scratch_[static_cast<std::size_t>(omp_get_thread_num())], tokens, omp_get_num_threads()};
       const Input in = worker.prepare(hidden + first * config_.hidden_size, config_.hidden_size, weights_.final_norm,
                                       worker.wants_int8({&linear}));
       worker.multiply(in, {{&linear, to, config_.vocab_size, false}});
     }
+    head_team_.record(products, threads, seconds_since(begun));
   }
 }
 

@@ -75,6 +75,27 @@ class TeamBarrier {
   alignas(64) std::atomic<std::uint32_t> phase_{0};
 };
 
+// Chooses between one thread and the whole team for calls of about the same size. Waking and waiting cost
+// microseconds, so tiny calls stay alone; and where other programs hold the cores, a team waits at every barrier for
+// the thread that was put aside, which can cost far more than a second thread brings. So both ways are timed, the
+// faster one is used, and the other is tried again now and then. The bits are the same either way.
+class TeamChoice {
+ public:
+  // products: multiplications and additions between two barriers.
+  int threads(std::int64_t products, int most) const;
+  void record(std::int64_t products, int threads, double seconds);
+
+ private:
+  struct Pace {
+    double seconds[2] = {0, 0};  // a product: alone, as a team; 0: not known
+    int calls = 0;
+    int until_trial = 0;         // calls before the slower way is timed again
+  };
+  static constexpr int kFirstCalls = 6;  // taken in turn; the best of each counts, as the first may read from disk
+  static std::size_t size_class(std::int64_t products);
+  Pace paces_[64];
+};
+
 class Forward {
  public:
   static constexpr std::int64_t kBatch = 20 * kActTile;  // tokens a call at most
@@ -100,8 +121,6 @@ class Forward {
   };
 
   void begin(std::int64_t stages, std::int64_t tokens);
-  // Threads that pay for `products` multiplications and additions a stage: waking and waiting cost microseconds.
-  int team(std::int64_t products) const;
 
   const ModelConfig& config_;
   const Weights& weights_;
@@ -112,6 +131,7 @@ class Forward {
   std::vector<double> frequencies_;
   std::vector<Counter> counters_;
   TeamBarrier barrier_;
+  TeamChoice block_team_, head_team_;
   std::vector<Scratch> scratch_;  // one a thread
   FloatBuffer normed_, q_, k_, v_, mixed_, gate_, up_, cos_, sin_;
   Int8Activations int8_input_;

@@ -1,0 +1,84 @@
+// The run and bench verbs as functions: options in, JSON out.
+#include <gtest/gtest.h>
+
+#include "core/error.h"
+#include "runtime/verbs/cli.h"
+#include "tests/runtime/tiny_model.h"
+
+namespace pare {
+namespace {
+
+using namespace pare::testing;
+
+class VerbsTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    TokenizerTraining training;
+    training.vocab_size = 280;
+    write_tiny_model(path(), tiny_config("llama", 32, 64, 4, 2, 8, 280, true), {CodecKind::kQ8, 32}, 5,
+                     {{"tokenizer.json", train_tokenizer({"once upon a time there was a time"}, training)}});
+  }
+  fs::path path() const { return scratch_.path / "m.pare"; }
+  Json call(const Command& command, Json given, std::uint64_t seed = 0) {
+    given["model"] = path().string();
+    Progress progress(true);
+    Context context;
+    context.json = context.quiet = true;
+    context.threads = 1;
+    context.seed = seed;
+    context.progress = &progress;
+    return command.run(Options(command.options, given, "test"), context);
+  }
+  ScratchFolder scratch_;
+};
+
+TEST_F(VerbsTest, RunIsDeterministicAndRespectsTheNumberOfTokens) {
+  const Json greedy = call(run_command(), {{"prompt", "once upon"}, {"tokens", 12}, {"ignore-eos", true}});
+  EXPECT_EQ(greedy.at("ids").size(), 12u);
+  EXPECT_EQ(greedy.at("stop"), "length");
+  EXPECT_EQ(greedy.at("activations"), "int8");
+  EXPECT_EQ(greedy.at("ids"), call(run_command(), {{"prompt", "once upon"}, {"tokens", 12}, {"ignore-eos", true}}, 9).at("ids"));
+  const Json drawn = {{"prompt", "once upon"}, {"tokens", 30}, {"temp", 1.5}, {"ignore-eos", true}};
+  EXPECT_EQ(call(run_command(), drawn, 1).at("ids"), call(run_command(), drawn, 1).at("ids"));
+  EXPECT_NE(call(run_command(), drawn, 1).at("ids"), call(run_command(), drawn, 2).at("ids"));
+  EXPECT_EQ(call(run_command(), {{"prompt", "once"}, {"tokens", 0}}).at("ids").size(), 0u);
+}
+
+TEST_F(VerbsTest, RunStopsAtEndTokensAndAtTheEndOfTheContext) {
+  const Json all = call(run_command(), {{"prompt", "once"}, {"tokens", 100000}, {"temp", 1.0}, {"ignore-eos", true}}, 3);
+  EXPECT_EQ(all.at("stop"), "context");
+  EXPECT_EQ(all.at("ids").size() + all.at("prompt_ids").size(), 301u);  // the last one needs no position
+  // Token 2 is the end token of this model.
+  bool stopped = false;
+  for (std::uint64_t seed = 0; seed < 40 && !stopped; ++seed) {
+    const Json some = call(run_command(), {{"prompt", "once"}, {"tokens", 250}, {"temp", 3.0}}, seed);
+    if (some.at("stop") != "eos") continue;
+    stopped = true;
+    for (const Json& id : some.at("ids")) EXPECT_NE(id, 2);
+  }
+  EXPECT_TRUE(stopped);
+}
+
+TEST_F(VerbsTest, AnEmptyPromptStartsFromATokenOfTheFile) {
+  const Json run = call(run_command(), {{"tokens", 3}, {"ignore-eos", true}});
+  EXPECT_EQ(run.at("prompt_ids").size(), 1u);  // <|endoftext|>: this tokenizer has no begin token
+  EXPECT_EQ(run.at("prompt_ids").at(0), 0);
+}
+
+TEST_F(VerbsTest, BenchMeasuresEachThreadCount) {
+  const Json bench = call(bench_command(), {{"prompt", 40}, {"tokens", 5}, {"threads-list", "1,2"}, {"repeats", 2}});
+  ASSERT_EQ(bench.at("results").size(), 2u);
+  for (const Json& row : bench.at("results")) {
+    EXPECT_GT(row.at("prefill_tokens_per_second").at("median").get<double>(), 0);
+    EXPECT_GT(row.at("decode_tokens_per_second").at("median").get<double>(), 0);
+    EXPECT_GT(row.at("resident_bytes").get<std::uint64_t>(), 0u);
+  }
+  EXPECT_EQ(bench.at("results").at(1).at("threads"), 2);
+  for (const char* bad : {"", "0", "1,", "1,x", "-1", "1 2"}) {
+    EXPECT_THROW(call(bench_command(), {{"threads-list", bad}}), Error) << bad;
+  }
+  EXPECT_THROW(call(bench_command(), {{"prompt", 301}}), Error);
+}
+
+}  // namespace
+}  // namespace pare
