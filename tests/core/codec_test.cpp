@@ -114,6 +114,28 @@ TEST(Codec, PayloadMatchesTheSpecificationAndComesBack) {
   }
 }
 
+// The worked example of runtime/FORMAT.md section 4.
+TEST(Codec, TheDocumentedExample) {
+  QuantizedTensor tensor;
+  tensor.codec = Codec::parse("q4g32", "");
+  tensor.rows = 2;
+  tensor.cols = 32;
+  for (int i = 0; i < 32; ++i) tensor.codes.push_back(static_cast<std::int8_t>(i % 16 - 8));
+  tensor.codes.resize(64, 1);
+  tensor.scales = {f32_to_f16(0.5f), f32_to_f16(2.0f)};
+  std::vector<unsigned> expected;
+  for (int line = 0; line < 4; ++line) {
+    for (const unsigned byte : {0x40u, 0x51u, 0x62u, 0x73u}) expected.push_back(line % 2 == 0 ? byte : byte + 0x88u);
+    expected.insert(expected.end(), 4, 0x99u);
+    expected.insert(expected.end(), 56, 0x88u);
+  }
+  expected.insert(expected.end(), {0x00u, 0x38u, 0x00u, 0x40u});
+  expected.insert(expected.end(), 60, 0u);
+  std::vector<unsigned> bytes;
+  for (const std::byte byte : pack_payload(tensor)) bytes.push_back(std::to_integer<unsigned>(byte));
+  EXPECT_EQ(bytes, expected);
+}
+
 TEST(Codec, UnpackIsOneProduct) {
   for (const char* name : {"q8", "q8c", "q4g32", "q4ag64"}) {
     const Codec codec = Codec::parse(name, "");

@@ -1,0 +1,125 @@
+#include "runtime/export.h"
+
+#include "../core/model_folder.h"
+#include "runtime/round_to_nearest.h"
+#include "runtime/verbs/cli.h"
+
+namespace pare {
+namespace {
+
+using testing::contains;
+using testing::error_of;
+using testing::random_codes;
+using testing::same;
+using testing::Scratch;
+using testing::small_config;
+using testing::values_of;
+
+class ExportTest : public ::testing::Test {
+ protected:
+  ExportTest() { context_.progress = &progress_; context_.quiet = context_.json = true; }
+  Json run(const Command& command, const Json& given) {
+    return command.run(Options(command.options, given, command.name), context_);
+  }
+  Scratch scratch_;
+  Progress progress_{true};
+  Context context_;
+};
+
+TEST_F(ExportTest, RoundToNearestIsNearest) {
+  for (const char* name : {"q8", "q8c", "q4g32", "q4g64", "q4ag32", "q4ag128"}) {
+    const Codec codec = Codec::parse(name, "");
+    std::vector<float> values = values_of({"x", {6, 128}, TensorRole::kLinear, 0, ""});
+    std::fill(values.begin(), values.begin() + 128, 0.0f);                               // a row of zeros
+    for (std::size_t i = 128; i < 256; ++i) values[i] = std::abs(values[i]);             // one-sided
+    for (std::size_t i = 256; i < 384; ++i) values[i] *= 1e-9f;                          // scales underflow
+    for (std::size_t i = 384; i < 512; ++i) values[i] *= 1e4f;
+    const QuantizedTensor tensor = round_to_nearest(codec, 6, 128, values.data(), "t");
+    tensor.validate("t");
+    std::vector<float> back(values.size());
+    tensor.unpack(back.data());
+    const int low = codec.kind == CodecKind::kQ8 ? -127 : codec.kind == CodecKind::kQ4 ? -8 : 0;
+    const int high = codec.kind == CodecKind::kQ8 ? 127 : codec.kind == CodecKind::kQ4 ? 7 : 15;
+    const auto groups = static_cast<std::size_t>(codec.groups(128));
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      const std::size_t at = i / 128 * groups + i % 128 / (128 / groups);
+      const double scale = f16_to_f32(tensor.scales[at]);
+      const int zero = tensor.zeros.empty() ? 0 : tensor.zeros[at];
+      double best = 1e30;  // brute force over every code
+      for (int code = low; code <= high; ++code) best = std::min(best, std::abs(values[i] - (code - zero) * scale));
+      ASSERT_LE(std::abs(values[i] - back[i]), best * (1 + 1e-5) + 1e-12) << name << " " << i;
+    }
+  }
+  std::vector<float> bad(32, 1.0f);
+  bad[5] = INFINITY;
+  EXPECT_TRUE(error_of([&] { round_to_nearest(Codec::parse("q8", ""), 1, 32, bad.data(), "t"); }).starts_with("1 "));
+  bad[5] = 1e30f;
+  EXPECT_TRUE(error_of([&] { round_to_nearest(Codec::parse("q8", ""), 1, 32, bad.data(), "t"); }).starts_with("1 "));
+}
+
+TEST_F(ExportTest, CodesAreNeverRoundedAgain) {
+  const ModelConfig config = parse_config(small_config(), nullptr, "config.json");
+  CheckpointWriter writer(scratch_.path(), config, "float32");
+  std::map<std::string, QuantizedTensor> put;
+  for (const TensorSpec& spec : expected_tensors(config)) {
+    if (spec.shape.size() == 1 || spec.module == "mlp.up_proj") {
+      writer.put(spec.name, values_of(spec).data());
+    } else {
+      put[spec.name] = random_codes(Codec::parse(put.size() % 2 ? "q4ag32" : "q4g32", ""), spec.shape[0], spec.shape[1], 7);
+      writer.put_codes(spec.name, put[spec.name]);
+    }
+  }
+  writer.finish();
+  const Checkpoint folder(scratch_.path());
+  for (const char* codec : {"keep", "q8", "f16"}) {
+    const fs::path out = scratch_ / (std::string(codec) + ".pare");
+    export_compact(folder, {.out = out, .codec = codec}, context_);
+    const CompactFile file(out);
+    EXPECT_TRUE(file.verify().empty());
+    for (const auto& [name, tensor] : put)
+      EXPECT_TRUE(same(unpack_payload(tensor.codec, tensor.rows, tensor.cols, file.tensor(name).payload, name), tensor));
+    EXPECT_EQ(file.tensor("model.layers.1.mlp.up_proj.weight").codec.name(), codec == std::string("keep") ? "f32" : codec);
+    EXPECT_EQ(file.tensor("model.norm.weight").codec.name(), "f32");
+  }
+}
+
+TEST_F(ExportTest, RowsThatDoNotFitFallBackOrFail) {
+  testing::write_folder(scratch_ / "m", small_config());  // down_proj has rows of 96
+  const Checkpoint folder(scratch_ / "m");
+  const ExportPlan plan = plan_export(folder, {.out = scratch_ / "a", .codec = "q4g64"});
+  EXPECT_EQ(plan.notes.size(), 3u);  // two layers, and no tokenizer
+  EXPECT_TRUE(contains(plan.notes[0], "layers.0.mlp.down_proj.weight") && contains(plan.notes[0], "q8c"));
+  EXPECT_TRUE(error_of([&] { plan_export(folder, {.out = scratch_ / "a", .codec = "q4g64", .fallback = false}); }).starts_with("3 "));
+  EXPECT_TRUE(error_of([&] { plan_export(folder, {.out = scratch_ / "a", .codec = "q5"}); }).starts_with("2 "));
+}
+
+TEST_F(ExportTest, TheVerbsWorkTogether) {
+  testing::write_folder(scratch_ / "m", small_config());
+  testing::write_bytes(scratch_.path() / "m" / "tokenizer.json", "{\"a\": 1}");
+  const std::string model = (scratch_ / "m").string(), out = (scratch_ / "m.pare").string();
+  const Json exported = run(export_command(), {{"model", model}, {"codec", "q8"}, {"out", out}});
+  EXPECT_EQ(exported["file_bytes"], fs::file_size(out));
+  EXPECT_TRUE(contains(error_of([&] { run(export_command(), {{"model", model}, {"out", out}}); }), "2 "));
+  const Json seen = run(inspect_command(), {{"path", out}});
+  EXPECT_EQ(seen["kind"], "compact");
+  EXPECT_EQ(seen["tensors"].size(), 20u);
+  EXPECT_EQ(seen["tensors"][0]["codec"], "q8");
+  EXPECT_EQ(seen["config"]["layers"], 2);
+  EXPECT_EQ(run(inspect_command(), {{"path", model}})["kind"], "folder");
+  EXPECT_EQ(run(inspect_command(), {{"path", model + "/model.safetensors"}})["kind"], "safetensors");
+  EXPECT_EQ(CompactFile(out).embedded("tokenizer.json"), "{\"a\": 1}");
+  EXPECT_EQ(run(verify_command(), {{"path", out}})["intact"], true);
+  EXPECT_EQ(run(verify_command(), {{"path", model}})["intact"], true);
+  std::string bytes = read_text(out);
+  const CompactFile file(out);
+  const auto& damaged = file.tensor("model.layers.1.self_attn.o_proj.weight");
+  const SafetensorsFile whole(out);
+  bytes[static_cast<std::size_t>(whole.find(damaged.name)->data.data() - whole.file().bytes().data()) + 5] ^= 1;
+  testing::write_bytes(scratch_ / "bad.pare", bytes);
+  const std::string message = error_of([&] { run(verify_command(), {{"path", (scratch_ / "bad.pare").string()}}); });
+  EXPECT_TRUE(message.starts_with("3 ") && contains(message, damaged.name)) << message;
+  EXPECT_TRUE(error_of([&] { run(verify_command(), {{"path", (scratch_ / "none").string()}}); }).starts_with("3 "));
+}
+
+}  // namespace
+}  // namespace pare
