@@ -52,10 +52,9 @@ class WidthVisitor : public BlockVisitor {
   bool finished(int layer) override { return writer_.has_piece(block_piece(layer)); }
 
   void restore(int layer, std::span<BlockLinear> all_linears) override {
-    const Block block = load(layer);
+    current_ = load(layer);
     for (BlockLinear& linear : all_linears)
-      if (linear.module == "mlp.down_proj") spread(block, linear);
-    add_rows(layer, block);
+      if (linear.module == "mlp.down_proj") spread(current_, linear);
   }
 
   void compress(int layer, BlockStage stage, std::span<BlockLinear> linears, const InputStatistics& input) override {
@@ -86,11 +85,13 @@ class WidthVisitor : public BlockVisitor {
   }
 
   void end_block(int layer, double drift) override {
+    if (correct_)
+      job_.context.report.add({"prune", "down_proj error of block " + std::to_string(layer) + " by correction",
+                               current_.error_plain, current_.error, "relative", std::nullopt});
     job_.context.report.add({"prune", "drift after block " + std::to_string(layer), std::nullopt, drift, "relative",
                              std::nullopt});
     if (finished(layer)) return;
     save(layer, current_);
-    add_rows(layer, current_);
     writer_.begin_piece(block_piece(layer));
     for (const TensorSpec& spec : job_.model.tensors()) {
       if (spec.layer != layer) continue;
@@ -118,12 +119,6 @@ class WidthVisitor : public BlockVisitor {
       for (std::size_t j = 0; j < block.kept.size(); ++j)
         down.weight[static_cast<std::size_t>(i * down.cols + block.kept[j])] =
             block.down[static_cast<std::size_t>(i) * block.kept.size() + j];
-  }
-
-  void add_rows(int layer, const Block& block) {
-    if (correct_)
-      job_.context.report.add({"prune", "down_proj error of block " + std::to_string(layer) + " by correction",
-                               block.error_plain, block.error, "relative", std::nullopt});
   }
 
   fs::path state_file(int layer) const { return job_.state / (block_piece(layer) + ".neurons"); }

@@ -123,4 +123,14 @@ inline ExitCode failing_code(const Json& given) {
   return ExitCode::kOk;
 }
 
+inline Json base(const fs::path& model, const fs::path& out, const std::string& method) {
+  return {{"model", model.string()}, {"out", out.string()}, {"method", method}, {"samples", 12}, {"context", 40}};
+}
+
+inline Json with_text(Json options, const fs::path& text) {
+  write_text(text, small_text());
+  options["text"] = {text.string()};
+  return options;
+}
+
 }  // namespace pare::testing

@@ -1,10 +1,7 @@
 #include <gtest/gtest.h>
-#include <signal.h>
 
-#include <atomic>
 #include <cstring>
 #include <fstream>
-#include <thread>
 
 #include "prune/masks.h"
 #include "prune/neurons.h"
@@ -14,22 +11,14 @@ namespace pare {
 namespace {
 
 using testing::Folder;
+using testing::base;
 using testing::SmallModel;
 using testing::failing_code;
 using testing::make_model;
 using testing::run_prune;
+using testing::with_text;
 
 bool is_block_linear(const TensorSpec& spec) { return spec.role == TensorRole::kLinear && spec.layer >= 0; }
-
-Json base(const fs::path& model, const fs::path& out, const std::string& method) {
-  return {{"model", model.string()}, {"out", out.string()}, {"method", method}, {"samples", 12}, {"context", 40}};
-}
-
-Json with_text(Json options, const fs::path& text) {
-  write_text(text, testing::small_text());
-  options["text"] = {text.string()};
-  return options;
-}
 
 TEST(PruneStage, MagnitudeEqualsBruteForceAndKeepsDtypeAndTheRest) {
   const Folder folder("magnitude");
@@ -201,26 +190,6 @@ TEST(PruneStage, WidthCorrectionLowersTheLayerErrorAndTheDivergence) {
   EXPECT_EQ(plain.summary["parameters"], corrected.summary["parameters"]);
 }
 
-TEST(PruneStage, SameBytesTwiceAndAtOneAndTwoThreads) {
-  const Folder folder("bytes");
-  make_model(folder / "m", {.mlp_bias = true, .dtype = "float16"});
-  for (const auto& [method, key, value] : std::vector<std::tuple<std::string, std::string, Json>>{
-           {"wanda", "sparsity", 0.5}, {"random", "sparsity", 0.5}, {"depth", "remove", 2}, {"ffn-width", "ffn", 64}}) {
-    std::vector<std::string> hashes, reports;
-    for (const int threads : {1, 2, 2}) {
-      const fs::path out = folder / (method + std::to_string(hashes.size()));
-      Json options = with_text(base(folder / "m", out, method), folder / "text.txt");
-      options[key] = value;
-      reports.push_back(run_prune(options, threads).report.to_json().dump());
-      hashes.push_back(hash_file(out / "model.safetensors"));
-    }
-    EXPECT_EQ(hashes[0], hashes[1]) << method;
-    EXPECT_EQ(hashes[1], hashes[2]) << method;
-    EXPECT_EQ(reports[0], reports[1]) << method;
-    EXPECT_EQ(reports[1], reports[2]) << method;
-  }
-}
-
 TEST(PruneStage, RefusesWhatItCannotDo) {
   const Folder folder("refuse");
   make_model(folder / "m");
@@ -322,63 +291,6 @@ TEST(PruneStage, PlanAgreesWithWhatIsWritten) {
   EXPECT_EQ(plan["out_bytes"].get<std::uint64_t>(), Checkpoint(folder / "out").tensor_bytes());
   EXPECT_THROW(command.plan(options), Error);  // the output exists now
 }
-
-// Runs the command and kills the process once `pieces` blocks are durable.
-void run_and_die(const Json& options, std::size_t pieces) {
-  std::thread watcher([&] {
-    const fs::path folder = options["out"].get<std::string>() + ".partial/pieces";
-    for (;;) {
-      std::error_code ignored;
-      std::size_t found = 0;
-      for (fs::directory_iterator at(folder, ignored), end; !ignored && at != end; at.increment(ignored))
-        found += at->path().extension() == ".piece" ? 1 : 0;
-      if (found >= pieces) kill(getpid(), SIGKILL);
-      std::this_thread::yield();
-    }
-  });
-  run_prune(options, 2);
-  _exit(0);
-}
-
-class PruneResume : public ::testing::TestWithParam<std::tuple<std::string, std::string, Json>> {};
-
-TEST_P(PruneResume, AKilledRunContinuesToTheSameBytes) {
-  GTEST_FLAG_SET(death_test_style, "threadsafe");
-  const auto& [method, key, value] = GetParam();
-  // The child of a thread-safe death test runs this test from its top: same names, same bytes.
-  const fs::path folder = fs::temp_directory_path() / ("pare-prune-resume-" + method);
-  fs::remove_all(folder);
-  fs::create_directories(folder);
-  make_model(folder / "m", {.hidden = 64, .intermediate = 192, .layers = 6, .dtype = "bfloat16"});
-  Json options = with_text(base(folder / "m", folder / "out", method), folder / "text.txt");
-  options[key] = value;
-  EXPECT_EXIT(run_and_die(options, 2), ::testing::KilledBySignal(SIGKILL), "");
-  ASSERT_TRUE(fs::exists(folder / "out.partial"));
-  ASSERT_FALSE(fs::exists(folder / "out"));
-  Json other = options;
-  other["samples"] = 11;  // another command may not continue it
-  EXPECT_EQ(failing_code(other), ExitCode::kUsage);
-  ASSERT_TRUE(fs::exists(folder / "out.partial" / "pieces"));
-  const auto resumed = run_prune(options);
-  options["out"] = (folder / "whole").string();
-  const auto whole = run_prune(options);
-  EXPECT_EQ(hash_file(folder / "out" / "model.safetensors"), hash_file(folder / "whole" / "model.safetensors"));
-  EXPECT_EQ(read_text(folder / "out" / "config.json"), read_text(folder / "whole" / "config.json"));
-  EXPECT_EQ(resumed.report.to_json(), whole.report.to_json());
-  EXPECT_FALSE(fs::exists(folder / "out.partial"));
-  fs::remove_all(folder);
-}
-
-INSTANTIATE_TEST_SUITE_P(Methods, PruneResume,
-                         ::testing::Values(std::tuple{"magnitude", "sparsity", Json(0.5)},
-                                           std::tuple{"wanda", "sparsity", Json(0.5)},
-                                           std::tuple{"depth", "remove", Json(2)},
-                                           std::tuple{"ffn-width", "ffn", Json(96)}),
-                         [](const auto& info) {
-                           std::string name = std::get<0>(info.param);
-                           std::erase(name, '-');
-                           return name;
-                         });
 
 }  // namespace
 }  // namespace pare

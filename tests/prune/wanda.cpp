@@ -108,7 +108,7 @@ class Reference {
 
 TEST(Wanda, BothBlocksEqualAnIndependentDoubleComputation) {
   const testing::Folder folder("wanda");
-  make_model(folder / "m", {.layers = 2, .seed = 9});
+  testing::make_model(folder / "m", {.layers = 2, .seed = 9});
   write_text(folder / "text.txt", testing::small_text());
   const std::int64_t samples = 10, length = 24;
   const std::uint64_t seed = 4;
