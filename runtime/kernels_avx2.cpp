@@ -45,9 +45,10 @@ inline __m256i tail_mask(std::int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(std::clamp<std::int64_t>(n, 0, 8))), lane);
 }
 
-// Outputs [16 * block + 8 * half, + 8) of kTokens tokens starting at token `first` of the tile.
-template <CodecKind kKind, int kTokens>
-void half_int8(const PackedMatrix& w, std::int64_t block, int half, const Int8Tile& x, std::int64_t first, float* out,
+// kHalves * 8 outputs from 16 * block + 8 * half on, kTokens tokens from token `first` of the tile on. Few tokens take
+// both halves at once, so that a line of codes is read once; more tokens need the registers.
+template <CodecKind kKind, int kTokens, int kHalves>
+void part_int8(const PackedMatrix& w, std::int64_t block, int half, const Int8Tile& x, std::int64_t first, float* out,
                std::int64_t ldo, bool add) {
   constexpr std::int64_t kLines = kKind == CodecKind::kQ8 ? 8 : 4;  // per activation group
   const std::int64_t width = x.width;
@@ -57,59 +58,71 @@ void half_int8(const PackedMatrix& w, std::int64_t block, int half, const Int8Ti
   const std::int8_t* codes = x.codes + first * 4;
   const int shift = w.groups == 1 ? 62 : w.group_shift;
   const __m256i ones = _mm256_set1_epi16(1);
-  __m256 sum[kTokens];
-  PARE_UNROLL for (int t = 0; t < kTokens; ++t) sum[t] = _mm256_setzero_ps();
+  __m256 sum[kHalves][kTokens];
+  PARE_UNROLL for (int h = 0; h < kHalves; ++h) {
+    PARE_UNROLL for (int t = 0; t < kTokens; ++t) sum[h][t] = _mm256_setzero_ps();
+  }
   for (std::int64_t g = 0; g < x.groups; ++g) {
     const std::int64_t wg = g >> shift;
     const std::int64_t at = g * width + first;
-    __m256i acc[kTokens];
-    PARE_UNROLL for (int t = 0; t < kTokens; ++t) acc[t] = _mm256_setzero_si256();
+    __m256i acc[kHalves][kTokens];
+    PARE_UNROLL for (int h = 0; h < kHalves; ++h) {
+      PARE_UNROLL for (int t = 0; t < kTokens; ++t) acc[h][t] = _mm256_setzero_si256();
+    }
     if constexpr (kKind == CodecKind::kQ8) {
       const std::int64_t count = std::min(kLines, w.lines - g * kLines);
       const __m256i top = _mm256_set1_epi8(static_cast<char>(0x80));
       for (std::int64_t c = 0; c < count; ++c, line += 64) {
-        const __m256i signed_codes = _mm256_xor_si256(load(line), top);
-        const __m256i magnitude = _mm256_abs_epi8(signed_codes);
-        PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
-          const __m256i xs = _mm256_sign_epi8(quad(codes + (c * width + t) * 4), signed_codes);
-          acc[t] = _mm256_add_epi32(acc[t], _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, xs), ones));
+        PARE_UNROLL for (int h = 0; h < kHalves; ++h) {
+          const __m256i signed_codes = _mm256_xor_si256(load(line + 32 * h), top);
+          const __m256i magnitude = _mm256_abs_epi8(signed_codes);
+          PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+            const __m256i xs = _mm256_sign_epi8(quad(codes + (c * width + t) * 4), signed_codes);
+            acc[h][t] = _mm256_add_epi32(acc[h][t], _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, xs), ones));
+          }
         }
       }
     } else {
       const __m256i nibble = _mm256_set1_epi8(15);
       PARE_UNROLL for (int c = 0; c < kLines; ++c, line += 64) {
-        const __m256i both = load(line);
-        const __m256i low = _mm256_and_si256(both, nibble);
-        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
-        PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
-          acc[t] = _mm256_add_epi16(acc[t], _mm256_maddubs_epi16(low, quad(codes + (2 * c * width + t) * 4)));
-          acc[t] = _mm256_add_epi16(acc[t], _mm256_maddubs_epi16(high, quad(codes + ((2 * c + 1) * width + t) * 4)));
+        PARE_UNROLL for (int h = 0; h < kHalves; ++h) {
+          const __m256i both = load(line + 32 * h);
+          const __m256i low = _mm256_and_si256(both, nibble);
+          const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
+          PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+            const __m256i a = _mm256_maddubs_epi16(low, quad(codes + (2 * c * width + t) * 4));
+            const __m256i b = _mm256_maddubs_epi16(high, quad(codes + ((2 * c + 1) * width + t) * 4));
+            acc[h][t] = _mm256_add_epi16(acc[h][t], _mm256_add_epi16(a, b));
+          }
         }
       }
-      if constexpr (kKind == CodecKind::kQ4) {
+      PARE_UNROLL for (int h = 0; h < kHalves; ++h) {
+        const __m256i zero = kKind == CodecKind::kQ4a ? load_zeros(zeros + wg * 8, half + h) : _mm256_setzero_si256();
         PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
-          acc[t] = _mm256_add_epi32(_mm256_madd_epi16(acc[t], ones), _mm256_set1_epi32(x.minus8[at + t]));
-        }
-      } else {
-        const __m256i zero = load_zeros(zeros + wg * 8, half);
-        PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
-          acc[t] = _mm256_add_epi32(_mm256_madd_epi16(acc[t], ones),
-                                    _mm256_madd_epi16(zero, _mm256_set1_epi32(x.minus1[at + t])));
+          const __m256i offset = kKind == CodecKind::kQ4a
+                                     ? _mm256_madd_epi16(zero, _mm256_set1_epi32(x.minus1[at + t]))
+                                     : _mm256_set1_epi32(x.minus8[at + t]);
+          acc[h][t] = _mm256_add_epi32(_mm256_madd_epi16(acc[h][t], ones), offset);
         }
       }
     }
     codes += kActGroup * width;
-    const __m256 scale = load_scales(scales + wg * kBlockRows);
-    PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
-      const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(x.scale[at + t]));
-      sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[t]), both, sum[t]);
+    PARE_UNROLL for (int h = 0; h < kHalves; ++h) {
+      const __m256 scale = load_scales(scales + wg * kBlockRows + 8 * h);
+      PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+        const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(x.scale[at + t]));
+        sum[h][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[h][t]), both, sum[h][t]);
+      }
     }
   }
-  const std::int64_t row = block * kBlockRows + half * 8;
-  const __m256i mask = tail_mask(w.rows - row);
-  PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
-    float* to = out + (first + t) * ldo + row;
-    _mm256_maskstore_ps(to, mask, add ? _mm256_add_ps(_mm256_maskload_ps(to, mask), sum[t]) : sum[t]);
+  PARE_UNROLL for (int h = 0; h < kHalves; ++h) {
+    const std::int64_t row = block * kBlockRows + (half + h) * 8;
+    if (row >= w.rows) return;
+    const __m256i mask = tail_mask(w.rows - row);
+    PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+      float* to = out + (first + t) * ldo + row;
+      _mm256_maskstore_ps(to, mask, add ? _mm256_add_ps(_mm256_maskload_ps(to, mask), sum[h][t]) : sum[h][t]);
+    }
   }
 }
 
@@ -118,15 +131,15 @@ void tile_int8(const PackedMatrix& w, std::int64_t block_begin, std::int64_t blo
                std::int64_t ldo, bool add) {
   for (std::int64_t block = block_begin; block < block_end; ++block) {
     const int halves = w.rows - block * kBlockRows > 8 ? 2 : 1;
-    for (int half = 0; half < halves; ++half) {
-      std::int64_t t = 0;
-      for (; t + 4 <= x.width; t += 4) half_int8<kKind, 4>(w, block, half, x, t, out, ldo, add);
-      if (t + 2 <= x.width) {
-        half_int8<kKind, 2>(w, block, half, x, t, out, ldo, add);
-        t += 2;
-      }
-      if (t < x.width) half_int8<kKind, 1>(w, block, half, x, t, out, ldo, add);
+    std::int64_t t = 0;
+    for (; t + 4 <= x.width; t += 4) {
+      for (int half = 0; half < halves; ++half) part_int8<kKind, 4, 1>(w, block, half, x, t, out, ldo, add);
     }
+    if (t + 2 <= x.width) {
+      part_int8<kKind, 2, 2>(w, block, 0, x, t, out, ldo, add);
+      t += 2;
+    }
+    if (t < x.width) part_int8<kKind, 1, 2>(w, block, 0, x, t, out, ldo, add);
   }
 }
 
