@@ -3,10 +3,11 @@
 # choose the calibration windows, and the weights of the null), scored on held-out text against the original.
 #   tests/bench/prune_null.sh PARE MODEL CALIBRATION_TEXT HELD_OUT_TEXT OUT.json [SPARSITY]
 # SPLIT: document separator of both texts. SAMPLES, CONTEXT, DOCUMENTS: sizes, for short runs. TAKE: extra prune flags.
+# THREADS: 1 unless set.
 set -eu
 PARE=${1:?usage: prune_null.sh PARE MODEL CALIBRATION_TEXT HELD_OUT_TEXT OUT.json [SPARSITY]}
 MODEL=$2 TEXT=$3 HELD_OUT=$4 OUT=$5 SPARSITY=${6:-0.5}
-CONTEXT=${CONTEXT:-256} SAMPLES=${SAMPLES:-128} DOCUMENTS=${DOCUMENTS:-} SPLIT=${SPLIT:-} TAKE=${TAKE:-}
+CONTEXT=${CONTEXT:-256} SAMPLES=${SAMPLES:-128} DOCUMENTS=${DOCUMENTS:-} SPLIT=${SPLIT:-} TAKE=${TAKE:-} THREADS=${THREADS:-1}
 T=$(mktemp -d)
 trap 'rm -rf "$T"' EXIT
 SEPARATOR=()
@@ -17,9 +18,9 @@ for seed in 1 2 3; do
   for method in wanda magnitude random; do
     # shellcheck disable=SC2086  # TAKE is a list of flags
     "$PARE" prune --model "$MODEL" --out "$T/model" --method "$method" --sparsity "$SPARSITY" --text "$TEXT" \
-      "${SEPARATOR[@]}" --samples "$SAMPLES" --context "$CONTEXT" --seed "$seed" $TAKE --json --quiet >"$T/prune.$method.$seed.json"
+      "${SEPARATOR[@]}" --samples "$SAMPLES" --context "$CONTEXT" --seed "$seed" --threads "$THREADS" $TAKE --json --quiet >"$T/prune.$method.$seed.json"
     "$PARE" eval "$T/model" --against "$MODEL" --text "$HELD_OUT" "${SEPARATOR[@]}" --ctx "$CONTEXT" "${LIMIT[@]}" \
-      --json --quiet >"$T/eval.$method.$seed.json"
+      --threads "$THREADS" --json --quiet >"$T/eval.$method.$seed.json"
     rm -rf "$T/model"
   done
 done
@@ -31,9 +32,8 @@ folder, out, commit, machine, model, held_out, sparsity, samples, context = sys.
 runs, means = [], {}
 for method in ("wanda", "magnitude", "random"):
     for seed in (1, 2, 3):
-        pruned = json.load(open(f"{folder}/prune.{method}.{seed}.json"))
-        rows = json.load(open(f"{folder}/eval.{method}.{seed}.json"))["report"]
-        rows = rows["rows"] if isinstance(rows, dict) else rows
+        pruned = json.load(open(f"{folder}/prune.{method}.{seed}.json"))["result"]
+        rows = json.load(open(f"{folder}/eval.{method}.{seed}.json"))["rows"]
         wanted = [r for r in rows if r["metric"] in ("mean_kl", "top1_agreement", "top1", "perplexity")]
         if not any(r["metric"] == "mean_kl" for r in wanted):
             sys.exit("prune_null.sh: the evaluation has no mean_kl row")

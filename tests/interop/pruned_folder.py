@@ -66,18 +66,14 @@ def make_model(folder, text, family, dtype):
 
 
 def run(pare, *arguments):
-    done = subprocess.run([pare, *arguments, "--json", "--quiet"], capture_output=True, text=True)
+    done = subprocess.run([pare, *arguments, "--json", "--quiet", "--threads", "1"], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"pare {' '.join(arguments)} ended with {done.returncode}: {done.stderr[-800:]}{done.stdout[-400:]}")
     return json.loads(done.stdout)
 
 
-def rows_of(report):
-    return report["rows"] if isinstance(report, dict) else report
-
-
 def pare_perplexity(pare, folder, text):
-    rows = rows_of(run(pare, "eval", folder, "--text", text, "--ctx", str(CONTEXT))["report"])
+    rows = run(pare, "eval", folder, "--text", text, "--ctx", str(CONTEXT))["rows"]
     return next(row["after"] for row in rows if row["metric"] == "perplexity")
 
 
@@ -128,6 +124,7 @@ def main():
         sys.exit(__doc__)
     pare, failed = os.path.abspath(sys.argv[1]), 0
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as work:
         cases = []
         if len(sys.argv) == 4:
