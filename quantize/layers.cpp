@@ -30,16 +30,16 @@ class Quantizer : public BlockVisitor {
   void begin_block(int layer) override {
     codes_.clear();
     rows_ = Json::array();
+    for (const TensorPlan& tensor : job_.plan) {
+      if (tensor.spec.layer == layer && !tensor.codec) require_finite(tensor.spec);
+    }
   }
 
   void compress(int layer, BlockStage stage, std::span<BlockLinear> linears, const InputStatistics& input) override {
     std::optional<SweepFactor> factor;
     for (BlockLinear& linear : linears) {
       const TensorPlan& plan = *plan_.at(linear.name);
-      if (!plan.codec) {
-        require_finite(linear.original.data(), linear.rows, linear.cols, linear.name);
-        continue;
-      }
+      if (!plan.codec) continue;
       throw_if_interrupted(linear.name, "the same command continues with this block");
       if (job_.method == QuantizeMethod::kGptq && !factor) {
         factor = factor_hessian(input.hessian, input.columns, {job_.damping, true}, "inputs of " + linear.name, job_.threads);
@@ -80,6 +80,11 @@ class Quantizer : public BlockVisitor {
       rows_.push_back({{"name", tensor.spec.name}, {"codec", tensor.codec->name()}});
     }
     end_block(layer, 0);
+  }
+
+  void require_finite(const TensorSpec& spec) const {
+    const std::vector<float> values = job_.model.read_f32(spec.name);
+    pare::require_finite(values.data(), spec.shape[0], static_cast<std::int64_t>(values.size()) / spec.shape[0], spec.name);
   }
 
   QuantizedTensor nearest(const TensorPlan& tensor, const float* values) const {
@@ -164,6 +169,7 @@ void quantize_layers(const QuantizeJob& job, Context& context) {
     if (tensor.codec) {
       job.writer.put_codes(tensor.spec.name, quantizer.nearest(tensor, values.data()));
     } else {
+      quantizer.require_finite(tensor.spec);
       job.writer.put(tensor.spec.name, values.data());
     }
     job.model.release(tensor.spec.name);

@@ -1,0 +1,220 @@
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <fstream>
+#include <limits>
+
+#include "core/error.h"
+#include "quantize/scales.h"
+#include "tests/quantize/tiny_model.h"
+
+namespace pare {
+namespace {
+
+using testing::folder_hash;
+using testing::run_quantize;
+using testing::ScratchFolder;
+using testing::tiny_config;
+using testing::write_tiny;
+
+const fs::path kShared = fs::path(PARE_SOURCE_DIR) / ".." / "shared";
+
+// Overwrites the first element of a float32 tensor with NaN: the writer would refuse to.
+void break_weight(const fs::path& folder, const std::string& name) {
+  const fs::path file = folder / "model.safetensors";
+  std::ptrdiff_t offset = 0;
+  {
+    const SafetensorsFile opened(file);
+    offset = opened.find(name)->data.data() - opened.file().bytes().data();
+  }
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  std::fstream stream(file, std::ios::in | std::ios::out | std::ios::binary);
+  stream.seekp(offset);
+  stream.write(reinterpret_cast<const char*>(&nan), sizeof nan);
+}
+
+Error refused(const Json& given) {
+  try {
+    run_quantize(given);
+  } catch (const Error& error) {
+    return error;
+  }
+  return failure("test", "a refusal", "success");
+}
+
+TEST(QuantizeStage, StoriesGptqBeatsNearestOnEveryLinear) {
+  const fs::path model = kShared / "models" / "stories260K", text = kShared / "data" / "text" / "tinystories_sample.txt";
+  if (!fs::exists(model) || !fs::exists(text)) GTEST_SKIP() << "SKIPPED: no stories260K beside the source folder";
+  ScratchFolder scratch;
+  const Json result = run_quantize({{"model", model.string()}, {"out", (scratch / "out").string()}, {"text", {text.string()}},
+                                    {"samples", 8}, {"context", 128}});
+  int linears = 0, per_row = 0;
+  for (const Json& row : result.at("linears")) {
+    if (!row.contains("after")) continue;
+    ++linears;
+    EXPECT_LT(row.at("after").get<double>(), row.at("before").get<double>()) << row.dump();
+    if (row.at("columns") == 172) {
+      ++per_row;
+      EXPECT_EQ(row.at("codec"), "q8c");
+    }
+  }
+  EXPECT_EQ(linears, 35);
+  EXPECT_EQ(per_row, 5);
+  EXPECT_LT(result.at("layer_error_ratio").get<double>(), 0.8);
+  ASSERT_EQ(result.at("fallbacks").size(), 1u);
+
+  const Checkpoint original(model), out(scratch / "out");
+  EXPECT_EQ(out.codec("model.embed_tokens.weight").name(), "q8");
+  EXPECT_EQ(out.codec("model.layers.2.mlp.down_proj.weight").name(), "q8c");
+  EXPECT_TRUE(fs::exists(scratch / "out" / "tokenizer.json"));
+  EXPECT_FALSE(fs::exists(scratch / "out.partial"));
+  for (const TensorSpec& spec : out.tensors()) {
+    const std::vector<float> before = original.read_f32(spec.name), after = out.read_f32(spec.name);
+    double energy = 0, difference = 0;
+    for (std::size_t i = 0; i < before.size(); ++i) {
+      energy += static_cast<double>(before[i]) * static_cast<double>(before[i]);
+      difference += std::pow(static_cast<double>(before[i]) - static_cast<double>(after[i]), 2);
+    }
+    EXPECT_LT(difference, (out.codec(spec.name).kind == CodecKind::kQ4 ? 0.05 : 1e-3) * energy) << spec.name;
+    if (spec.role == TensorRole::kNorm) {
+      EXPECT_EQ(difference, 0.0);
+    }
+  }
+}
+
+TEST(QuantizeStage, SameBytesAtAnyThreadCount) {
+  ScratchFolder scratch;
+  write_tiny(scratch / "in", tiny_config(), "bfloat16");
+  for (const char* method : {"gptq", "rtn", "rtn-absmax"}) {
+    Json given = {{"model", (scratch / "in").string()}, {"method", method}, {"random-tokens", true}, {"samples", 9}, {"context", 33}};
+    given["out"] = (scratch / (std::string(method) + "1")).string();
+    run_quantize(given, 1);
+    given["out"] = (scratch / (std::string(method) + "3")).string();
+    run_quantize(given, 3);
+    EXPECT_EQ(folder_hash(scratch / (std::string(method) + "1")), folder_hash(scratch / (std::string(method) + "3"))) << method;
+  }
+}
+
+TEST(QuantizeStage, EveryCodecAndThePolicy) {
+  ScratchFolder scratch;
+  write_tiny(scratch / "in", tiny_config(2, false));
+  int number = 0;
+  for (const char* codec : {"q4", "q4g64", "q4g128", "q4a", "q4ag64", "q8", "q8c"}) {
+    const fs::path out = scratch / std::to_string(number++);
+    const Json result = run_quantize({{"model", (scratch / "in").string()}, {"out", out.string()}, {"codec", codec},
+                                      {"random-tokens", true}, {"samples", 8}, {"context", 32},
+                                      {"policy", {"model.layers.1.self_attn.*=q8", "*.0.mlp.up_proj=keep", "lm_head=q4"}}});
+    const Checkpoint quantized(out), original(scratch / "in");
+    EXPECT_EQ(quantized.codec("model.layers.1.self_attn.v_proj.weight").name(), "q8");
+    EXPECT_TRUE(quantized.codec("model.layers.0.mlp.up_proj.weight").is_float());
+    EXPECT_EQ(quantized.read_f32("model.layers.0.mlp.up_proj.weight"), original.read_f32("model.layers.0.mlp.up_proj.weight"));
+    EXPECT_EQ(quantized.codec("lm_head.weight"), Codec::parse("q4", "t"));
+    EXPECT_LT(result.at("layer_error").get<double>(), result.at("layer_error_before").get<double>()) << codec;
+  }
+}
+
+TEST(QuantizeStage, WithoutCalibrationTheCodesAreThoseOfTheWeightsAlone) {
+  ScratchFolder scratch;
+  write_tiny(scratch / "in", tiny_config());
+  run_quantize({{"model", (scratch / "in").string()}, {"out", (scratch / "out").string()}, {"method", "rtn"}});
+  const Checkpoint original(scratch / "in"), out(scratch / "out");
+  for (const TensorSpec& spec : out.tensors()) {
+    if (!out.is_quantized(spec.name)) continue;
+    const QuantizedTensor expected = round_to_nearest(original.read_f32(spec.name).data(), spec.shape[0], spec.shape[1],
+                                                      out.codec(spec.name), ScaleRule::kSearched, {}, spec.name, 1);
+    const QuantizedTensor stored = out.codes(spec.name);
+    EXPECT_EQ(stored.codes, expected.codes) << spec.name;
+    EXPECT_EQ(stored.scales, expected.scales) << spec.name;
+  }
+}
+
+TEST(QuantizeStage, PrunedWeightsStayZero) {
+  ScratchFolder scratch;
+  write_tiny(scratch / "in", tiny_config(), "float32", [](Decoder& decoder) {
+    for (auto& item : decoder->named_parameters()) {
+      if (item.value().dim() == 2) item.value().mul_(torch::rand(item.value().sizes()).gt(0.5));
+    }
+  });
+  run_quantize({{"model", (scratch / "in").string()}, {"out", (scratch / "out").string()}, {"random-tokens", true},
+                {"samples", 8}, {"context", 32}});
+  const Checkpoint original(scratch / "in"), out(scratch / "out");
+  for (const TensorSpec& spec : out.tensors()) {
+    if (spec.role != TensorRole::kLinear) continue;
+    const std::vector<float> before = original.read_f32(spec.name), after = out.read_f32(spec.name);
+    for (std::size_t i = 0; i < before.size(); ++i) {
+      if (before[i] == 0.0f) {
+        ASSERT_EQ(after[i], 0.0f) << spec.name << " " << i;
+      }
+    }
+  }
+}
+
+TEST(QuantizeStage, RefusalsNameTheProblemAndLeaveNothing) {
+  ScratchFolder scratch;
+  const std::string in = (scratch / "in").string(), out = (scratch / "out").string();
+  write_tiny(in, tiny_config());
+  EXPECT_EQ(refused({{"model", in}, {"out", out}}).code(), ExitCode::kUsage);  // gptq without text
+  EXPECT_EQ(refused({{"model", in}, {"out", out}, {"text", {(scratch / "none.txt").string()}}}).code(), ExitCode::kInput);
+  EXPECT_EQ(refused({{"model", in}, {"out", out}, {"random-tokens", true}, {"context", 65}}).code(), ExitCode::kUsage);
+  const Error groups = refused({{"model", in}, {"out", out}, {"method", "rtn"}, {"codec", "q4g128"}, {"fallback", "none"}});
+  EXPECT_EQ(groups.code(), ExitCode::kInput);
+  EXPECT_NE(groups.found().find("model.layers.2.mlp.down_proj.weight"), std::string::npos);
+  EXPECT_FALSE(fs::exists(out));
+  EXPECT_FALSE(fs::exists(out + ".partial"));
+
+  for (const char* name : {"model.layers.1.mlp.up_proj.weight", "model.layers.1.post_attention_layernorm.weight",
+                           "model.embed_tokens.weight", "model.norm.weight"}) {
+    fs::remove_all(scratch / "nan");
+    write_tiny(scratch / "nan", tiny_config());
+    break_weight(scratch / "nan", name);
+    for (const char* method : {"gptq", "rtn"}) {
+      const Error damaged = refused({{"model", (scratch / "nan").string()}, {"out", out}, {"method", method},
+                                     {"random-tokens", std::string_view(method) == "gptq"}, {"samples", 2}});
+      EXPECT_EQ(damaged.code(), ExitCode::kInput) << name;
+      EXPECT_EQ(damaged.place(), name) << damaged.what();
+      EXPECT_FALSE(fs::exists(out + ".partial"));
+    }
+  }
+
+  run_quantize({{"model", in}, {"out", out}, {"method", "rtn"}});
+  const std::string before = folder_hash(out);
+  EXPECT_EQ(refused({{"model", in}, {"out", out}, {"method", "rtn"}}).code(), ExitCode::kUsage);
+  EXPECT_EQ(folder_hash(out), before);
+  const Error again = refused({{"model", out}, {"out", (scratch / "twice").string()}, {"method", "rtn"}});
+  EXPECT_EQ(again.code(), ExitCode::kInput);
+  EXPECT_FALSE(fs::exists(scratch / "twice.partial"));
+}
+
+TEST(QuantizeStage, AnotherCommandDoesNotContinueAnUnfinishedRun) {
+  ScratchFolder scratch;
+  const std::string in = (scratch / "in").string(), out = (scratch / "out").string();
+  write_tiny(in, tiny_config());
+  run_quantize({{"model", in}, {"out", out}, {"method", "rtn"}});
+  fs::rename(out, out + ".partial");  // as a kill right before the rename leaves it
+  const std::string whole = folder_hash(out + ".partial");
+  const Error other = refused({{"model", in}, {"out", out}, {"method", "rtn"}, {"codec", "q8"}});
+  EXPECT_EQ(other.code(), ExitCode::kUsage);
+  EXPECT_NE(other.found().find("--codec"), std::string::npos) << other.what();
+  EXPECT_EQ(folder_hash(out + ".partial"), whole);
+  run_quantize({{"model", in}, {"out", out}, {"method", "rtn"}});
+  EXPECT_EQ(folder_hash(out), whole);
+}
+
+TEST(QuantizeStage, PlanAnnouncesSizesAndFallbacks) {
+  ScratchFolder scratch;
+  const std::string in = (scratch / "in").string();
+  write_tiny(in, tiny_config());
+  const Command command = quantize_command();
+  const Json given = {{"model", in}, {"out", (scratch / "out").string()}, {"codec", "q4g64"}, {"random-tokens", true}};
+  const Json plan = command.plan(Options(command.options, given, "test"));
+  EXPECT_FALSE(fs::exists(scratch / "out.partial"));
+  ASSERT_GE(plan.at("notes").size(), 1u);
+  EXPECT_EQ(plan.at("notes").at(0), "mlp.down_proj (3 tensors): q4g64 does not divide 96 columns, q4g32 instead");
+  run_quantize({{"model", in}, {"out", (scratch / "out").string()}, {"codec", "q4g64"}, {"random-tokens", true}, {"samples", 4}});
+  double bytes = 0;
+  for (const char* file : {"model.safetensors", "codes.pare"}) bytes += static_cast<double>(fs::file_size(scratch / "out" / file));
+  EXPECT_NEAR(plan.at("out_bytes").get<double>(), bytes, 0.1 * bytes);
+}
+
+}  // namespace
+}  // namespace pare
