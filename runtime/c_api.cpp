@@ -58,9 +58,15 @@ void require(bool condition, const char* place, const char* expected, const char
 
 }  // namespace
 
-const char* pare_version(void) { return "0.1.0"; }
-int pare_api_version(void) { return PARE_API_VERSION; }
-const char* pare_last_error(void) { return g_last_error.c_str(); }
+const char* pare_version(void) {
+  return "0.1.0";
+}
+int pare_api_version(void) {
+  return PARE_API_VERSION;
+}
+const char* pare_last_error(void) {
+  return g_last_error.c_str();
+}
 
 pare_model* pare_open(const char* path, const pare_options* options) {
   pare_model* model = nullptr;
@@ -77,9 +83,13 @@ pare_model* pare_open(const char* path, const pare_options* options) {
   return model;
 }
 
-void pare_close(pare_model* model) { delete model; }
+void pare_close(pare_model* model) {
+  delete model;
+}
 
-int64_t pare_vocab_size(const pare_model* model) { return model == nullptr ? 0 : model->engine->config().vocab_size; }
+int64_t pare_vocab_size(const pare_model* model) {
+  return model == nullptr ? 0 : model->engine->config().vocab_size;
+}
 
 int64_t pare_context_size(const pare_model* model) {
   return model == nullptr ? 0 : model->engine->config().max_position_embeddings;
@@ -97,8 +107,8 @@ int64_t pare_tokenize(const pare_model* model, const char* text, size_t bytes, i
   guarded([&] {
     require(model != nullptr && (text != nullptr || bytes == 0) && (ids != nullptr || capacity <= 0), "pare_tokenize",
             "a model, a text and room for ids", "NULL");
-    const auto found = model->engine->tokenizer().encode(bytes == 0 ? std::string_view() : std::string_view(text, bytes),
-                                                         add_special != 0, true);
+    const auto found = model->engine->tokenizer().encode(
+        bytes == 0 ? std::string_view() : std::string_view(text, bytes), add_special != 0, true);
     const auto fits = std::min<int64_t>(static_cast<int64_t>(found.size()), std::max<int64_t>(capacity, 0));
     std::copy(found.begin(), found.begin() + fits, ids);
     count = static_cast<int64_t>(found.size());
@@ -132,7 +142,9 @@ pare_session* pare_session_open(const pare_model* model, int64_t max_positions) 
   return session;
 }
 
-void pare_session_close(pare_session* session) { delete session; }
+void pare_session_close(pare_session* session) {
+  delete session;
+}
 
 int pare_session_reset(pare_session* session) {
   return guarded([&] {
@@ -160,7 +172,8 @@ int pare_feed(pare_session* session, const int32_t* ids, int64_t count) {
 
 int pare_logits(pare_session* session, int64_t first, int64_t count, float* out) {
   return guarded([&] {
-    require(session != nullptr && (out != nullptr || count == 0), "pare_logits", "a session and room for logits", "NULL");
+    require(session != nullptr && (out != nullptr || count == 0), "pare_logits", "a session and room for logits",
+            "NULL");
     require(first >= 0 && count >= 0 && first <= session->rows && count <= session->rows - first, "pare_logits",
             "rows of the last pare_feed()", "other rows");
     session->session.logits(first, count, out);
@@ -173,12 +186,15 @@ pare_sampler* pare_sampler_open(double temperature, double top_p, uint64_t seed)
   return sampler;
 }
 
-void pare_sampler_close(pare_sampler* sampler) { delete sampler; }
+void pare_sampler_close(pare_sampler* sampler) {
+  delete sampler;
+}
 
 int32_t pare_sample(pare_sampler* sampler, const float* logits, int64_t count) {
   int32_t id = -1;
   guarded([&] {
-    require(sampler != nullptr && logits != nullptr && count > 0, "pare_sample", "a sampler and logits", "NULL or none");
+    require(sampler != nullptr && logits != nullptr && count > 0, "pare_sample", "a sampler and logits",
+            "NULL or none");
     id = sampler->sampler({logits, static_cast<std::size_t>(count)});
   });
   return id;

@@ -67,7 +67,7 @@ struct Session::Impl {
   std::int64_t rows = 0;  // of the last feed
   KvCache cache;
   Forward forward;
-  FloatBuffer hidden;     // [rows, hidden_size], before the final norm
+  FloatBuffer hidden;  // [rows, hidden_size], before the final norm
 };
 
 Session::Session(std::shared_ptr<const Engine> engine, std::int64_t max_positions)
@@ -90,12 +90,18 @@ void Session::feed(std::span<const std::int32_t> ids) {
     }
   }
   s.hidden.reserve(count * s.engine->config().hidden_size);
+  const std::int64_t begin = s.position;
   s.rows = 0;
-  for (std::int64_t first = 0; first < count; first += Forward::kBatch) {
-    const std::int64_t n = std::min(Forward::kBatch, count - first);
-    s.forward.run(ids.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(n)), s.position, s.cache,
-                  s.hidden.data() + first * s.engine->config().hidden_size);
-    s.position += n;
+  try {
+    for (std::int64_t first = 0; first < count; first += Forward::kBatch) {
+      const std::int64_t n = std::min(Forward::kBatch, count - first);
+      s.forward.run(ids.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(n)), s.position, s.cache,
+                    s.hidden.data() + first * s.engine->config().hidden_size);
+      s.position += n;
+    }
+  } catch (...) {  // out of memory: the positions before this call still stand
+    s.position = begin;
+    throw;
   }
   s.rows = count;
 }
@@ -109,7 +115,9 @@ void Session::logits(std::int64_t first, std::int64_t count, float* out) {
   s.forward.head(s.hidden.data() + first * s.engine->config().hidden_size, count, out);
 }
 
-std::int64_t Session::position() const { return impl_->position; }
+std::int64_t Session::position() const {
+  return impl_->position;
+}
 
 void Session::reset() {
   impl_->position = 0;

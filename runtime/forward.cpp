@@ -66,7 +66,9 @@ void TeamChoice::record(std::int64_t products, int threads, double seconds) {
   }
 }
 
-void FloatBuffer::Free::operator()(float* p) const { std::free(p); }
+void FloatBuffer::Free::operator()(float* p) const {
+  std::free(p);
+}
 
 void FloatBuffer::reserve(std::int64_t count) {
   if (count <= size_) return;
@@ -103,7 +105,8 @@ const float* view_vector(const CompactFile& file, const std::string& name, std::
   const std::string place = file.path().string() + ": " + name;
   const std::vector<std::int64_t> shape{length};
   if (tensor.shape != shape) throw input_error(place, "shape " + shape_text(shape), shape_text(tensor.shape));
-  if (tensor.codec.kind != CodecKind::kF32) throw input_error(place, "codec f32 (norms and biases)", tensor.codec.name());
+  if (tensor.codec.kind != CodecKind::kF32)
+    throw input_error(place, "codec f32 (norms and biases)", tensor.codec.name());
   if (tensor.payload.size() < static_cast<std::size_t>(length) * 4) {
     throw input_error(place, std::to_string(length * 4) + " bytes", std::to_string(tensor.payload.size()));
   }
@@ -116,8 +119,8 @@ Weights view_weights(const CompactFile& file) {
   const ModelConfig& c = file.config();
   if (c.num_kv_heads <= 0 || c.num_heads % c.num_kv_heads != 0 || c.head_dim <= 0 || c.head_dim % 2 != 0) {
     throw input_error(file.path().string(), "attention heads a multiple of key/value heads, even head_dim",
-                      std::to_string(c.num_heads) + " heads, " + std::to_string(c.num_kv_heads) + " key/value heads, head_dim " +
-                          std::to_string(c.head_dim));
+                      std::to_string(c.num_heads) + " heads, " + std::to_string(c.num_kv_heads) +
+                          " key/value heads, head_dim " + std::to_string(c.head_dim));
   }
   const std::int64_t q = c.num_heads * c.head_dim, kv = c.num_kv_heads * c.head_dim;
   const std::int64_t h = c.hidden_size, f = c.intermediate_size;
@@ -213,7 +216,8 @@ Forward::Forward(const ModelConfig& config, const Weights& weights, const Kernel
 }
 
 void Forward::begin(std::int64_t stages, std::int64_t tokens) {
-  for (std::int64_t i = 0; i < stages; ++i) counters_[static_cast<std::size_t>(i)].next.store(0, std::memory_order_relaxed);
+  for (std::int64_t i = 0; i < stages; ++i)
+    counters_[static_cast<std::size_t>(i)].next.store(0, std::memory_order_relaxed);
   if (tokens > kActTile) {
     normed_.reserve(tokens * widest_);
     int8_input_.resize(tokens, widest_);
@@ -355,8 +359,8 @@ struct Forward::Worker {
             keys[i * kPage] = k[i] * cosine[i] - k[i + half] * sine[i];
             keys[(i + half) * kPage] = k[i + half] * cosine[i] + k[i] * sine[i];
           }
-          std::memcpy(cache.values(block, page, head) + slot * cache.value_width(), f.v_.data() + t * f.kv_width_ + head * d,
-                      static_cast<std::size_t>(d) * 4);
+          std::memcpy(cache.values(block, page, head) + slot * cache.value_width(),
+                      f.v_.data() + t * f.kv_width_ + head * d, static_cast<std::size_t>(d) * 4);
         }
       }
     });
@@ -371,7 +375,8 @@ struct Forward::Worker {
     const std::int64_t most = seen(count - 1), ld = round_up(most, kPage);
     float* s = mine.scores.data();
     for (std::int64_t at = 0; at < most; at += kPage) {
-      f.kernels_.scores(q, stride, count, cache.keys(block, at / kPage, kv_head), d, std::min(kPage, most - at), s + at, ld);
+      f.kernels_.scores(q, stride, count, cache.keys(block, at / kPage, kv_head), d, std::min(kPage, most - at), s + at,
+                        ld);
     }
     float sums[kMaxQueries];
     for (std::int64_t i = 0; i < count; ++i) {
@@ -382,7 +387,8 @@ struct Forward::Worker {
     float* acc = mine.accumulator.data();
     std::fill(acc, acc + count * width, 0.0f);
     for (std::int64_t at = 0; at < most; at += kPage) {
-      f.kernels_.weigh(s + at, ld, count, cache.values(block, at / kPage, kv_head), width, std::min(kPage, most - at), acc);
+      f.kernels_.weigh(s + at, ld, count, cache.values(block, at / kPage, kv_head), width, std::min(kPage, most - at),
+                       acc);
     }
     for (std::int64_t i = 0; i < count; ++i) {
       const float inverse = 1.0f / sums[i];
@@ -398,8 +404,8 @@ struct Forward::Worker {
         const std::int64_t t = item / kv_heads, kv_head = item % kv_heads;
         for (std::int64_t r = 0; r < repeat; r += kMaxQueries) {
           const std::int64_t at = t * width + (kv_head * repeat + r) * d;
-          attend_rows(block, kv_head, f.q_.data() + at, f.mixed_.data() + at, d, std::min(kMaxQueries, repeat - r), cache,
-                      [&](std::int64_t) { return position + t + 1; });
+          attend_rows(block, kv_head, f.q_.data() + at, f.mixed_.data() + at, d, std::min(kMaxQueries, repeat - r),
+                      cache, [&](std::int64_t) { return position + t + 1; });
         }
       });
     } else {  // rows of a call: consecutive tokens of one head; the longest first
@@ -407,8 +413,8 @@ struct Forward::Worker {
       share(chunks * f.config_.num_heads, [&](std::int64_t item) {
         const std::int64_t t = (chunks - 1 - item / f.config_.num_heads) * kMaxQueries;
         const std::int64_t head = item % f.config_.num_heads, at = t * width + head * d;
-        attend_rows(block, head / repeat, f.q_.data() + at, f.mixed_.data() + at, width, std::min(kMaxQueries, tokens - t),
-                    cache, [&](std::int64_t i) { return position + t + i + 1; });
+        attend_rows(block, head / repeat, f.q_.data() + at, f.mixed_.data() + at, width,
+                    std::min(kMaxQueries, tokens - t), cache, [&](std::int64_t i) { return position + t + i + 1; });
       });
     }
     barrier();
@@ -459,12 +465,14 @@ void Forward::run(std::span<const std::int32_t> ids, std::int64_t position, KvCa
     unpack_matrix_row(weights_.embedding, ids[static_cast<std::size_t>(t)], hidden + t * config_.hidden_size);
     for (std::int64_t i = 0; i < half; ++i) {
       // The angle is rounded to float as the models were trained with it (transformers multiplies in float32).
-      const float angle = static_cast<float>(position + t) * static_cast<float>(frequencies_[static_cast<std::size_t>(i)]);
+      const float angle =
+          static_cast<float>(position + t) * static_cast<float>(frequencies_[static_cast<std::size_t>(i)]);
       cos_.data()[t * half + i] = static_cast<float>(std::cos(static_cast<double>(angle)));
       sin_.data()[t * half + i] = static_cast<float>(std::sin(static_cast<double>(angle)));
     }
   }
-  const std::int64_t block_products = config_.hidden_size * (2 * q_width_ + 2 * kv_width_ + 3 * config_.intermediate_size);
+  const std::int64_t block_products =
+      config_.hidden_size * (2 * q_width_ + 2 * kv_width_ + 3 * config_.intermediate_size);
   const int threads = block_team_.threads(tokens * block_products / 4, threads_);
   const auto begun = std::chrono::steady_clock::now();
 #pragma omp parallel num_threads(threads)

@@ -89,7 +89,7 @@ class TeamChoice {
   struct Pace {
     double seconds[2] = {0, 0};  // a product: alone, as a team; 0: not known
     int calls = 0;
-    int until_trial = 0;         // calls before the slower way is timed again
+    int until_trial = 0;  // calls before the slower way is timed again
   };
   static constexpr int kFirstCalls = 6;  // taken in turn; the best of each counts, as the first may read from disk
   static std::size_t size_class(std::int64_t products);
@@ -100,7 +100,8 @@ class Forward {
  public:
   static constexpr std::int64_t kBatch = 20 * kActTile;  // tokens a call at most
 
-  Forward(const ModelConfig& config, const Weights& weights, const Kernels& kernels, int threads, bool int8_activations);
+  Forward(const ModelConfig& config, const Weights& weights, const Kernels& kernels, int threads,
+          bool int8_activations);
 
   // Embeds `ids` (count <= kBatch) at positions [position, position + count) and runs all blocks; writes the residual
   // stream after the last block to hidden [count, hidden_size].

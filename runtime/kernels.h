@@ -21,7 +21,9 @@ constexpr std::int64_t kActTile = 12;     // tokens that are packed side by side
 constexpr std::int64_t kPage = 128;       // positions per page of the KV cache
 constexpr std::int64_t kMaxQueries = 16;  // query rows per attention call
 
-inline std::int64_t round_up(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit * unit; }
+inline std::int64_t round_up(std::int64_t value, std::int64_t unit) {
+  return (value + unit - 1) / unit * unit;
+}
 
 // A weight matrix [rows, cols] in place.
 struct PackedMatrix {

@@ -15,7 +15,9 @@ namespace {
 
 #define PARE_UNROLL _Pragma("GCC unroll 16")
 
-inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline __m256i load(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
 
 inline __m256 load_scales(const std::uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -99,9 +101,8 @@ void part_int8(const PackedMatrix& w, std::int64_t block, int half, const Int8Ti
       PARE_UNROLL for (int h = 0; h < kHalves; ++h) {
         const __m256i zero = kKind == CodecKind::kQ4a ? load_zeros(zeros + wg * 8, half + h) : _mm256_setzero_si256();
         PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
-          const __m256i offset = kKind == CodecKind::kQ4a
-                                     ? _mm256_madd_epi16(zero, _mm256_set1_epi32(x.minus1[at + t]))
-                                     : _mm256_set1_epi32(x.minus8[at + t]);
+          const __m256i offset = kKind == CodecKind::kQ4a ? _mm256_madd_epi16(zero, _mm256_set1_epi32(x.minus1[at + t]))
+                                                          : _mm256_set1_epi32(x.minus8[at + t]);
           acc[h][t] = _mm256_add_epi32(_mm256_madd_epi16(acc[h][t], ones), offset);
         }
       }
@@ -348,13 +349,18 @@ void matmul_rows(const PackedMatrix& w, const float* x, std::int64_t ldx, std::i
   for (; r < end; ++r) dot_rows<Load, 1>(row(r), w.cols, x, ldx, tokens, out + r, ldo, add);
 }
 
-void matmul_float(const PackedMatrix& w, const float* x, std::int64_t ldx, std::int64_t tokens, std::int64_t block_begin,
-                  std::int64_t block_end, float* out, std::int64_t ldo, bool add, float* scratch) {
+void matmul_float(const PackedMatrix& w, const float* x, std::int64_t ldx, std::int64_t tokens,
+                  std::int64_t block_begin, std::int64_t block_end, float* out, std::int64_t ldo, bool add,
+                  float* scratch) {
   switch (w.codec.kind) {
-    case CodecKind::kF32: return matmul_rows<LoadF32>(w, x, ldx, tokens, block_begin, block_end, out, ldo, add);
-    case CodecKind::kF16: return matmul_rows<LoadF16>(w, x, ldx, tokens, block_begin, block_end, out, ldo, add);
-    case CodecKind::kBf16: return matmul_rows<LoadBf16>(w, x, ldx, tokens, block_begin, block_end, out, ldo, add);
-    default: break;
+    case CodecKind::kF32:
+      return matmul_rows<LoadF32>(w, x, ldx, tokens, block_begin, block_end, out, ldo, add);
+    case CodecKind::kF16:
+      return matmul_rows<LoadF16>(w, x, ldx, tokens, block_begin, block_end, out, ldo, add);
+    case CodecKind::kBf16:
+      return matmul_rows<LoadBf16>(w, x, ldx, tokens, block_begin, block_end, out, ldo, add);
+    default:
+      break;
   }
   for (std::int64_t block = block_begin; block < block_end; ++block) {
     if (w.codec.kind == CodecKind::kQ8) unpack_panel<CodecKind::kQ8>(w, block, scratch);
@@ -372,8 +378,8 @@ void matmul_float(const PackedMatrix& w, const float* x, std::int64_t ldx, std::
 // where the result neither overflows nor needs subnormals.
 inline __m256 exp_ps(__m256 x) {
   x = _mm256_min_ps(_mm256_set1_ps(88.0f), _mm256_max_ps(_mm256_set1_ps(-87.0f), x));  // this order keeps NaN
-  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)),
-                                   _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256 n =
+      _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693145752f), x);
   r = _mm256_fnmadd_ps(n, _mm256_set1_ps(1.42860677e-6f), r);
   __m256 p = _mm256_set1_ps(1.0f / 720);
@@ -425,8 +431,8 @@ float softmax(float* s, std::int64_t n) {
   const __m256 peak = _mm256_set1_ps(_mm_cvtss_f32(top));
   __m256 sum = _mm256_setzero_ps();
   for (std::int64_t i = 0; i < round_up(n, 16); i += 8) {
-    const __m256 e = _mm256_and_ps(exp_ps(_mm256_sub_ps(_mm256_loadu_ps(s + i), peak)),
-                                   _mm256_castsi256_ps(tail_mask(n - i)));
+    const __m256 e =
+        _mm256_and_ps(exp_ps(_mm256_sub_ps(_mm256_loadu_ps(s + i), peak)), _mm256_castsi256_ps(tail_mask(n - i)));
     _mm256_storeu_ps(s + i, e);
     sum = _mm256_add_ps(sum, e);
   }

@@ -19,7 +19,9 @@ namespace {
 
 #define PARE_UNROLL _Pragma("GCC unroll 16")
 
-inline __mmask16 tail_mask(std::int64_t n) { return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1); }
+inline __mmask16 tail_mask(std::int64_t n) {
+  return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1);
+}
 
 inline __m512 load_scales(const std::uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -102,10 +104,10 @@ void tile_int8(const PackedMatrix& w, std::int64_t block, const Int8Tile& x, flo
 using TileInt8 = void (*)(const PackedMatrix&, std::int64_t, const Int8Tile&, float*, std::int64_t, bool);
 template <CodecKind kKind>
 TileInt8 tile_for(std::int64_t width) {
-  static constexpr TileInt8 kTable[kActTile] = {
-      tile_int8<kKind, 1>, tile_int8<kKind, 2>, tile_int8<kKind, 3>, tile_int8<kKind, 4>,
-      tile_int8<kKind, 5>, tile_int8<kKind, 6>, tile_int8<kKind, 7>, tile_int8<kKind, 8>,
-      tile_int8<kKind, 9>, tile_int8<kKind, 10>, tile_int8<kKind, 11>, tile_int8<kKind, 12>};
+  static constexpr TileInt8 kTable[kActTile] = {tile_int8<kKind, 1>,  tile_int8<kKind, 2>,  tile_int8<kKind, 3>,
+                                                tile_int8<kKind, 4>,  tile_int8<kKind, 5>,  tile_int8<kKind, 6>,
+                                                tile_int8<kKind, 7>,  tile_int8<kKind, 8>,  tile_int8<kKind, 9>,
+                                                tile_int8<kKind, 10>, tile_int8<kKind, 11>, tile_int8<kKind, 12>};
   return kTable[width - 1];
 }
 
@@ -301,13 +303,18 @@ void matmul_rows(const PackedMatrix& w, const float* x, std::int64_t ldx, std::i
   for (; r < end; ++r) dot_rows<Load, 1>(row(r), w.cols, x, ldx, tokens, out + r, ldo, add);
 }
 
-void matmul_float(const PackedMatrix& w, const float* x, std::int64_t ldx, std::int64_t tokens, std::int64_t block_begin,
-                  std::int64_t block_end, float* out, std::int64_t ldo, bool add, float* scratch) {
+void matmul_float(const PackedMatrix& w, const float* x, std::int64_t ldx, std::int64_t tokens,
+                  std::int64_t block_begin, std::int64_t block_end, float* out, std::int64_t ldo, bool add,
+                  float* scratch) {
   switch (w.codec.kind) {
-    case CodecKind::kF32: return matmul_rows<LoadF32>(w, x, ldx, tokens, block_begin, block_end, out, ldo, add);
-    case CodecKind::kF16: return matmul_rows<LoadF16>(w, x, ldx, tokens, block_begin, block_end, out, ldo, add);
-    case CodecKind::kBf16: return matmul_rows<LoadBf16>(w, x, ldx, tokens, block_begin, block_end, out, ldo, add);
-    default: break;
+    case CodecKind::kF32:
+      return matmul_rows<LoadF32>(w, x, ldx, tokens, block_begin, block_end, out, ldo, add);
+    case CodecKind::kF16:
+      return matmul_rows<LoadF16>(w, x, ldx, tokens, block_begin, block_end, out, ldo, add);
+    case CodecKind::kBf16:
+      return matmul_rows<LoadBf16>(w, x, ldx, tokens, block_begin, block_end, out, ldo, add);
+    default:
+      break;
   }
   for (std::int64_t block = block_begin; block < block_end; ++block) {
     if (w.codec.kind == CodecKind::kQ8) unpack_panel<CodecKind::kQ8>(w, block, scratch);
@@ -367,7 +374,8 @@ void silu_mul(float* gate, const float* up, std::int64_t n) {
 
 float softmax(float* s, std::int64_t n) {
   __m512 peak = _mm512_set1_ps(-INFINITY);
-  for (std::int64_t i = 0; i < n; i += 16) peak = _mm512_mask_max_ps(peak, tail_mask(n - i), peak, _mm512_loadu_ps(s + i));
+  for (std::int64_t i = 0; i < n; i += 16)
+    peak = _mm512_mask_max_ps(peak, tail_mask(n - i), peak, _mm512_loadu_ps(s + i));
   peak = _mm512_set1_ps(_mm512_reduce_max_ps(peak));
   __m512 sum = _mm512_setzero_ps();
   for (std::int64_t i = 0; i < n; i += 16) {

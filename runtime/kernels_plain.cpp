@@ -19,8 +19,9 @@ float dot(const float* a, const float* b, std::int64_t n) {
   return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
 }
 
-void matmul_float(const PackedMatrix& w, const float* x, std::int64_t ldx, std::int64_t tokens, std::int64_t block_begin,
-                  std::int64_t block_end, float* out, std::int64_t ldo, bool add, float* scratch) {
+void matmul_float(const PackedMatrix& w, const float* x, std::int64_t ldx, std::int64_t tokens,
+                  std::int64_t block_begin, std::int64_t block_end, float* out, std::int64_t ldo, bool add,
+                  float* scratch) {
   const std::int64_t end = std::min(block_end * kBlockRows, w.rows);
   for (std::int64_t r = block_begin * kBlockRows; r < end; ++r) {
     const float* row = scratch;
@@ -106,15 +107,15 @@ void quantize_tile(const float* x, std::int64_t ldx, std::int64_t tile, Int8Acti
       const std::int64_t count = std::min(kActGroup, to.cols - g * kActGroup);
       const float* in = row + g * kActGroup;
       std::uint32_t largest = 0;  // of |x| as bits: NaN above infinity above every number
-      for (std::int64_t i = 0; i < count; ++i) largest = std::max(largest, std::bit_cast<std::uint32_t>(in[i]) & 0x7fffffffu);
+      for (std::int64_t i = 0; i < count; ++i)
+        largest = std::max(largest, std::bit_cast<std::uint32_t>(in[i]) & 0x7fffffffu);
       const float peak = std::bit_cast<float>(largest);
       const bool finite = largest < 0x7f800000u;
       const float inverse = finite && peak > 1e-30f ? 127.0f / peak : 0.0f;
       std::int8_t* codes = to.codes.data() + base * kActGroup + (g * 8 * width + t) * 4;
       std::int32_t sum = 0;
       for (std::int64_t i = 0; i < kActGroup; ++i) {
-        const auto code =
-            static_cast<std::int8_t>(i < count && finite ? std::nearbyint(in[i] * inverse) : 0.0f);
+        const auto code = static_cast<std::int8_t>(i < count && finite ? std::nearbyint(in[i] * inverse) : 0.0f);
         codes[i / 4 * width * 4 + i % 4] = code;
         sum += code;
       }

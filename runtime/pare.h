@@ -1,9 +1,10 @@
 /* C interface of the pare runtime: open a compact file, tokenize, feed, read logits, sample. Plain C11.
  *
- * Every function that can fail returns a status: PARE_OK, or the number that the `pare` program would exit with; functions
- * that return a handle return NULL and functions that return a count return -1. pare_last_error() then tells, per thread, what was wrong.
- * A model may be shared by threads; a session or a sampler belongs to one thread at a time. Handles keep what they
- * need alive: a model may be closed while its sessions are still open. Closing NULL does nothing.
+ * Every function that can fail returns a status: PARE_OK, or the number that the `pare` program would exit with;
+ * functions that return a handle return NULL and functions that return a count return -1. pare_last_error() then tells,
+ * per thread, what was wrong. A model may be shared by threads; a session or a sampler belongs to one thread at a time.
+ * Handles keep what they need alive: a model may be closed while its sessions are still open. Closing NULL does
+ * nothing.
  */
 #ifndef PARE_H
 #define PARE_H
@@ -19,9 +20,9 @@ extern "C" {
 
 enum pare_status {
   PARE_OK = 0,
-  PARE_FAILURE = 1,  /* I/O, out of memory, logits that are not finite */
-  PARE_USAGE = 2,    /* an argument is out of its range */
-  PARE_INPUT = 3,    /* the file, the text or a token id is invalid; the context is full */
+  PARE_FAILURE = 1, /* I/O, out of memory, logits that are not finite */
+  PARE_USAGE = 2,   /* an argument is out of its range */
+  PARE_INPUT = 3,   /* the file, the text or a token id is invalid; the context is full */
   PARE_RESOURCES = 5
 };
 
@@ -46,7 +47,7 @@ const char* pare_last_error(void);
 pare_model* pare_open(const char* path, const pare_options* options);
 void pare_close(pare_model* model);
 int64_t pare_vocab_size(const pare_model* model);
-int64_t pare_context_size(const pare_model* model); /* positions the model was made for */
+int64_t pare_context_size(const pare_model* model);   /* positions the model was made for */
 int pare_is_end(const pare_model* model, int32_t id); /* 1 for an end-of-text token */
 
 /* Number of ids of the text (UTF-8, `bytes` long, need not end with 0); the first `capacity` are written to ids.
@@ -62,7 +63,7 @@ pare_session* pare_session_open(const pare_model* model, int64_t max_positions);
 void pare_session_close(pare_session* session);
 int pare_session_reset(pare_session* session);
 int64_t pare_session_position(const pare_session* session);
-/* Appends ids. On failure the session is as before. */
+/* Appends ids. On failure the position is as before. */
 int pare_feed(pare_session* session, const int32_t* ids, int64_t count);
 /* Logits of rows [first, first + count) of the last pare_feed(): out is [count, vocab size]; row i predicts what
  * follows id i. */

@@ -8,7 +8,9 @@
 namespace pare {
 namespace {
 
-std::uint64_t rotate_left(std::uint64_t x, int k) { return (x << k) | (x >> (64 - k)); }
+std::uint64_t rotate_left(std::uint64_t x, int k) {
+  return (x << k) | (x >> (64 - k));
+}
 
 // xoshiro256** (Blackman and Vigna), public domain algorithm; a draw is uniform in [0, 1) with 53 bits.
 double draw(std::uint64_t (&s)[4]) {
@@ -59,16 +61,18 @@ std::int32_t Sampler::operator()(std::span<const float> logits) {
   double total = 0;
   for (const float logit : logits) total += weight(logit);
   // A token below this share cannot belong to the smallest set of likely tokens that reaches top_p.
-  const double floor =
-      options_.top_p < 1 && logits.size() > 1 ? (1 - options_.top_p) / static_cast<double>(logits.size() - 1) * total : 0;
+  const double floor = options_.top_p < 1 && logits.size() > 1
+                           ? (1 - options_.top_p) / static_cast<double>(logits.size() - 1) * total
+                           : 0;
   scratch_.clear();
   for (std::size_t i = 0; i < logits.size(); ++i) {
     const double w = weight(logits[i]);
     if (w >= floor && w > 0) scratch_.emplace_back(logits[i], static_cast<std::int32_t>(i));
   }
   if (options_.top_p < 1) {
-    std::sort(scratch_.begin(), scratch_.end(),
-              [](const auto& a, const auto& b) { return a.first != b.first ? a.first > b.first : a.second < b.second; });
+    std::sort(scratch_.begin(), scratch_.end(), [](const auto& a, const auto& b) {
+      return a.first != b.first ? a.first > b.first : a.second < b.second;
+    });
     double mass = 0;
     std::size_t keep = 0;
     while (keep < scratch_.size() && mass < options_.top_p * total) mass += weight(scratch_[keep++].first);

@@ -14,7 +14,9 @@ namespace pare {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
+double seconds_since(Clock::time_point begin) {
+  return std::chrono::duration<double>(Clock::now() - begin).count();
+}
 
 std::vector<int> parse_threads(const std::string& text) {
   std::vector<int> counts;
@@ -42,7 +44,9 @@ Spread spread(std::vector<double> values) {
   return {n % 2 == 1 ? values[n / 2] : (values[n / 2 - 1] + values[n / 2]) / 2, values.front(), values.back()};
 }
 
-Json to_json(const Spread& s) { return Json{{"median", s.median}, {"min", s.low}, {"max", s.high}}; }
+Json to_json(const Spread& s) {
+  return Json{{"median", s.median}, {"min", s.low}, {"max", s.high}};
+}
 
 Json bench(const Options& options, Context& context) {
   const auto prompt = options.get<std::int64_t>("prompt"), decode = options.get<std::int64_t>("tokens");
@@ -108,11 +112,12 @@ Json bench(const Options& options, Context& context) {
                            {"decode_gigabytes_per_second", d.median * static_cast<double>(tensor_bytes) * 1e-9},
                            {"resident_bytes", resident_bytes()}});
   }
-  std::string table = fmt::format("{}: {:.1f} MB of weights, kernels {}, {} activations, median of {} (lowest to highest)\n",
-                                  path, static_cast<double>(tensor_bytes) * 1e-6, kernels,
-                                  options.get<std::string>("act"), repeats);
-  table += fmt::format("{:>7}  {:>32}  {:>32}  {:>12}  {:>13}\n", "threads", fmt::format("prefill {} [tokens/s]", prompt),
-                       fmt::format("decode {} [tokens/s]", decode), "read [GB/s]", "resident [MB]");
+  std::string table =
+      fmt::format("{}: {:.1f} MB of weights, kernels {}, {} activations, median of {} (lowest to highest)\n", path,
+                  static_cast<double>(tensor_bytes) * 1e-6, kernels, options.get<std::string>("act"), repeats);
+  table +=
+      fmt::format("{:>7}  {:>32}  {:>32}  {:>12}  {:>13}\n", "threads", fmt::format("prefill {} [tokens/s]", prompt),
+                  fmt::format("decode {} [tokens/s]", decode), "read [GB/s]", "resident [MB]");
   for (const Json& row : results) {
     const auto cell = [&](const char* key) {
       const Json& s = row.at(key);
@@ -145,16 +150,33 @@ Command bench_command() {
   command.summary = "Measure prefill and decode speed of a compact file";
   command.options = {
       {.name = "model", .type = OptionType::kPath, .help = "compact file", .required = true, .positional = true},
-      {.name = "prompt", .type = OptionType::kInteger, .help = "tokens of the prefill test, 0: none", .default_value = 512,
-       .minimum = 0, .short_name = "p"},
-      {.name = "tokens", .type = OptionType::kInteger, .help = "tokens of the decode test, 0: none", .default_value = 64,
-       .minimum = 0, .short_name = "n"},
-      {.name = "threads-list", .type = OptionType::kText,
-       .help = "numbers of threads to measure, such as 1,2; default: --threads", .short_name = "t"},
-      {.name = "repeats", .type = OptionType::kInteger, .help = "repetitions after one warm-up", .default_value = 3,
-       .minimum = 1, .short_name = "r"},
-      {.name = "act", .type = OptionType::kText, .help = "activations that meet quantized weights",
-       .default_value = "int8", .choices = {"int8", "float"}},
+      {.name = "prompt",
+       .type = OptionType::kInteger,
+       .help = "tokens of the prefill test, 0: none",
+       .default_value = 512,
+       .minimum = 0,
+       .short_name = "p"},
+      {.name = "tokens",
+       .type = OptionType::kInteger,
+       .help = "tokens of the decode test, 0: none",
+       .default_value = 64,
+       .minimum = 0,
+       .short_name = "n"},
+      {.name = "threads-list",
+       .type = OptionType::kText,
+       .help = "numbers of threads to measure, such as 1,2; default: --threads",
+       .short_name = "t"},
+      {.name = "repeats",
+       .type = OptionType::kInteger,
+       .help = "repetitions after one warm-up",
+       .default_value = 3,
+       .minimum = 1,
+       .short_name = "r"},
+      {.name = "act",
+       .type = OptionType::kText,
+       .help = "activations that meet quantized weights",
+       .default_value = "int8",
+       .choices = {"int8", "float"}},
   };
   command.run = bench;
   command.example = "pare bench model.pare -p 512 -n 64 -t 1,2";

@@ -13,7 +13,9 @@ namespace pare {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
+double seconds_since(Clock::time_point begin) {
+  return std::chrono::duration<double>(Clock::now() - begin).count();
+}
 
 // The prompt's ids; an empty prompt becomes the token that begins a text. `note` says which was taken.
 std::vector<std::int32_t> prompt_ids(const Engine& engine, const std::string& prompt, std::string& note) {
@@ -32,9 +34,11 @@ std::vector<std::int32_t> prompt_ids(const Engine& engine, const std::string& pr
       }
     }
   }
-  if (ids.empty() && !engine.config().eos_ids.empty()) ids.push_back(static_cast<std::int32_t>(engine.config().eos_ids.front()));
+  if (ids.empty() && !engine.config().eos_ids.empty())
+    ids.push_back(static_cast<std::int32_t>(engine.config().eos_ids.front()));
   if (ids.empty()) {
-    throw input_error("prompt", "a text (this model has no token that begins one)", "an empty prompt", "give one with -p");
+    throw input_error("prompt", "a text (this model has no token that begins one)", "an empty prompt",
+                      "give one with -p");
   }
   note = fmt::format("empty prompt: starting from token {} {}", ids.front(), tokenizer.token(ids.front()));
   return ids;
@@ -146,16 +150,33 @@ Command run_command() {
   command.summary = "Continue a text with a compact file";
   command.options = {
       {.name = "model", .type = OptionType::kPath, .help = "compact file", .required = true, .positional = true},
-      {.name = "prompt", .type = OptionType::kText, .help = "text to continue; empty: start from the begin token",
-       .default_value = "", .short_name = "p"},
-      {.name = "tokens", .type = OptionType::kInteger, .help = "new tokens at most", .default_value = 128, .minimum = 0,
+      {.name = "prompt",
+       .type = OptionType::kText,
+       .help = "text to continue; empty: start from the begin token",
+       .default_value = "",
+       .short_name = "p"},
+      {.name = "tokens",
+       .type = OptionType::kInteger,
+       .help = "new tokens at most",
+       .default_value = 128,
+       .minimum = 0,
        .short_name = "n"},
-      {.name = "temp", .type = OptionType::kNumber, .help = "temperature; 0: always the likeliest token",
-       .default_value = 0.0, .minimum = 0},
-      {.name = "top-p", .type = OptionType::kNumber, .help = "draw from the likeliest tokens with this share of the mass",
-       .default_value = 1.0, .minimum = 0, .maximum = 1},
-      {.name = "act", .type = OptionType::kText, .help = "activations that meet quantized weights",
-       .default_value = "int8", .choices = {"int8", "float"}},
+      {.name = "temp",
+       .type = OptionType::kNumber,
+       .help = "temperature; 0: always the likeliest token",
+       .default_value = 0.0,
+       .minimum = 0},
+      {.name = "top-p",
+       .type = OptionType::kNumber,
+       .help = "draw from the likeliest tokens with this share of the mass",
+       .default_value = 1.0,
+       .minimum = 0,
+       .maximum = 1},
+      {.name = "act",
+       .type = OptionType::kText,
+       .help = "activations that meet quantized weights",
+       .default_value = "int8",
+       .choices = {"int8", "float"}},
       {.name = "ignore-eos", .type = OptionType::kFlag, .help = "go on after an end token", .default_value = false},
   };
   command.run = run;

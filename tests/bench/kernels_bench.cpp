@@ -48,7 +48,8 @@ void multiply(benchmark::State& state, const std::string& kernels, const std::st
   const std::int64_t blocks = w.matrix.row_blocks(), step = tokens > kActTile ? 8 : 64;
   std::vector<std::unique_ptr<std::byte, Free>> scratch;
   for (int i = 0; i < threads; ++i) {
-    scratch.emplace_back(static_cast<std::byte*>(std::aligned_alloc(64, static_cast<std::size_t>(64 * round_up(cols, 16)))));
+    scratch.emplace_back(
+        static_cast<std::byte*>(std::aligned_alloc(64, static_cast<std::size_t>(64 * round_up(cols, 16)))));
   }
   for (auto _ : state) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
@@ -73,13 +74,18 @@ void register_all() {
       for (const bool int8 : {true, false}) {
         if (int8 && Codec::parse(codec, "bench").is_float()) continue;
         for (const int threads : {1, 2}) {
-          const std::string tail = std::string("/") + kernels + "/" + codec + (int8 ? "/int8" : "/float") + "/threads:" + std::to_string(threads);
-          benchmark::RegisterBenchmark(("decode" + tail).c_str(), [=](benchmark::State& s) {
-            multiply(s, kernels, codec, 131072, 2048, 1, int8, threads);
-          })->UseRealTime()->Unit(benchmark::kMillisecond);
-          benchmark::RegisterBenchmark(("prefill" + tail).c_str(), [=](benchmark::State& s) {
-            multiply(s, kernels, codec, 1536, 768, 240, int8, threads);
-          })->UseRealTime()->Unit(benchmark::kMillisecond);
+          const std::string tail = std::string("/") + kernels + "/" + codec + (int8 ? "/int8" : "/float") +
+                                   "/threads:" + std::to_string(threads);
+          benchmark::RegisterBenchmark(
+              ("decode" + tail).c_str(),
+              [=](benchmark::State& s) { multiply(s, kernels, codec, 131072, 2048, 1, int8, threads); })
+              ->UseRealTime()
+              ->Unit(benchmark::kMillisecond);
+          benchmark::RegisterBenchmark(
+              ("prefill" + tail).c_str(),
+              [=](benchmark::State& s) { multiply(s, kernels, codec, 1536, 768, 240, int8, threads); })
+              ->UseRealTime()
+              ->Unit(benchmark::kMillisecond);
         }
       }
     }

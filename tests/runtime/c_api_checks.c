@@ -7,8 +7,8 @@
 
 #include "runtime/pare.h"
 
-#define CHECK(condition) \
-  do {                   \
+#define CHECK(condition)               \
+  do {                                 \
     if (!(condition)) return __LINE__; \
   } while (0)
 

@@ -21,7 +21,8 @@ TEST(CApiTest, ServesACProgram) {
   write_tiny_model(path, tiny_config("llama", 32, 64, 4, 2, 8, 290, true), {CodecKind::kQ8, 32}, 5,
                    {{"tokenizer.json", tokenizer}});
   const std::string absent = (scratch.path / "absent.pare").string();
-  EXPECT_EQ(c_api_checks(path.c_str(), absent.c_str()), 0) << "failed check, line of c_api_checks.c; last error: " << pare_last_error();
+  EXPECT_EQ(c_api_checks(path.c_str(), absent.c_str()), 0)
+      << "failed check, line of c_api_checks.c; last error: " << pare_last_error();
 }
 
 TEST(CApiTest, ErrorsBelongToTheirThread) {

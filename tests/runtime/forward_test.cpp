@@ -39,8 +39,17 @@ std::vector<Shape> shapes() {
 
 std::vector<Codec> codecs() {
   const auto q4 = CodecKind::kQ4, q4a = CodecKind::kQ4a;
-  return {{CodecKind::kF32, 0}, {CodecKind::kF16, 0}, {CodecKind::kBf16, 0}, {CodecKind::kQ8, 32},
-          {CodecKind::kQ8, Codec::kPerRow}, {q4, 32}, {q4, 64}, {q4, 128}, {q4a, 32}, {q4a, 64}, {q4a, 128}};
+  return {{CodecKind::kF32, 0},
+          {CodecKind::kF16, 0},
+          {CodecKind::kBf16, 0},
+          {CodecKind::kQ8, 32},
+          {CodecKind::kQ8, Codec::kPerRow},
+          {q4, 32},
+          {q4, 64},
+          {q4, 128},
+          {q4a, 32},
+          {q4a, 64},
+          {q4a, 128}};
 }
 
 bool fits(const ModelConfig& c, const Codec& codec) {
@@ -92,7 +101,8 @@ TEST(ForwardTest, EveryIngredientCodecAndInstructionSetMatchesDoubles) {
           Session session(Engine::open(path, engine_options(kernels, int8, 1)));
           session.feed(ids);
           const auto got = all_logits(session, 20, shape.config.vocab_size);
-          const std::string what = std::string(shape.name) + ", " + codec.name() + ", " + kernels + (int8 ? ", int8" : ", float");
+          const std::string what =
+              std::string(shape.name) + ", " + codec.name() + ", " + kernels + (int8 ? ", int8" : ", float");
           if (int8) {
             // A value next to a rounding boundary may fall to the other side and shift what follows a little, but far
             // less than int8 activations differ from float ones.
@@ -128,7 +138,8 @@ TEST(ForwardTest, IncrementalDecodingAndAnyThreadCountGiveTheBitsOfOnePrefill) {
   std::vector<Shape> some = shapes();
   some.resize(2);
   for (const Shape& shape : some) {
-    for (const Codec& codec : {Codec{CodecKind::kF32, 0}, Codec{CodecKind::kQ8, 32}, Codec{CodecKind::kQ4, 32}, Codec{CodecKind::kQ4a, 32}}) {
+    for (const Codec& codec : {Codec{CodecKind::kF32, 0}, Codec{CodecKind::kQ8, 32}, Codec{CodecKind::kQ4, 32},
+                               Codec{CodecKind::kQ4a, 32}}) {
       if (!fits(shape.config, codec)) continue;
       const fs::path path = scratch.path / (std::to_string(file++) + ".pare");
       write_tiny_model(path, shape.config, codec, 11);
@@ -143,7 +154,8 @@ TEST(ForwardTest, IncrementalDecodingAndAnyThreadCountGiveTheBitsOfOnePrefill) {
 
           Session threads(Engine::open(path, engine_options(kernels, int8, 2)));
           threads.feed(ids);
-          EXPECT_EQ(want, all_logits(threads, count, vocab)) << shape.name << ", " << codec.name() << ", " << kernels << ", 2 threads";
+          EXPECT_EQ(want, all_logits(threads, count, vocab))
+              << shape.name << ", " << codec.name() << ", " << kernels << ", 2 threads";
 
           // Pieces of 1, 2, 3, ... tokens, after a reset that must leave nothing behind.
           Session pieces(engine);

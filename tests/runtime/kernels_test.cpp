@@ -16,8 +16,9 @@ namespace {
 
 struct AlignedBytes {
   explicit AlignedBytes(std::span<const std::byte> bytes)
-      : size(bytes.size()), data(static_cast<std::byte*>(std::aligned_alloc(64, static_cast<std::size_t>(round_up(
-                                static_cast<std::int64_t>(bytes.size()), 64))))) {
+      : size(bytes.size()),
+        data(static_cast<std::byte*>(
+            std::aligned_alloc(64, static_cast<std::size_t>(round_up(static_cast<std::int64_t>(bytes.size()), 64))))) {
     std::memcpy(data, bytes.data(), bytes.size());
   }
   AlignedBytes(const AlignedBytes&) = delete;
@@ -98,7 +99,9 @@ std::vector<float> random_floats(std::int64_t count, std::uint32_t seed, float s
   return values;
 }
 
-const Kernels& kernels_named(const std::string& name) { return choose_kernels(name); }
+const Kernels& kernels_named(const std::string& name) {
+  return choose_kernels(name);
+}
 
 struct Case {
   Codec codec;
@@ -114,7 +117,8 @@ std::vector<Case> cases() {
       all.push_back({c, rows, cols});
     }
   }
-  for (const auto& [rows, cols] : {std::pair{1, 32}, {17, 32}, {40, 96}, {31, 160}, {16, 576}}) all.push_back({q8, rows, cols});
+  for (const auto& [rows, cols] : {std::pair{1, 32}, {17, 32}, {40, 96}, {31, 160}, {16, 576}})
+    all.push_back({q8, rows, cols});
   for (const CodecKind kind : {CodecKind::kQ4, CodecKind::kQ4a}) {
     for (const int group : {32, 64, 128}) {
       for (const auto& [rows, groups] : {std::pair{1, 1}, {17, 1}, {23, 3}, {48, 5}}) {
@@ -126,8 +130,8 @@ std::vector<Case> cases() {
 }
 
 std::string describe(const Case& c) {
-  return "codec kind " + std::to_string(static_cast<int>(c.codec.kind)) + " group " + std::to_string(c.codec.group) + ", " +
-         std::to_string(c.rows) + " x " + std::to_string(c.cols);
+  return "codec kind " + std::to_string(static_cast<int>(c.codec.kind)) + " group " + std::to_string(c.codec.group) +
+         ", " + std::to_string(c.rows) + " x " + std::to_string(c.cols);
 }
 
 class KernelsTest : public ::testing::TestWithParam<std::string> {};
@@ -149,13 +153,15 @@ TEST_P(KernelsTest, FloatProductsMatchDoubles) {
         // In two calls, as two threads would.
         const std::int64_t blocks = s.matrix.row_blocks(), middle = blocks / 2;
         k.matmul_float(s.matrix, x.data(), ldx, tokens, 0, middle, out.data(), ldo, add, static_cast<float*>(scratch));
-        k.matmul_float(s.matrix, x.data(), ldx, tokens, middle, blocks, out.data(), ldo, add, static_cast<float*>(scratch));
+        k.matmul_float(s.matrix, x.data(), ldx, tokens, middle, blocks, out.data(), ldo, add,
+                       static_cast<float*>(scratch));
         for (std::int64_t t = 0; t < tokens; ++t) {
           for (std::int64_t r = 0; r < ldo; ++r) {
             double want = r >= c.rows || add ? 2.0 : 0.0, magnitude = 2;
             if (r < c.rows) {
               for (std::int64_t i = 0; i < c.cols; ++i) {
-                const double product = s.weights[static_cast<std::size_t>(r * c.cols + i)] * x[static_cast<std::size_t>(t * ldx + i)];
+                const double product =
+                    s.weights[static_cast<std::size_t>(r * c.cols + i)] * x[static_cast<std::size_t>(t * ldx + i)];
                 want += product;
                 magnitude += std::abs(product);
               }
@@ -190,7 +196,8 @@ TEST_P(KernelsTest, Int8ProductsMatchDoublesOnTheSameQuantizedActivations) {
       for (std::int64_t t = 0; t < tokens; ++t) {
         for (std::int64_t g = 0; g < c.cols; g += 32) {
           float peak = 0;
-          for (std::int64_t i = g; i < std::min(c.cols, g + 32); ++i) peak = std::max(peak, std::abs(x[static_cast<std::size_t>(t * ldx + i)]));
+          for (std::int64_t i = g; i < std::min(c.cols, g + 32); ++i)
+            peak = std::max(peak, std::abs(x[static_cast<std::size_t>(t * ldx + i)]));
           const float inverse = peak > 0 ? 127.0f / peak : 0.0f;
           for (std::int64_t i = g; i < std::min(c.cols, g + 32); ++i) {
             quantized[static_cast<std::size_t>(t * c.cols + i)] =
@@ -210,7 +217,8 @@ TEST_P(KernelsTest, Int8ProductsMatchDoublesOnTheSameQuantizedActivations) {
             double want = r >= c.rows || add ? 2.0 : 0.0, magnitude = 2;
             if (r < c.rows) {
               for (std::int64_t i = 0; i < c.cols; ++i) {
-                const double product = s.weights[static_cast<std::size_t>(r * c.cols + i)] * quantized[static_cast<std::size_t>(t * c.cols + i)];
+                const double product = s.weights[static_cast<std::size_t>(r * c.cols + i)] *
+                                       quantized[static_cast<std::size_t>(t * c.cols + i)];
                 want += product;
                 magnitude += std::abs(product);
               }
@@ -236,10 +244,13 @@ TEST_P(KernelsTest, AnOutputHasTheSameBitsInAnyBatch) {
     std::size_t space = memory.size() * 4;
     std::align(64, space - 64, scratch, space);
     std::vector<float> all(static_cast<std::size_t>(kTokens * c.rows)), one(static_cast<std::size_t>(c.rows));
-    k.matmul_float(s.matrix, x.data(), c.cols, kTokens, 0, s.matrix.row_blocks(), all.data(), c.rows, false, static_cast<float*>(scratch));
+    k.matmul_float(s.matrix, x.data(), c.cols, kTokens, 0, s.matrix.row_blocks(), all.data(), c.rows, false,
+                   static_cast<float*>(scratch));
     for (std::int64_t t = 0; t < kTokens; ++t) {
-      k.matmul_float(s.matrix, x.data() + t * c.cols, c.cols, 1, 0, s.matrix.row_blocks(), one.data(), c.rows, false, static_cast<float*>(scratch));
-      ASSERT_EQ(0, std::memcmp(one.data(), all.data() + t * c.rows, static_cast<std::size_t>(c.rows) * 4)) << describe(c) << ", token " << t;
+      k.matmul_float(s.matrix, x.data() + t * c.cols, c.cols, 1, 0, s.matrix.row_blocks(), one.data(), c.rows, false,
+                     static_cast<float*>(scratch));
+      ASSERT_EQ(0, std::memcmp(one.data(), all.data() + t * c.rows, static_cast<std::size_t>(c.rows) * 4))
+          << describe(c) << ", token " << t;
     }
     if (c.codec.is_float()) continue;
     Int8Activations many, single;
@@ -250,7 +261,8 @@ TEST_P(KernelsTest, AnOutputHasTheSameBitsInAnyBatch) {
       single.resize(1, c.cols);
       k.quantize_tile(x.data() + t * c.cols, c.cols, 0, single);
       k.matmul_int8(s.matrix, single, 0, 1, 0, s.matrix.row_blocks(), one.data(), c.rows, false);
-      ASSERT_EQ(0, std::memcmp(one.data(), all.data() + t * c.rows, static_cast<std::size_t>(c.rows) * 4)) << describe(c) << ", token " << t;
+      ASSERT_EQ(0, std::memcmp(one.data(), all.data() + t * c.rows, static_cast<std::size_t>(c.rows) * 4))
+          << describe(c) << ", token " << t;
     }
   }
 }
@@ -364,14 +376,16 @@ TEST_P(KernelsTest, AttentionKernelsMatchDoubles) {
           for (std::int64_t p = 0; p < positions; ++p) {
             double want = 0;
             for (std::int64_t d = 0; d < head_dim; ++d) {
-              want += static_cast<double>(q[static_cast<std::size_t>(i * ldq + d)]) * keys[static_cast<std::size_t>(d * kPage + p)];
+              want += static_cast<double>(q[static_cast<std::size_t>(i * ldq + d)]) *
+                      keys[static_cast<std::size_t>(d * kPage + p)];
             }
             ASSERT_NEAR(s[static_cast<std::size_t>(i * lds + p)], want, 1e-4);
           }
           for (std::int64_t d = 0; d < width; ++d) {
             double want = 0.25, magnitude = 1;
             for (std::int64_t p = 0; p < positions; ++p) {
-              const double product = static_cast<double>(s[static_cast<std::size_t>(i * lds + p)]) * values[static_cast<std::size_t>(p * width + d)];
+              const double product = static_cast<double>(s[static_cast<std::size_t>(i * lds + p)]) *
+                                     values[static_cast<std::size_t>(p * width + d)];
               want += product;
               magnitude += std::abs(product);
             }

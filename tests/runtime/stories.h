@@ -8,7 +8,9 @@
 
 namespace pare::testing {
 
-inline fs::path shared_folder() { return fs::path(PARE_SOURCE_DIR) / ".." / "shared"; }
+inline fs::path shared_folder() {
+  return fs::path(PARE_SOURCE_DIR) / ".." / "shared";
+}
 
 // The folder of the model, or nothing where ../shared does not lie beside the checkout.
 inline std::optional<fs::path> stories_folder() {

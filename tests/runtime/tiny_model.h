@@ -87,9 +87,10 @@ inline QuantizedTensor round_to_nearest(const Codec& codec, std::int64_t rows, s
       if (asymmetric) q.zeros.push_back(static_cast<std::uint8_t>(zero));
       for (std::int64_t i = 0; i < width; ++i) {
         const float code = std::round(in[i] * inverse) + zero;
-        const float bounded = asymmetric ? std::clamp(code, 0.0f, 15.0f)
-                                         : std::clamp(code, static_cast<float>(codec.kind == CodecKind::kQ8 ? -127 : -8),
-                                                      static_cast<float>(top));
+        const float bounded = asymmetric
+                                  ? std::clamp(code, 0.0f, 15.0f)
+                                  : std::clamp(code, static_cast<float>(codec.kind == CodecKind::kQ8 ? -127 : -8),
+                                               static_cast<float>(top));
         q.codes[static_cast<std::size_t>(r * cols + g * width + i)] = static_cast<std::int8_t>(bounded);
       }
     }
@@ -98,8 +99,8 @@ inline QuantizedTensor round_to_nearest(const Codec& codec, std::int64_t rows, s
 }
 
 // Writes the file and returns what it holds. Every matrix gets `codec`.
-inline TinyModel write_tiny_model(const fs::path& path, const ModelConfig& config, const Codec& codec, std::uint32_t seed,
-                                  std::map<std::string, std::string> embedded = {}) {
+inline TinyModel write_tiny_model(const fs::path& path, const ModelConfig& config, const Codec& codec,
+                                  std::uint32_t seed, std::map<std::string, std::string> embedded = {}) {
   TinyModel model{config, codec, {}};
   std::mt19937 rng(seed);
   std::normal_distribution<float> normal(0.0f, 1.0f);
@@ -113,8 +114,8 @@ inline TinyModel write_tiny_model(const fs::path& path, const ModelConfig& confi
   for (const TensorSpec& spec : specs) {
     const std::int64_t rows = spec.shape[0], cols = spec.shape.size() == 2 ? spec.shape[1] : 1;
     std::vector<float> values(static_cast<std::size_t>(rows * cols));
-    const float spread = spec.role == TensorRole::kNorm   ? 0.2f
-                         : spec.role == TensorRole::kBias ? 0.3f
+    const float spread = spec.role == TensorRole::kNorm        ? 0.2f
+                         : spec.role == TensorRole::kBias      ? 0.3f
                          : spec.role == TensorRole::kEmbedding ? 1.0f
                                                                : 1.5f / std::sqrt(static_cast<float>(cols));
     for (float& v : values) v = (spec.role == TensorRole::kNorm ? 1.0f : 0.0f) + spread * normal(rng);
@@ -260,7 +261,8 @@ class BruteForce {
 inline std::vector<std::int32_t> random_ids(std::int64_t count, std::int64_t vocab, std::uint32_t seed) {
   std::mt19937 rng(seed);
   std::vector<std::int32_t> ids;
-  for (std::int64_t i = 0; i < count; ++i) ids.push_back(static_cast<std::int32_t>(rng() % static_cast<std::uint32_t>(vocab)));
+  for (std::int64_t i = 0; i < count; ++i)
+    ids.push_back(static_cast<std::int32_t>(rng() % static_cast<std::uint32_t>(vocab)));
   return ids;
 }
 

@@ -37,7 +37,8 @@ TEST_F(VerbsTest, RunIsDeterministicAndRespectsTheNumberOfTokens) {
   EXPECT_EQ(greedy.at("ids").size(), 12u);
   EXPECT_EQ(greedy.at("stop"), "length");
   EXPECT_EQ(greedy.at("activations"), "int8");
-  EXPECT_EQ(greedy.at("ids"), call(run_command(), {{"prompt", "once upon"}, {"tokens", 12}, {"ignore-eos", true}}, 9).at("ids"));
+  EXPECT_EQ(greedy.at("ids"),
+            call(run_command(), {{"prompt", "once upon"}, {"tokens", 12}, {"ignore-eos", true}}, 9).at("ids"));
   const Json drawn = {{"prompt", "once upon"}, {"tokens", 30}, {"temp", 1.5}, {"ignore-eos", true}};
   EXPECT_EQ(call(run_command(), drawn, 1).at("ids"), call(run_command(), drawn, 1).at("ids"));
   EXPECT_NE(call(run_command(), drawn, 1).at("ids"), call(run_command(), drawn, 2).at("ids"));
@@ -45,7 +46,8 @@ TEST_F(VerbsTest, RunIsDeterministicAndRespectsTheNumberOfTokens) {
 }
 
 TEST_F(VerbsTest, RunStopsAtEndTokensAndAtTheEndOfTheContext) {
-  const Json all = call(run_command(), {{"prompt", "once"}, {"tokens", 100000}, {"temp", 1.0}, {"ignore-eos", true}}, 3);
+  const Json all =
+      call(run_command(), {{"prompt", "once"}, {"tokens", 100000}, {"temp", 1.0}, {"ignore-eos", true}}, 3);
   EXPECT_EQ(all.at("stop"), "context");
   EXPECT_EQ(all.at("ids").size() + all.at("prompt_ids").size(), 301u);  // the last one needs no position
   // Token 2 is the end token of this model.
