@@ -3,10 +3,81 @@
 #include <algorithm>
 #include <cmath>
 
+#include <omp.h>
+
 #include "quantize/scales.h"
+
+#if defined(__x86_64__) && defined(__linux__)
+#define PARE_CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
+#else
+#define PARE_CLONES
+#endif
 
 namespace pare {
 namespace {
+
+PARE_CLONES void add_scaled(double* sum, const double* values, double factor, std::int64_t n) {
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) sum[i] += factor * values[i];
+}
+
+// One row: codes, scales and zeros of the row, g = H d for d = w - dequantized.
+struct Row {
+  std::int8_t* codes;
+  std::uint16_t* scales;
+  const std::uint8_t* zeros;  // null: none
+  const float* weight;
+  std::int64_t cols, size;
+  CodeRange range;
+  bool keep_zeros;
+
+  int zero(std::int64_t group) const { return zeros ? zeros[group] : 0; }
+
+  bool move_codes(const double* hessian, double* g) {
+    bool moved = false;
+    for (std::int64_t j = 0; j < cols; ++j) {
+      const double scale = static_cast<double>(f16_to_f32(scales[j / size])), curvature = hessian[j * cols + j];
+      if (!(scale > 0 && curvature > 0) || (keep_zeros && weight[j] == 0.0f)) continue;
+      const double wanted = static_cast<double>(codes[j]) + g[j] / (scale * curvature);
+      const double step = std::nearbyint(std::clamp<double>(wanted, range.low, range.high)) - static_cast<double>(codes[j]);
+      if (step == 0 || 2.0 * step * g[j] <= step * step * scale * curvature * (1 + 1e-9)) continue;
+      codes[j] = static_cast<std::int8_t>(codes[j] + static_cast<int>(step));
+      add_scaled(g, hessian + j * cols, -step * scale, cols);
+      moved = true;
+    }
+    return moved;
+  }
+
+  bool move_scales(const double* hessian, double* g) {
+    bool moved = false;
+    for (std::int64_t group = 0; group < cols / size; ++group) {
+      const std::int64_t begin = group * size, end = begin + size;
+      double slope = 0, curvature = 0;
+      for (std::int64_t i = begin; i < end; ++i) {
+        const double q = codes[i] - zero(group);
+        if (q == 0) continue;
+        slope += q * g[i];
+        double inner = 0;
+        for (std::int64_t j = begin; j < end; ++j) inner += hessian[i * cols + j] * (codes[j] - zero(group));
+        curvature += q * inner;
+      }
+      if (!(curvature > 0)) continue;
+      const double scale = static_cast<double>(f16_to_f32(scales[group]));
+      const double wanted = scale + slope / curvature;
+      if (!(wanted > 0 && wanted < 65504.0)) continue;
+      const std::uint16_t bits = f32_to_f16(static_cast<float>(wanted));
+      const double step = static_cast<double>(f16_to_f32(bits)) - scale;
+      if (step == 0 || 2.0 * step * slope <= step * step * curvature) continue;
+      scales[group] = bits;
+      for (std::int64_t i = begin; i < end; ++i) {
+        const double q = codes[i] - zero(group);
+        if (q != 0) add_scaled(g, hessian + i * cols, -step * q, cols);
+      }
+      moved = true;
+    }
+    return moved;
+  }
+};
 
 class NearestRule : public SweepRule {
  public:
@@ -70,6 +141,46 @@ GptqResult gptq(const float* weight, const QuantizedTensor& nearest, const doubl
     }
   }
   return result;
+}
+
+double polish(const float* weight, QuantizedTensor& tensor, const double* hessian, bool keep_zeros, int passes, int threads) {
+  const std::int64_t rows = tensor.rows, cols = tensor.cols, groups = tensor.codec.groups(cols);
+  const QuantizedTensor before = tensor;
+  std::vector<float> unpacked(static_cast<std::size_t>(rows * cols));
+  before.unpack(unpacked.data());
+  const std::vector<double> old_errors = row_errors(weight, unpacked.data(), rows, cols, hessian, threads);
+#pragma omp parallel num_threads(threads > 0 ? threads : omp_get_num_procs())
+  {
+    std::vector<double> g(static_cast<std::size_t>(cols));
+#pragma omp for schedule(dynamic)
+    for (std::int64_t r = 0; r < rows; ++r) {
+      Row row{tensor.codes.data() + r * cols, tensor.scales.data() + r * groups,
+              tensor.zeros.empty() ? nullptr : tensor.zeros.data() + r * groups, weight + r * cols, cols, cols / groups,
+              code_range(tensor.codec.kind), keep_zeros};
+      std::fill(g.begin(), g.end(), 0.0);
+      for (std::int64_t j = 0; j < cols; ++j) {
+        const std::int64_t at = r * cols + j;
+        const double d = static_cast<double>(weight[at]) - static_cast<double>(unpacked[static_cast<std::size_t>(at)]);
+        if (d != 0) add_scaled(g.data(), hessian + j * cols, d, cols);
+      }
+      for (int pass = 0; pass < passes; ++pass) {
+        const bool codes_moved = row.move_codes(hessian, g.data());
+        const bool scales_moved = row.move_scales(hessian, g.data());
+        if (!codes_moved && !scales_moved) break;
+      }
+    }
+  }
+  tensor.unpack(unpacked.data());
+  const std::vector<double> errors = row_errors(weight, unpacked.data(), rows, cols, hessian, threads);
+  double sum = 0;
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const std::size_t at = static_cast<std::size_t>(r);
+    sum += std::min(errors[at], old_errors[at]);
+    if (errors[at] < old_errors[at]) continue;
+    std::copy_n(before.codes.begin() + r * cols, cols, tensor.codes.begin() + r * cols);
+    std::copy_n(before.scales.begin() + r * groups, groups, tensor.scales.begin() + r * groups);
+  }
+  return sum;
 }
 
 bool is_pruned(std::span<const float> weight) {

@@ -23,6 +23,11 @@ struct GptqResult {
 GptqResult gptq(const float* weight, const QuantizedTensor& nearest, const double* hessian, const SweepFactor& factor,
                 bool keep_zeros, int threads);
 
+// Coordinate descent on codes and scales after the sweep (QuantEase, Behdin et al. 2023, for the codes; least squares,
+// rounded to f16, for the scales): every accepted step lowers d^T H d of its row. Zeros of a pruned matrix stay. Rows
+// whose exact error did not fall keep what they had. Returns the exact error of all rows.
+double polish(const float* weight, QuantizedTensor& tensor, const double* hessian, bool keep_zeros, int passes, int threads);
+
 // True when at least 5 % of the matrix is exactly 0: it was pruned.
 bool is_pruned(std::span<const float> weight);
 

@@ -116,7 +116,8 @@ class Quantizer : public BlockVisitor {
                       " rows improved", "more calibration text, or --method rtn");
       }
       row["before"] = result.nearest_error;
-      row["after"] = result.error;
+      row["after"] = job_.polish > 0 ? polish(weight, result.tensor, input.hessian.data(), pruned, job_.polish, job_.threads)
+                                     : result.error;
       row["sweep"] = result.sweep_error;
       row["rows_kept_nearest"] = result.nearest_rows;
       row["damping"] = factor->damping;

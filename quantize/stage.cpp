@@ -137,7 +137,7 @@ Json plan(const Options& options) {
     if (!tensor.codec) continue;
     const double group = static_cast<double>(tensor.spec.shape[1] / tensor.codec->groups(tensor.spec.shape[1]));
     operations += count * 45.0 * std::min(group, 128.0);                     // scale search
-    if (calibrated(options)) operations += count * 3.0 * static_cast<double>(tensor.spec.shape[1]);  // sweep, two errors
+    if (calibrated(options)) operations += count * 8.0 * static_cast<double>(tensor.spec.shape[1]);  // sweep, errors, polish
   }
   if (calibrated(options)) {
     const auto tokens = static_cast<double>(samples * context);
@@ -277,7 +277,7 @@ Json run(const Options& options, Context& context) {
     CheckpointWriter writer(folder.work(), model.config(), dtype);
     if (linears.is_null()) {
       const QuantizeJob job{model, tensors, writer, folder.work() / kRows, method_of(options), std::move(windows),
-                            options.get<double>("damping"), options.get<std::string>("device"), context.threads};
+                            options.get<double>("damping"), options.get<int>("polish"), options.get<std::string>("device"), context.threads};
       quantize_layers(job, context);
       linears = collect_rows(model.config(), job.rows);
     }
@@ -334,6 +334,9 @@ Command quantize_command() {
        .maximum = 1e6},
       {.name = "damping", .type = OptionType::kNumber, .help = "GPTQ damping as a fraction of the mean Hessian diagonal",
        .default_value = 0.01, .minimum = 1e-9, .maximum = 10},
+      {.name = "polish", .type = OptionType::kInteger,
+       .help = "GPTQ: passes of coordinate descent over codes and scales after the sweep; 0: the sweep alone",
+       .default_value = 4, .minimum = 0, .maximum = 100},
       {.name = "device", .help = "cpu, cuda or cuda:N for the calibration passes", .default_value = "cpu"},
   };
   command.run = run;

@@ -183,6 +183,50 @@ TEST(Gptq, LiesBetweenTheExhaustiveOptimumAndNearest) {
   EXPECT_GE(sweep_sum, optimum_sum);
 }
 
+TEST(Polish, EndsWhereNoSingleCodeCanBeImproved) {
+  std::mt19937_64 random(6);
+  for (const char* codec : {"q4", "q4a", "q4g64", "q8"}) {
+    const std::int64_t rows = 11, cols = 64;
+    std::vector<float> w = random_weight(random, rows, cols);
+    for (std::size_t i = 0; i < w.size(); i += 5) w[i] = 0.0f;
+    std::vector<double> h = random_hessian(random, cols, 200);
+    for (std::int64_t j = 0; j < cols; ++j) h[static_cast<std::size_t>(7 * cols + j)] = h[static_cast<std::size_t>(j * cols + 7)] = 0;
+    const QuantizedTensor nearest =
+        round_to_nearest(w.data(), rows, cols, Codec::parse(codec, "t"), ScaleRule::kSearched, {h.data(), nullptr}, "w", 1);
+    GptqResult result = gptq(w.data(), nearest, h.data(), factor_hessian(h, cols, {}, "w", 1), true, 1);
+    QuantizedTensor twice = result.tensor;
+    const double error = polish(w.data(), result.tensor, h.data(), true, 100, 2);
+    EXPECT_LT(error, result.error) << codec;
+    result.tensor.validate("w");
+    polish(w.data(), twice, h.data(), true, 100, 1);
+    EXPECT_EQ(twice.codes, result.tensor.codes);
+    EXPECT_EQ(twice.scales, result.tensor.scales);
+
+    const CodeRange range = code_range(nearest.codec.kind);
+    double sum = 0;
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const double own = layer_error(w, result.tensor, r, h);
+      sum += own;
+      for (std::int64_t j = r * cols; j < (r + 1) * cols; ++j) {
+        std::int8_t& code = result.tensor.codes[static_cast<std::size_t>(j)];
+        if (w[static_cast<std::size_t>(j)] == 0.0f) {
+          const std::int64_t groups = nearest.codec.groups(cols);
+          const int zero = nearest.zeros.empty() ? 0 : nearest.zeros[static_cast<std::size_t>(r * groups + j % cols / (cols / groups))];
+          ASSERT_EQ(code, zero);
+          continue;
+        }
+        for (int change : {-1, 1}) {
+          if (code + change < range.low || code + change > range.high) continue;
+          code = static_cast<std::int8_t>(code + change);
+          ASSERT_GE(layer_error(w, result.tensor, r, h), own * (1 - 1e-6)) << codec << " row " << r << " column " << j % cols;
+          code = static_cast<std::int8_t>(code - change);
+        }
+      }
+    }
+    EXPECT_NEAR(error, sum, 1e-9 * sum);
+  }
+}
+
 TEST(Gptq, SameBitsAtAnyThreadCount) {
   std::mt19937_64 random(4);
   const std::vector<float> w = random_weight(random, 100, 160);
