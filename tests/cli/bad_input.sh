@@ -81,7 +81,7 @@ each_verb() { # NAME CODE PATTERN
   refuse "$name: compress" "$code" "$pattern" "$PARE" compress --model "$IN" --out "$OUT" --text "$TEXT" --eval-text "$TEXT"
   refuse "$name: compress --dry-run" "$code" "$pattern" "$PARE" compress --dry-run --model "$IN" --out "$OUT" --text "$TEXT" --eval-text "$TEXT"
   refuse "$name: quantize" "$code" "$pattern" "$PARE" quantize --model "$IN" --out "$OUT" --text "$TEXT"
-  refuse "$name: prune" "$code" "$pattern" "$PARE" prune --model "$IN" --out "$OUT" --text "$TEXT"
+  refuse "$name: prune" "$code" "$pattern" "$PARE" prune --method wanda --sparsity 0.5 --model "$IN" --out "$OUT" --text "$TEXT"
   refuse "$name: export" "$code" "$pattern" "$PARE" export "$IN" --to compact --codec f32 --out "$OUT"
 }
 
@@ -136,7 +136,7 @@ refuse "output on /proc" 1 "proc" "$PARE" quantize --model "$IN" --out /proc/par
 mkdir "$OUT"; echo mine > "$OUT/precious"
 refuse "existing output: compress" 2 "exist" "$PARE" compress --model "$IN" --out "$OUT" --text "$TEXT"
 refuse "existing output: quantize" 2 "exist" "$PARE" quantize --model "$IN" --out "$OUT" --text "$TEXT"
-refuse "existing output: prune" 2 "exist" "$PARE" prune --model "$IN" --out "$OUT" --text "$TEXT"
+refuse "existing output: prune" 2 "exist" "$PARE" prune --method wanda --sparsity 0.5 --model "$IN" --out "$OUT" --text "$TEXT"
 [ "$(cat "$OUT/precious")" = mine ] || { echo "FAILED existing output was touched"; FAILED=$((FAILED + 1)); }
 rm -rf "$OUT"
 refuse "output is the input" 2 "." "$PARE" compress --model "$IN" --out "$IN" --text "$TEXT"

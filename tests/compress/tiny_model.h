@@ -9,6 +9,7 @@
 #include "core/checkpoint.h"
 #include "core/config.h"
 #include "core/file.h"
+#include "core/json.h"
 #include "core/tokenizer.h"
 
 namespace pare::testing {
@@ -50,7 +51,7 @@ inline std::string tiny_text(std::uint64_t seed, int documents, const std::strin
 inline void make_tiny_model(const fs::path& out, const TinyModel& m) {
   TokenizerTraining training;
   training.vocab_size = m.vocab;
-  const Json tokenizer = parse_json(train_tokenizer({tiny_text(7, 60)}, training), "tokenizer.json");
+  const std::string tokenizer = train_tokenizer({tiny_text(7, 60)}, training);
   const Json json = {{"architectures", {"LlamaForCausalLM"}},
                      {"model_type", "llama"},
                      {"vocab_size", m.vocab},
@@ -64,7 +65,7 @@ inline void make_tiny_model(const fs::path& out, const TinyModel& m) {
                      {"rope_theta", 10000.0},
                      {"hidden_act", "silu"},
                      {"tie_word_embeddings", m.tied},
-                     {"eos_token_id", tokenizer.at("added_tokens").at(0).at("id")},
+                     {"eos_token_id", parse_json(tokenizer, "tokenizer.json").at("added_tokens").at(0).at("id")},
                      {"torch_dtype", m.dtype}};
   const ModelConfig config = parse_config(json, nullptr, "tiny model");
   FolderTransaction folder(out);
@@ -87,7 +88,7 @@ inline void make_tiny_model(const fs::path& out, const TinyModel& m) {
     writer.put(spec.name, values.data());
   }
   writer.finish();
-  write_text(folder.work() / "tokenizer.json", tokenizer.dump());
+  write_text(folder.work() / "tokenizer.json", tokenizer);
   folder.commit();
 }
 
