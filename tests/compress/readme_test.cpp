@@ -1,0 +1,55 @@
+// Published figures come from files: the tables of README.md are rendered again from their JSON and compared.
+#include <gtest/gtest.h>
+
+#include <fmt/format.h>
+
+#include <string>
+
+#include "core/file.h"
+#include "core/json.h"
+
+namespace pare {
+namespace {
+
+std::string cell(const Json& value) {
+  if (value.is_string()) return value.get<std::string>();
+  if (value.is_number_integer()) return std::to_string(value.get<std::int64_t>());
+  return fmt::format("{:.4g}", value.get<double>());
+}
+
+std::string markdown(const Json& result) {
+  std::string text = "|", rule = "|";
+  for (const auto& column : result["columns"]) {
+    text += " " + column.get<std::string>() + " |";
+    rule += "---|";
+  }
+  text += "\n" + rule + "\n";
+  for (const auto& row : result["table"]) {
+    text += "|";
+    for (const auto& value : row) text += " " + cell(value) + " |";
+    text += "\n";
+  }
+  return text;
+}
+
+TEST(Readme, TablesEqualTheCommittedResults) {
+  const fs::path root = PARE_SOURCE_DIR;
+  const std::string readme = read_text(root / "README.md");
+  const std::string open = "<!-- table: ", close = "<!-- end -->";
+  int tables = 0;
+  for (std::size_t at = readme.find(open); at != std::string::npos; at = readme.find(open, at + 1)) {
+    const std::size_t name = at + open.size(), name_end = readme.find(" -->", name);
+    const std::size_t body = name_end + 5, end = readme.find(close, body);
+    ASSERT_NE(end, std::string::npos);
+    const std::string file = readme.substr(name, name_end - name);
+    const Json result = read_json(root / file);
+    for (const char* key : {"command", "commit", "machine"}) EXPECT_TRUE(result.contains(key)) << file << " lacks " << key;
+    const std::string shown = readme.substr(body, end - body), expected = markdown(result);
+    EXPECT_EQ(shown, expected) << "README.md shows something else than " << file;
+    ++tables;
+  }
+  EXPECT_GE(tables, 2);
+}
+
+}  // namespace
+}  // namespace pare
