@@ -75,6 +75,15 @@ void declare(Given& given) {
   }
 }
 
+// Understood before and after the verb.
+void declare_globals(CLI::App& app, Globals& globals) {
+  app.add_flag("--json", globals.json, "one JSON object on stdout, everything else on stderr")->group("Everywhere");
+  app.add_flag("-q,--quiet", globals.quiet, "no progress on stderr")->group("Everywhere");
+  app.add_option("--threads", globals.threads, "threads; 0: all cores [0]")
+      ->check(CLI::Range(0, 1024))->type_name("N")->group("Everywhere");
+  app.add_option("--seed", globals.seed, "seed of everything random [0]")->type_name("N")->group("Everywhere");
+}
+
 Json collect(const Given& given) {
   Json values = Json::object();
   for (const auto& decl : given.command->options) {
@@ -186,6 +195,7 @@ int run_cli(int argc, char** argv, const std::vector<Command>& commands, const s
   app.require_subcommand(1);
   app.get_formatter()->column_width(34);
   Globals globals;
+  declare_globals(app, globals);
   std::vector<std::unique_ptr<Given>> all;
   std::vector<std::string> names;
   bool wants_json = false;
@@ -194,12 +204,9 @@ int run_cli(int argc, char** argv, const std::vector<Command>& commands, const s
     auto given = std::make_unique<Given>();
     given->command = &command;
     given->app = app.add_subcommand(command.name, command.summary);
-    if (!command.example.empty()) given->app->footer("Example:\n  " + command.example);
+    if (!command.example.empty()) given->app->footer("Example:\n  " + command.example + "\n");
     declare(*given);
-    given->app->add_flag("--json", globals.json, "one JSON object on stdout, everything else on stderr")->group("Everywhere");
-    given->app->add_flag("-q,--quiet", globals.quiet, "no progress on stderr")->group("Everywhere");
-    given->app->add_option("--threads", globals.threads, "threads; 0: all cores [0]")->check(CLI::Range(0, 1024))->group("Everywhere");
-    given->app->add_option("--seed", globals.seed, "seed of everything random [0]")->group("Everywhere");
+    declare_globals(*given->app, globals);
     names.push_back(command.name);
     all.push_back(std::move(given));
   }
