@@ -355,8 +355,12 @@ Json Pipeline::run(Context& context) {
   sample_missing(context, skipped);
   const std::vector<std::string> text = text_or_sampled(false);
   Report report;
+  // A stage's own figure of a metric (what its codes will cost in the file, say) stands before a measured one.
   const auto add = [&](const std::vector<ReportRow>& rows) {
-    for (const auto& row : rows) report.add(row);
+    const std::vector<ReportRow> known = report.rows();
+    for (const auto& row : rows)
+      if (std::none_of(known.begin(), known.end(), [&](const ReportRow& k) { return k.stage == row.stage && k.metric == row.metric; }))
+        report.add(row);
   };
   const bool every_stage = !recipe_.evaluation["final-only"].get<bool>();
   add(measured(measure_request("original", model_), model_hash_, context));
@@ -408,7 +412,8 @@ void Pipeline::run_stage(std::size_t index, const fs::path& input, const StageFo
     if (row.stage.empty() || row.stage == recipe_.stages[index].name) row.stage = name;
     rows.add(std::move(row));
   }
-  rows.add({name, "seconds", {}, seconds_since(begin), "s", {}, false});
+  if (std::none_of(rows.rows().begin(), rows.rows().end(), [](const ReportRow& r) { return r.metric == "seconds"; }))
+    rows.add({name, "seconds", {}, seconds_since(begin), "s", {}, false});
   rows.add({name, "peak_memory_bytes", {}, static_cast<double>(peak_resident_bytes()), "bytes", {}, false});
   write_text(folder.record, Json{{"stage", recipe_.stages[index].name}, {"rows", rows.to_json()}, {"result", outcome}}.dump(1) + "\n");
 }

@@ -1,8 +1,12 @@
-// Part of every stage key and of every file: raise it when the same recipe would give other bytes.
+// Part of every stage key: another version does every stage again.
 #pragma once
 
 namespace pare {
 
-inline constexpr const char* kVersion = "0.1.0";
+#ifdef PARE_VERSION
+inline constexpr const char* kVersion = PARE_VERSION;
+#else
+inline constexpr const char* kVersion = "unversioned";
+#endif
 
 }  // namespace pare
