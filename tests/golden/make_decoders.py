@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Tiny random models and their logits by transformers: tests/golden/decoders/<name>/{config.json,model.safetensors,
-expected.json}. Weights are small multiples of 1/256 in bfloat16, so that the files stay small and exact.
+expected.json}. Weights are multiples of 1/256 (norms of 1/128) that bfloat16 holds exactly, so that the files stay small.
 Run with torch and transformers installed; the outputs are committed."""
 import json
 import pathlib
@@ -33,7 +33,7 @@ for index, (name, config) in enumerate(CASES.items()):
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             values = torch.randint(-64, 65, parameter.shape) / 256.0
-            parameter.copy_(1.0 + values if key.endswith("norm.weight") else values)
+            parameter.copy_(1.0 + (values * 64).round() / 128.0 if key.endswith("norm.weight") else values)
     ids = torch.randint(0, config.vocab_size, (1, 48))
     with torch.no_grad():
         logits = model(ids).logits[0]
