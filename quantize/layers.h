@@ -22,7 +22,7 @@ struct QuantizeJob {
   QuantizeMethod method = QuantizeMethod::kGptq;
   CalibrationWindows windows; // count 0: no calibration (not with kGptq)
   double damping = 0.01;
-  int polish = 4;             // passes of coordinate descent after the sweep
+  int polish = 2;             // passes of coordinate descent after the sweep
   std::string device = "cpu";
   int threads = 0;
 };

@@ -336,7 +336,7 @@ Command quantize_command() {
        .default_value = 0.01, .minimum = 1e-9, .maximum = 10},
       {.name = "polish", .type = OptionType::kInteger,
        .help = "GPTQ: passes of coordinate descent over codes and scales after the sweep; 0: the sweep alone",
-       .default_value = 4, .minimum = 0, .maximum = 100},
+       .default_value = 2, .minimum = 0, .maximum = 100},
       {.name = "device", .help = "cpu, cuda or cuda:N for the calibration passes", .default_value = "cpu"},
   };
   command.run = run;
