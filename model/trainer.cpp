@@ -132,13 +132,17 @@ std::vector<HeldOut> read_held_out(const std::vector<std::string>& paths, const 
   std::vector<HeldOut> held_out;
   for (const TextSpec& spec : parse_text_specs(paths, "--held-out")) {
     if (spec.weight) throw usage_error("--held-out", "a path without a weight", spec.path.string());
+    for (const HeldOut& other : held_out)
+      if (other.name == spec.name())
+        throw usage_error("--held-out", "texts of different names: each has its own report row", spec.name() + " twice");
     held_out.push_back({spec.name(), make_windows(tokenizer, read_documents({spec.path}, split), context, false)});
     if (held_out.back().windows.empty()) throw input_error(spec.path.string(), "at least two tokens of text", "fewer");
   }
   return held_out;
 }
 
-MeanLoss held_out_mean(const HeldOut& held_out, std::int64_t tokens, const torch::Device& device, const RowFn& rows) {
+MeanLoss held_out_mean(const HeldOut& held_out, std::int64_t tokens, const torch::Device& device, const RowFn& rows,
+                       bool stoppable) {
   const torch::NoGradGuard no_grad;
   std::vector<const Window*> chosen;
   std::int64_t available = 0;
@@ -154,7 +158,7 @@ MeanLoss held_out_mean(const HeldOut& held_out, std::int64_t tokens, const torch
   std::map<std::int64_t, Sum> documents;
   std::vector<Sum> windows;
   for (std::size_t first = 0; first < chosen.size();) {
-    if (interrupt_requested()) break;
+    if (stoppable && interrupt_requested()) break;
     std::size_t last = first;
     std::int64_t width = 0;
     while (last < chosen.size() && last - first < 8) {
@@ -211,11 +215,13 @@ MeanLoss held_out_mean(const HeldOut& held_out, std::int64_t tokens, const torch
   return result;
 }
 
-MeanLoss held_out_loss(Decoder& decoder, const HeldOut& held_out, std::int64_t tokens, const torch::Device& device) {
-  return held_out_mean(held_out, tokens, device, [&](const torch::Tensor& ids, const torch::Tensor& targets) {
+MeanLoss held_out_loss(Decoder& decoder, const HeldOut& held_out, std::int64_t tokens, const torch::Device& device,
+                       bool stoppable) {
+  const RowFn rows = [&](const torch::Tensor& ids, const torch::Tensor& targets) {
     const torch::Tensor hidden = decoder->hidden(ids);
     return row_losses(hidden.view({-1, hidden.size(-1)}), decoder->head_weight(), targets);
-  });
+  };
+  return held_out_mean(held_out, tokens, device, rows, stoppable);
 }
 
 Json deciding_options(const Options& options, std::uint64_t seed) {
@@ -262,17 +268,17 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
                                 {"taken", job.data->taken()}, {"before", before}, {"curve", curve}});
     write_curve(job.work, curve);
   };
-  const auto evaluate = [&](std::int64_t limit) {
+  const auto evaluate = [&](std::int64_t limit, bool stoppable) {
     Json losses = Json::object();
     job.decoder->set_matmul_dtype(torch::kFloat);
     for (const HeldOut& held_out : job.held_out) {
-      const MeanLoss loss = held_out_loss(job.decoder, held_out, limit, device);
+      const MeanLoss loss = held_out_loss(job.decoder, held_out, limit, device, stoppable);
       losses[held_out.name] = Json{{"loss", loss.mean}, {"standard_error", loss.standard_error}, {"tokens", loss.tokens}};
     }
     return losses;
   };
   if (before.empty() && !job.held_out.empty()) {
-    before = evaluate(s.final_eval_tokens);
+    before = evaluate(s.final_eval_tokens, true);
     throw_if_interrupted(job.stage, "nothing was done yet; run the same command again");
   }
 
@@ -324,8 +330,7 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
     if (step % log_every == 0 || step == 1 || step == s.steps || eval_now) {
       Json point{{"step", step}, {"tokens", tokens}, {"lr", lr}, {"loss", loss}, {"gradient_norm", norm}};
       if (eval_now) {
-        const Json losses = evaluate(s.eval_tokens);
-        if (interrupt_requested()) continue;  // partial sums: the saved state has no such point
+        const Json losses = evaluate(s.eval_tokens, false);  // seconds: a saved state never lacks this point
         Json means = Json::object();
         latest.clear();
         for (const auto& [name, value] : losses.items()) {
@@ -343,7 +348,7 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
   }
   save_state();  // an interrupted final evaluation or write begins here again
   round_weights(job.decoder, output_dtype);
-  const Json after = evaluate(s.final_eval_tokens);
+  const Json after = evaluate(s.final_eval_tokens, true);
   throw_if_interrupted(job.stage + " after its last step", resume_hint);
   run.progress->end("loss " + format("%.4f", smoothed));
 

@@ -51,8 +51,11 @@ struct MeanLoss {
 };
 // rows(ids [n, width], targets [n * width]) -> one value for each target, 0 where the target is -1.
 using RowFn = std::function<torch::Tensor(const torch::Tensor& ids, const torch::Tensor& targets)>;
-MeanLoss held_out_mean(const HeldOut& held_out, std::int64_t tokens, const torch::Device& device, const RowFn& rows);
-MeanLoss held_out_loss(Decoder& decoder, const HeldOut& held_out, std::int64_t tokens, const torch::Device& device);
+// stoppable: an interrupt ends it early, with a result of no use.
+MeanLoss held_out_mean(const HeldOut& held_out, std::int64_t tokens, const torch::Device& device, const RowFn& rows,
+                       bool stoppable = true);
+MeanLoss held_out_loss(Decoder& decoder, const HeldOut& held_out, std::int64_t tokens, const torch::Device& device,
+                       bool stoppable = true);
 
 // loss(ids, targets, scale, sums): differentiable scale * sum over counted rows; adds to sums.
 using LossFn = std::function<torch::Tensor(const Batch& micro, double scale, LossSums& sums)>;

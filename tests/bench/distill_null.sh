@@ -32,7 +32,7 @@ seeds = [int(s) for s in seeds.split()]
 runs = []
 for seed in seeds:
     for arm in ("kl", "ce"):
-        held = next(iter(json.load(open(f"{folder}/{arm}.{seed}.json"))["held_out"].values()))
+        held = next(iter(json.load(open(f"{folder}/{arm}.{seed}.json"))["result"]["held_out"].values()))
         if arm == "kl":
             runs.append({"arm": "cut", "seed": seed, "loss": held["before"]["loss"], "kl": held["kl_before"]})
         runs.append({"arm": arm, "seed": seed, "loss": held["after"]["loss"], "loss_stderr": held["after"]["standard_error"],
