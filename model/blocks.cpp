@@ -10,24 +10,13 @@
 #include "core/error.h"
 #include "model/decoder.h"
 #include "model/sweep.h"
+#include "model/threads.h"
 
 namespace pare {
 namespace {
 
 // Windows whose inputs are held at a time; a constant, so that sums do not depend on the machine.
 constexpr std::int64_t kShardWindows = 8;
-
-// LibTorch stays inside one thread: parallelism is over windows, and restored on leaving.
-class SingleThreadedTorch {
- public:
-  SingleThreadedTorch() : before_(at::get_num_threads()) { at::set_num_threads(1); }
-  ~SingleThreadedTorch() { at::set_num_threads(before_); }
-  SingleThreadedTorch(const SingleThreadedTorch&) = delete;
-  SingleThreadedTorch& operator=(const SingleThreadedTorch&) = delete;
-
- private:
-  int before_;
-};
 
 torch::Tensor stage_input(DecoderBlock& block, BlockStage stage, const torch::Tensor& hidden, const RopeTables& rope) {
   switch (stage) {
@@ -251,7 +240,7 @@ double Walk::drift() const {
 }
 
 void Walk::run(BlockVisitor& visitor) {
-  const SingleThreadedTorch single;
+  const SingleThreadedTorch single;  // parallelism is over windows
   rope_ = rope_tables(config_, windows_.length, device_);
   embed(visitor);
   if (context_.progress) context_.progress->begin("blocks", config_.num_layers);
@@ -357,14 +346,18 @@ CalibrationWindows random_windows(std::int64_t vocab_size, std::int64_t count, s
   return windows;
 }
 
-void walk_blocks(const Checkpoint& checkpoint, const CalibrationWindows& windows, const WalkOptions& options,
-                 Context& context, BlockVisitor& visitor) {
+void require_ids(const CalibrationWindows& windows, std::int64_t vocab_size) {
   for (std::int32_t id : windows.ids) {
-    if (id < 0 || id >= checkpoint.config().vocab_size) {
-      throw input_error("calibration tokens", "ids below " + std::to_string(checkpoint.config().vocab_size),
-                        std::to_string(id), "the tokenizer does not belong to this model");
+    if (id < 0 || id >= vocab_size) {
+      throw input_error("calibration tokens", "ids below " + std::to_string(vocab_size), std::to_string(id),
+                        "the tokenizer does not belong to this model");
     }
   }
+}
+
+void walk_blocks(const Checkpoint& checkpoint, const CalibrationWindows& windows, const WalkOptions& options,
+                 Context& context, BlockVisitor& visitor) {
+  require_ids(windows, checkpoint.config().vocab_size);
   Walk(checkpoint, windows, options, context).run(visitor);
 }
 

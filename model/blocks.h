@@ -28,6 +28,8 @@ struct CalibrationWindows {
 CalibrationWindows sample_windows(const Tokenizer& tokenizer, const std::vector<fs::path>& texts, std::int64_t count,
                                   std::int64_t length, std::uint64_t seed,
                                   const std::optional<std::string>& split = std::nullopt);
+// Error: exit 3 at an id that the model has no embedding for.
+void require_ids(const CalibrationWindows& windows, std::int64_t vocab_size);
 // Uniform random ids below vocab_size, for tests and for models without a tokenizer.
 CalibrationWindows random_windows(std::int64_t vocab_size, std::int64_t count, std::int64_t length, std::uint64_t seed);
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "model/fused_kernels.h"
+#include "model/threads.h"
 
 namespace pare {
 namespace {
@@ -206,6 +207,12 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
   }
 };
 
+void flush_denormals(bool on) {
+  at::globalContext().setFlushDenormal(on);
+  at::parallel_for(0, at::get_num_threads(), 1,
+                   [on](std::int64_t, std::int64_t) { at::globalContext().setFlushDenormal(on); });
+}
+
 // x [batch, heads, positions, head_dim]: pairs (j, j + head_dim / 2) turned by the angle of their position.
 Tensor rotate(const Tensor& x, const Tensor& cosine, const Tensor& sine) {
   const auto halves = x.chunk(2, -1);
@@ -283,10 +290,17 @@ void prepare_threads(int threads) {
   mallopt(M_MMAP_THRESHOLD, 1 << 30);
   mallopt(M_TRIM_THRESHOLD, 1 << 30);
 #endif
-  if (threads > 0) at::set_num_threads(threads);
-  at::globalContext().setFlushDenormal(true);
-  const int count = at::get_num_threads();
-  at::parallel_for(0, count, 1, [](std::int64_t, std::int64_t) { at::globalContext().setFlushDenormal(true); });
+  if (threads > 0) set_library_threads(threads);
+  flush_denormals(true);
+}
+
+PreparedThreads::PreparedThreads(int threads) : torch_before_(at::get_num_threads()), blas_before_(blas_threads()) {
+  prepare_threads(threads);
+}
+
+PreparedThreads::~PreparedThreads() {
+  flush_denormals(false);
+  restore_library_threads(torch_before_, blas_before_);
 }
 
 }  // namespace pare

@@ -31,7 +31,19 @@ torch::Tensor rope_attention(const torch::Tensor& qkv, const torch::Tensor& cosi
 // Sum of squares over fixed chunks, added in order: the same bits at any thread count.
 double sum_of_squares(const torch::Tensor& flat);
 
-// Sets the thread count of LibTorch and flushes denormal numbers to zero on each of its threads.
+// Sets the thread count of LibTorch and its BLAS (0: as it is) and flushes denormal numbers to zero on each thread.
 void prepare_threads(int threads);
+
+// prepare_threads while it lives: a later stage in this process computes as it would in a process of its own.
+class PreparedThreads {
+ public:
+  explicit PreparedThreads(int threads);
+  ~PreparedThreads();
+  PreparedThreads(const PreparedThreads&) = delete;
+  PreparedThreads& operator=(const PreparedThreads&) = delete;
+
+ private:
+  int torch_before_, blas_before_;
+};
 
 }  // namespace pare

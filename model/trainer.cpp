@@ -234,7 +234,7 @@ Json deciding_options(const Options& options, std::uint64_t seed) {
 Json run_training(TrainingJob& job, const std::string& output_dtype, Context& run) {
   TrainerSettings& s = job.settings;
   const torch::Device device = parse_device(s.device);
-  prepare_threads(run.threads);
+  const PreparedThreads prepared(run.threads);
   job.decoder->to(device);
   FlatParameters flat(job.decoder, s.keep_zeros, device);
   if (flat.kept_zeros() > 0)

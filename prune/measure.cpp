@@ -1,7 +1,5 @@
 #include "prune/measure.h"
 
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -10,6 +8,7 @@
 #include <thread>
 
 #include "core/error.h"
+#include "model/threads.h"
 
 namespace pare {
 namespace {
@@ -18,27 +17,6 @@ using torch::Tensor;
 
 constexpr std::int64_t kShardTokens = 2048;
 constexpr std::int64_t kLogitElements = std::int64_t{1} << 21;  // per chunk and thread: 16 MiB in double
-
-// LibTorch on one thread while it lives. OpenBLAS, if LibTorch uses it, has a thread count of its own.
-class SingleThreaded {
- public:
-  SingleThreaded() : before_(at::get_num_threads()) {
-    at::set_num_threads(1);
-    if (set_ != nullptr && get_ != nullptr) {
-      blas_before_ = get_();
-      set_(1);
-    }
-  }
-  ~SingleThreaded() {
-    at::set_num_threads(before_);
-    if (blas_before_ > 0) set_(blas_before_);
-  }
-
- private:
-  int before_, blas_before_ = 0;
-  void (*set_)(int) = reinterpret_cast<void (*)(int)>(dlsym(RTLD_DEFAULT, "openblas_set_num_threads"));
-  int (*get_)() = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "openblas_get_num_threads"));
-};
 
 // Sum and sum of squares of per-window means.
 struct Spread {
@@ -68,7 +46,7 @@ void for_each_shard(const torch::Device& device, int threads, std::size_t count,
     for (std::size_t i = 0; i < count; ++i) work(i);
     return;
   }
-  const SingleThreaded single;
+  const SingleThreadedTorch single;
   if (threads <= 0) threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   std::atomic<std::size_t> next{0};
   std::exception_ptr problem;

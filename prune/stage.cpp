@@ -148,9 +148,13 @@ void claim_work_folder(const PruneJob& job) {
                         "remove that folder, or finish the command it belongs to");
     job.context.progress->note("Continuing the unfinished run in " + job.work.string());
   } else {
-    // Without a manifest only a run that was killed between its very last steps can have left a whole model here.
+    // Without a manifest only a run that was killed between its very last steps can have left a whole model here, and
+    // one killed in its first a file on the way to its name. Anything else, such as a training state, is not ours.
     const bool whole = fs::exists(job.work / "config.json") && !fs::exists(job.work / "pieces");
-    if (!whole && fs::exists(job.work / "pieces"))
+    const bool strays = std::all_of(fs::directory_iterator(job.work), fs::directory_iterator(), [](const auto& entry) {
+      return entry.path().filename().string().find(".tmp-") != std::string::npos;
+    });
+    if (!whole && !strays)
       throw usage_error(job.work.string(), "an unfinished run of this very command", "one of another command",
                         "remove that folder, or finish the command it belongs to");
     for (const auto& entry : fs::directory_iterator(job.work)) fs::remove_all(entry.path());
@@ -239,11 +243,17 @@ Json run(const Options& options, Context& context) {
 
   PruneJob job{model, options, context, {}, folder.work(), folder.work() / kState, storage_dtype(model)};
   const auto texts = text_paths(options);
-  if (!texts.empty())
-    job.windows = sample_windows(Tokenizer::from_file(model.folder() / "tokenizer.json"), texts,
-                                 options.get<std::int64_t>("samples"), window_length(model.config(), options),
-                                 context.seed,
-                                 options.has("split") ? std::optional(options.get<std::string>("split")) : std::nullopt);
+  try {
+    if (!texts.empty())
+      job.windows = sample_windows(Tokenizer::from_file(model.folder() / "tokenizer.json"), texts,
+                                   options.get<std::int64_t>("samples"), window_length(model.config(), options),
+                                   context.seed,
+                                   options.has("split") ? std::optional(options.get<std::string>("split")) : std::nullopt);
+    require_ids(job.windows, model.config().vocab_size);
+  } catch (...) {
+    if (fs::is_empty(folder.work())) folder.discard();
+    throw;
+  }
   claim_work_folder(job);
   Json summary;
   try {

@@ -220,6 +220,32 @@ TEST(PruneStage, RefusesWhatItCannotDo) {
   EXPECT_TRUE(fs::is_empty(folder / "out"));
 }
 
+TEST(PruneStage, LeavesTheUnfinishedWorkOfAnotherCommandAlone) {
+  const Folder folder("foreign");
+  make_model(folder / "m");
+  fs::create_directories(folder / "out.partial");
+  write_text(folder / "out.partial" / "training_state.safetensors", "hours of work");
+  Json options = base(folder / "m", folder / "out", "magnitude");
+  options["sparsity"] = 0.5;
+  EXPECT_EQ(failing_code(options), ExitCode::kUsage);
+  EXPECT_EQ(read_text(folder / "out.partial" / "training_state.safetensors"), "hours of work");
+  // A file on the way to its name is what a run killed in its first moment leaves.
+  fs::rename(folder / "out.partial" / "training_state.safetensors", folder / "out.partial" / "prune.json.tmp-1");
+  run_prune(options);
+  EXPECT_FALSE(fs::exists(folder / "out" / "prune.json.tmp-1"));
+}
+
+TEST(PruneStage, TooLittleTextLeavesNothing) {
+  const Folder folder("short");
+  make_model(folder / "m");
+  write_text(folder / "short.txt", "a");
+  Json options = base(folder / "m", folder / "out", "wanda");
+  options["sparsity"] = 0.5;
+  options["text"] = Json::array({(folder / "short.txt").string()});
+  EXPECT_EQ(failing_code(options), ExitCode::kInput);
+  EXPECT_FALSE(fs::exists(folder / "out.partial"));
+}
+
 TEST(PruneStage, RefusesNaNAndLeavesNothing) {
   const Folder folder("nan");
   make_model(folder / "m");
