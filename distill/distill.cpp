@@ -94,6 +94,7 @@ Pair open_pair(const Options& o) {
 Json run_distill(const Options& o, Context& run) {
   check_options(o);
   FolderTransaction transaction(o.get<std::string>("out"));
+  const EmptyFolderRemover cleaning(transaction.work());
   if (o.get<bool>("restart")) {
     transaction.discard();
     fs::create_directories(transaction.work());

@@ -21,7 +21,8 @@ Tensor add_parameter(torch::nn::Module& root, const std::string& path, Tensor va
   if (dot == std::string::npos) return root.register_parameter(path, std::move(value));
   const std::string level = path.substr(0, dot);
   const auto children = root.named_children();
-  const auto child = children.contains(level) ? children[level] : root.register_module(level, std::make_shared<LevelImpl>());
+  const auto child =
+      children.contains(level) ? children[level] : root.register_module(level, std::make_shared<LevelImpl>());
   return add_parameter(*child, path.substr(dot + 1), std::move(value));
 }
 

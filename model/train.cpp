@@ -53,6 +53,7 @@ Source open_source(const Options& o, std::uint64_t seed) {
 
 Json run_train(const Options& o, Context& run) {
   FolderTransaction transaction(o.get<std::string>("out"));
+  const EmptyFolderRemover cleaning(transaction.work());
   if (o.get<bool>("restart")) {
     transaction.discard();
     fs::create_directories(transaction.work());

@@ -78,6 +78,18 @@ struct TrainingJob {
 // belongs to other options. Returns {"steps", "tokens", "train_loss", "held_out": {..}}.
 Json run_training(TrainingJob& job, const std::string& output_dtype, Context& run);
 
+// Removes the work folder again when a run ends before it has saved anything. Declare after the transaction.
+struct EmptyFolderRemover {
+  fs::path folder;
+  explicit EmptyFolderRemover(fs::path path) : folder(std::move(path)) {}
+  EmptyFolderRemover(const EmptyFolderRemover&) = delete;
+  EmptyFolderRemover& operator=(const EmptyFolderRemover&) = delete;
+  ~EmptyFolderRemover() {
+    std::error_code not_empty;
+    fs::remove(folder, not_empty);
+  }
+};
+
 // Removes what resuming needed; the curve stays.
 void finish_training_folder(const fs::path& work);
 

@@ -232,6 +232,7 @@ TEST(Train, BadUseIsRefusedBeforeAnythingIsWritten) {
   given["text"] = Json::array({(w.folder / "absent.txt").string()});
   EXPECT_EQ(code_of(given), 3);
   EXPECT_FALSE(fs::exists(w.folder / "x"));
+  EXPECT_FALSE(fs::exists(w.folder / "x.partial"));
 }
 
 TEST(Train, ScheduleRisesThenFallsToItsFloor) {
