@@ -28,7 +28,7 @@ double seconds_since(std::chrono::steady_clock::time_point begin) {
 // One process at a time works in a folder; the lock goes with the process, however it ends.
 class WorkLock {
  public:
-  explicit WorkLock(const fs::path& work) : path_(work / "lock") {
+  explicit WorkLock(const fs::path& work) : path_(work / kLockFile) {
     fd_ = ::open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
     if (fd_ < 0) throw failure(work.string(), "a folder that can be written", "no permission", "choose another --out or --work");
     if (::flock(fd_, LOCK_EX | LOCK_NB) != 0) {
@@ -139,8 +139,15 @@ Options Pipeline::stage_options(std::size_t index, const fs::path& input, const 
   const RecipeStage& stage = recipe_.stages[index];
   Json given = stage.given;
   const bool own_text = given.contains("text");
-  for (const auto& d : command(stage.name).options) {
-    if (d.name == "model") given["model"] = input.string();
+  const auto& decls = command(stage.name).options;
+  // A student cut from its teacher is no other model's: only the original, which is the teacher, may stand before it.
+  const bool cuts = (given.contains("keep-layers") || given.contains("ffn")) &&
+                    std::any_of(decls.begin(), decls.end(), [](const OptionDecl& d) { return d.name == "teacher"; });
+  if (cuts && index > 0)
+    throw usage_error(stage.place, "keep-layers or ffn in the first stage, where the student is cut from the original",
+                      "stages before it, whose result would be lost", "leave them out, or prune instead");
+  for (const auto& d : decls) {
+    if (d.name == "model" && !cuts) given["model"] = input.string();
     if (d.name == "out") given["out"] = out.string();
     if (given.contains(d.name)) continue;
     if (d.name == "text" && !text.empty()) {
@@ -162,7 +169,7 @@ Options Pipeline::stage_options(std::size_t index, const fs::path& input, const 
         d.default_value.get<std::int64_t>() > facts_.max_positions)
       given["context"] = facts_.max_positions;
   }
-  return Options(command(stage.name).options, given, stage.place);
+  return Options(decls, given, stage.place);
 }
 
 // Resolved options with content hashes in place of paths: equal for equal work wherever the files lie.
@@ -176,13 +183,22 @@ Json Pipeline::keyed_options(const Command& stage, const Json& resolved, bool po
       keyed[d.name] = value;
       continue;
     }
+    if (d.name == "cache") {  // made by the stage itself, from what stands here anyway
+      keyed[d.name] = true;
+      continue;
+    }
     Json hashes = Json::array();
     for (const auto& path : value.is_array() ? value : Json::array({value})) {
-      const std::string file = path.get<std::string>();
+      std::string file = path.get<std::string>(), weight;
       std::error_code ignored;
+      const auto equals = file.rfind('=');
+      if (d.type == OptionType::kTextList && equals != std::string::npos && !fs::exists(file, ignored)) {  // PATH=WEIGHT
+        weight = file.substr(equals);
+        file.resize(equals);
+      }
       if (file == model_.string()) hashes.push_back(model_hash_);
       else if (portable && file == sampled_path(false).string()) hashes.push_back("sampled from the model");
-      else hashes.push_back(fs::exists(file, ignored) ? hash_path(file) : "absent");
+      else hashes.push_back((fs::exists(file, ignored) ? hash_path(file) : "absent") + weight);
     }
     keyed[d.name] = hashes;
   }
@@ -334,7 +350,7 @@ std::optional<Json> Pipeline::finished() const {
 Json Pipeline::run(Context& context) {
   if (auto report = finished()) {
     std::error_code ignored;  // a run killed just after its last rename had no time to tidy up
-    if (recipe_.text("work").empty()) fs::remove_all(work_, ignored);
+    if (recipe_.text("work").empty() && is_work_folder(work_)) fs::remove_all(work_, ignored);
     context.progress->note("Nothing to do: " + out_.string() + " is the finished result of this recipe.");
     context.report = Report::from_json((*report)["rows"], (out_ / kReportFile).string());
     context.print(report_table(context.report));

@@ -17,6 +17,14 @@ struct StageFolder {
   }
 };
 
+inline constexpr const char* kLockFile = "lock";  // in a work folder of ours from its first moment
+
+// Empty or ours: anybody else's files are not to be removed with the work folder at the end.
+inline bool is_work_folder(const fs::path& work) {
+  std::error_code ignored;
+  return fs::is_directory(work, ignored) && (fs::is_empty(work, ignored) || fs::is_regular_file(work / kLockFile, ignored));
+}
+
 std::string bytes_text(std::uint64_t bytes);
 
 }  // namespace pare

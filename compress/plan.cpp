@@ -153,6 +153,9 @@ Plan Pipeline::plan() const {
                                "model, out and work must not contain each other"));
       break;
     }
+  if (recipe_.text("work").empty() && fs::exists(work_, ignored) && !is_work_folder(work_))
+    problems.add(usage_error(work_.string(), "no such folder, or an unfinished run's", "files of something else",
+                             "it would be removed at the end: move it, or name another folder with --work"));
   const fs::path parent = existing_ancestor(out_.parent_path());
   if (!fs::is_directory(parent, ignored))
     problems.add(failure(out_.string(), "a folder to create it in", parent.string() + " is a file", "choose another --out"));

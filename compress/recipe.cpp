@@ -350,7 +350,7 @@ std::vector<std::string> Recipe::list(const Json& section, std::string_view key)
 
 bool is_path_option(const OptionDecl& d) {
   if (d.type == OptionType::kPath) return true;
-  return d.type == OptionType::kTextList && d.name.find("text") != std::string::npos;
+  return d.type == OptionType::kTextList && (d.name.find("text") != std::string::npos || d.name == "held-out");
 }
 
 const std::vector<OptionDecl>& recipe_options() {

@@ -153,6 +153,61 @@ TEST_F(PipelineTest, ChangedTextRedoesTheStage) {
   EXPECT_EQ(fake.counts.stages, 1);
 }
 
+TEST_F(PipelineTest, WeightsAndContentsOfWeightedTextsDecide) {
+  const fs::path text = scratch.write("t.txt", "one");
+  const Json flags = {{"work", (scratch.path() / "work").string()}};
+  const auto stages_run = [&](const std::string& weight) {
+    fs::remove_all(scratch.path() / "out");
+    fake.counts = {};
+    run("stages: [{quantize: {text: [\"" + text.string() + "=" + weight + "\"]}}]", flags);
+    return fake.counts.stages;
+  };
+  EXPECT_EQ(stages_run("0.5"), 1);
+  EXPECT_EQ(stages_run("0.5"), 0);
+  EXPECT_EQ(stages_run("0.9"), 1);
+  scratch.write("t.txt", "two");
+  EXPECT_EQ(stages_run("0.9"), 1);
+}
+
+TEST_F(PipelineTest, ACacheMadeByAStageDoesNotMakeItAnotherRun) {
+  OptionDecl cache;
+  cache.name = "cache";
+  cache.type = OptionType::kPath;
+  tools.stages[0].options.push_back(cache);
+  const std::string yaml = "stages: [{quantize: {cache: c.h5}}]";
+  run(yaml);
+  scratch.write("c.h5", "made meanwhile");
+  EXPECT_EQ(run(yaml)["status"], "already finished");
+}
+
+TEST_F(PipelineTest, AStudentIsCutFromTheOriginalAlone) {
+  OptionDecl teacher, ffn;
+  teacher.name = "teacher";
+  teacher.type = OptionType::kPath;
+  ffn.name = "ffn";
+  ffn.type = OptionType::kInteger;
+  Command& distill = tools.stages[2];
+  distill.options[0].required = false;
+  distill.options.push_back(teacher);
+  distill.options.push_back(ffn);
+  distill.run = [inner = distill.run, this](const Options& options, Context& inner_context) {
+    EXPECT_FALSE(options.has("model"));
+    EXPECT_EQ(options.get<std::string>("teacher"), (scratch.path() / "model").string());
+    Json given = options.resolved();
+    given["model"] = given["teacher"];
+    return inner(Options(tools.stages[2].options, given, "test"), inner_context);
+  };
+  EXPECT_EQ(code("stages: [{distill: {ffn: 8}}]"), ExitCode::kOk);
+  EXPECT_EQ(code("stages: [prune, {distill: {ffn: 8}}]", {{"out", (scratch.path() / "b").string()}}), ExitCode::kUsage);
+}
+
+TEST_F(PipelineTest, AFolderOfSomethingElseIsNotTakenForWork) {
+  const fs::path file = scratch.write("out.work/thesis.txt", "years");
+  EXPECT_EQ(code(), ExitCode::kUsage);
+  EXPECT_NE(message.find("out.work"), std::string::npos) << message;
+  EXPECT_EQ(read_text(file), "years");
+}
+
 TEST_F(PipelineTest, AFolderWithoutItsRecordIsMadeAgain) {
   const Json flags = {{"work", (scratch.path() / "work").string()}};
   run("", flags);

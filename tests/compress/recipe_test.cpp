@@ -63,6 +63,10 @@ TEST(Recipe, PathsAreRelativeToTheRecipeAndFlagsToHere) {
   EXPECT_EQ(r.run["text"], Json({"/recipes/x.txt", "/abs/y.txt"}));
   EXPECT_EQ(r.evaluation["text"], Json::array({"/recipes/z.txt"}));
   EXPECT_EQ(r.text("out"), (fs::current_path() / "here").string());
+  OptionDecl held_out;
+  held_out.name = "held-out";
+  held_out.type = OptionType::kTextList;
+  EXPECT_TRUE(is_path_option(held_out));
 }
 
 TEST(Recipe, FlagsOverRecipeOverDefaults) {
