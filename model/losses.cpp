@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "core/error.h"
 #include "model/fused_kernels.h"
 
 namespace pare {
@@ -235,10 +236,20 @@ struct TopkFunction : torch::autograd::Function<TopkFunction> {
 
 std::int64_t counted_rows(const Tensor& targets) { return (targets >= 0).sum().item<std::int64_t>(); }
 
+// The kernels write at the target's place. A target is in the text before it is ever an input of the embedding.
+void require_targets(const Tensor& targets, const Tensor& head) {
+  if (targets.numel() == 0) return;
+  const auto largest = targets.max().item<std::int64_t>();
+  if (largest >= head.size(0))
+    throw input_error("tokens", "ids below " + std::to_string(head.size(0)), std::to_string(largest),
+                      "the tokenizer does not belong to this model");
+}
+
 }  // namespace
 
 Tensor cross_entropy_loss(const Tensor& hidden, const Tensor& head, const Tensor& targets, double scale,
                           LossSums* sums) {
+  require_targets(targets, head);
   if (sums != nullptr) sums->rows += counted_rows(targets);
   const bool grad = torch::GradMode::is_enabled();
   return CrossEntropyFunction::apply(hidden, head, targets.contiguous(), scale, reinterpret_cast<std::int64_t>(sums),
@@ -247,6 +258,7 @@ Tensor cross_entropy_loss(const Tensor& hidden, const Tensor& head, const Tensor
 
 Tensor distill_loss(const Tensor& hidden, const Tensor& head, const Tensor& teacher_hidden, const Tensor& teacher_head,
                     const Tensor& targets, const DistillLoss& loss, double scale, LossSums* sums) {
+  require_targets(targets, head);
   if (sums != nullptr) sums->rows += counted_rows(targets);
   const bool grad = torch::GradMode::is_enabled();
   return DistillFunction::apply(hidden, head, teacher_hidden.detach(), teacher_head.detach(), targets.contiguous(),
@@ -256,6 +268,7 @@ Tensor distill_loss(const Tensor& hidden, const Tensor& head, const Tensor& teac
 
 Tensor topk_distill_loss(const Tensor& hidden, const Tensor& head, const Tensor& index, const Tensor& log_prob,
                          const Tensor& targets, const DistillLoss& loss, double scale, LossSums* sums) {
+  require_targets(targets, head);
   if (sums != nullptr) sums->rows += counted_rows(targets);
   const bool grad = torch::GradMode::is_enabled();
   return TopkFunction::apply(hidden, head, index, log_prob, targets.contiguous(), loss.kl_weight, loss.ce_weight, scale,
@@ -266,6 +279,7 @@ Tensor topk_distill_loss(const Tensor& hidden, const Tensor& head, const Tensor&
 Tensor row_divergences(const Tensor& hidden, const Tensor& head, const Tensor& teacher_hidden,
                        const Tensor& teacher_head, const Tensor& targets) {
   const torch::NoGradGuard no_grad;
+  require_targets(targets, head);
   const std::int64_t n = hidden.size(0), chunk = chunk_rows(head.size(0));
   const Tensor index = targets.contiguous();
   std::vector<Tensor> parts;
@@ -281,6 +295,7 @@ Tensor row_divergences(const Tensor& hidden, const Tensor& head, const Tensor& t
 
 Tensor row_losses(const Tensor& hidden, const Tensor& head, const Tensor& targets) {
   const torch::NoGradGuard no_grad;
+  require_targets(targets, head);
   const std::int64_t n = hidden.size(0), chunk = chunk_rows(head.size(0));
   const Tensor index = targets.contiguous();
   std::vector<Tensor> parts;

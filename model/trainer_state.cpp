@@ -54,8 +54,6 @@ void FlatParameters::clear_gradients() { g_.zero_(); }
 
 double FlatParameters::gradient_norm() const { return std::sqrt(sum_of_squares(g_)); }
 
-bool FlatParameters::finite_weights() const { return std::isfinite(sum_of_squares(w_)); }
-
 void FlatParameters::step(double lr, double beta1, double beta2, double decay, double clip_factor, std::int64_t t) {
   const torch::NoGradGuard no_grad;
   const double correction1 = 1 - std::pow(beta1, static_cast<double>(t));

@@ -24,7 +24,6 @@ class FlatParameters {
   // One AdamW step; weight decay on matrices only. t counts from 1.
   void step(double lr, double beta1, double beta2, double decay, double clip_factor, std::int64_t t);
   std::int64_t kept_zeros() const { return kept_zeros_; }
-  bool finite_weights() const;
 
   // `meta` travels in the file's metadata. read() returns it; exit 3 when the file does not fit the model.
   void write(const fs::path& file, const Json& meta) const;

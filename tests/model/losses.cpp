@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "core/error.h"
 #include "tests/model/models.h"
 
 namespace pare {
@@ -165,6 +166,15 @@ TEST(Losses, RowsForEvaluation) {
   const Tensor counted = (p.targets >= 0).to(torch::kDouble);
   EXPECT_LT(((row_losses(p.hidden, p.head, p.targets) - expected) * counted).abs().max().item<double>(), 1e-4);
   EXPECT_EQ((row_losses(p.hidden, p.head, p.targets) * (1 - counted)).abs().max().item<double>(), 0);
+}
+
+TEST(Losses, TargetsBeyondTheVocabularyAreRefused) {
+  Problem p = problem(10, 40);
+  p.targets[7] = 40;
+  EXPECT_THROW(cross_entropy_loss(p.hidden, p.head, p.targets, 1, nullptr), Error);
+  EXPECT_THROW(distill_loss(p.hidden, p.head, p.teacher_hidden, p.teacher_head, p.targets, {}, 1, nullptr), Error);
+  EXPECT_THROW(row_losses(p.hidden, p.head, p.targets), Error);
+  EXPECT_THROW(row_divergences(p.hidden, p.head, p.teacher_hidden, p.teacher_head, p.targets), Error);
 }
 
 TEST(Losses, NaNIsSeen) {
