@@ -1,5 +1,6 @@
 #include "compress/eval_verb.h"
 
+#include "core/context.h"
 #include "eval/logit_cache.h"
 #include "model/logits.h"
 #include "runtime/verbs/eval.h"
@@ -9,8 +10,8 @@ namespace pare {
 Command eval_command() {
   EvalBackend backend;
   backend.has_devices = true;
-  backend.folder = [](const Checkpoint& checkpoint, const std::string& device, Context&) {
-    return torch_logits(checkpoint, device);
+  backend.folder = [](const Checkpoint& checkpoint, const std::string& device, Context& context) {
+    return torch_logits(checkpoint, device, context.threads);
   };
   backend.open_cache = [](const fs::path& file, const LogitCacheInfo& expected) {
     return std::make_unique<LogitCacheReader>(file, expected);

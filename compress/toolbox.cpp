@@ -95,7 +95,7 @@ std::vector<ReportRow> measure(const MeasureRequest& request, Context& context) 
   const bool is_original = request.model == request.original;
   const bool is_file = !is_original && CompactFile::is_compact(request.model);
   const std::vector<Window> windows = windows_of(request, original.config(), request.max_tokens);
-  const auto reference = torch_logits(original, request.device);
+  const auto reference = torch_logits(original, request.device, context.threads);
   std::optional<Checkpoint> folder;
   std::shared_ptr<const Engine> engine;
   std::unique_ptr<LogitsSource> scored;
@@ -104,7 +104,7 @@ std::vector<ReportRow> measure(const MeasureRequest& request, Context& context) 
     scored = runtime_logits(engine);
   } else if (!is_original) {
     folder.emplace(request.model);
-    scored = torch_logits(*folder, request.device);
+    scored = torch_logits(*folder, request.device, context.threads);
   }
   CompareOptions options;
   options.context = request.context;
@@ -153,7 +153,7 @@ std::vector<ReportRow> compare_with_folder(const fs::path& file, const MeasureRe
     if (stored == CodecKind::kF16 && dtype != DType::kF16) allowed = std::max(allowed, dtype == DType::kBF16 ? 1e-5 : 1e-4);
     if (stored == CodecKind::kBf16 && dtype != DType::kBF16) allowed = std::max(allowed, 1e-2);
   }
-  const auto expected = torch_logits(folder, request.device);
+  const auto expected = torch_logits(folder, request.device, context.threads);
   const auto found = runtime_logits(engine);
   CompareOptions options;
   options.context = request.context;

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "model/decoder.h"
+#include "model/threads.h"
 
 namespace pare {
 namespace {
@@ -40,7 +41,8 @@ class TorchLogits final : public LogitsSource {
 
 }  // namespace
 
-std::unique_ptr<LogitsSource> torch_logits(const Checkpoint& checkpoint, const std::string& device) {
+std::unique_ptr<LogitsSource> torch_logits(const Checkpoint& checkpoint, const std::string& device, int threads) {
+  if (threads > 0) set_library_threads(threads);
   return std::make_unique<TorchLogits>(checkpoint, device);
 }
 

@@ -9,6 +9,7 @@
 
 namespace pare {
 
-std::unique_ptr<LogitsSource> torch_logits(const Checkpoint& checkpoint, const std::string& device);
+// threads of LibTorch from now on; 0: as they are.
+std::unique_ptr<LogitsSource> torch_logits(const Checkpoint& checkpoint, const std::string& device, int threads = 0);
 
 }  // namespace pare
