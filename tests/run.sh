@@ -5,6 +5,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 build=${PARE_BUILD:-$root/build}
 bash "$root/examples/build.sh"
+export OMP_WAIT_POLICY=passive  # spinning threads of parallel tests starve each other
 if [ -n "${PARE_SLOW:-}" ]; then
   ctest --test-dir "$build" --output-on-failure "$@"
 else
