@@ -47,7 +47,12 @@ for arm in ("cut", "ce", "kl"):
         means[arm][metric] = {"mean": mean, "stderr_over_seeds": error}
     print(f"{arm:4} held-out loss {means[arm]['loss']['mean']:.4f} +- {means[arm]['loss']['stderr_over_seeds']:.4f}, "
           f"KL to the teacher {means[arm]['kl']['mean']:.4f} +- {means[arm]['kl']['stderr_over_seeds']:.4f}")
-json.dump({"benchmark": "distill_null", "commit": commit, "machine": machine, "teacher": teacher, "student": student,
+names = {"cut": "untouched cut", "ce": "next-token loss", "kl": "distilled (KL)"}
+table = [[names[a], means[a]["kl"]["mean"], means[a]["kl"]["stderr_over_seeds"], means[a]["loss"]["mean"],
+          means[a]["loss"]["stderr_over_seeds"]] for a in ("cut", "ce", "kl")]
+command = f"tests/bench/distill_null.sh build/pare {teacher} TEXT {held_out} OUT.json {tokens}, student {student}"
+json.dump({"benchmark": "distill_null", "command": command,
+           "columns": ["student", "KL to the teacher", "over seeds", "held-out loss", "over seeds"], "table": table, "commit": commit, "machine": machine, "teacher": teacher, "student": student,
            "held_out": held_out, "tokens": int(tokens), "lr": float(lr), "means": means, "runs": runs},
           open(out, "w"), indent=1)
 PY

@@ -43,7 +43,12 @@ for method in ("wanda", "magnitude", "random"):
     mean = sum(kl) / 3
     means[method] = {"mean_kl": mean, "stderr_over_seeds": math.sqrt(sum((x - mean) ** 2 for x in kl) / 2 / 3)}
     print(f"{method:10} held-out mean_kl {mean:.4f} nats, +- {means[method]['stderr_over_seeds']:.4f} over 3 seeds")
-json.dump({"benchmark": "prune_null", "commit": commit, "machine": machine, "model": model, "held_out": held_out,
+value = lambda run, metric: next(r["after"] for r in run["held_out"] if r["metric"] == metric)
+average = lambda method, metric: sum(value(r, metric) for r in runs if r["method"] == method) / 3
+table = [[m, means[m]["mean_kl"], means[m]["stderr_over_seeds"], average(m, "top1_agreement"), average(m, "perplexity")] for m in means]
+command = f"tests/bench/prune_null.sh build/pare {model} CALIBRATION {held_out} OUT.json {sparsity}"
+json.dump({"benchmark": "prune_null", "command": command, "columns": ["method", "mean KL", "over seeds", "top-1", "perplexity"],
+           "table": table, "commit": commit, "machine": machine, "model": model, "held_out": held_out,
            "sparsity": float(sparsity), "samples": int(samples), "context": int(context), "means": means, "runs": runs},
           open(out, "w"), indent=1)
 PY
