@@ -43,7 +43,7 @@ for method in ("wanda", "magnitude", "random"):
     mean = sum(kl) / 3
     means[method] = {"mean_kl": mean, "stderr_over_seeds": math.sqrt(sum((x - mean) ** 2 for x in kl) / 2 / 3)}
     print(f"{method:10} held-out mean_kl {mean:.4f} nats, +- {means[method]['stderr_over_seeds']:.4f} over 3 seeds")
-value = lambda run, metric: next(r["after"] for r in run["held_out"] if r["metric"] == metric)
+value = lambda run, metric: next(r["after"] for r in run["held_out"] if r["metric"] == metric and r["stage"] != "original")
 average = lambda method, metric: sum(value(r, metric) for r in runs if r["method"] == method) / 3
 table = [[m, means[m]["mean_kl"], means[m]["stderr_over_seeds"], average(m, "top1_agreement"), average(m, "perplexity")] for m in means]
 command = f"tests/bench/prune_null.sh build/pare {model} CALIBRATION {held_out} OUT.json {sparsity}"
