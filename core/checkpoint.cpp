@@ -122,7 +122,11 @@ Checkpoint::Checkpoint(const fs::path& folder) : folder_(folder) {
     if (!codecs.is_object()) throw input_error(place + ": pare.codecs", "an object", codecs.type_name());
     for (const auto& [name, codec] : codecs.items()) {
       if (!codec.is_string()) throw input_error(place + ": pare.codecs." + name, "a codec name", codec.type_name());
-      side_codecs.emplace(name, Codec::parse(codec.get<std::string>(), place + ": pare.codecs." + name));
+      try {
+        side_codecs.emplace(name, Codec::parse(codec.get<std::string>(), place + ": pare.codecs." + name));
+      } catch (const Error& problem) {
+        throw input_error(problem.place(), problem.expected(), problem.found());  // the file's content, not the usage
+      }
     }
   }
 

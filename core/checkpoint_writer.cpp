@@ -71,6 +71,7 @@ struct CheckpointWriter::State {
   std::set<std::string> names_of_pieces;
   std::set<std::string, std::less<>> put_here;  // by this writer, to catch a tensor put twice
   bool complete = false;                        // finish() had run before this writer was made
+  std::unique_ptr<Checkpoint> reader;           // reads back what is complete; opened at the first need
 
   std::unique_ptr<AtomicFile> open;
   std::string open_name;
@@ -117,6 +118,7 @@ struct CheckpointWriter::State {
   void reopen() {
     if (!complete) return;
     complete = false;
+    reader.reset();
     for (const auto& entry : fs::directory_iterator(work)) {
       const std::string name = entry.path().filename().string();
       if (name == "config.json" || name == "codes.pare" || name.starts_with("model.safetensors") ||
@@ -281,7 +283,10 @@ bool CheckpointWriter::has_piece(const std::string& piece) const {
 
 void CheckpointWriter::read_f32(std::string_view name, float* out) const {
   const TensorSpec& spec = state_->spec(name);
-  if (state_->complete) return Checkpoint(state_->work).read_f32(name, out);
+  if (state_->complete) {
+    if (!state_->reader) state_->reader = std::make_unique<Checkpoint>(state_->work);
+    return state_->reader->read_f32(name, out);
+  }
   const auto found = state_->entries.find(name);
   if (found == state_->entries.end()) throw std::logic_error("CheckpointWriter: " + spec.name + " was not put yet");
   const Entry& entry = found->second;

@@ -1,6 +1,8 @@
 #include "core/options.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstdint>
 #include <numeric>
 #include <stdexcept>
 
@@ -32,16 +34,18 @@ std::string number_text(double value) {
 
 // Empty when fine, else "expected ..., found ...".
 std::string check_value(const OptionDecl& decl, Json& value) {
-  const std::string found = ", found " + value.dump();
+  // Arguments are bytes and need not be UTF-8.
+  const std::string found = ", found " + value.dump(-1, ' ', false, Json::error_handler_t::replace);
   switch (decl.type) {
     case OptionType::kFlag:
       if (!value.is_boolean()) return "expected true or false" + found;
       break;
     case OptionType::kInteger:
-      if (!value.is_number_integer()) return "expected a whole number" + found;
+      if (!value.is_number_integer() || (value.is_number_unsigned() && value.get<std::uint64_t>() > INT64_MAX))
+        return "expected a whole number of 64 bits" + found;
       break;
     case OptionType::kNumber:
-      if (!value.is_number()) return "expected a number" + found;
+      if (!value.is_number() || !std::isfinite(value.get<double>())) return "expected a finite number" + found;
       break;
     case OptionType::kText:
     case OptionType::kPath:

@@ -52,6 +52,9 @@ Report Report::from_json(const Json& json, const std::string& place) {
     if (!row.is_object() || !row.contains("stage") || !row.contains("metric") || !row["stage"].is_string() ||
         !row["metric"].is_string())
       throw input_error(place, "report rows with stage and metric", row.dump());
+    if ((row.contains("unit") && !row["unit"].is_string()) ||
+        (row.contains("deterministic") && !row["deterministic"].is_boolean()))
+      throw input_error(place, "a text as unit, true or false as deterministic", row.dump());
     report.add({row["stage"].get<std::string>(), row["metric"].get<std::string>(), number(row, "before"),
                 number(row, "after"), row.value("unit", ""), number(row, "stderr"), row.value("deterministic", true)});
   }

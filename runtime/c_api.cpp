@@ -163,10 +163,13 @@ int pare_feed(pare_session* session, const int32_t* ids, int64_t count) {
   return guarded([&] {
     require(session != nullptr && count >= 0 && (ids != nullptr || count == 0), "pare_feed", "a session and ids",
             "NULL or a negative count");
-    session->seen.reserve(session->seen.size() + static_cast<std::size_t>(count));
+    // Before feeding, so that nothing can fail after it; doubled, so that feeding one by one stays linear.
+    auto& seen = session->seen;
+    const std::size_t needed = seen.size() + static_cast<std::size_t>(count);
+    if (needed > seen.capacity()) seen.reserve(std::max(needed, 2 * seen.capacity()));
     session->session.feed({ids, static_cast<std::size_t>(count)});
     session->rows = count;
-    session->seen.insert(session->seen.end(), ids, ids + count);
+    seen.insert(seen.end(), ids, ids + count);
   });
 }
 

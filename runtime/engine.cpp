@@ -2,6 +2,7 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <mutex>
 #include <optional>
 
@@ -12,12 +13,16 @@
 namespace pare {
 namespace {
 
+constexpr int kMaxThreads = 1024;  // the OpenMP runtime ends the program when it cannot start a thread
+
 class MappedEngine : public Engine {
  public:
   MappedEngine(const fs::path& path, const EngineOptions& options)
       : kernels_(choose_kernels(options.kernels)), file_(path), weights_(view_weights(file_)), options_(options) {
-    if (options_.threads < 0) throw usage_error("threads", "a number >= 0", std::to_string(options_.threads));
-    if (options_.threads == 0) options_.threads = omp_get_num_procs();
+    if (options_.threads < 0 || options_.threads > kMaxThreads) {
+      throw usage_error("threads", "0 to " + std::to_string(kMaxThreads), std::to_string(options_.threads));
+    }
+    if (options_.threads == 0) options_.threads = std::min(omp_get_num_procs(), kMaxThreads);
     options_.kernels = kernels_.name;
   }
 

@@ -55,7 +55,7 @@ void TeamChoice::record(std::int64_t products, int threads, double seconds) {
     mine = mine == 0 ? now : std::min(mine, now);
   } else {
     mine = 0.5 * (mine + now);
-    --pace.until_trial;
+    pace.until_trial = std::max(pace.until_trial - 1, -1);
   }
   if (pace.until_trial > 0 || pace.calls < kFirstCalls || pace.seconds[0] == 0 || pace.seconds[1] == 0) return;
   // A trial may cost as much more as the way is slower: space them so that all trials together cost about 3 %.

@@ -54,20 +54,21 @@ std::int32_t Sampler::operator()(std::span<const float> logits) {
     }
     if (logits[i] > logits[best]) best = i;
   }
-  if (options_.temperature == 0) return static_cast<std::int32_t>(best);
-
+  if (logits[best] == -INFINITY) throw failure("logits", "a token that is possible", "minus infinity for every token");
   const double peak = logits[best], inverse = 1.0 / options_.temperature;
+  if (!std::isfinite(inverse)) return static_cast<std::int32_t>(best);  // zero, or too small to divide by
+
   const auto weight = [&](float logit) { return std::exp((logit - peak) * inverse); };
   double total = 0;
   for (const float logit : logits) total += weight(logit);
-  // A token below this share cannot belong to the smallest set of likely tokens that reaches top_p.
+  // A token below this share, the likeliest apart, cannot belong to the smallest set of tokens that reaches top_p.
   const double floor = options_.top_p < 1 && logits.size() > 1
                            ? (1 - options_.top_p) / static_cast<double>(logits.size() - 1) * total
                            : 0;
   scratch_.clear();
   for (std::size_t i = 0; i < logits.size(); ++i) {
     const double w = weight(logits[i]);
-    if (w >= floor && w > 0) scratch_.emplace_back(logits[i], static_cast<std::int32_t>(i));
+    if (i == best || (w >= floor && w > 0)) scratch_.emplace_back(logits[i], static_cast<std::int32_t>(i));
   }
   if (options_.top_p < 1) {
     std::sort(scratch_.begin(), scratch_.end(), [](const auto& a, const auto& b) {

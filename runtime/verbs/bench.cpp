@@ -25,7 +25,7 @@ std::vector<int> parse_threads(const std::string& text) {
   while (true) {
     int count = 0;
     const auto [next, error] = std::from_chars(at, end, count);
-    if (error != std::errc() || count < 1 || count > 4096 || (next != end && *next != ',')) {
+    if (error != std::errc() || count < 1 || count > 1024 || (next != end && *next != ',')) {
       throw usage_error("-t", "numbers of threads separated by commas, such as 1,2", "\"" + text + "\"");
     }
     counts.push_back(count);

@@ -174,7 +174,9 @@ int execute(const Given& given, const Globals& globals) {
       const Json object = {{"command", command.name}, {"ok", true}, {"result", result}, {"rows", context.report.to_json()}};
       std::printf("%s\n", object.dump(-1, ' ', false, Json::error_handler_t::replace).c_str());
     }
-    if (std::fflush(stdout) != 0) return fail(failure("standard output", "room to write the result", "write error"));
+    // ferror: a write that failed earlier leaves nothing for the last flush to complain about.
+    if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0)
+      return fail(failure("standard output", "room to write the result", "write error"));
     return 0;
   } catch (const Error& error) {
     return fail(error);

@@ -390,7 +390,8 @@ Command make_eval_command(EvalBackend backend) {
        .default_value = false},
       {.name = "limit", .type = OptionType::kInteger, .help = "only the first windows, and items of each task", .minimum = 1},
       {.name = "tasks", .type = OptionType::kTextList,
-       .help = "task files (.jsonl): query/choices/gold, context/continuation or sentence_good/sentence_bad; or folders"},
+       .help = "task files (.jsonl): query/choices/gold, context/continuation, sentence_good/sentence_bad or "
+               "sentence/option1/option2/label; or folders"},
       {.name = "act", .type = OptionType::kText, .help = "activations that meet quantized weights of a compact file",
        .default_value = "int8", .choices = {"int8", "float"}},
       {.name = "speed", .type = OptionType::kFlag, .help = "time the decoding of a compact file", .default_value = true},

@@ -84,6 +84,15 @@ Json run_batch(const Tokenizer& tokenizer) {
 }
 
 Json run(const Options& options, Context& context) {
+  std::string given;
+  int count = options.get<bool>("batch") ? 1 : 0;
+  if (count > 0) given = "--batch";
+  for (const char* name : {"text", "file", "decode"}) {
+    if (!options.has(name)) continue;
+    ++count;
+    given += (given.empty() ? "--" : " and --") + std::string(name);
+  }
+  if (count != 1) throw usage_error("tokenize", "one of --text, --file, --decode or --batch", count == 0 ? "none" : given);
   const Tokenizer tokenizer = open_tokenizer(options.get<std::string>("tokenizer"));
   if (options.get<bool>("batch")) {
     if (context.json) throw usage_error("--batch", "either --batch or --json", "both");
@@ -100,10 +109,7 @@ Json run(const Options& options, Context& context) {
     context.print(text + "\n");
     return {{"text", text}, {"count", ids.size()}};
   }
-  std::string text;
-  if (options.has("text") == options.has("file"))
-    throw usage_error("tokenize", "one of --text, --file, --decode or --batch", options.has("text") ? "two" : "none");
-  text = options.has("file") ? read_text(options.get<std::string>("file")) : options.get<std::string>("text");
+  const std::string text = options.has("file") ? read_text(options.get<std::string>("file")) : options.get<std::string>("text");
   const auto ids = tokenizer.encode(text, !options.get<bool>("no-special"), !options.get<bool>("plain"));
   Json tokens = Json::array();
   std::string lines;

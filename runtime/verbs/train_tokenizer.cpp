@@ -30,7 +30,11 @@ Json run(const Options& options, Context& context) {
   std::optional<std::string> split;
   if (options.has("split")) split = options.get<std::string>("split");
 
-  FolderTransaction folder(options.get<std::string>("out"));
+  // The folder is begun when there is something to put into it: bad text leaves nothing behind.
+  const fs::path wanted = options.get<std::string>("out");
+  if (fs::exists(fs::symlink_status(wanted)))
+    throw usage_error(wanted.string(), "an output that does not exist yet", "an existing one",
+                      "remove it or choose another --out");
   std::vector<std::string> texts;
   std::uint64_t bytes = 0;
   for (Document& document : read_documents(files, split)) {
@@ -44,7 +48,7 @@ Json run(const Options& options, Context& context) {
   if (tokenizer.size() < training.vocab_size)
     context.progress->note("the text gives only " + std::to_string(tokenizer.size()) + " of the " +
                            std::to_string(training.vocab_size) + " tokens asked for");
-  fs::create_directories(folder.work());
+  FolderTransaction folder(wanted);
   write_text(folder.work() / "tokenizer.json", text);
   write_text(folder.work() / "tokenizer_config.json", tokenizer_config(training.special_tokens).dump(2) + "\n");
   folder.commit();

@@ -112,6 +112,13 @@ TEST(Checkpoint, CodesComeBackTheVerySame) {
     std::vector<float> copy(50 * 128);
     to_f32(*shards.find("model.embed_tokens.weight"), 0, 50 * 128, copy.data());
     EXPECT_EQ(copy, model.read_f32("model.embed_tokens.weight"));
+    // A codec that nobody knows is damage of the folder, not a mistake on the command line.
+    std::string side = read_text(scratch / "codes.pare");
+    const std::size_t at = side.find("q4g32");
+    ASSERT_NE(at, std::string::npos);
+    write_bytes(scratch / "codes.pare", side.replace(at, 5, "q4g33"));
+    const std::string message = error_of([&] { Checkpoint damaged(scratch.path()); });
+    EXPECT_TRUE(message.starts_with("3 ") && contains(message, "codes.pare") && contains(message, "q4g33")) << message;
   }
 }
 

@@ -52,6 +52,17 @@ TEST(SamplerTest, TopPKeepsTheSmallestSetThatReachesTheMass) {
   EXPECT_EQ(seen(1e-9).size(), 1u);
 }
 
+TEST(SamplerTest, TinyTopPOfNearlyEqualTokensIsGreedy) {
+  const std::vector<float> logits{0.0f, 1e-4f};  // top_p below 1 / 2, so below the share of every token
+  Sampler sampler({1.0, 1e-3, 7});
+  for (int i = 0; i < 100; ++i) EXPECT_EQ(sampler(logits), 1);
+}
+
+TEST(SamplerTest, TemperatureTooSmallToDivideByIsGreedy) {
+  Sampler sampler({1e-310, 0.9, 7});
+  EXPECT_EQ(sampler(std::vector<float>{1, 3, 3, 2}), 1);
+}
+
 TEST(SamplerTest, SeedsDecideTheSequence) {
   const std::vector<float> logits(100, 0.0f);
   const auto sequence = [&](std::uint64_t seed) {
@@ -77,6 +88,7 @@ TEST(SamplerTest, RefusesBadOptionsAndLogits) {
     EXPECT_THROW(sampler(std::vector<float>{}), Error);
     EXPECT_THROW(sampler(std::vector<float>{1, std::numeric_limits<float>::quiet_NaN()}), Error);
     EXPECT_THROW(sampler(std::vector<float>{1, INFINITY}), Error);
+    EXPECT_THROW(sampler(std::vector<float>{-INFINITY, -INFINITY}), Error);
   }
 }
 

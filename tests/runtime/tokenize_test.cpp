@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <cmath>
 #include <fstream>
 
 #include "core/error.h"
@@ -64,9 +65,25 @@ TEST_F(TokenizeVerbs, RefusesContradictions) {
   EXPECT_EQ(code_of(tokenize_command(), {{"tokenizer", file}}), ExitCode::kUsage);
   EXPECT_EQ(code_of(tokenize_command(), {{"tokenizer", file}, {"text", "a"}, {"file", file}}), ExitCode::kUsage);
   EXPECT_EQ(code_of(tokenize_command(), {{"tokenizer", file}, {"batch", true}}), ExitCode::kUsage);
+  EXPECT_EQ(code_of(tokenize_command(), {{"tokenizer", file}, {"text", "a"}, {"decode", Json::array({"1"})}}), ExitCode::kUsage);
   EXPECT_EQ(code_of(tokenize_command(), {{"tokenizer", file}, {"decode", Json::array({"x"})}}), ExitCode::kUsage);
   EXPECT_EQ(code_of(tokenize_command(), {{"tokenizer", (folder_ / "none.json").string()}, {"text", "a"}}), ExitCode::kInput);
   EXPECT_EQ(code_of(tokenize_command(), {{"tokenizer", folder_.string()}, {"text", "a"}}), ExitCode::kInput);
+}
+
+TEST_F(TokenizeVerbs, ArgumentsAreBytes) {
+  const std::string file = (kGolden / "llama3.json").string();
+  EXPECT_EQ(call(tokenize_command(), {{"tokenizer", file}, {"text", "\xff"}})["ids"],
+            call(tokenize_command(), {{"tokenizer", file}, {"text", "\xEF\xBF\xBD"}})["ids"]);
+}
+
+TEST_F(TokenizeVerbs, OptionsRefuseNumbersThatAreNone) {
+  const std::vector<OptionDecl> decls = {{.name = "x", .type = OptionType::kNumber, .minimum = 0},
+                                         {.name = "n", .type = OptionType::kInteger, .minimum = 0}};
+  EXPECT_THROW(Options(decls, {{"x", std::nan("")}}, "test"), Error);
+  EXPECT_THROW(Options(decls, {{"x", INFINITY}}, "test"), Error);
+  EXPECT_THROW(Options(decls, {{"n", UINT64_MAX}}, "test"), Error);
+  EXPECT_EQ(Options(decls, {{"n", INT64_MAX}}, "test").get<std::int64_t>("n"), INT64_MAX);
 }
 
 TEST_F(TokenizeVerbs, TrainsAFolder) {
@@ -87,6 +104,7 @@ TEST_F(TokenizeVerbs, TrainsAFolder) {
   small["out"] = (folder_ / "small").string();
   EXPECT_EQ(code_of(train_tokenizer_command(), small), ExitCode::kUsage);
   EXPECT_FALSE(fs::exists(folder_ / "small"));
+  EXPECT_FALSE(fs::exists(folder_ / "small.partial"));
 }
 
 }  // namespace
