@@ -17,7 +17,7 @@ try:
     from transformers import AutoModelForCausalLM
 except ImportError as missing:
     print(f"SKIPPED: {missing}")
-    sys.exit(0)
+    sys.exit(77)
 
 
 def tensors_of(folder):

@@ -15,7 +15,7 @@ try:
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 except ImportError as missing:
     print(f"SKIPPED student_cut.py: {missing}")
-    sys.exit(0)
+    sys.exit(77)
 
 
 def main():

@@ -1,0 +1,37 @@
+#!/bin/bash
+# Real clients read what pare writes: transformers, compressed-tensors, tokenizers, safetensors.
+#   tests/interop/run.sh BUILD_DIR        PARE_PYTHON: the interpreter that has them (default: python3)
+# Exit 77 (skipped, said aloud) when that interpreter lacks them; 1 on any difference.
+set -u
+BUILD=$(cd "${1:?usage: run.sh BUILD_DIR}" && pwd)
+HERE=$(cd "$(dirname "$0")" && pwd)
+ROOT=$(cd "$HERE/../.." && pwd)
+PYTHON=${PARE_PYTHON:-python3}
+export OMP_WAIT_POLICY=passive
+if ! "$PYTHON" -c 'import torch, transformers, tokenizers, safetensors, compressed_tensors' 2>/dev/null; then
+  echo "SKIPPED: $PYTHON has not all of torch, transformers, tokenizers, safetensors and compressed-tensors;"
+  echo "install them with pip and name that interpreter in PARE_PYTHON. Nothing was checked against real clients."
+  exit 77
+fi
+T=$(mktemp -d)
+trap 'rm -rf "$T"' EXIT
+FAILED=0
+check() {
+  local name=$1
+  shift
+  if "$@" >"$T/log" 2>&1; then echo "ok $name"; else
+    FAILED=1
+    echo "FAILED $name"
+    tail -n 25 "$T/log"
+  fi
+}
+for codec in q4 q4g128 q8; do
+  "$BUILD/pare" quantize --quiet --model "$ROOT/examples/teacher" --out "$T/$codec" --codec $codec --text "$ROOT/README.md" \
+    --samples 4 --context 128 >/dev/null && check "quantized folder $codec" "$PYTHON" "$HERE/compressed_tensors.py" "$T/$codec"
+done
+check "pruned folders" "$PYTHON" "$HERE/pruned_folder.py" "$BUILD/pare"
+check "cut student" "$PYTHON" "$HERE/student_cut.py" "$BUILD/pare"
+check "trained tokenizer" "$PYTHON" "$HERE/tokenizers_train.py" "$BUILD/pare" "$ROOT/README.md" --vocab-size 600
+check "tokenizers" "$PYTHON" "$HERE/tokenizers_fuzz.py" "$BUILD/pare" "$ROOT"/tests/golden/tokenizers/*.json \
+  "$ROOT/examples/teacher/tokenizer.json" --count 1000
+exit $FAILED
