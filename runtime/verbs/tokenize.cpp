@@ -92,7 +92,8 @@ Json run(const Options& options, Context& context) {
     ++count;
     given += (given.empty() ? "--" : " and --") + std::string(name);
   }
-  if (count != 1) throw usage_error("tokenize", "one of --text, --file, --decode or --batch", count == 0 ? "none" : given);
+  if (count != 1)
+    throw usage_error("tokenize", "one of --text, --file, --decode or --batch", count == 0 ? "none" : given);
   const Tokenizer tokenizer = open_tokenizer(options.get<std::string>("tokenizer"));
   if (options.get<bool>("batch")) {
     if (context.json) throw usage_error("--batch", "either --batch or --json", "both");
@@ -109,7 +110,8 @@ Json run(const Options& options, Context& context) {
     context.print(text + "\n");
     return {{"text", text}, {"count", ids.size()}};
   }
-  const std::string text = options.has("file") ? read_text(options.get<std::string>("file")) : options.get<std::string>("text");
+  const std::string text =
+      options.has("file") ? read_text(options.get<std::string>("file")) : options.get<std::string>("text");
   const auto ids = tokenizer.encode(text, !options.get<bool>("no-special"), !options.get<bool>("plain"));
   Json tokens = Json::array();
   std::string lines;

@@ -65,7 +65,8 @@ TEST_F(TokenizeVerbs, RefusesContradictions) {
   EXPECT_EQ(code_of(tokenize_command(), {{"tokenizer", file}}), ExitCode::kUsage);
   EXPECT_EQ(code_of(tokenize_command(), {{"tokenizer", file}, {"text", "a"}, {"file", file}}), ExitCode::kUsage);
   EXPECT_EQ(code_of(tokenize_command(), {{"tokenizer", file}, {"batch", true}}), ExitCode::kUsage);
-  EXPECT_EQ(code_of(tokenize_command(), {{"tokenizer", file}, {"text", "a"}, {"decode", Json::array({"1"})}}), ExitCode::kUsage);
+  EXPECT_EQ(code_of(tokenize_command(), {{"tokenizer", file}, {"text", "a"}, {"decode", Json::array({"1"})}}),
+            ExitCode::kUsage);
   EXPECT_EQ(code_of(tokenize_command(), {{"tokenizer", file}, {"decode", Json::array({"x"})}}), ExitCode::kUsage);
   EXPECT_EQ(code_of(tokenize_command(), {{"tokenizer", (folder_ / "none.json").string()}, {"text", "a"}}), ExitCode::kInput);
   EXPECT_EQ(code_of(tokenize_command(), {{"tokenizer", folder_.string()}, {"text", "a"}}), ExitCode::kInput);
