@@ -95,12 +95,8 @@ Json run_distill(const Options& o, Context& run) {
   check_options(o);
   FolderTransaction transaction(o.get<std::string>("out"));
   const EmptyFolderRemover cleaning(transaction.work());
-  if (o.get<bool>("restart")) {
-    transaction.discard();
-    fs::create_directories(transaction.work());
-  }
   const torch::Device device = parse_device(o.get<std::string>("device"));
-  prepare_threads(run.threads);
+  const PreparedThreads prepared(run.threads);
   Pair pair = open_pair(o);
   pair.teacher->to(device);
   for (torch::Tensor& parameter : pair.teacher->parameters()) parameter.set_requires_grad(false);
@@ -109,6 +105,10 @@ Json run_distill(const Options& o, Context& run) {
   job.settings = trainer_settings(o, pair.student->config());
   const std::int64_t context = job.settings.context;
   const Tokenizer tokenizer = Tokenizer::from_file(pair.like / "tokenizer.json");
+  if (tokenizer.size() > pair.student->config().vocab_size)
+    throw input_error((pair.like / "tokenizer.json").string(),
+                      "at most " + std::to_string(pair.student->config().vocab_size) + " ids (vocab_size)",
+                      std::to_string(tokenizer.size()));
   const auto split = o.has("split") ? std::optional(o.get<std::string>("split")) : std::nullopt;
   const auto specs = parse_text_specs(o.get<std::vector<std::string>>("text"), "--text");
   job.held_out = read_held_out(o.get_or<std::vector<std::string>>("held-out", {}), split, tokenizer, context);
@@ -158,6 +158,7 @@ Json run_distill(const Options& o, Context& run) {
                                                   b.view({-1, b.size(-1)}), pair.teacher->head_weight(), targets);
                          });
   };
+  claim_training_folder(job.work, o.get<bool>("restart"));
   pair.student->to(device);
   std::vector<MeanLoss> before;
   for (const HeldOut& held_out : job.held_out) before.push_back(divergence(held_out));

@@ -54,10 +54,6 @@ Source open_source(const Options& o, std::uint64_t seed) {
 Json run_train(const Options& o, Context& run) {
   FolderTransaction transaction(o.get<std::string>("out"));
   const EmptyFolderRemover cleaning(transaction.work());
-  if (o.get<bool>("restart")) {
-    transaction.discard();
-    fs::create_directories(transaction.work());
-  }
   parse_device(o.get<std::string>("device"));
   const auto specs = parse_text_specs(o.get<std::vector<std::string>>("text"), "--text");
   Source source = open_source(o, run.seed);
@@ -82,6 +78,7 @@ Json run_train(const Options& o, Context& run) {
     return cross_entropy_loss(hidden.view({-1, hidden.size(-1)}), source.decoder->head_weight(), micro.targets.view(-1),
                               scale, &sums);
   };
+  claim_training_folder(job.work, o.get<bool>("restart"));
   Json result = run_training(job, source.dtype, run);
   write_decoder(source.decoder, source.dtype, source.like, transaction.work());
   finish_training_folder(transaction.work());

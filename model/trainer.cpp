@@ -243,6 +243,10 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
   const fs::path state_file = job.work / kStateFile;
   const std::string resume_hint = "run the same command again to continue, or add --restart to begin anew";
 
+  // What paths cannot tell: the weights before the first step and the ids of the texts.
+  Hasher ids;
+  for (const TokenSource& source : job.data->sources()) ids.update(std::as_bytes(std::span(source.ids)));
+  const Json contents{{"model", flat.hash()}, {"text", ids.hex()}};
   Json curve = Json::array(), before = Json::object();
   std::int64_t step = 0, tokens = 0;
   double smoothed = 0;
@@ -255,6 +259,9 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
       throw usage_error(state_file.string(), "the options of the interrupted run", "other values of: " + differ,
                         "repeat the command with the same options, or add --restart to begin anew");
     }
+    if (meta.at("contents") != contents)
+      throw usage_error(state_file.string(), "the model and the texts of the interrupted run", "others under the same names",
+                        "bring them back, or add --restart to begin anew");
     step = meta.at("step").get<std::int64_t>();
     tokens = meta.at("tokens").get<std::int64_t>();
     smoothed = meta.at("smoothed_loss").get<double>();
@@ -264,7 +271,7 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
     run.progress->note("continuing from step " + std::to_string(step));
   }
   const auto save_state = [&] {
-    flat.write(state_file, Json{{"options", job.echo}, {"step", step}, {"tokens", tokens}, {"smoothed_loss", smoothed},
+    flat.write(state_file, Json{{"options", job.echo}, {"contents", contents}, {"step", step}, {"tokens", tokens}, {"smoothed_loss", smoothed},
                                 {"taken", job.data->taken()}, {"before", before}, {"curve", curve}});
     write_curve(job.work, curve);
   };
@@ -367,6 +374,18 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
   if (!after.empty()) curve.push_back(std::move(last));
   write_curve(job.work, curve);
   return result;
+}
+
+void claim_training_folder(const fs::path& work, bool restart) {
+  if (restart)
+    for (const auto& entry : fs::directory_iterator(work)) fs::remove_all(entry.path());
+  if (fs::exists(work / kStateFile) || fs::exists(work / kCurveFile)) return;
+  for (const auto& entry : fs::directory_iterator(work)) {
+    const std::string name = entry.path().filename().string();
+    if (name.find(".tmp-") == std::string::npos)  // else a state on the way to its name
+      throw usage_error(work.string(), "an unfinished run of this very command", "one of another command (" + name + ")",
+                        "finish the command it belongs to, or add --restart to remove it");
+  }
 }
 
 void finish_training_folder(const fs::path& work) { fs::remove(work / kStateFile); }

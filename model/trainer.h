@@ -90,6 +90,9 @@ struct EmptyFolderRemover {
   }
 };
 
+// Before run_training, when everything else is known to fit. restart: empties the folder. Error: exit 2 when it holds the
+// unfinished work of another command.
+void claim_training_folder(const fs::path& work, bool restart);
 // Removes what resuming needed; the curve stays.
 void finish_training_folder(const fs::path& work);
 

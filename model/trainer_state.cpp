@@ -54,6 +54,11 @@ void FlatParameters::clear_gradients() { g_.zero_(); }
 
 double FlatParameters::gradient_norm() const { return std::sqrt(sum_of_squares(g_)); }
 
+std::string FlatParameters::hash() const {
+  const torch::Tensor host = w_.to(torch::kCPU).contiguous();
+  return hash_bytes(std::as_bytes(std::span(host.data_ptr<float>(), static_cast<std::size_t>(host.numel()))));
+}
+
 void FlatParameters::step(double lr, double beta1, double beta2, double decay, double clip_factor, std::int64_t t) {
   const torch::NoGradGuard no_grad;
   const double correction1 = 1 - std::pow(beta1, static_cast<double>(t));

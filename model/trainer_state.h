@@ -23,6 +23,7 @@ class FlatParameters {
   double gradient_norm() const;
   // One AdamW step; weight decay on matrices only. t counts from 1.
   void step(double lr, double beta1, double beta2, double decay, double clip_factor, std::int64_t t);
+  std::string hash() const;  // of the weights
   std::int64_t kept_zeros() const { return kept_zeros_; }
 
   // `meta` travels in the file's metadata. read() returns it; exit 3 when the file does not fit the model.

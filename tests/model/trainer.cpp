@@ -235,6 +235,21 @@ TEST(Train, BadUseIsRefusedBeforeAnythingIsWritten) {
   EXPECT_FALSE(fs::exists(w.folder / "x.partial"));
 }
 
+TEST(Train, UnfinishedWorkOfAnotherCommandStays) {
+  const Workplace w("foreign");
+  testing::write_file(w.folder / "x.partial" / "quantize.json", "{}");
+  Json given = w.base("x");
+  EXPECT_THROW(w.run(given), Error);
+  EXPECT_TRUE(fs::exists(w.folder / "x.partial" / "quantize.json"));
+  given["restart"] = true;
+  given["context"] = 65;  // refused before anything is removed
+  EXPECT_THROW(w.run(given), Error);
+  EXPECT_TRUE(fs::exists(w.folder / "x.partial" / "quantize.json"));
+  given["context"] = 32;
+  w.run(given);
+  EXPECT_FALSE(fs::exists(w.folder / "x" / "quantize.json"));
+}
+
 TEST(Train, ScheduleRisesThenFallsToItsFloor) {
   TrainerSettings s;
   s.steps = 1000;
