@@ -79,8 +79,8 @@ TEST_F(TokenizeVerbs, ArgumentsAreBytes) {
 }
 
 TEST_F(TokenizeVerbs, OptionsRefuseNumbersThatAreNone) {
-  const std::vector<OptionDecl> decls = {{.name = "x", .type = OptionType::kNumber, .minimum = 0},
-                                         {.name = "n", .type = OptionType::kInteger, .minimum = 0}};
+  const std::vector<OptionDecl> decls = {{.name = "x", .type = OptionType::kNumber, .help = "", .minimum = 0},
+                                         {.name = "n", .type = OptionType::kInteger, .help = "", .minimum = 0}};
   EXPECT_THROW(Options(decls, {{"x", std::nan("")}}, "test"), Error);
   EXPECT_THROW(Options(decls, {{"x", INFINITY}}, "test"), Error);
   EXPECT_THROW(Options(decls, {{"n", UINT64_MAX}}, "test"), Error);
