@@ -109,9 +109,11 @@ void Walk::embed(BlockVisitor& visitor) {
   const auto look_up = [&](std::vector<float>& stream) {
     stream.resize(static_cast<std::size_t>(windows_.count * window_size_));
     const float* rows = table.data_ptr<float>();
+    const auto scale = static_cast<float>(config_.embedding_scale);
     for (std::size_t t = 0; t < windows_.ids.size(); ++t) {
-      std::copy_n(rows + windows_.ids[t] * config_.hidden_size, config_.hidden_size,
-                  stream.data() + static_cast<std::int64_t>(t) * config_.hidden_size);
+      const float* row = rows + windows_.ids[t] * config_.hidden_size;
+      std::transform(row, row + config_.hidden_size, stream.data() + static_cast<std::int64_t>(t) * config_.hidden_size,
+                     [scale](float x) { return x * scale; });
     }
   };
   if (options_.original_stream || options_.cross) look_up(original_);
@@ -211,7 +213,7 @@ void Walk::visit(DecoderBlock& block, std::vector<BlockLinear>& linears, int lay
       advance(block, compressed_, past_attention);
       if (options_.cross) advance(reference_, original_, past_attention);
     }
-    const std::span<BlockLinear> own = std::span(linears).subspan(next, stage_modules(stage).size());
+    const std::span<BlockLinear> own = std::span(linears).subspan(next, stage_modules(config_, stage).size());
     next += own.size();
     if (context_.progress) context_.progress->update(layer, own.front().module + ": inputs");
     const InputStatistics input = statistics(block, stage, own.front().cols);
@@ -250,7 +252,7 @@ void Walk::run(BlockVisitor& visitor) {
     weights_.clear();
     std::vector<BlockLinear> linears;
     for (BlockStage stage : {BlockStage::kQkv, BlockStage::kO, BlockStage::kGateUp, BlockStage::kDown}) {
-      for (const std::string& module : stage_modules(stage)) {
+      for (const std::string& module : stage_modules(config_, stage)) {
         const torch::Tensor weight = block->weight(module).detach().to(torch::kCPU).contiguous();
         const float* values = weight.data_ptr<float>();
         original_weights_.emplace_back(values, values + weight.numel());
@@ -289,13 +291,20 @@ void Walk::run(BlockVisitor& visitor) {
 
 }  // namespace
 
-const std::vector<std::string>& stage_modules(BlockStage stage) {
-  static const std::vector<std::string> modules[] = {
-      {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"},
-      {"self_attn.o_proj"},
-      {"mlp.gate_proj", "mlp.up_proj"},
-      {"mlp.down_proj"}};
-  return modules[static_cast<std::size_t>(stage)];
+std::vector<std::string> stage_modules(const ModelConfig& config, BlockStage stage) {
+  switch (stage) {
+    case BlockStage::kQkv:
+      if (config.fused_qkv) return {"self_attn.qkv_proj"};
+      return {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"};
+    case BlockStage::kO:
+      return {"self_attn.o_proj"};
+    case BlockStage::kGateUp:
+      if (config.fused_gate_up) return {"mlp.gate_up_proj"};
+      return {"mlp.gate_proj", "mlp.up_proj"};
+    case BlockStage::kDown:
+      return {"mlp.down_proj"};
+  }
+  throw std::logic_error("block stage");
 }
 
 std::string CalibrationWindows::hash() const {

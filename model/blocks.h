@@ -35,7 +35,8 @@ CalibrationWindows random_windows(std::int64_t vocab_size, std::int64_t count, s
 
 // The four distinct inputs inside a block, in the order in which the walk visits them.
 enum class BlockStage { kQkv, kO, kGateUp, kDown };
-const std::vector<std::string>& stage_modules(BlockStage stage);  // {"self_attn.q_proj", ...}
+// {"self_attn.q_proj", ...}, or the fused {"self_attn.qkv_proj"}.
+std::vector<std::string> stage_modules(const ModelConfig& config, BlockStage stage);
 
 // Statistics of one distinct input x [columns] over all calibration tokens, in the compressed stream.
 struct InputStatistics {

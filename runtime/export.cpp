@@ -26,7 +26,8 @@ ExportPlan plan_export(const Checkpoint& checkpoint, const ExportOptions& option
     if (checkpoint.is_quantized(spec.name)) {
       codec = checkpoint.codec(spec.name);
     } else if (spec.shape.size() == 2) {
-      codec = keep ? kept_float(checkpoint.dtype(spec.name)) : wanted;
+      // A router decides by small differences and is tiny: it stays as it is.
+      codec = keep || spec.role == TensorRole::kRouter ? kept_float(checkpoint.dtype(spec.name)) : wanted;
       if (!codec.fits(spec.shape[1])) {
         const std::string why = spec.name + ": rows of " + std::to_string(spec.shape[1]) + " are not divided by the groups of " + codec.name();
         if (!options.fallback)

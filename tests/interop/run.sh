@@ -31,6 +31,7 @@ for codec in q4 q4g128 q8; do
 done
 check "pruned folders" "$PYTHON" "$HERE/pruned_folder.py" "$BUILD/pare"
 check "cut student" "$PYTHON" "$HERE/student_cut.py" "$BUILD/pare"
+check "families" "$PYTHON" "$HERE/families.py" "$BUILD/pare"
 check "trained tokenizer" "$PYTHON" "$HERE/tokenizers_train.py" "$BUILD/pare" "$ROOT/README.md" --vocab-size 600
 check "tokenizers" "$PYTHON" "$HERE/tokenizers_fuzz.py" "$BUILD/pare" "$ROOT"/tests/golden/tokenizers/*.json \
   "$ROOT/examples/teacher/tokenizer.json" --count 1000

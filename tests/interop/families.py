@@ -1,0 +1,76 @@
+#!/usr/bin/env python3
+"""Every family: a folder that pare saved loads in transformers without a missing or unused tensor and gives the logits
+of the golden files; a folder that pare quantized to q8c loads too and stays close. Models and weights are those of
+tests/golden/make_families.py.
+
+usage: families.py PARE [NAME ...]     exit code 1 on any difference, 77 when transformers is missing"""
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+try:
+    import torch
+    import transformers
+except ImportError as problem:
+    print(f"SKIPPED: families.py needs torch, transformers and safetensors ({problem})")
+    sys.exit(77)
+
+GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "golden"
+sys.path[0] = str(GOLDEN)  # and not this folder: it has a compressed_tensors.py
+import make_families  # noqa: E402
+
+
+def logits(folder, texts):
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True)
+    problems = [f"{kind} {info[kind]}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]]
+    if problems:
+        raise RuntimeError("; ".join(problems))
+    with torch.no_grad():
+        return [model.eval()(torch.tensor([text["ids"]]), use_cache=False).logits[0][text["rows"]] for text in texts]
+
+
+def pare_quantize(pare, model, out, codec):
+    subprocess.run([pare, "quantize", "--model", model, "--out", out, "--codec", codec, "--embedding-codec", "keep",
+                    "--head-codec", "keep", "--method", "rtn", "--quiet"], check=True, capture_output=True, text=True)
+
+
+def check(pare, name, work):
+    golden = json.loads((GOLDEN / "families" / f"{name}.json").read_text())
+    texts, original = golden["texts"], work / "original"
+    original.mkdir()
+    make_families.make_folder(make_families.CASES[name](), original)
+    exact = [torch.tensor(text["logits"]) for text in texts]
+    pare_quantize(pare, original, work / "kept", "keep")
+    saved = max((a - b).abs().max().item() for a, b in zip(logits(work / "kept", texts), exact))
+    pare_quantize(pare, original, work / "q8", "q8c")
+    power = torch.cat([x.flatten() for x in exact]).norm().item()
+    q8 = torch.cat([(a - b).flatten() for a, b in zip(logits(work / "q8", texts), exact)]).norm().item() / power
+    return saved, q8
+
+
+def main():
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    pare, failed = os.path.abspath(sys.argv[1]), 0
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for name in sys.argv[2:] or make_families.CASES:
+        with tempfile.TemporaryDirectory() as work:
+            try:
+                saved, q8 = check(pare, name, pathlib.Path(work))
+                good, text = saved < 1e-5 and 0 < q8 < 0.1, f"saved within {saved:.1e}, q8 off by {q8:.2%}"
+            except subprocess.CalledProcessError as problem:
+                good, text = False, problem.stderr[-400:]
+            except Exception as problem:  # one broken family must not hide the others
+                good, text = False, f"{type(problem).__name__}: {str(problem)[-400:]}"
+        print(f"{'ok' if good else 'FAILED':6} {name}: {text}")
+        failed += not good
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
