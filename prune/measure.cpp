@@ -105,7 +105,8 @@ void advance(DecoderBlock& block, const RopeTables& rope, const std::vector<Stre
 Head load_head(const Checkpoint& model, const torch::Device& device) {
   const bool tied = model.config().tie_word_embeddings;
   return {load_tensor(model, "model.norm.weight", device),
-          load_tensor(model, tied ? "model.embed_tokens.weight" : "lm_head.weight", device), model.config().rms_norm_eps};
+          load_tensor(model, tied ? "model.embed_tokens.weight" : "lm_head.weight", device),
+          model.config().rms_norm_eps};
 }
 
 std::vector<Divergence> compare_streams(const Stream& original, const Head& original_head,

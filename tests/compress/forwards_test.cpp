@@ -122,7 +122,8 @@ TEST_P(PackedForwards, RuntimeOnPackedCodesAgreesWithLibTorchOnUnpackedOnes) {
     EXPECT_LE(exact, 1e-5) << fixture.name;
     EXPECT_GT(int8, exact) << fixture.name << ": the runtime did not round its activations";
     EXPECT_LE(int8, 3e-3) << fixture.name;
-    std::printf("%s %s: mean KL %.1e with float activations, %.1e with int8 ones\n", fixture.name, GetParam(), exact, int8);
+    std::printf("%s %s: mean KL %.1e with float activations, %.1e with int8 ones\n", fixture.name, GetParam(), exact,
+                int8);
   }
 }
 
