@@ -30,11 +30,14 @@ def pare(*arguments):
 def weights_of(folder):
     """Float weights that transformers computes with; packed linears are read with an identity batch."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    weights = {name: value for name, value in model.state_dict().items() if ".weight_" not in name}
-    for name, module in model.named_modules():
-        if name + ".weight_packed" in model.state_dict():
-            with torch.no_grad():
-                weights[name + ".weight"] = module(torch.eye(module.in_features)).T
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    packed = [name.removesuffix(".weight_packed") for name in state if name.endswith(".weight_packed")]
+    weights = {name: value for name, value in state.items() if ".weight_" not in name}
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        model(torch.arange(1, 17)[None])  # makes packed layers ready
+        for name in packed:
+            weights[name + ".weight"] = modules[name](torch.eye(modules[name].in_features)).T
     return {name: value.numpy() for name, value in weights.items()}
 
 
