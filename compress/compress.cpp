@@ -10,7 +10,8 @@ namespace pare {
 Command compress_command(Toolbox tools) {
   Command command;
   command.name = "compress";
-  command.summary = "Run a recipe: distill, prune, quantize in any order, export one file, measure it against the original";
+  command.summary =
+      "Run a recipe: distill, prune, quantize in any order, export one file, measure it against the original";
   command.options = recipe_flags();
   OptionDecl dry_run;
   dry_run.name = "dry-run";
@@ -18,11 +19,12 @@ Command compress_command(Toolbox tools) {
   dry_run.help = "print the plan (sizes, memory, time, what each stage does) and write nothing";
   dry_run.default_value = false;
   command.options.push_back(dry_run);
-  command.example = "pare compress --model MODEL --out SMALL   or   pare compress recipe.yaml --model MODEL --out SMALL --dry-run";
+  command.example =
+      "pare compress --model MODEL --out SMALL   or   pare compress recipe.yaml --model MODEL --out SMALL --dry-run";
   const auto shared = std::make_shared<Toolbox>(std::move(tools));
   command.run = [shared](const Options& options, Context& context) -> Json {
     Json flags = options.resolved();
-    if (context.seed != 0) flags["seed"] = context.seed;
+    if (context.seed_given) flags["seed"] = context.seed;
     const fs::path file = options.get_or<std::string>("recipe", "");
     Pipeline pipeline(load_recipe(file, flags, shared->stages), *shared);
     if (!options.get<bool>("dry-run")) return pipeline.run(context);

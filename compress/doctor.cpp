@@ -10,8 +10,8 @@
 #include <thread>
 
 #include "compress/compress.h"
-#include "compress/version.h"
 #include "core/file.h"
+#include "core/version.h"
 #include "runtime/kernels.h"
 
 namespace pare {
@@ -52,7 +52,8 @@ std::string build_setting(const std::string& config, const std::string& key) {
 Command doctor_command() {
   Command command;
   command.name = "doctor";
-  command.summary = "Show versions of the libraries, processor features, the kernels chosen and the memory of this machine";
+  command.summary =
+      "Show versions of the libraries, processor features, the kernels chosen and the memory of this machine";
   command.example = "pare doctor --json";
   command.run = [](const Options&, Context& context) -> Json {
     unsigned major = 0, minor = 0, release = 0;

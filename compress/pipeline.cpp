@@ -9,6 +9,7 @@
 #include <map>
 #include <mutex>
 
+#include "compress/report_html.h"
 #include "compress/report_table.h"
 #include "core/error.h"
 
@@ -16,6 +17,7 @@ namespace pare {
 namespace {
 
 constexpr const char* kReportFile = "report.json";
+constexpr const char* kPageFile = "report.html";
 constexpr const char* kModelFile = "model.pare";
 constexpr const char* kRecipeFile = "recipe.resolved.yaml";
 constexpr const char* kCompactStage = "compact file";
@@ -30,7 +32,8 @@ class WorkLock {
  public:
   explicit WorkLock(const fs::path& work) : path_(work / kLockFile) {
     fd_ = ::open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
-    if (fd_ < 0) throw failure(work.string(), "a folder that can be written", "no permission", "choose another --out or --work");
+    if (fd_ < 0)
+      throw failure(work.string(), "a folder that can be written", "no permission", "choose another --out or --work");
     if (::flock(fd_, LOCK_EX | LOCK_NB) != 0) {
       ::close(fd_);
       throw Error(ExitCode::kResources, work.string(), "one run at a time", "another process working here",
@@ -121,7 +124,8 @@ Pipeline::Pipeline(Recipe recipe, const Toolbox& tools) : recipe_(std::move(reci
 }
 
 const Command& Pipeline::command(const std::string& name) const {
-  const auto found = std::find_if(tools_.stages.begin(), tools_.stages.end(), [&](const Command& c) { return c.name == name; });
+  const auto found =
+      std::find_if(tools_.stages.begin(), tools_.stages.end(), [&](const Command& c) { return c.name == name; });
   if (found == tools_.stages.end()) throw std::logic_error("recipe names a stage that does not exist: " + name);
   return *found;
 }
@@ -156,8 +160,8 @@ Options Pipeline::stage_options(std::size_t index, const fs::path& input, const 
       } else if (text.size() == 1) {
         given["text"] = text[0];
       } else {
-        throw usage_error(stage.place, "one text file for this stage", std::to_string(text.size()) + " files in the recipe's text",
-                          "give the stage its own text");
+        throw usage_error(stage.place, "one text file for this stage",
+                          std::to_string(text.size()) + " files in the recipe's text", "give the stage its own text");
       }
     }
     const bool recipe_text = !own_text && !recipe_.list(recipe_.run, "text").empty();
@@ -192,7 +196,8 @@ Json Pipeline::keyed_options(const Command& stage, const Json& resolved, bool po
       std::string file = path.get<std::string>(), weight;
       std::error_code ignored;
       const auto equals = file.rfind('=');
-      if (d.type == OptionType::kTextList && equals != std::string::npos && !fs::exists(file, ignored)) {  // PATH=WEIGHT
+      if (d.type == OptionType::kTextList && equals != std::string::npos &&
+          !fs::exists(file, ignored)) {  // PATH=WEIGHT
         weight = file.substr(equals);
         file.resize(equals);
       }
@@ -214,7 +219,8 @@ StageFolder Pipeline::stage_folder(std::size_t index, const fs::path& input, con
   return {work_ / name, work_ / (name + ".json")};
 }
 
-// Everything that decides the bytes of the result, without a path in it: embedded in the file and hashed for the run key.
+// Everything that decides the bytes of the result, without a path in it: embedded in the file and hashed for the run
+// key.
 Json Pipeline::portable_recipe() const {
   const auto hashes = [&](const std::vector<std::string>& paths) {
     Json list = Json::array();
@@ -229,7 +235,9 @@ Json Pipeline::portable_recipe() const {
   portable["stages"] = Json::array();
   for (std::size_t i = 0; i < recipe_.stages.size(); ++i) {
     const Command& stage = command(recipe_.stages[i].name);
-    portable["stages"].push_back({{stage.name, keyed_options(stage, stage_options(i, model_, work_ / "out", text_or_sampled(false)).resolved(), true)}});
+    portable["stages"].push_back(
+        {{stage.name,
+          keyed_options(stage, stage_options(i, model_, work_ / "out", text_or_sampled(false)).resolved(), true)}});
   }
   portable["eval"] = recipe_.evaluation;
   const auto held_out = recipe_.list(recipe_.evaluation, "text");
@@ -246,7 +254,7 @@ std::string Pipeline::resolved_recipe() const {
     Json options = stage_options(i, model_, work_ / "out", text).resolved();
     options.erase("model");
     options.erase("out");
-    if (needs_sampled_text(false) && !recipe_.stages[i].given.contains("text")) options.erase("text");  // sampled again, alike
+    if (!recipe_.stages[i].given.contains("text")) options.erase("text");  // the recipe's, or sampled again, alike
     resolved.stages[i].given = std::move(options);
   }
   return emit_recipe(resolved, {"Everything this run did, defaults included. Run it again with:",
@@ -254,14 +262,18 @@ std::string Pipeline::resolved_recipe() const {
                                 "pare " + tools_.version + ", model content " + model_hash_});
 }
 
-bool Pipeline::needs_sampled_text(bool held_out) const {
-  if (held_out) return recipe_.list(recipe_.evaluation, "text").empty();
-  if (!recipe_.list(recipe_.run, "text").empty()) return false;
+// The recipe's text, which stands for stages that have none of their own.
+bool Pipeline::any_stage_takes_text() const {
   return std::any_of(recipe_.stages.begin(), recipe_.stages.end(), [&](const RecipeStage& s) {
     const auto& options = command(s.name).options;
     return !s.given.contains("text") &&
            std::any_of(options.begin(), options.end(), [](const OptionDecl& d) { return d.name == "text"; });
   });
+}
+
+bool Pipeline::needs_sampled_text(bool held_out) const {
+  if (held_out) return recipe_.list(recipe_.evaluation, "text").empty();
+  return recipe_.list(recipe_.run, "text").empty() && any_stage_takes_text();
 }
 
 std::int64_t Pipeline::sample_documents(bool held_out) const {
@@ -283,7 +295,8 @@ fs::path Pipeline::sampled_path(bool held_out) const {
 std::vector<std::string> Pipeline::text_or_sampled(bool held_out) const {
   const auto text = recipe_.list(held_out ? recipe_.evaluation : recipe_.run, "text");
   if (!text.empty()) return text;
-  return needs_sampled_text(held_out) ? std::vector<std::string>{sampled_path(held_out).string()} : std::vector<std::string>{};
+  return needs_sampled_text(held_out) ? std::vector<std::string>{sampled_path(held_out).string()}
+                                      : std::vector<std::string>{};
 }
 
 void Pipeline::sample_missing(Context& context, std::vector<std::string>& skipped) const {
@@ -318,11 +331,13 @@ MeasureRequest Pipeline::measure_request(const std::string& stage, const fs::pat
           recipe_.text("device")};
 }
 
-std::vector<ReportRow> Pipeline::measured(const MeasureRequest& request, const std::string& model_hash, Context& context) const {
+std::vector<ReportRow> Pipeline::measured(const MeasureRequest& request, const std::string& model_hash,
+                                          Context& context) const {
   Json texts = Json::array();
   for (const auto& t : request.text) texts.push_back(hash_path(t));
-  const std::string key = short_hash(Json({tools_.version, "measure", request.stage, model_hash, model_hash_, texts, request.split,
-                                           request.context, request.max_tokens}).dump());
+  const std::string key = short_hash(Json({tools_.version, "measure", request.stage, model_hash, model_hash_, texts,
+                                           request.split, request.context, request.max_tokens})
+                                         .dump());
   const fs::path file = work_ / ("measured-" + key + ".json");
   std::error_code ignored;
   if (fs::is_regular_file(file, ignored)) return Report::from_json(read_json(file), file.string()).rows();
@@ -331,6 +346,16 @@ std::vector<ReportRow> Pipeline::measured(const MeasureRequest& request, const s
   for (auto& row : tools_.measure(request, context)) report.add(std::move(row));
   write_text(file, report.to_json().dump(1) + "\n");
   return report.rows();
+}
+
+// What a killed run of compress left of its very last part: locked while it was made, complete just before its rename.
+bool Pipeline::is_unfinished_result(const fs::path& folder) const {
+  if (is_work_folder(folder)) return true;
+  try {
+    return read_json(folder / kReportFile).contains("run") && fs::is_regular_file(folder / kModelFile);
+  } catch (const std::exception&) {
+    return false;
+  }
 }
 
 std::optional<Json> Pipeline::finished() const {
@@ -375,7 +400,8 @@ Json Pipeline::run(Context& context) {
   const auto add = [&](const std::vector<ReportRow>& rows) {
     const std::vector<ReportRow> known = report.rows();
     for (const auto& row : rows)
-      if (std::none_of(known.begin(), known.end(), [&](const ReportRow& k) { return k.stage == row.stage && k.metric == row.metric; }))
+      if (std::none_of(known.begin(), known.end(),
+                       [&](const ReportRow& k) { return k.stage == row.stage && k.metric == row.metric; }))
         report.add(row);
   };
   const bool every_stage = !recipe_.evaluation["final-only"].get<bool>();
@@ -386,7 +412,8 @@ Json Pipeline::run(Context& context) {
   for (std::size_t i = 0; i < recipe_.stages.size(); ++i) {
     throw_if_interrupted(label(i), "run the same command again: finished stages are kept");
     const StageFolder folder = stage_folder(i, input, text, input_hash);
-    const std::string title = "[" + std::to_string(i + 1) + "/" + std::to_string(recipe_.stages.size()) + "] " + label(i);
+    const std::string title =
+        "[" + std::to_string(i + 1) + "/" + std::to_string(recipe_.stages.size()) + "] " + label(i);
     if (folder.complete()) {
       context.progress->note(title + ": finished by an earlier run, skipped");
       skipped.push_back(label(i));
@@ -403,7 +430,7 @@ Json Pipeline::run(Context& context) {
 
   throw_if_interrupted("export", "run the same command again: finished stages are kept");
   Json result = {{"status", "finished"}, {"work_done", true}, {"skipped", skipped}};
-  finish(input, std::move(report), begin, context, result);
+  finish(input, checked, std::move(report), begin, context, result);
   if (recipe_.text("work").empty()) fs::remove_all(work_, problem);
   return result;
 }
@@ -419,24 +446,30 @@ void Pipeline::run_stage(std::size_t index, const fs::path& input, const StageFo
   inner.seed = seed_;
   inner.report = {};
   const auto begin = std::chrono::steady_clock::now();
-  const Json outcome = command(recipe_.stages[index].name).run(stage_options(index, input, folder.path, text), inner);
+  const std::string name = label(index);
+  const auto write_record = [&] {
+    Report rows;
+    for (auto row : inner.report.rows()) {
+      if (row.stage.empty() || row.stage == recipe_.stages[index].name) row.stage = name;
+      rows.add(std::move(row));
+    }
+    if (std::none_of(rows.rows().begin(), rows.rows().end(), [](const ReportRow& r) { return r.metric == "seconds"; }))
+      rows.add({name, "seconds", {}, seconds_since(begin), "s", {}, false});
+    rows.add({name, "peak_memory_bytes", {}, static_cast<double>(peak_resident_bytes()), "bytes", {}, false});
+    write_text(folder.record, Json{{"stage", recipe_.stages[index].name}, {"rows", rows.to_json()}}.dump(1) + "\n");
+  };
+  // Before the rename: a kill after it must not cost the stage.
+  inner.before_commit = write_record;
+  command(recipe_.stages[index].name).run(stage_options(index, input, folder.path, text), inner);
   if (!fs::is_directory(folder.path, ignored))
     throw failure(recipe_.stages[index].place, "a model folder at " + folder.path.string(), "nothing there");
-  const std::string name = label(index);
-  Report rows;
-  for (auto row : inner.report.rows()) {
-    if (row.stage.empty() || row.stage == recipe_.stages[index].name) row.stage = name;
-    rows.add(std::move(row));
-  }
-  if (std::none_of(rows.rows().begin(), rows.rows().end(), [](const ReportRow& r) { return r.metric == "seconds"; }))
-    rows.add({name, "seconds", {}, seconds_since(begin), "s", {}, false});
-  rows.add({name, "peak_memory_bytes", {}, static_cast<double>(peak_resident_bytes()), "bytes", {}, false});
-  write_text(folder.record, Json{{"stage", recipe_.stages[index].name}, {"rows", rows.to_json()}, {"result", outcome}}.dump(1) + "\n");
+  if (!fs::is_regular_file(folder.record, ignored)) write_record();
 }
 
-void Pipeline::finish(const fs::path& last, Report report, std::chrono::steady_clock::time_point begin, Context& context,
-                      Json& result) {
+void Pipeline::finish(const fs::path& last, const Plan& plan, Report report,
+                      std::chrono::steady_clock::time_point begin, Context& context, Json& result) {
   FolderTransaction transaction(out_);
+  const WorkLock lock(transaction.work());
   struct Discard {
     FolderTransaction& transaction;
     bool armed = true;
@@ -444,8 +477,9 @@ void Pipeline::finish(const fs::path& last, Report report, std::chrono::steady_c
       if (armed) transaction.discard();
     }
   } guard{transaction};
-  // Leftovers of a killed run: this part is short and done anew.
-  for (const auto& entry : fs::directory_iterator(transaction.work())) fs::remove_all(entry.path());
+  // Leftovers of a killed run, see is_unfinished_result: this part is short and done anew.
+  for (const auto& entry : fs::directory_iterator(transaction.work()))
+    if (entry.path().filename() != kLockFile) fs::remove_all(entry.path());
 
   if (last != model_) link_tree(last, transaction.work() / "model", recipe_.text("work").empty());
   Json gates = Json::array();
@@ -467,15 +501,22 @@ void Pipeline::finish(const fs::path& last, Report report, std::chrono::steady_c
   file_bytes = fs::file_size(request.out);
   report.add({kCompactStage, "file_bytes", {}, static_cast<double>(file_bytes), "bytes", {}, true});
   gates = check_requirements(recipe_.require, report, kCompactStage);
-  enforce(gates, report, context);
-  write_text(transaction.work() / kRecipeFile, resolved_recipe());
+  const std::string recipe = resolved_recipe();
+  const auto source = [&](bool held_out) {
+    return needs_sampled_text(held_out) ? "sampled from the model itself" : "given";
+  };
+  result["text"] = source(false);
+  result["eval_text"] = source(true);
+  const std::string page = report_html({model_.filename().string(), tools_.version, run_key_, plan, report, gates,
+                                        source(false), source(true), recipe});
+  enforce(gates, report, page, context);
+  write_text(transaction.work() / kRecipeFile, recipe);
+  write_text(transaction.work() / kPageFile, page);
 
   result["run"] = run_key_;
   result["out"] = out_.string();
   result["file"] = (out_ / kModelFile).string();
   result["file_bytes"] = file_bytes;
-  result["text"] = needs_sampled_text(false) ? "sampled from the model itself" : "given";
-  result["eval_text"] = needs_sampled_text(true) ? "sampled from the model itself" : "given";
   result["require"] = gates;
   result["seconds"] = seconds_since(begin);
   context.report = report;
@@ -484,20 +525,22 @@ void Pipeline::finish(const fs::path& last, Report report, std::chrono::steady_c
   stored.erase("work_done");
   stored["rows"] = report.to_json();
   write_text(transaction.work() / kReportFile, stored.dump(1) + "\n");
+  fs::remove(transaction.work() / kLockFile);
   guard.armed = false;
   transaction.commit();
 
   std::string text = report_table(report);
-  if (needs_sampled_text(true)) text += "Measured on text sampled from the original itself; give --eval-text for text of your own.\n";
+  if (needs_sampled_text(true))
+    text += "Measured on text sampled from the original itself; give --eval-text for text of your own.\n";
   for (const auto& g : gates)
-    text += "required " + g["name"].get<std::string>() + " " + g["bound"].get<std::string>() + " " + g["required"].dump() +
-            ": met (" + g["measured"].dump() + ")\n";
+    text += "required " + g["name"].get<std::string>() + " " + g["bound"].get<std::string>() + " " +
+            g["required"].dump() + ": met (" + g["measured"].dump() + ")\n";
   text += (out_ / kModelFile).string() + "\n";
   context.print(text);
 }
 
 // Exit 4 with every missed figure; the table is printed and kept beside the finished stages for whoever has to decide.
-void Pipeline::enforce(const Json& gates, const Report& report, Context& context) const {
+void Pipeline::enforce(const Json& gates, const Report& report, const std::string& page, Context& context) const {
   std::string missed;
   for (const auto& g : gates) {
     if (g["met"].get<bool>()) continue;
@@ -505,10 +548,13 @@ void Pipeline::enforce(const Json& gates, const Report& report, Context& context
               g["required"].dump() + ", measured " + (g["measured"].is_null() ? "nothing" : g["measured"].dump());
   }
   if (missed.empty()) return;
-  write_text(work_ / kReportFile, Json{{"run", run_key_}, {"require", gates}, {"rows", report.to_json()}}.dump(1) + "\n");
+  write_text(work_ / kReportFile,
+             Json{{"run", run_key_}, {"require", gates}, {"rows", report.to_json()}}.dump(1) + "\n");
+  write_text(work_ / kPageFile, page);
   context.print(report_table(report));
   throw Error(ExitCode::kQuality, recipe_.place + ": require", "every figure met", missed,
-              "no file was left at " + out_.string() + "; finished stages and " + kReportFile + " are kept in " + work_.string());
+              "no file was left at " + out_.string() + "; finished stages and " + kReportFile + " are kept in " +
+                  work_.string());
 }
 
 }  // namespace pare

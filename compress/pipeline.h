@@ -20,6 +20,7 @@ struct PlanStep {
   bool done = false;            // finished by an earlier run
   std::optional<double> seconds;
   std::uint64_t peak_bytes = 0, out_bytes = 0;
+  std::string result;           // dimensions that it changes: "layers 6 -> 5, parameters ..."
   std::vector<std::string> notes;
 };
 
@@ -45,7 +46,8 @@ class Pipeline {
   Plan plan() const;
   // The report of this very run when `out` already holds it.
   std::optional<Json> finished() const;
-  // Runs what is missing. Returns the result object; all rows are in context.report. Errors: those of plan(), of the stages, exit 4 on a missed gate.
+  // Runs what is missing. Returns the result object; all rows are in context.report. Errors: those of plan(), of the
+  // stages, exit 4 on a missed gate.
   Json run(Context& context);
 
   const Recipe& recipe() const { return recipe_; }
@@ -55,11 +57,14 @@ class Pipeline {
   StageFolder stage_folder(std::size_t index, const fs::path& input, const std::vector<std::string>& text,
                            const std::string& input_hash) const;
   void plan_steps(Plan& plan, const std::function<void(const Error&)>& problem) const;
+  void refuse_unused_keys() const;
+  bool any_stage_takes_text() const;
   bool needs_sampled_text(bool held_out) const;
   std::int64_t sample_documents(bool held_out) const;
   std::int64_t sample_context() const;
   const Command& command(const std::string& name) const;
-  Options stage_options(std::size_t index, const fs::path& input, const fs::path& out, const std::vector<std::string>& text) const;
+  Options stage_options(std::size_t index, const fs::path& input, const fs::path& out,
+                        const std::vector<std::string>& text) const;
   Json keyed_options(const Command& command, const Json& resolved, bool portable) const;
   Json portable_recipe() const;
   std::string resolved_recipe() const;
@@ -69,10 +74,12 @@ class Pipeline {
   std::vector<ReportRow> measured(const MeasureRequest& request, const std::string& model_hash, Context& context) const;
   MeasureRequest measure_request(const std::string& stage, const fs::path& model) const;
   void sample_missing(Context& context, std::vector<std::string>& skipped) const;
-  void run_stage(std::size_t index, const fs::path& input, const StageFolder& folder, const std::vector<std::string>& text,
-                 Context& context) const;
-  void finish(const fs::path& last, Report report, std::chrono::steady_clock::time_point begin, Context& context, Json& result);
-  void enforce(const Json& gates, const Report& report, Context& context) const;
+  void run_stage(std::size_t index, const fs::path& input, const StageFolder& folder,
+                 const std::vector<std::string>& text, Context& context) const;
+  bool is_unfinished_result(const fs::path& folder) const;
+  void finish(const fs::path& last, const Plan& plan, Report report, std::chrono::steady_clock::time_point begin,
+              Context& context, Json& result);
+  void enforce(const Json& gates, const Report& report, const std::string& page, Context& context) const;
 
   Recipe recipe_;
   const Toolbox& tools_;

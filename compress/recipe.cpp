@@ -77,7 +77,8 @@ Json typed_scalar(const YamlValue& value, OptionType type) {
   if (*end == '\0' && std::to_string(whole) == (s[0] == '+' ? s.substr(1) : s)) return whole;
   const double real = std::strtod(s.c_str(), &end);
   if (*end == '\0' && std::isfinite(real)) {
-    if (type == OptionType::kInteger && real == std::floor(real) && std::abs(real) < 9e15) return static_cast<long long>(real);
+    if (type == OptionType::kInteger && real == std::floor(real) && std::abs(real) < 9e15)
+      return static_cast<long long>(real);
     return real;
   }
   return s;
@@ -147,7 +148,9 @@ class Parser {
   }
 
  private:
-  void problem(int line, const std::string& text) { problems_.push_back(place_ + ":" + std::to_string(line) + ": " + text); }
+  void problem(int line, const std::string& text) {
+    problems_.push_back(place_ + ":" + std::to_string(line) + ": " + text);
+  }
 
   static Json& section_of(Recipe& recipe, const std::string& section) {
     if (section == "eval") return recipe.evaluation;
@@ -225,7 +228,8 @@ class Parser {
       } else if (item.kind == YamlValue::Kind::kMap && item.entries.size() == 1) {
         stage(item.entries[0].first, item.entries[0].second, item.key_lines[0], i, recipe);
       } else {
-        problem(item.line, "stages[" + std::to_string(i) + "] is one stage name with its options, such as '- prune: {sparsity: 0.5}'");
+        problem(item.line, "stages[" + std::to_string(i) +
+                               "] is one stage name with its options, such as '- prune: {sparsity: 0.5}'");
       }
     }
   }
@@ -283,7 +287,8 @@ class Parser {
     for (auto& s : recipe.stages) {
       if (s.name != name) continue;
       any = true;
-      const auto command = std::find_if(stages_.begin(), stages_.end(), [&](const Command& c) { return c.name == name; });
+      const auto command =
+          std::find_if(stages_.begin(), stages_.end(), [&](const Command& c) { return c.name == name; });
       const std::vector<OptionDecl> decls = inner_options(*command);
       const OptionDecl* d = find(decls, key);
       if (!d) {
@@ -357,15 +362,18 @@ const std::vector<OptionDecl>& recipe_options() {
   static const std::vector<OptionDecl> table = [] {
     std::vector<OptionDecl> t = {
         decl("model", OptionType::kPath, "Hugging Face folder of the model to compress"),
-        decl("out", OptionType::kPath, "folder that will hold model.pare, model/, report.json and the resolved recipe"),
-        decl("text", OptionType::kTextList, "text for every stage that learns from data: .txt or .jsonl files or folders; "
-                                            "without it, text is sampled from the model itself"),
+        decl("out", OptionType::kPath,
+             "folder that will hold model.pare, model/, report.json, report.html and the resolved recipe"),
+        decl("text", OptionType::kTextList,
+             "text for every stage that learns from data: .txt or .jsonl files or folders; "
+             "without it, text is sampled from the model itself"),
         decl("split", OptionType::kText, "separator between documents of .txt files, such as <|endoftext|>"),
         integer("seed", "seed of everything random", 0, 0, 9e15),
         decl("device", OptionType::kText, "device of the LibTorch stages: cpu, cuda, cuda:1", "cpu"),
         integer("samples", "documents sampled from the model where no text is given", 64, 1, 1e6),
         integer("context", "tokens per sampled document", 256, 8, 1e6),
-        decl("work", OptionType::kPath, "folder for finished stages; kept after the run (default: OUT.work, removed at the end)"),
+        decl("work", OptionType::kPath,
+             "folder for finished stages; kept after the run (default: OUT.work, removed at the end)"),
     };
     t[0].required = t[1].required = true;
     return t;
@@ -376,7 +384,8 @@ const std::vector<OptionDecl>& recipe_options() {
 const std::vector<OptionDecl>& eval_options() {
   static const std::vector<OptionDecl> table = {
       decl("text", OptionType::kTextList, "held-out text; without it, other text sampled from the model itself"),
-      decl("split", OptionType::kText, "separator between documents of the held-out .txt files (default: the recipe's split)"),
+      decl("split", OptionType::kText,
+           "separator between documents of the held-out .txt files (default: the recipe's split)"),
       integer("context", "tokens per window, a BOS included", 512, 2, 1e6),
       integer("max-tokens", "scored tokens at most, in whole windows from the start", 20000, 1, 1e12),
       decl("final-only", OptionType::kFlag, "measure the compact file only, not each stage", false),
@@ -386,7 +395,8 @@ const std::vector<OptionDecl>& eval_options() {
 
 const std::vector<OptionDecl>& export_options() {
   static const std::vector<OptionDecl> table = [] {
-    std::vector<OptionDecl> t = {decl("codec", OptionType::kText, "matrices that no stage quantized: as stored, or this", "keep")};
+    std::vector<OptionDecl> t = {
+        decl("codec", OptionType::kText, "matrices that no stage quantized: as stored, or this", "keep")};
     t[0].choices = {"keep", "f32", "f16", "bf16"};
     return t;
   }();
@@ -408,7 +418,8 @@ const std::vector<OptionDecl>& require_options() {
 
 std::vector<OptionDecl> recipe_flags() {
   std::vector<OptionDecl> flags;
-  OptionDecl file = decl("recipe", OptionType::kPath, "recipe in YAML; without one: quantize with its defaults, then export");
+  OptionDecl file =
+      decl("recipe", OptionType::kPath, "recipe in YAML; without one: quantize with its defaults, then export");
   file.positional = true;
   flags.push_back(file);
   auto add = [&](OptionDecl d, const std::string& prefix) {
@@ -416,7 +427,8 @@ std::vector<OptionDecl> recipe_flags() {
     d.name = prefix + d.name;
     d.required = false;
     if (!d.default_value.is_null() && d.type != OptionType::kFlag)
-      d.help += " (default " + (d.default_value.is_string() ? d.default_value.get<std::string>() : d.default_value.dump()) + ")";
+      d.help += " (default " +
+                (d.default_value.is_string() ? d.default_value.get<std::string>() : d.default_value.dump()) + ")";
     d.default_value = nullptr;
     flags.push_back(std::move(d));
   };
@@ -440,7 +452,8 @@ Recipe load_recipe(const fs::path& file, const Json& flags, const std::vector<Co
   if (!fs::is_regular_file(file, ignored)) throw usage_error(file.string(), "a recipe file", "no such file");
   if (fs::file_size(file) > (1u << 20))
     throw usage_error(file.string(), "a recipe of at most 1 MiB", std::to_string(fs::file_size(file)) + " bytes");
-  return parse_recipe(read_text(file), file.string(), file.has_parent_path() ? file.parent_path() : fs::path("."), flags, stages);
+  return parse_recipe(read_text(file), file.string(), file.has_parent_path() ? file.parent_path() : fs::path("."),
+                      flags, stages);
 }
 
 }  // namespace pare

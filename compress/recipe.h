@@ -31,7 +31,8 @@ struct Recipe {
   std::vector<std::string> list(const Json& section, std::string_view key) const;
 };
 
-// The tables behind recipe keys and flags. A key of a section is the flag --SECTION-KEY (--eval-text, --require-mean-kl).
+// The tables behind recipe keys and flags. A key of a section is the flag --SECTION-KEY (--eval-text,
+// --require-mean-kl).
 const std::vector<OptionDecl>& recipe_options();
 const std::vector<OptionDecl>& eval_options();
 const std::vector<OptionDecl>& export_options();

@@ -56,19 +56,25 @@ const std::vector<TableMetric>& table_metrics() {
   return metrics;
 }
 
-std::string report_table(const Report& report) {
+std::vector<std::vector<std::string>> report_cells(const Report& report) {
   std::vector<std::string> stages;
+  std::vector<TableMetric> columns;
+  for (const auto& m : table_metrics())
+    if (std::any_of(report.rows().begin(), report.rows().end(),
+                    [&](const ReportRow& row) { return row.metric == m.metric && row.after; }))
+      columns.push_back(m);
   for (const auto& row : report.rows()) {
-    const bool column = std::any_of(table_metrics().begin(), table_metrics().end(),
-                                    [&](const TableMetric& m) { return row.metric == m.metric; });
-    if (column && row.after && std::find(stages.begin(), stages.end(), row.stage) == stages.end()) stages.push_back(row.stage);
+    const bool column =
+        std::any_of(columns.begin(), columns.end(), [&](const TableMetric& m) { return row.metric == m.metric; });
+    if (column && row.after && std::find(stages.begin(), stages.end(), row.stage) == stages.end())
+      stages.push_back(row.stage);
   }
   std::vector<std::vector<std::string>> lines(1);
   lines[0].push_back("");
-  for (const auto& m : table_metrics()) lines[0].push_back(m.heading);
+  for (const auto& m : columns) lines[0].push_back(m.heading);
   for (const auto& stage : stages) {
     std::vector<std::string> line = {stage};
-    for (const auto& m : table_metrics()) {
+    for (const auto& m : columns) {
       const ReportRow* row = find(report, stage, m.metric);
       std::string cell = row ? format(m.metric, *row->after) : "-";
       if (row && row->standard_error && (row->metric == "mean_kl" || row->metric == "top1_agreement"))
@@ -77,13 +83,19 @@ std::string report_table(const Report& report) {
     }
     lines.push_back(line);
   }
+  return lines;
+}
+
+std::string report_table(const Report& report) {
+  const std::vector<std::vector<std::string>> lines = report_cells(report);
   // Bytes of UTF-8 that continue a character take no column.
   const auto width = [](const std::string& s) {
     return std::count_if(s.begin(), s.end(), [](char c) { return (static_cast<unsigned char>(c) & 0xC0) != 0x80; });
   };
   std::vector<std::ptrdiff_t> widths(lines[0].size(), 0);
   for (const auto& line : lines)
-    for (std::size_t i = 0; i < line.size(); ++i) widths[i] = std::max(widths[i], static_cast<std::ptrdiff_t>(width(line[i])));
+    for (std::size_t i = 0; i < line.size(); ++i)
+      widths[i] = std::max(widths[i], static_cast<std::ptrdiff_t>(width(line[i])));
   std::string text;
   for (const auto& line : lines) {
     for (std::size_t i = 0; i < line.size(); ++i) {

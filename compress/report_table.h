@@ -16,7 +16,10 @@ struct TableMetric {
 // Columns of the table, in order.
 const std::vector<TableMetric>& table_metrics();
 
-// One line per stage that has measured rows: original, stages in order, compact file.
+// A heading, then one line per stage that has measured rows: original, stages in order, compact file. Columns that no
+// stage has a figure for are left out.
+std::vector<std::vector<std::string>> report_cells(const Report& report);
+// The same as aligned text.
 std::string report_table(const Report& report);
 
 // `require` section against the rows of `stage`. Each entry: {"name", "required", "measured", "met"}; a figure that

@@ -14,7 +14,7 @@ namespace pare {
 // where there is none, with an end-of-text token; a stream that ends a document begins the next one. Written as jsonl,
 // one {"text"} per document. The same bytes at any thread count. The engine must use one thread: streams run side by
 // side. Errors: exit 1 when the model samples no text at all.
-void sample_text(const std::shared_ptr<const Engine>& engine, std::int64_t streams, std::int64_t tokens, std::uint64_t seed,
-                 const fs::path& out, int threads, Progress& progress);
+void sample_text(const std::shared_ptr<const Engine>& engine, std::int64_t streams, std::int64_t tokens,
+                 std::uint64_t seed, const fs::path& out, int threads, Progress& progress);
 
 }  // namespace pare

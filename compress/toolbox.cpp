@@ -9,11 +9,11 @@
 
 #include "compress/export/compact_export.h"
 #include "compress/sample.h"
-#include "compress/version.h"
 #include "core/checkpoint.h"
 #include "core/compact.h"
 #include "core/corpus.h"
 #include "core/error.h"
+#include "core/version.h"
 #include "distill/distill.h"
 #include "eval/divergence.h"
 #include "eval/speed.h"
@@ -39,7 +39,8 @@ std::vector<Window> windows_of(const MeasureRequest& request, const ModelConfig&
   const Tokenizer tokenizer = Tokenizer::from_file(request.original / "tokenizer.json");
   std::int64_t context = request.context;
   if (config.max_position_embeddings > 0) context = std::min(context, config.max_position_embeddings);
-  std::vector<Window> all = make_windows(tokenizer, read_documents(paths(request.text), optional_text(request.split)), context, false);
+  std::vector<Window> all =
+      make_windows(tokenizer, read_documents(paths(request.text), optional_text(request.split)), context, false);
   if (all.empty()) throw input_error(request.text.front(), "text of at least one window", "too little text to score");
   std::vector<Window> taken;
   std::int64_t predictions = 0;
@@ -123,12 +124,15 @@ std::vector<ReportRow> measure(const MeasureRequest& request, Context& context) 
                                      : is_original ? original.tensor_bytes()
                                                    : folder->tensor_bytes();
   const std::uint64_t file_bytes = is_file ? engine->file().file_bytes() : weight_file_bytes(request.model);
-  const auto own = static_cast<double>(parameter_count(is_file ? engine->config() : is_original ? original.config() : folder->config()));
+  const auto own = static_cast<double>(parameter_count(is_file       ? engine->config()
+                                                       : is_original ? original.config()
+                                                                     : folder->config()));
   add("file_bytes", static_cast<double>(file_bytes), "bytes");
   add("tensor_bytes", static_cast<double>(tensor_bytes), "bytes");
   add("parameters", own, "");
   add("bits_per_weight", 8.0 * static_cast<double>(tensor_bytes) / own, "bits");
-  add("bits_per_original_weight", 8.0 * static_cast<double>(tensor_bytes) / static_cast<double>(parameter_count(original.config())), "bits");
+  add("bits_per_original_weight",
+      8.0 * static_cast<double>(tensor_bytes) / static_cast<double>(parameter_count(original.config())), "bits");
   if (result.compressed) {
     const double ratio = std::exp(result.log_perplexity_ratio.value);
     std::optional<double> error;
@@ -150,19 +154,22 @@ std::vector<ReportRow> compare_with_folder(const fs::path& file, const MeasureRe
     const CodecKind stored = engine->file().tensor(spec.name).codec.kind;
     if (stored == CodecKind::kF32) continue;
     const DType dtype = folder.dtype(spec.name);
-    if (stored == CodecKind::kF16 && dtype != DType::kF16) allowed = std::max(allowed, dtype == DType::kBF16 ? 1e-5 : 1e-4);
+    if (stored == CodecKind::kF16 && dtype != DType::kF16)
+      allowed = std::max(allowed, dtype == DType::kBF16 ? 1e-5 : 1e-4);
     if (stored == CodecKind::kBf16 && dtype != DType::kBF16) allowed = std::max(allowed, 1e-2);
   }
   const auto expected = torch_logits(folder, request.device, context.threads);
   const auto found = runtime_logits(engine);
   CompareOptions options;
   options.context = request.context;
-  const DivergenceResult result =
-      pare::compare(*expected, found.get(), windows_of(request, folder.config(), kCompareTokens), options, *context.progress);
+  const DivergenceResult result = pare::compare(
+      *expected, found.get(), windows_of(request, folder.config(), kCompareTokens), options, *context.progress);
   // Written so that NaN fails.
   if (!(result.kl.value <= allowed))
-    throw failure(file.filename().string(), "mean KL of at most " + Json(allowed).dump() + " nats between the model folder and the runtime",
-                  Json(result.kl.value).dump(), "the file does not compute what the folder says; nothing was left under the final name");
+    throw failure(file.filename().string(),
+                  "mean KL of at most " + Json(allowed).dump() + " nats between the model folder and the runtime",
+                  Json(result.kl.value).dump(),
+                  "the file does not compute what the folder says; nothing was left under the final name");
   return {{request.stage, "runtime_mean_kl", {}, result.kl.value, "nats", result.kl.standard_error, true},
           {request.stage, "runtime_max_kl", {}, result.kl_maximum, "nats", {}, true}};
 }
@@ -175,10 +182,15 @@ ModelFacts inspect(const fs::path& model) {
   facts.parameters = parameter_count(c);
   facts.tensor_bytes = checkpoint.tensor_bytes();
   facts.max_positions = c.max_position_embeddings;
-  for (const auto& spec : checkpoint.tensors()) facts.quantized = facts.quantized || checkpoint.is_quantized(spec.name);
-  facts.details = {{"layers", c.num_layers},          {"hidden_size", c.hidden_size}, {"intermediate_size", c.intermediate_size},
-                   {"heads", c.num_heads},            {"kv_heads", c.num_kv_heads},   {"vocab_size", c.vocab_size},
-                   {"tied_embeddings", c.tie_word_embeddings}, {"dtype", checkpoint.float_dtype()}};
+  facts.planned = planned_model(checkpoint);
+  facts.details = {{"layers", c.num_layers},
+                   {"hidden_size", c.hidden_size},
+                   {"intermediate_size", c.intermediate_size},
+                   {"heads", c.num_heads},
+                   {"kv_heads", c.num_kv_heads},
+                   {"vocab_size", c.vocab_size},
+                   {"tied_embeddings", c.tie_word_embeddings},
+                   {"dtype", checkpoint.float_dtype()}};
   Tokenizer::from_file(model / "tokenizer.json");
   return facts;
 }
@@ -196,7 +208,8 @@ void sample(const SampleRequest& request, Context& context) {
   fs::remove(file, ignored);
   export_compact_file({request.model, file, "f32", "", {}}, context);
   const auto engine = open_engine(file, 1, false);
-  sample_text(engine, request.documents, request.context, request.seed, request.out, context.threads, *context.progress);
+  sample_text(engine, request.documents, request.context, request.seed, request.out, context.threads,
+              *context.progress);
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include "core/json.h"
 #include "core/options.h"
 #include "core/report.h"
+#include "core/stage_plan.h"
 
 namespace pare {
 
@@ -19,7 +20,7 @@ struct ModelFacts {
   std::int64_t parameters = 0;         // tied weights once
   std::uint64_t tensor_bytes = 0;      // as stored
   std::int64_t max_positions = 0;      // 0: no limit known
-  bool quantized = false;
+  PlannedModel planned;                // what a stage on it would read
   Json details = Json::object();       // layers, hidden size, ... for the plan
 };
 
@@ -56,7 +57,9 @@ struct Toolbox {
   // Rows with the metric names of kTableMetrics (report_table.h) and whatever else was measured.
   std::function<std::vector<ReportRow>(const MeasureRequest&, Context&)> measure;
   std::function<void(const ExportRequest&, Context&)> export_file;
-  std::function<std::uint64_t(const fs::path& model, const std::string& codec)> export_bytes;  // estimate for the plan
+  // Estimate for the plan: the compact file of a model with the side files of `folder`.
+  std::function<std::uint64_t(const PlannedModel& model, const fs::path& folder, const std::string& codec)>
+      export_bytes;
   // Runtime on the compact file against LibTorch on the folder's unpacked weights; throws (exit 1) when they differ.
   std::function<std::vector<ReportRow>(const fs::path& compact, const MeasureRequest&, Context&)> compare;
   std::string version;                                                     // part of every stage key

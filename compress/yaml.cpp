@@ -55,7 +55,8 @@ class Converter {
     std::set<std::string> seen;
     for (const auto& entry : node) {
       const int line = entry.first.Mark().line + 1;
-      if (!entry.first.IsScalar()) throw usage_error(at(place_, line), "a key that is a word", "a list or mapping as key");
+      if (!entry.first.IsScalar())
+        throw usage_error(at(place_, line), "a key that is a word", "a list or mapping as key");
       const std::string key = entry.first.Scalar();
       if (!seen.insert(key).second) throw usage_error(at(place_, line), "every key once", "key '" + key + "' twice");
       value.key_lines.push_back(line);

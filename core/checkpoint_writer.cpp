@@ -8,6 +8,7 @@
 #include "core/checkpoint.h"
 #include "core/compressed_tensors.h"
 #include "core/error.h"
+#include "core/shards.h"
 
 // A piece is a file of its own under <work>/pieces, complete or absent:
 //
@@ -19,8 +20,7 @@
 namespace pare {
 namespace {
 
-constexpr std::uint64_t kShardBytes = 5'000'000'000;  // Hugging Face's limit, decimal
-constexpr std::int64_t kChunk = 1 << 16;              // elements converted at a time
+constexpr std::int64_t kChunk = 1 << 16;  // elements converted at a time
 
 // Names of half-written temporaries that a killed process left (see AtomicFile).
 bool is_stray(const std::string& name) {
@@ -301,11 +301,7 @@ void CheckpointWriter::copy_side_files(const fs::path& from) {
 }
 
 void CheckpointWriter::State::assemble() const {
-  struct Output {
-    TensorDecl decl;
-    std::function<void(SafetensorsWriter&)> write;
-  };
-  std::vector<Output> outputs, side;
+  std::vector<ShardTensor> outputs, side;
   std::map<std::string, Codec> modules;
   std::vector<std::string> ignored;
   Json side_codecs = Json::object();
@@ -360,43 +356,8 @@ void CheckpointWriter::State::assemble() const {
     }
   }
 
-  const auto write_file = [&](const fs::path& path, std::span<const Output> list,
-                              const std::map<std::string, std::string>& metadata) {
-    std::vector<TensorDecl> decls;
-    for (const Output& output : list) decls.push_back(output.decl);
-    SafetensorsWriter writer(path, decls, metadata);
-    for (const Output& output : list) output.write(writer);
-    writer.finish();
-  };
-
-  std::vector<std::size_t> shard_ends;
-  std::uint64_t total = 0, in_shard = 0;
-  for (std::size_t i = 0; i < outputs.size(); ++i) {
-    const std::uint64_t bytes = outputs[i].decl.bytes();
-    if (in_shard > 0 && in_shard + bytes > kShardBytes) {
-      shard_ends.push_back(i);
-      in_shard = 0;
-    }
-    in_shard += bytes;
-    total += bytes;
-  }
-  shard_ends.push_back(outputs.size());
-  const std::map<std::string, std::string> hf_metadata = {{"format", "pt"}};
-  if (shard_ends.size() == 1) {
-    write_file(work / "model.safetensors", outputs, hf_metadata);
-  } else {
-    nlohmann::json weight_map = nlohmann::json::object();
-    std::size_t begin = 0;
-    for (std::size_t shard = 0; shard < shard_ends.size(); ++shard) {
-      char name[64];
-      std::snprintf(name, sizeof name, "model-%05zu-of-%05zu.safetensors", shard + 1, shard_ends.size());
-      write_file(work / name, std::span(outputs).subspan(begin, shard_ends[shard] - begin), hf_metadata);
-      for (; begin < shard_ends[shard]; ++begin) weight_map[outputs[begin].decl.name] = name;
-    }
-    const nlohmann::json index = {{"metadata", {{"total_size", total}}}, {"weight_map", weight_map}};
-    write_text(work / "model.safetensors.index.json", index.dump(2) + "\n");
-  }
-  if (!side.empty()) write_file(work / "codes.pare", side, {{"format", "pt"}, {"pare.codecs", side_codecs.dump()}});
+  write_shards(work, outputs);
+  if (!side.empty()) write_tensors(work / "codes.pare", side, {{"format", "pt"}, {"pare.codecs", side_codecs.dump()}});
 
   Json out = write_config(config, dtype_text);
   if (!modules.empty()) out["quantization_config"] = quantization_config(modules, ignored);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <string_view>
 
@@ -33,8 +34,11 @@ struct Context {
   bool quiet = false;
   int threads = 0;            // 0: all cores of the machine
   std::uint64_t seed = 0;
+  bool seed_given = false;    // on the command line, 0 included: stands over a recipe's
   Progress* progress = nullptr;  // never null inside a command
   Report report;                 // rows added by the command
+  // A stage calls this when its folder and its rows are complete, just before the folder gets its final name.
+  std::function<void()> before_commit = {};
   void print(std::string_view text) const;  // result text on stdout; nothing in JSON mode
 };
 

@@ -45,6 +45,17 @@ void sync_file(const fs::path& file) {
   if (fd.get() < 0 || ::fsync(fd.get()) != 0) throw failure(file.string(), "file on disk", system_text(errno));
 }
 
+// Front to back in pieces, each dropped from memory when it was used: gigabytes pass without becoming resident.
+template <class Work>
+void each_chunk(const MappedFile& file, const Work& work) {
+  constexpr std::size_t kChunk = std::size_t{8} << 20;
+  const std::span<const std::byte> bytes = file.bytes();
+  for (std::size_t at = 0; at < bytes.size(); at += kChunk) {
+    work(bytes.subspan(at, std::min(kChunk, bytes.size() - at)));
+    file.release(at, kChunk);
+  }
+}
+
 void write_all(int fd, const fs::path& path, std::span<const std::byte> bytes, std::int64_t offset) {
   while (!bytes.empty()) {
     const std::size_t chunk = std::min<std::size_t>(bytes.size(), std::size_t{1} << 30);
@@ -185,7 +196,7 @@ void write_text(const fs::path& file, std::string_view text) {
 void copy_file_durably(const fs::path& from, const fs::path& to) {
   const MappedFile mapped(from);
   AtomicFile out(to);
-  out.write(mapped.bytes());
+  each_chunk(mapped, [&](std::span<const std::byte> bytes) { out.write(bytes); });
   out.commit();
 }
 
@@ -222,7 +233,9 @@ std::string hash_bytes(std::span<const std::byte> bytes) {
 
 std::string hash_file(const fs::path& file) {
   const MappedFile mapped(file);
-  return hash_bytes(mapped.bytes());
+  Hasher hasher;
+  each_chunk(mapped, [&](std::span<const std::byte> bytes) { hasher.update(bytes); });
+  return hasher.hex();
 }
 
 }  // namespace pare

@@ -108,11 +108,28 @@ Options::Options(const std::vector<OptionDecl>& decls, const Json& given, const 
       problems.push_back("option \"" + decl.name + "\": " + problem);
     }
     values_[decl.name] = std::move(value);
+    defaults_[decl.name] = decl.default_value;
   }
   if (problems.empty()) return;
   std::string all;
   for (const auto& problem : problems) all += (all.empty() ? "" : "\n  ") + problem;
   throw usage_error(place, "", all, "see --help for the options");
+}
+
+bool Options::changed(std::string_view name) const { return value(name) != defaults_.at(std::string(name)); }
+
+void refuse_unused(const Options& options, const std::vector<std::string>& names, const std::string& when,
+                   const std::string& place) {
+  std::string all;
+  int count = 0;
+  for (const std::string& name : names) {
+    if (!options.changed(name)) continue;
+    all += (all.empty() ? "--" : ", --") + name;
+    ++count;
+  }
+  if (count > 0)
+    throw usage_error(place, "options that do something", all + (count == 1 ? " has no use " : " have no use ") + when,
+                      count == 1 ? "leave it out" : "leave them out");
 }
 
 const Json& Options::value(std::string_view name) const {

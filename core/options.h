@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/json.h"
+#include "core/stage_plan.h"
 
 namespace pare {
 
@@ -47,11 +48,18 @@ class Options {
     return has(name) ? get<T>(name) : fallback;
   }
   const Json& resolved() const { return values_; }  // every declared option with its value: the echoed recipe
+  // True where the value is not the declared default.
+  bool changed(std::string_view name) const;
 
  private:
   const Json& value(std::string_view name) const;
-  Json values_ = Json::object();
+  Json values_ = Json::object(), defaults_ = Json::object();
 };
+
+// An option that would do nothing is refused rather than ignored: throws (exit 2) naming those of `names` that were
+// changed. `when` completes "have no use ...", e.g. "without --text".
+void refuse_unused(const Options& options, const std::vector<std::string>& names, const std::string& when,
+                   const std::string& place);
 
 // A verb of the command line. `run` returns the result object that --json prints; human output goes through
 // Context::print. A stage is a command that has the options `model` (input folder) and `out` (output folder).
@@ -62,9 +70,9 @@ struct Command {
   std::function<Json(const Options&, Context&)> run;
   std::string example = {};
   bool is_stage = false;
-  // Stages only: what the run will need, from headers alone (no weights touched). Keys: "seconds", "peak_bytes",
-  // "out_bytes", "notes" (list of texts such as announced fallbacks). Throws on anything that would fail later.
-  std::function<Json(const Options&)> plan = {};
+  // Stages only: what the run will need and leave, without touching weights. `input` stands for the folder that the
+  // option `model` will name, which need not exist yet. Throws on anything that would fail later.
+  std::function<StagePlan(const Options&, const PlannedModel& input)> plan = {};
 };
 
 // The candidate with the smallest edit distance to `name`, or "" when none is near.

@@ -62,6 +62,8 @@ void check_options(const Options& o) {
   if (o.has("cache") && o.get<double>("tau") != 1.0)
     throw usage_error("--cache", "--tau 1: the cache holds log-probabilities at temperature 1",
                       "--tau " + o.resolved().at("tau").dump());
+  if (!o.has("cache")) refuse_unused(o, {"cache-top-k"}, "without --cache", "pare distill");
+  if (o.get<double>("kl-weight") == 0) refuse_unused(o, {"tau", "cache"}, "with --kl-weight 0", "pare distill");
   parse_text_specs(o.get<std::vector<std::string>>("text"), "--text");
   parse_device(o.get<std::string>("device"));
 }
@@ -174,29 +176,29 @@ Json run_distill(const Options& o, Context& run) {
   throw_if_interrupted("distill after its last step", "run the same command again to continue");
   write_decoder(pair.student, pair.dtype, pair.like, transaction.work());
   finish_training_folder(transaction.work());
+  if (run.before_commit) run.before_commit();
   transaction.commit();
   run.print(run.report.table());
   return result;
 }
 
-Json plan_distill(const Options& o) {
+// input: the student, or the teacher where one is cut from it.
+StagePlan plan_distill(const Options& o, const PlannedModel& input) {
   check_options(o);
   const ModelConfig teacher = Checkpoint(o.get<std::string>("teacher")).config();
-  ModelConfig student = teacher;
-  if (o.has("model")) student = Checkpoint(o.get<std::string>("model")).config();
+  ModelConfig student = input.config;
   if (o.has("keep-layers"))
-    student.num_layers = static_cast<std::int64_t>(parse_layers(o.get<std::string>("keep-layers"), teacher.num_layers).size());
+    student = with_layers(student, parse_layers(o.get<std::string>("keep-layers"), teacher.num_layers));
   if (o.has("ffn")) student.intermediate_size = std::min(o.get<std::int64_t>("ffn"), teacher.intermediate_size);
   const TrainerSettings s = trainer_settings(o, student);
   const double own = static_cast<double>(parameter_count(student)), taught = static_cast<double>(parameter_count(teacher));
   const double tokens = static_cast<double>(s.steps * s.batch * s.context);
   const double per_token =
       static_cast<double>(student.num_layers * (20 * student.hidden_size + 8 * student.intermediate_size) * 4);
+  const double peak = 20 * own + 4 * taught + per_token * static_cast<double>(std::max<std::int64_t>(4096, s.context));
   constexpr double kFlops = 1.2e11;  // of two cores, measured on small models
-  return Json{{"seconds", (6 * own + 2 * taught) * tokens / kFlops},
-              {"peak_bytes", 20 * own + 4 * taught + per_token * static_cast<double>(std::max<std::int64_t>(4096, s.context))},
-              {"out_bytes", 4 * own},
-              {"notes", Json::array()}};
+  const PlannedModel result = planned_model(student, o.get_or<std::string>("dtype", input.dtype));
+  return {(6 * own + 2 * taught) * tokens / kFlops, static_cast<std::uint64_t>(peak), result.compact_bytes, {}, result};
 }
 
 }  // namespace

@@ -12,6 +12,7 @@ namespace pare {
 namespace {
 
 constexpr std::size_t kMaxLine = 16 << 20;
+constexpr std::int64_t kBlockLogits = std::int64_t{1} << 22;  // held at a time: 16 MiB, or one row
 
 std::int64_t characters(std::string_view text) {
   std::int64_t n = 0;
@@ -40,7 +41,8 @@ class Line {
     const bool fits = whole && !(value.is_number_unsigned() && value.get<std::uint64_t>() > INT32_MAX);
     const std::int64_t number = fits ? value.get<std::int64_t>() : -1;
     if (number < 0 || number >= limit) {
-      throw input_error(place_, std::string("\"") + key + "\" to be a whole number from 0 to " + std::to_string(limit - 1),
+      throw input_error(place_,
+                        std::string("\"") + key + "\" to be a whole number from 0 to " + std::to_string(limit - 1),
                         value.dump().substr(0, 60));
     }
     return number;
@@ -191,23 +193,35 @@ class Scorer {
     const std::span<const std::int32_t> input(encoded.ids.data(), encoded.ids.size() - 1);
     const auto n = static_cast<std::int64_t>(input.size());
     const std::int64_t first = n - encoded.scored;
-    // Choices of one token share their input: the window is run once.
-    if (!std::equal(input.begin(), input.end(), seen_.begin(), seen_.end()) || first != first_) {
+    const std::int64_t block =
+        options_.rows_per_block > 0 ? options_.rows_per_block : std::max<std::int64_t>(1, kBlockLogits / vocab);
+    // Choices of one token share their input: the window is run once, and its rows stay where they fit into one block.
+    const bool same = std::equal(input.begin(), input.end(), seen_.begin(), seen_.end());
+    if (!same) {
       seen_.clear();
       model_.begin(input);
-      rows_.resize(static_cast<std::size_t>(encoded.scored * vocab));
-      model_.logits(first, encoded.scored, rows_.data());
       seen_.assign(input.begin(), input.end());
-      first_ = first;
     }
     PairScore result;
-    for (std::int64_t t = 0; t < encoded.scored; ++t) {
-      const float* row = rows_.data() + t * vocab;
-      const std::int32_t target = encoded.ids[static_cast<std::size_t>(first + t + 1)];
-      RowSoftmax softmax;
-      if (!row_softmax(row, vocab, softmax)) throw failure(model_.name(), "finite logits", "NaN or infinity at " + place);
-      result.log_prob += softmax.log_prob(row, target);
-      result.greedy = result.greedy && softmax.argmax == target;
+    for (std::int64_t t = 0; t < encoded.scored; t += block) {
+      const std::int64_t count = std::min(block, encoded.scored - t);
+      if (!same || first + t != held_first_ || count != held_count_) {
+        held_count_ = 0;
+        rows_.resize(static_cast<std::size_t>(count * vocab));
+        model_.logits(first + t, count, rows_.data());
+        held_first_ = first + t;
+        held_count_ = count;
+      }
+      for (std::int64_t i = 0; i < count; ++i) {
+        const float* row = rows_.data() + i * vocab;
+        const std::int32_t target = encoded.ids[static_cast<std::size_t>(first + t + i + 1)];
+        RowSoftmax softmax;
+        if (!row_softmax(row, vocab, softmax)) {
+          throw failure(model_.name(), "finite logits", "NaN or infinity at " + place);
+        }
+        result.log_prob += softmax.log_prob(row, target);
+        result.greedy = result.greedy && softmax.argmax == target;
+      }
     }
     return result;
   }
@@ -217,7 +231,7 @@ class Scorer {
   const Tokenizer& tokenizer_;
   const TaskOptions& options_;
   std::vector<std::int32_t> seen_;
-  std::int64_t first_ = 0;
+  std::int64_t held_first_ = 0, held_count_ = 0;  // rows of `seen_` that stand in rows_
   std::vector<float> rows_;
 };
 
@@ -239,7 +253,8 @@ Task read_task(const fs::path& jsonl, std::int64_t limit) {
   for (std::int64_t number = 1; std::getline(in, text); ++number) {
     if (std::all_of(text.begin(), text.end(), is_blank)) continue;
     const std::string place = jsonl.string() + ":" + std::to_string(number);
-    if (text.size() > kMaxLine) throw input_error(place, "a line of at most 16 MiB", std::to_string(text.size()) + " bytes");
+    if (text.size() > kMaxLine)
+      throw input_error(place, "a line of at most 16 MiB", std::to_string(text.size()) + " bytes");
     const Json json = parse_json(text, place);
     if (!json.is_object()) throw input_error(place, "a JSON object", json.type_name());
     const Line line(json, place);

@@ -1,5 +1,5 @@
-// Multiple choice, last-word prediction and minimal pairs from jsonl files, scored by the rules of lm-evaluation-harness
-// (api/task.py and api/model.py there).
+// Multiple choice, last-word prediction and minimal pairs from jsonl files, scored by the rules of
+// lm-evaluation-harness (api/task.py and api/model.py there).
 #pragma once
 
 #include <cstdint>
@@ -34,7 +34,8 @@ struct Task {
 };
 
 // One JSON object a line; blank lines are skipped; every line has the kind of the first:
-//   {"query", "choices": [..], "gold": index}                 multiple choice; a blank goes before each choice that has none
+//   {"query", "choices": [..], "gold": index}                 multiple choice; a blank goes before each choice that has
+//   none
 //   {"sentence" with "_", "option1", "option2", "label": 0|1} multiple choice over contexts (WinoGrande)
 //   {"context", "continuation"}                               continuation (LAMBADA); a blank goes before it
 //   {"sentence_good", "sentence_bad"}                         minimal pair (BLiMP), sentences as they stand
@@ -43,7 +44,9 @@ Task read_task(const fs::path& jsonl, std::int64_t limit = 0);
 
 struct TaskOptions {
   std::int64_t context = 0;                 // most ids a model sees at once; longer contexts lose their beginning
-  std::vector<std::int32_t> prefix_ids;     // what stands in for an empty context: BOS, or the end-of-text id; may be empty
+  std::vector<std::int32_t>
+      prefix_ids;  // what stands in for an empty context: BOS, or the end-of-text id; may be empty
+  std::int64_t rows_per_block = 0;          // 0: chosen so that a block of logits is about 16 MiB
 };
 
 struct TaskResult {

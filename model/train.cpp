@@ -82,27 +82,23 @@ Json run_train(const Options& o, Context& run) {
   Json result = run_training(job, source.dtype, run);
   write_decoder(source.decoder, source.dtype, source.like, transaction.work());
   finish_training_folder(transaction.work());
+  if (run.before_commit) run.before_commit();
   transaction.commit();
   run.print(run.report.table());
   return result;
 }
 
-Json plan_train(const Options& o) {
-  ModelConfig config;
-  if (o.has("model"))
-    config = Checkpoint(o.get<std::string>("model")).config();
-  else
-    config = parse_config(read_json(o.get<std::string>("config")), nullptr, o.get<std::string>("config"));
+StagePlan plan_train(const Options& o, const PlannedModel& input) {
+  const ModelConfig& config = input.config;
   const TrainerSettings s = trainer_settings(o, config);
   parse_device(s.device);
   const double parameters = static_cast<double>(parameter_count(config));
   const double tokens = static_cast<double>(s.steps * s.batch * s.context);
   const double per_token = static_cast<double>(config.num_layers * (20 * config.hidden_size + 8 * config.intermediate_size) * 4);
+  const double peak = 20 * parameters + per_token * static_cast<double>(std::max<std::int64_t>(4096, s.context));
   constexpr double kFlops = 1.2e11;  // of two cores, measured on small models
-  return Json{{"seconds", 6 * parameters * tokens / kFlops},
-              {"peak_bytes", 20 * parameters + per_token * static_cast<double>(std::max<std::int64_t>(4096, s.context))},
-              {"out_bytes", 4 * parameters},
-              {"notes", Json::array()}};
+  const PlannedModel result = planned_model(config, o.get_or<std::string>("dtype", input.dtype));
+  return {6 * parameters * tokens / kFlops, static_cast<std::uint64_t>(peak), result.compact_bytes, {}, result};
 }
 
 }  // namespace

@@ -98,6 +98,11 @@ std::vector<OptionDecl> trainer_options(double lr, std::int64_t steps) {
 }
 
 TrainerSettings trainer_settings(const Options& o, const ModelConfig& config) {
+  if (o.has("tokens")) refuse_unused(o, {"steps"}, "with --tokens", "training");
+  if (!o.has("held-out"))
+    refuse_unused(o, {"eval-every", "eval-tokens", "final-eval-tokens"}, "without --held-out", "training");
+  else if (o.get<std::int64_t>("eval-every") == 0)
+    refuse_unused(o, {"eval-tokens"}, "without --eval-every", "training");
   TrainerSettings s;
   s.batch = o.get<std::int64_t>("batch");
   s.micro_batch = o.get<std::int64_t>("micro-batch");

@@ -20,7 +20,8 @@ struct Choice {
 };
 
 Json to_json(const Choice& choice) {
-  return {{"block", choice.block}, {"candidates", choice.candidates}, {"costs", choice.costs}, {"errors", choice.errors}};
+  return {
+      {"block", choice.block}, {"candidates", choice.candidates}, {"costs", choice.costs}, {"errors", choice.errors}};
 }
 Choice from_json(const Json& json, const std::string& place) {
   try {

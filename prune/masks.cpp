@@ -102,7 +102,8 @@ std::vector<float> wanda_scores(const float* weights, const double* mean_square,
   std::vector<float> scores(static_cast<std::size_t>(rows * cols));
   for (std::int64_t i = 0; i < rows; ++i)
     for (std::int64_t j = 0; j < cols; ++j)
-      scores[static_cast<std::size_t>(i * cols + j)] = std::fabs(weights[i * cols + j]) * norm[static_cast<std::size_t>(j)];
+      scores[static_cast<std::size_t>(i * cols + j)] =
+          std::fabs(weights[i * cols + j]) * norm[static_cast<std::size_t>(j)];
   return scores;
 }
 

@@ -12,7 +12,7 @@
 namespace pare {
 namespace {
 
-constexpr const char* kManifest = "prune.json";  // inside the work folder
+constexpr const char* kManifest = "prune.json";  // stays in the output: what was done to which input
 constexpr const char* kState = "prune.state";
 constexpr const char* kWritten = "written.json";  // in the state folder: the rows of a method whose folder is complete
 constexpr int kManifestVersion = 1;
@@ -28,25 +28,46 @@ std::vector<OptionDecl> option_table() {
       {.name = "model", .type = OptionType::kPath, .help = "model folder to prune (float weights)", .required = true},
       {.name = "out", .type = OptionType::kPath, .help = "model folder to write; must not exist", .required = true},
       {.name = "method", .type = OptionType::kText, .help = method_help, .choices = methods, .required = true},
-      {.name = "sparsity", .type = OptionType::kNumber,
+      {.name = "sparsity",
+       .type = OptionType::kNumber,
        .help = "magnitude, wanda, random: fraction of the weights of the decoder blocks' linears to zero",
-       .minimum = 0.0, .maximum = 0.99},
-      {.name = "pattern", .type = OptionType::kText,
+       .minimum = 0.0,
+       .maximum = 0.99},
+      {.name = "pattern",
+       .type = OptionType::kText,
        .help = "magnitude, wanda, random: N:M, N weights kept of every M inputs, instead of --sparsity"},
-      {.name = "remove", .type = OptionType::kInteger, .help = "depth: number of decoder blocks to remove", .minimum = 1},
-      {.name = "ffn", .type = OptionType::kInteger,
-       .help = "ffn-width: MLP neurons to keep in every block, rounded up to --multiple-of", .minimum = 1},
-      {.name = "multiple-of", .type = OptionType::kInteger,
-       .help = "ffn-width: multiple that the kept neurons are rounded up to (default 32)", .minimum = 1},
-      {.name = "no-correction", .type = OptionType::kFlag,
-       .help = "ffn-width: leave down_proj as it is instead of refitting it to the kept neurons", .default_value = false},
-      {.name = "damping", .type = OptionType::kNumber,
-       .help = "ffn-width: damping of the refit, relative to the mean second moment (default 0.01)", .minimum = 1e-9,
+      {.name = "remove",
+       .type = OptionType::kInteger,
+       .help = "depth: number of decoder blocks to remove",
+       .minimum = 1},
+      {.name = "ffn",
+       .type = OptionType::kInteger,
+       .help = "ffn-width: MLP neurons to keep in every block, rounded up to --multiple-of",
+       .minimum = 1},
+      {.name = "multiple-of",
+       .type = OptionType::kInteger,
+       .help = "ffn-width: multiple that the kept neurons are rounded up to (default 32)",
+       .minimum = 1},
+      {.name = "no-correction",
+       .type = OptionType::kFlag,
+       .help = "ffn-width: leave down_proj as it is instead of refitting it to the kept neurons",
+       .default_value = false},
+      {.name = "damping",
+       .type = OptionType::kNumber,
+       .help = "ffn-width: damping of the refit, relative to the mean second moment (default 0.01)",
+       .minimum = 1e-9,
        .maximum = 100.0},
-      {.name = "text", .type = OptionType::kTextList, .help = "calibration text: .txt or .jsonl files, or folders of them"},
+      {.name = "text",
+       .type = OptionType::kTextList,
+       .help = "calibration text: .txt or .jsonl files, or folders of them"},
       {.name = "split", .help = "separator between documents of .txt files, such as <|endoftext|>"},
-      {.name = "samples", .type = OptionType::kInteger, .help = "calibration windows", .default_value = 128, .minimum = 1},
-      {.name = "context", .type = OptionType::kInteger,
+      {.name = "samples",
+       .type = OptionType::kInteger,
+       .help = "calibration windows",
+       .default_value = 128,
+       .minimum = 1},
+      {.name = "context",
+       .type = OptionType::kInteger,
        .help = "tokens per calibration window (default: 512, or all of the model's positions where it has fewer)",
        .minimum = 2},
       {.name = "device", .type = OptionType::kText, .help = "cpu, cuda or cuda:N", .default_value = "cpu"},
@@ -92,7 +113,9 @@ void check_options(const PruneMethod& method, const Options& options) {
   if (is_set(options, "no-correction") && is_set(options, "damping"))
     problems.push_back("has no use for --damping with --no-correction");
   const bool text = !text_paths(options).empty();
-  if (options.has("split") && !text) problems.push_back("has no use for --split without --text");
+  if (!text)
+    for (const char* name : {"split", "samples", "context", "device"})
+      if (options.changed(name)) problems.push_back("has no use for --" + std::string(name) + " without --text");
   if (method.needs_text && !text) problems.push_back("needs calibration text: --text FILE");
   if (problems.empty()) return;
   std::string all;
@@ -107,28 +130,20 @@ void check_model(const Checkpoint& model) {
                         "prune first, then quantize: codes cannot be pruned without rounding again");
 }
 
-void check_text(const Options& options, const Checkpoint& model) {
+void check_text(const Options& options, const ModelConfig& config) {
   const auto paths = text_paths(options);
+  const fs::path tokenizer = fs::path(options.get<std::string>("model")) / "tokenizer.json";
   if (paths.empty()) return;
   for (const fs::path& path : paths)
     if (!fs::exists(path)) throw input_error(path.string(), "a text file or folder", "nothing there");
-  if (!fs::exists(model.folder() / "tokenizer.json"))
-    throw input_error((model.folder() / "tokenizer.json").string(), "the model's tokenizer", "nothing there",
+  if (!fs::exists(tokenizer))
+    throw input_error(tokenizer.string(), "the model's tokenizer", "nothing there",
                       "calibration text has to be turned into tokens");
-  const std::int64_t length = window_length(model.config(), options);
-  if (length > model.config().max_position_embeddings)
-    throw usage_error("--context", "at most the model's " + std::to_string(model.config().max_position_embeddings) +
+  const std::int64_t length = window_length(config, options);
+  if (length > config.max_position_embeddings)
+    throw usage_error("--context", "at most the model's " + std::to_string(config.max_position_embeddings) +
                                        " positions", std::to_string(length));
 }
-
-// All float tensors keep their dtype; where a folder mixes several, float32 holds them all exactly.
-std::string storage_dtype(const Checkpoint& model) {
-  for (const TensorSpec& spec : model.tensors())
-    if (model.dtype(spec.name) != model.dtype(model.tensors().front().name)) return "float32";
-  return model.float_dtype();
-}
-
-std::uint64_t dtype_bytes(const std::string& dtype) { return dtype == "float32" ? 4 : 2; }
 
 // The work folder belongs to one set of options, one input and one choice of windows.
 void claim_work_folder(const PruneJob& job) {
@@ -141,24 +156,27 @@ void claim_work_folder(const PruneJob& job) {
                          {"dtype", job.dtype},
                          {"windows", job.windows.count > 0 ? Json(job.windows.hash()) : Json()}};
   const fs::path file = job.work / kManifest;
-  if (fs::exists(file)) {
+  const auto clear = [&] {
+    for (const auto& entry : fs::directory_iterator(job.work)) fs::remove_all(entry.path());
+    write_text(file, manifest.dump(1));
+  };
+  if (!fs::exists(file)) {
+    // A run killed in its first moment leaves at most a file on the way to its name. Anything else is not ours.
+    const bool strays = std::all_of(fs::directory_iterator(job.work), fs::directory_iterator(), [](const auto& entry) {
+      return entry.path().filename().string().find(".tmp-") != std::string::npos;
+    });
+    if (!strays)
+      throw usage_error(job.work.string(), "an unfinished run of this very command", "one of another command",
+                        "remove that folder, or finish the command it belongs to");
+    clear();
+  } else {
     if (read_json(file) != manifest)
       throw usage_error(job.work.string(), "an unfinished run of this very command",
                         "one with other options, another input or other text",
                         "remove that folder, or finish the command it belongs to");
     job.context.progress->note("Continuing the unfinished run in " + job.work.string());
-  } else {
-    // Without a manifest only a run that was killed between its very last steps can have left a whole model here, and
-    // one killed in its first a file on the way to its name. Anything else, such as a training state, is not ours.
-    const bool whole = fs::exists(job.work / "config.json") && !fs::exists(job.work / "pieces");
-    const bool strays = std::all_of(fs::directory_iterator(job.work), fs::directory_iterator(), [](const auto& entry) {
-      return entry.path().filename().string().find(".tmp-") != std::string::npos;
-    });
-    if (!whole && !strays)
-      throw usage_error(job.work.string(), "an unfinished run of this very command", "one of another command",
-                        "remove that folder, or finish the command it belongs to");
-    for (const auto& entry : fs::directory_iterator(job.work)) fs::remove_all(entry.path());
-    write_text(file, manifest.dump(1));
+    // Killed just before its rename: the figures went with the state, so the run is repeated.
+    if (fs::exists(job.work / "config.json") && !fs::exists(job.state)) clear();
   }
   fs::create_directories(job.state);
 }
@@ -236,19 +254,19 @@ Json run(const Options& options, Context& context) {
   check_options(method, options);
   const Checkpoint model(options.get<std::string>("model"));
   check_model(model);
-  check_text(options, model);
+  check_text(options, model.config());
   method.result(model.config(), options);
   parse_device(options.get<std::string>("device"));
   FolderTransaction folder(options.get<std::string>("out"));
 
-  PruneJob job{model, options, context, {}, folder.work(), folder.work() / kState, storage_dtype(model)};
+  PruneJob job{model, options, context, {}, folder.work(), folder.work() / kState, planned_model(model).dtype};
   const auto texts = text_paths(options);
   try {
     if (!texts.empty())
-      job.windows = sample_windows(Tokenizer::from_file(model.folder() / "tokenizer.json"), texts,
-                                   options.get<std::int64_t>("samples"), window_length(model.config(), options),
-                                   context.seed,
-                                   options.has("split") ? std::optional(options.get<std::string>("split")) : std::nullopt);
+      job.windows =
+          sample_windows(Tokenizer::from_file(model.folder() / "tokenizer.json"), texts,
+                         options.get<std::int64_t>("samples"), window_length(model.config(), options), context.seed,
+                         options.has("split") ? std::optional(options.get<std::string>("split")) : std::nullopt);
     require_ids(job.windows, model.config().vocab_size);
   } catch (...) {
     if (fs::is_empty(folder.work())) folder.discard();
@@ -274,51 +292,52 @@ Json run(const Options& options, Context& context) {
     if (error.code() == ExitCode::kInput || error.code() == ExitCode::kUsage) folder.discard();
     throw;
   }
-  fs::remove(job.work / kManifest);
   fs::remove_all(job.state);
+  if (context.before_commit) context.before_commit();
   folder.commit();
   summary["out"] = options.get<std::string>("out");
   context.print(context.report.table());
   return summary;
 }
 
-Json plan(const Options& options) {
+StagePlan plan(const Options& options, const PlannedModel& input) {
   const PruneMethod& method = method_of(options);
   check_options(method, options);
-  const Checkpoint model(options.get<std::string>("model"));
-  check_model(model);
-  check_text(options, model);
+  if (input.quantized)
+    throw input_error(options.get<std::string>("model"), "float weights", "codes",
+                      "prune first, then quantize: codes cannot be pruned without rounding again");
+  check_text(options, input.config);
   parse_device(options.get<std::string>("device"));
   if (fs::exists(options.get<std::string>("out")))
     throw usage_error(options.get<std::string>("out"), "a folder that does not exist yet", "an existing one");
-  const ModelConfig config = model.config(), result = method.result(config, options);
+  const ModelConfig& config = input.config;
+  const ModelConfig result = method.result(config, options);
   const auto parameters = static_cast<std::uint64_t>(parameter_count(config));
   const auto outer = static_cast<std::uint64_t>(config.vocab_size * config.hidden_size) *
                      (config.tie_word_embeddings ? 1u : 2u);
-  const std::uint64_t block = (parameters - std::min(parameters, outer)) / static_cast<std::uint64_t>(config.num_layers);
+  const std::uint64_t block =
+      (parameters - std::min(parameters, outer)) / static_cast<std::uint64_t>(config.num_layers);
   const bool text = !text_paths(options).empty();
   const auto samples = static_cast<std::uint64_t>(options.get<std::int64_t>("samples"));
   const auto length = static_cast<std::uint64_t>(window_length(config, options));
   // Original, pruned copy and masks of one block; or both models' embedding and head while measuring.
   std::uint64_t peak = method.peak_bytes(config, options) + 3 * 4 * block;
   if (text)
-    peak = std::max(peak, 2 * 4 * outer + 4 * block + 2 * 4 * samples * length * static_cast<std::uint64_t>(config.hidden_size));
+    peak = std::max(
+        peak, 2 * 4 * outer + 4 * block + 2 * 4 * samples * length * static_cast<std::uint64_t>(config.hidden_size));
   // 2 flop per parameter and token, at 20 GFLOP/s a core; the measurement is two more passes with two heads.
   const double flop = text ? 2.0 * static_cast<double>(parameters) * static_cast<double>(samples * length) *
                                  (method.passes(config, options) + 3)
                            : 0;
   const double cores = std::max(1u, std::thread::hardware_concurrency());
-  Json notes = Json::array();
-  const std::string dtype = storage_dtype(model);
-  if (dtype != model.float_dtype()) notes.push_back("the folder mixes dtypes: the result is stored in float32, exactly");
+  std::vector<std::string> notes;
   if (result.intermediate_size != config.intermediate_size &&
       options.has("ffn") && result.intermediate_size != options.get<std::int64_t>("ffn"))
     notes.push_back("--ffn rounded up to " + std::to_string(result.intermediate_size));
   if (!text) notes.push_back("no --text: the result is not measured");
-  return {{"seconds", flop / (2e10 * cores) + static_cast<double>(parameters) * 1e-8},
-          {"peak_bytes", peak},
-          {"out_bytes", static_cast<std::uint64_t>(parameter_count(result)) * dtype_bytes(dtype)},
-          {"notes", notes}};
+  return {flop / (2e10 * cores) + static_cast<double>(parameters) * 1e-8, peak,
+          static_cast<std::uint64_t>(parameter_count(result)) * dtype_bytes(input.dtype), std::move(notes),
+          planned_model(result, input.dtype)};
 }
 
 }  // namespace

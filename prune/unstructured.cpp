@@ -57,7 +57,8 @@ void run_without_text(PruneJob& job, bool random) {
         const std::int64_t rows = spec.shape[0], cols = spec.shape[1];
         const auto scores = random ? random_scores(job.context.seed, spec.name, rows, cols)
                                    : magnitude_scores(weights.data(), rows, cols);
-        apply_mask(keep_mask(scores.data(), rows, cols, sparsity, random ? Scope::kRow : Scope::kTensor), weights.data());
+        apply_mask(keep_mask(scores.data(), rows, cols, sparsity, random ? Scope::kRow : Scope::kTensor),
+                   weights.data());
         pruned.emplace(spec.name, std::move(weights));
       }
       put_block(job, writer, layer, pruned);

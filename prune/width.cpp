@@ -73,7 +73,8 @@ class WidthVisitor : public BlockVisitor {
     if (correct_) {
       block.error_plain = relative_error(down.original.data(), block.down.data(), input.hessian.data(), down.rows,
                                          down.cols, block.kept);
-      block.down = corrected_down(down.original.data(), input.hessian.data(), down.rows, down.cols, block.kept, damping_);
+      block.down =
+          corrected_down(down.original.data(), input.hessian.data(), down.rows, down.cols, block.kept, damping_);
       round_to(job_.dtype, block.down);
       check_finite(block.down.data(), block.down.size(), down.name + " (corrected)");
       block.error = relative_error(down.original.data(), block.down.data(), input.hessian.data(), down.rows, down.cols,
@@ -152,7 +153,8 @@ class WidthVisitor : public BlockVisitor {
   Block load(int layer) const {
     const SafetensorsFile file(state_file(layer));
     const TensorView *kept = file.find("kept"), *errors = file.find("errors"), *down = file.find("down");
-    if (kept == nullptr || errors == nullptr || down == nullptr || kept->elements() != width_ || errors->elements() != 2)
+    if (kept == nullptr || errors == nullptr || down == nullptr || kept->elements() != width_ ||
+        errors->elements() != 2)
       throw failure(state_file(layer).string(), "the neurons of a finished block", "something else",
                     "remove " + job_.work.string() + " and run again");
     Block block;
@@ -196,7 +198,8 @@ std::uint64_t peak(const ModelConfig& config, const Options& options) {
   const auto n = static_cast<std::uint64_t>(config.intermediate_size);
   const auto k = static_cast<std::uint64_t>(target_width(config, options));
   // Beside the walk: H_SS in double and W, W' and their products in the correction.
-  const std::uint64_t solve = walk.hessian ? 8 * (k * k + (n - k) * k + 4 * n * static_cast<std::uint64_t>(config.hidden_size)) : 0;
+  const std::uint64_t solve =
+      walk.hessian ? 8 * (k * k + (n - k) * k + 4 * n * static_cast<std::uint64_t>(config.hidden_size)) : 0;
   return walk_peak_bytes(config, options.get<std::int64_t>("samples"), window_length(config, options), walk) + solve;
 }
 double passes(const ModelConfig&, const Options&) { return 3; }

@@ -39,7 +39,8 @@ struct Row {
       const double scale = static_cast<double>(f16_to_f32(scales[j / size])), curvature = hessian[j * cols + j];
       if (!(scale > 0 && curvature > 0) || (keep_zeros && weight[j] == 0.0f)) continue;
       const double wanted = static_cast<double>(codes[j]) + g[j] / (scale * curvature);
-      const double step = std::nearbyint(std::clamp<double>(wanted, range.low, range.high)) - static_cast<double>(codes[j]);
+      const double step =
+          std::nearbyint(std::clamp<double>(wanted, range.low, range.high)) - static_cast<double>(codes[j]);
       if (step == 0 || 2.0 * step * g[j] <= step * step * scale * curvature * (1 + 1e-9)) continue;
       codes[j] = static_cast<std::int8_t>(codes[j] + static_cast<int>(step));
       add_scaled(g, hessian + j * cols, -step * scale, cols);
@@ -143,7 +144,8 @@ GptqResult gptq(const float* weight, const QuantizedTensor& nearest, const doubl
   return result;
 }
 
-double polish(const float* weight, QuantizedTensor& tensor, const double* hessian, bool keep_zeros, int passes, int threads) {
+double polish(const float* weight, QuantizedTensor& tensor, const double* hessian, bool keep_zeros, int passes,
+              int threads) {
   const std::int64_t rows = tensor.rows, cols = tensor.cols, groups = tensor.codec.groups(cols);
   const QuantizedTensor before = tensor;
   std::vector<float> unpacked(static_cast<std::size_t>(rows * cols));

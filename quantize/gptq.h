@@ -18,15 +18,17 @@ struct GptqResult {
   std::int64_t nearest_rows = 0;  // rows that kept the nearest codes because the sweep's were worse
 };
 
-// weight: [rows * cols]. nearest: scales, zeros and nearest codes of `weight`, kept as the grid. hessian: [cols * cols],
-// undamped. keep_zeros: weights that are exactly 0 stay exactly 0 (a pruned matrix); the others compensate for them.
+// weight: [rows * cols]. nearest: scales, zeros and nearest codes of `weight`, kept as the grid. hessian: [cols *
+// cols], undamped. keep_zeros: weights that are exactly 0 stay exactly 0 (a pruned matrix); the others compensate for
+// them.
 GptqResult gptq(const float* weight, const QuantizedTensor& nearest, const double* hessian, const SweepFactor& factor,
                 bool keep_zeros, int threads);
 
 // Coordinate descent on codes and scales after the sweep (QuantEase, Behdin et al. 2023, for the codes; least squares,
 // rounded to f16, for the scales): every accepted step lowers d^T H d of its row. Zeros of a pruned matrix stay. Rows
 // whose exact error did not fall keep what they had. Returns the exact error of all rows.
-double polish(const float* weight, QuantizedTensor& tensor, const double* hessian, bool keep_zeros, int passes, int threads);
+double polish(const float* weight, QuantizedTensor& tensor, const double* hessian, bool keep_zeros, int passes,
+              int threads);
 
 // True when at least 5 % of the matrix is exactly 0: it was pruned.
 bool is_pruned(std::span<const float> weight);

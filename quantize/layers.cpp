@@ -42,7 +42,8 @@ class Quantizer : public BlockVisitor {
       if (!plan.codec) continue;
       throw_if_interrupted(linear.name, "the same command continues with this block");
       if (job_.method == QuantizeMethod::kGptq && !factor) {
-        factor = factor_hessian(input.hessian, input.columns, {job_.damping, true}, "inputs of " + linear.name, job_.threads);
+        factor = factor_hessian(input.hessian, input.columns, {job_.damping, true}, "inputs of " + linear.name,
+                                job_.threads);
       }
       QuantizedTensor codes = quantize(linear, *plan.codec, input, factor);
       codes.unpack(linear.weight.data());
@@ -84,13 +85,14 @@ class Quantizer : public BlockVisitor {
 
   void require_finite(const TensorSpec& spec) const {
     const std::vector<float> values = job_.model.read_f32(spec.name);
-    pare::require_finite(values.data(), spec.shape[0], static_cast<std::int64_t>(values.size()) / spec.shape[0], spec.name);
+    pare::require_finite(values.data(), spec.shape[0], static_cast<std::int64_t>(values.size()) / spec.shape[0],
+                         spec.name);
   }
 
   QuantizedTensor nearest(const TensorPlan& tensor, const float* values) const {
     const ScaleRule rule = job_.method == QuantizeMethod::kAbsmax ? ScaleRule::kAbsmax : ScaleRule::kSearched;
-    return round_to_nearest(values, tensor.spec.shape[0], tensor.spec.shape[1], *tensor.codec, rule, {}, tensor.spec.name,
-                            job_.threads);
+    return round_to_nearest(values, tensor.spec.shape[0], tensor.spec.shape[1], *tensor.codec, rule, {},
+                            tensor.spec.name, job_.threads);
   }
 
  private:
@@ -105,19 +107,21 @@ class Quantizer : public BlockVisitor {
       return total(row_errors(weight, unpacked.data(), linear.rows, linear.cols, input.hessian.data(), job_.threads));
     };
     const bool searched = job_.method != QuantizeMethod::kAbsmax;
-    QuantizedTensor codes = round_to_nearest(weight, linear.rows, linear.cols, codec,
-                                             searched ? ScaleRule::kSearched : ScaleRule::kAbsmax, importance, linear.name,
-                                             job_.threads);
+    QuantizedTensor codes =
+        round_to_nearest(weight, linear.rows, linear.cols, codec, searched ? ScaleRule::kSearched : ScaleRule::kAbsmax,
+                         importance, linear.name, job_.threads);
     if (job_.method == QuantizeMethod::kGptq) {
       const bool pruned = is_pruned(linear.original);
       GptqResult result = gptq(weight, codes, input.hessian.data(), *factor, pruned, job_.threads);
       if (result.nearest_rows == linear.rows && result.nearest_error > 0) {
-        throw failure(linear.name, "a column sweep that improves on nearest codes", "none of " + std::to_string(linear.rows) +
-                      " rows improved", "more calibration text, or --method rtn");
+        throw failure(linear.name, "a column sweep that improves on nearest codes",
+                      "none of " + std::to_string(linear.rows) + " rows improved",
+                      "more calibration text, or --method rtn");
       }
       row["before"] = result.nearest_error;
-      row["after"] = job_.polish > 0 ? polish(weight, result.tensor, input.hessian.data(), pruned, job_.polish, job_.threads)
-                                     : result.error;
+      row["after"] = job_.polish > 0
+                         ? polish(weight, result.tensor, input.hessian.data(), pruned, job_.polish, job_.threads)
+                         : result.error;
       row["sweep"] = result.sweep_error;
       row["rows_kept_nearest"] = result.nearest_rows;
       row["damping"] = factor->damping;
@@ -127,8 +131,8 @@ class Quantizer : public BlockVisitor {
     } else {
       const double after = error_of(codes);
       if (searched) {
-        row["before"] = error_of(round_to_nearest(weight, linear.rows, linear.cols, codec, ScaleRule::kAbsmax, importance,
-                                                  linear.name, job_.threads));
+        row["before"] = error_of(round_to_nearest(weight, linear.rows, linear.cols, codec, ScaleRule::kAbsmax,
+                                                  importance, linear.name, job_.threads));
       }
       row["after"] = after;
     }
@@ -144,8 +148,8 @@ class Quantizer : public BlockVisitor {
     }
     char text[160];
     if (before > 0) {
-      std::snprintf(text, sizeof text, "layer error %.4g, %.4g before (%+.1f %%), stream off by %.3g of its energy", after,
-                    before, 100.0 * (after / before - 1.0), drift);
+      std::snprintf(text, sizeof text, "layer error %.4g, %.4g before (%+.1f %%), stream off by %.3g of its energy",
+                    after, before, 100.0 * (after / before - 1.0), drift);
     } else {
       std::snprintf(text, sizeof text, "layer error %.4g, stream off by %.3g of its energy", after, drift);
     }

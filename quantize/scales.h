@@ -22,9 +22,9 @@ struct Importance {
 inline constexpr std::int64_t kBlockObjectiveLimit = 128;
 
 // Scales (rounded to f16 first, finite, >= 0), zero points and the nearest codes of weight [rows * cols]. A weight that
-// is exactly 0 gets a code that means exactly 0. kSearched is never worse than kAbsmax under the objective, in any group.
-// Errors (exit 3, naming `place`): NaN or infinity, or a magnitude whose scale f16 cannot hold.
-// The same bits at any number of threads.
+// is exactly 0 gets a code that means exactly 0. kSearched is never worse than kAbsmax under the objective, in any
+// group. Errors (exit 3, naming `place`): NaN or infinity, or a magnitude whose scale f16 cannot hold. The same bits at
+// any number of threads.
 QuantizedTensor round_to_nearest(const float* weight, std::int64_t rows, std::int64_t cols, const Codec& codec,
                                  ScaleRule rule, const Importance& importance, const std::string& place, int threads);
 

@@ -1,6 +1,7 @@
 // The quantize stage: options, plan, work folder and report.
 #include <omp.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 
@@ -27,38 +28,57 @@ std::vector<std::string> texts(const Options& options, const char* name) {
 
 QuantizePolicy policy_of(const Options& options) {
   return {options.get<std::string>("codec"), options.get<std::string>("embedding-codec"),
-          options.get<std::string>("head-codec"), texts(options, "policy"), options.get<std::string>("fallback") != "none"};
+          options.get<std::string>("head-codec"), texts(options, "policy"),
+          options.get<std::string>("fallback") != "none"};
 }
 
 std::int64_t context_of(const Options& options, const ModelConfig& config) {
   return options.get_or<std::int64_t>("context", std::min<std::int64_t>(512, config.max_position_embeddings));
 }
 
-bool calibrated(const Options& options) { return !texts(options, "text").empty() || options.get<bool>("random-tokens"); }
-
-// All float tensors keep their dtype; where a folder mixes several, float32 holds them all exactly.
-std::string storage_dtype(const Checkpoint& model) {
-  for (const TensorSpec& spec : model.tensors()) {
-    if (model.dtype(spec.name) != model.dtype(model.tensors().front().name)) return "float32";
-  }
-  return model.float_dtype();
+bool calibrated(const Options& options) {
+  return !texts(options, "text").empty() || options.get<bool>("random-tokens");
 }
 
-// Everything that can be wrong before weights are touched.
-std::vector<TensorPlan> check(const Options& options, const Checkpoint& model) {
+void refuse_codes(const Checkpoint& model) {
   std::vector<std::string> quantized;
   for (const TensorSpec& spec : model.tensors()) {
     if (model.is_quantized(spec.name)) quantized.push_back(spec.name + " as " + model.codec(spec.name).name());
   }
-  if (!quantized.empty()) {
-    throw input_error(model.folder().string(), "float weights",
-                      quantized.front() + (quantized.size() > 1 ? " and " + std::to_string(quantized.size() - 1) + " more" : ""),
-                      "quantize the original: codes cannot be rounded again without loss");
-  }
-  const auto text = texts(options, "text");
-  if (!text.empty() && options.get<bool>("random-tokens")) {
+  if (quantized.empty()) return;
+  throw input_error(model.folder().string(), "float weights",
+                    quantized.front() +
+                        (quantized.size() > 1 ? " and " + std::to_string(quantized.size() - 1) + " more" : ""),
+                    "quantize the original: codes cannot be rounded again without loss");
+}
+
+void refuse_unused_options(const Options& options, const ModelConfig& config) {
+  const std::string place = "pare quantize";
+  const bool text = !texts(options, "text").empty();
+  if (text && options.get<bool>("random-tokens")) {
     throw usage_error("--random-tokens", "one source of calibration tokens", "--text as well");
   }
+  if (method_of(options) != QuantizeMethod::kGptq) {
+    refuse_unused(options, {"polish", "damping"}, "with --method " + options.get<std::string>("method"), place);
+  }
+  if (!text) refuse_unused(options, {"split"}, "without --text", place);
+  if (!calibrated(options)) {
+    refuse_unused(options, {"samples", "context", "device"}, "without --text or --random-tokens", place);
+  }
+  if (config.tie_word_embeddings) {
+    refuse_unused(options, {"head-codec"}, "where the head is the embedding: --embedding-codec decides", place);
+  }
+}
+
+// Everything that can be wrong before weights are touched.
+std::vector<TensorPlan> check(const Options& options, const PlannedModel& model) {
+  const fs::path folder = options.get<std::string>("model");
+  if (model.quantized) {
+    throw input_error(folder.string(), "float weights", "codes",
+                      "quantize once: codes cannot be rounded again without loss");
+  }
+  refuse_unused_options(options, model.config);
+  const auto text = texts(options, "text");
   if (method_of(options) == QuantizeMethod::kGptq && !calibrated(options)) {
     throw usage_error("--method gptq", "calibration text", "none",
                       "--text FILE, or --method rtn, which does without");
@@ -66,20 +86,22 @@ std::vector<TensorPlan> check(const Options& options, const Checkpoint& model) {
   for (const std::string& path : text) {
     if (!fs::exists(path)) throw input_error(path, "a text file or folder", "nothing there");
   }
-  if (!text.empty() && !fs::exists(model.folder() / "tokenizer.json")) {
-    throw input_error((model.folder() / "tokenizer.json").string(), "the model's tokenizer", "nothing there",
+  if (!text.empty() && !fs::exists(folder / "tokenizer.json")) {
+    throw input_error((folder / "tokenizer.json").string(), "the model's tokenizer", "nothing there",
                       "calibration text has to be turned into tokens");
   }
-  const std::int64_t context = context_of(options, model.config());
-  if (context > model.config().max_position_embeddings) {
-    throw usage_error("--context", "at most the model's " + std::to_string(model.config().max_position_embeddings) +
+  const std::int64_t context = context_of(options, model.config);
+  if (context > model.config.max_position_embeddings) {
+    throw usage_error("--context", "at most the model's " + std::to_string(model.config.max_position_embeddings) +
                       " positions", std::to_string(context));
   }
   require_device(options.get<std::string>("device"));
-  return plan_codecs(model.config(), policy_of(options));
+  std::vector<TensorPlan> tensors = plan_codecs(model.config, policy_of(options));
+  if (std::none_of(tensors.begin(), tensors.end(), [](const TensorPlan& t) { return t.codec.has_value(); })) {
+    throw usage_error("quantize policy", "a tensor to quantize", "keep for all of them");
+  }
+  return tensors;
 }
-
-std::uint64_t dtype_bytes(const std::string& dtype) { return dtype == "float32" ? 4 : 2; }
 
 std::uint64_t elements(const TensorSpec& spec) {
   std::uint64_t count = 1;
@@ -113,16 +135,16 @@ Sizes sizes_of(const std::vector<TensorPlan>& plan, const std::string& dtype) {
   return sizes;
 }
 
-Json plan(const Options& options) {
-  const Checkpoint model(options.get<std::string>("model"));
-  const std::vector<TensorPlan> tensors = check(options, model);
+StagePlan plan(const Options& options, const PlannedModel& input) {
+  const std::vector<TensorPlan> tensors = check(options, input);
   const fs::path out = options.get<std::string>("out");
   if (fs::exists(fs::symlink_status(out))) {
-    throw usage_error(out.string(), "an output that does not exist yet", "an existing one", "remove it or choose another --out");
+    throw usage_error(out.string(), "an output that does not exist yet", "an existing one",
+                      "remove it or choose another --out");
   }
-  const ModelConfig& config = model.config();
+  const ModelConfig& config = input.config;
   const auto samples = options.get<std::int64_t>("samples"), context = context_of(options, config);
-  Json notes = fallback_notes(tensors);
+  std::vector<std::string> notes = fallback_notes(tensors);
   WalkOptions walk;
   walk.hessian = true;
   std::uint64_t peak = 64u << 20;
@@ -137,7 +159,8 @@ Json plan(const Options& options) {
     if (!tensor.codec) continue;
     const double group = static_cast<double>(tensor.spec.shape[1] / tensor.codec->groups(tensor.spec.shape[1]));
     operations += count * 45.0 * std::min(group, 128.0);                     // scale search
-    if (calibrated(options)) operations += count * 8.0 * static_cast<double>(tensor.spec.shape[1]);  // sweep, errors, polish
+    if (calibrated(options))
+      operations += count * 8.0 * static_cast<double>(tensor.spec.shape[1]);  // sweep, errors, polish
   }
   if (calibrated(options)) {
     const auto tokens = static_cast<double>(samples * context);
@@ -150,10 +173,12 @@ Json plan(const Options& options) {
     }
   }
   peak += largest * 9;
-  return {{"seconds", 1.0 + operations / (1.2e10 * omp_get_num_procs())},
-          {"peak_bytes", peak},
-          {"out_bytes", sizes_of(tensors, storage_dtype(model)).folder},
-          {"notes", notes}};
+  const Sizes sizes = sizes_of(tensors, input.dtype);
+  StagePlan plan{1.0 + operations / (1.2e10 * omp_get_num_procs()), peak, sizes.folder, std::move(notes), input};
+  plan.result.quantized =
+      std::any_of(tensors.begin(), tensors.end(), [](const TensorPlan& t) { return t.codec.has_value(); });
+  plan.result.compact_bytes = sizes.compact;
+  return plan;
 }
 
 CalibrationWindows calibration(const Options& options, const Checkpoint& model, std::uint64_t seed) {
@@ -172,7 +197,9 @@ CalibrationWindows calibration(const Options& options, const Checkpoint& model, 
 Json claim(const fs::path& work, const Json& manifest, Context& context) {
   const fs::path file = work / kManifest;
   if (!fs::exists(file)) {
-    if (fs::exists(work / "pieces") || fs::exists(work / "config.json")) {
+    // A run killed in its first moment leaves at most a file on the way to its name. Anything else is not ours.
+    for (const auto& entry : fs::directory_iterator(work)) {
+      if (entry.path().filename().string().find(".tmp-") != std::string::npos) continue;
       throw usage_error(work.string(), "an unfinished run of this very command", "one of another command",
                         "remove that folder, or finish the command it belongs to");
     }
@@ -184,8 +211,8 @@ Json claim(const fs::path& work, const Json& manifest, Context& context) {
   const auto compare = [&](const Json& ours, const Json& theirs, const std::string& prefix) {
     for (const auto& [key, value] : ours.items()) {
       if (value.is_object() || (theirs.contains(key) && theirs.at(key) == value)) continue;
-      differences += (differences.empty() ? "" : ", ") + prefix + key + " " + (theirs.contains(key) ? theirs.at(key).dump() : "unset") +
-                     " there and " + value.dump() + " here";
+      differences += (differences.empty() ? "" : ", ") + prefix + key + " " +
+                     (theirs.contains(key) ? theirs.at(key).dump() : "unset") + " there and " + value.dump() + " here";
     }
   };
   compare(manifest, found, "");
@@ -199,8 +226,8 @@ Json claim(const fs::path& work, const Json& manifest, Context& context) {
 }
 
 // Totals by module, drift and size as report rows; returns the summary.
-Json report(const Options& options, const std::vector<TensorPlan>& tensors, const std::string& dtype, const Json& linears,
-            Context& context) {
+Json report(const Options& options, const std::vector<TensorPlan>& tensors, const std::string& dtype,
+            const Json& linears, Context& context) {
   std::vector<std::string> modules;
   std::map<std::string, std::pair<double, double>> sums;
   double before = 0, after = 0, drift = -1, kept = 0, swept = 0, log_ratio = 0;
@@ -211,8 +238,9 @@ Json report(const Options& options, const std::vector<TensorPlan>& tensors, cons
     if (!row.contains("after")) continue;
     errors = true;
     const auto name = row.at("name").get<std::string>();
-    const std::string module = name.substr(name.find('.', std::string_view("model.layers.").size()) + 1,
-                                           name.rfind('.') - name.find('.', std::string_view("model.layers.").size()) - 1);
+    const std::string module =
+        name.substr(name.find('.', std::string_view("model.layers.").size()) + 1,
+                    name.rfind('.') - name.find('.', std::string_view("model.layers.").size()) - 1);
     if (!sums.contains(module)) modules.push_back(module);
     const double own_after = row.at("after").get<double>(), own_before = row.value("before", own_after);
     compares = compares || row.contains("before");
@@ -230,7 +258,8 @@ Json report(const Options& options, const std::vector<TensorPlan>& tensors, cons
   Report& rows = context.report;
   const auto optional = [&](double value) { return compares ? std::optional<double>(value) : std::nullopt; };
   for (const std::string& module : modules) {
-    rows.add({"quantize", "layer_error " + module, optional(sums[module].first), sums[module].second, "squared output", {}});
+    rows.add(
+        {"quantize", "layer_error " + module, optional(sums[module].first), sums[module].second, "squared output", {}});
   }
   Json summary = {{"method", options.get<std::string>("method")}};
   if (errors) {
@@ -242,7 +271,12 @@ Json report(const Options& options, const std::vector<TensorPlan>& tensors, cons
     summary["stream_error"] = drift;
   }
   if (swept > 0) {
-    rows.add({"quantize", "rows that kept nearest codes", {}, kept, "of " + std::to_string(static_cast<std::int64_t>(swept)), {}});
+    rows.add({"quantize",
+              "rows that kept nearest codes",
+              {},
+              kept,
+              "of " + std::to_string(static_cast<std::int64_t>(swept)),
+              {}});
     summary["rows_kept_nearest"] = kept;
   }
   const Sizes sizes = sizes_of(tensors, dtype);
@@ -261,10 +295,12 @@ Json report(const Options& options, const std::vector<TensorPlan>& tensors, cons
 Json run(const Options& options, Context& context) {
   const auto start = std::chrono::steady_clock::now();
   const Checkpoint model(options.get<std::string>("model"));
-  const std::vector<TensorPlan> tensors = check(options, model);
+  refuse_codes(model);
+  const PlannedModel planned = planned_model(model);
+  const std::vector<TensorPlan> tensors = check(options, planned);
   FolderTransaction folder(options.get<std::string>("out"));
   Json linears;
-  const std::string dtype = storage_dtype(model);
+  const std::string& dtype = planned.dtype;
   const bool fresh = fs::is_empty(folder.work());
   try {
     for (const std::string& note : fallback_notes(tensors)) context.progress->note(note);
@@ -276,8 +312,16 @@ Json run(const Options& options, Context& context) {
     linears = claim(folder.work(), manifest, context);
     CheckpointWriter writer(folder.work(), model.config(), dtype);
     if (linears.is_null()) {
-      const QuantizeJob job{model, tensors, writer, folder.work() / kRows, method_of(options), std::move(windows),
-                            options.get<double>("damping"), options.get<int>("polish"), options.get<std::string>("device"), context.threads};
+      const QuantizeJob job{model,
+                            tensors,
+                            writer,
+                            folder.work() / kRows,
+                            method_of(options),
+                            std::move(windows),
+                            options.get<double>("damping"),
+                            options.get<int>("polish"),
+                            options.get<std::string>("device"),
+                            context.threads};
       quantize_layers(job, context);
       linears = collect_rows(model.config(), job.rows);
     }
@@ -291,10 +335,11 @@ Json run(const Options& options, Context& context) {
     if (fresh && (error.code() == ExitCode::kInput || error.code() == ExitCode::kUsage)) folder.discard();
     throw;
   }
-  folder.commit();
   Json summary = report(options, tensors, dtype, linears, context);
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   context.report.add({"quantize", "seconds", {}, seconds, "s", {}, false});
+  if (context.before_commit) context.before_commit();
+  folder.commit();
   summary["seconds"] = seconds;
   summary["linears"] = linears;
   summary["out"] = options.get<std::string>("out");
@@ -313,30 +358,55 @@ Command quantize_command() {
   command.options = {
       {.name = "model", .type = OptionType::kPath, .help = "input model folder", .required = true},
       {.name = "out", .type = OptionType::kPath, .help = "output model folder", .required = true},
-      {.name = "codec", .help = "codec of the linears inside the blocks: q4 q4g64 q4g128 q4a q4ag64 q4ag128 q8 q8c, or keep",
+      {.name = "codec",
+       .help = "codec of the linears inside the blocks: q4 q4g64 q4g128 q4a q4ag64 q4ag128 q8 q8c, or keep",
        .default_value = "q4"},
-      {.name = "embedding-codec", .help = "codec of the embedding, of the head too where the two are tied", .default_value = "q8"},
+      {.name = "embedding-codec",
+       .help = "codec of the embedding, of the head too where the two are tied",
+       .default_value = "q8"},
       {.name = "head-codec", .help = "codec of an untied head", .default_value = "q8"},
-      {.name = "policy", .type = OptionType::kTextList,
+      {.name = "policy",
+       .type = OptionType::kTextList,
        .help = "PATTERN=codec for single tensors, * and ? in names; a later rule wins"},
-      {.name = "fallback", .help = "where the group does not divide a row: smaller groups, at last q8c; or refuse",
-       .default_value = "smaller", .choices = {"smaller", "none"}},
-      {.name = "method", .help = "gptq; rtn: nearest codes, searched scales; rtn-absmax: nearest codes, absmax scales",
-       .default_value = "gptq", .choices = {"gptq", "rtn", "rtn-absmax"}},
-      {.name = "text", .type = OptionType::kTextList, .help = "calibration text: .txt or .jsonl files, or folders of them"},
+      {.name = "fallback",
+       .help = "where the group does not divide a row: smaller groups, at last q8c; or refuse",
+       .default_value = "smaller",
+       .choices = {"smaller", "none"}},
+      {.name = "method",
+       .help = "gptq; rtn: nearest codes, searched scales; rtn-absmax: nearest codes, absmax scales",
+       .default_value = "gptq",
+       .choices = {"gptq", "rtn", "rtn-absmax"}},
+      {.name = "text",
+       .type = OptionType::kTextList,
+       .help = "calibration text: .txt or .jsonl files, or folders of them"},
       {.name = "split", .help = "separator between documents of .txt files, such as <|endoftext|>"},
-      {.name = "random-tokens", .type = OptionType::kFlag, .help = "calibrate on uniform random tokens instead of text",
+      {.name = "random-tokens",
+       .type = OptionType::kFlag,
+       .help = "calibrate on uniform random tokens instead of text",
        .default_value = false},
-      {.name = "samples", .type = OptionType::kInteger, .help = "calibration windows", .default_value = 128, .minimum = 1,
+      {.name = "samples",
+       .type = OptionType::kInteger,
+       .help = "calibration windows",
+       .default_value = 128,
+       .minimum = 1,
        .maximum = 1e6},
-      {.name = "context", .type = OptionType::kInteger,
-       .help = "tokens per window, a BOS included (default: 512, or the model's positions where those are fewer)", .minimum = 2,
+      {.name = "context",
+       .type = OptionType::kInteger,
+       .help = "tokens per window, a BOS included (default: 512, or the model's positions where those are fewer)",
+       .minimum = 2,
        .maximum = 1e6},
-      {.name = "damping", .type = OptionType::kNumber, .help = "GPTQ damping as a fraction of the mean Hessian diagonal",
-       .default_value = 0.01, .minimum = 1e-9, .maximum = 10},
-      {.name = "polish", .type = OptionType::kInteger,
+      {.name = "damping",
+       .type = OptionType::kNumber,
+       .help = "GPTQ damping as a fraction of the mean Hessian diagonal",
+       .default_value = 0.01,
+       .minimum = 1e-9,
+       .maximum = 10},
+      {.name = "polish",
+       .type = OptionType::kInteger,
        .help = "GPTQ: passes of coordinate descent over codes and scales after the sweep; 0: the sweep alone",
-       .default_value = 2, .minimum = 0, .maximum = 100},
+       .default_value = 2,
+       .minimum = 0,
+       .maximum = 100},
       {.name = "device", .help = "cpu, cuda or cuda:N for the calibration passes", .default_value = "cpu"},
   };
   command.run = run;

@@ -3,6 +3,7 @@
 #include <new>
 
 #include "core/error.h"
+#include "core/version.h"
 #include "runtime/engine.h"
 #include "runtime/pare.h"
 
@@ -59,7 +60,7 @@ void require(bool condition, const char* place, const char* expected, const char
 }  // namespace
 
 const char* pare_version(void) {
-  return "0.1.0";
+  return pare::kVersion;
 }
 int pare_api_version(void) {
   return PARE_API_VERSION;

@@ -11,11 +11,10 @@
 #include <string>
 #include <vector>
 
-#include "core/codec.h"
+#include "core/codecs/codecs.h"  // kBlockRows: outputs per row block
 
 namespace pare {
 
-constexpr std::int64_t kBlockRows = 16;   // outputs per row block
 constexpr std::int64_t kActGroup = 32;    // inputs per int8 activation scale
 constexpr std::int64_t kActTile = 12;     // tokens that are packed side by side
 constexpr std::int64_t kPage = 128;       // positions per page of the KV cache

@@ -36,7 +36,7 @@ typedef struct pare_options {
   int float_activations; /* 0: int8 activations with quantized weights; 1: float */
 } pare_options;
 
-/* "0.1.0"; static storage. */
+/* Version of the project, such as "0.1.0"; static storage. */
 const char* pare_version(void);
 /* PARE_API_VERSION of the library that is linked. */
 int pare_api_version(void);

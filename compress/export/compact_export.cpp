@@ -16,15 +16,13 @@ void export_compact_file(const ExportRequest& request, Context& context) {
   writer->seal(request.before_seal ? request.before_seal(unsealed) : "[]\n");
 }
 
-std::uint64_t compact_bytes(const fs::path& model, const std::string& codec) {
-  const Checkpoint checkpoint(model);
-  ExportOptions options;
-  options.codec = codec;
-  std::uint64_t bytes = plan_export(checkpoint, options).payload_bytes;
+std::uint64_t compact_bytes(const PlannedModel& model, const fs::path& folder, const std::string& codec) {
+  std::uint64_t bytes = model.compact_bytes;
+  if (codec != "keep" && !model.quantized)
+    bytes = static_cast<std::uint64_t>(parameter_count(model.config)) * (codec == "f32" ? 4 : 2);
   std::error_code ignored;
-  const auto tokenizer = fs::file_size(model / "tokenizer.json", ignored);
-  if (!ignored) bytes += tokenizer;
-  return bytes;
+  const auto tokenizer = fs::file_size(folder / "tokenizer.json", ignored);
+  return ignored ? bytes : bytes + tokenizer;
 }
 
 }  // namespace pare

@@ -9,7 +9,8 @@ namespace pare {
 // configs and the recipe inside. `before_seal`, if set, sees the complete file and gives the report that goes into it.
 void export_compact_file(const ExportRequest& request, Context& context);
 
-// Weight payloads and tokenizer of that file, from headers alone.
-std::uint64_t compact_bytes(const fs::path& model, const std::string& codec);
+// Weight payloads of that file and the tokenizer of `folder`, without the model being there yet. A `codec` other than
+// "keep" is counted for models without codes alone: where there are codes, hardly a matrix is left in floats.
+std::uint64_t compact_bytes(const PlannedModel& model, const fs::path& folder, const std::string& codec);
 
 }  // namespace pare

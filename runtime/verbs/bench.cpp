@@ -51,8 +51,10 @@ Json to_json(const Spread& s) {
 Json bench(const Options& options, Context& context) {
   const auto prompt = options.get<std::int64_t>("prompt"), decode = options.get<std::int64_t>("tokens");
   const auto repeats = options.get<std::int64_t>("repeats");
+  if (prompt == 0 && decode == 0) throw usage_error("pare bench", "-p or -n above 0", "nothing to measure");
   std::vector<int> thread_counts;
   if (options.has("threads-list")) {
+    if (context.threads > 0) throw usage_error("pare bench", "either -t or --threads", "both");
     thread_counts = parse_threads(options.get<std::string>("threads-list"));
   } else {
     thread_counts.push_back(context.threads);

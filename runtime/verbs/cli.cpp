@@ -9,13 +9,10 @@
 #include <memory>
 
 #include "core/error.h"
+#include "core/version.h"
 
 namespace pare {
 namespace {
-
-#ifndef PARE_VERSION
-#define PARE_VERSION "unknown"
-#endif
 
 // What the command line gave one command, as raw text; turned into typed JSON after parsing.
 struct Given {
@@ -30,6 +27,7 @@ struct Globals {
   bool json = false, quiet = false;
   int threads = 0;
   std::uint64_t seed = 0;
+  bool seed_given = false;
 };
 
 std::string help_text(const OptionDecl& decl) {
@@ -41,7 +39,8 @@ std::string help_text(const OptionDecl& decl) {
   }
   if (!decl.default_value.is_null() && decl.type != OptionType::kFlag && decl.default_value.dump() != "\"\"" &&
       !(decl.default_value.is_array() && decl.default_value.empty()))
-    text += " [" + (decl.default_value.is_string() ? decl.default_value.get<std::string>() : decl.default_value.dump()) + "]";
+    text += " [" +
+            (decl.default_value.is_string() ? decl.default_value.get<std::string>() : decl.default_value.dump()) + "]";
   return text;
 }
 
@@ -66,7 +65,9 @@ void declare(Given& given) {
       if (decl.default_value.is_boolean() && decl.default_value.get<bool>()) names += ",!--no-" + decl.name;
       option = given.app->add_flag(names, given.flags[decl.name], help_text(decl));
     } else if (decl.type == OptionType::kTextList) {
-      option = given.app->add_option(names, given.lists[decl.name], help_text(decl))->delimiter(',')->type_name(value_name(decl));
+      option = given.app->add_option(names, given.lists[decl.name], help_text(decl))
+                   ->delimiter(',')
+                   ->type_name(value_name(decl));
       if (!decl.positional) option->expected(1, CLI::detail::expected_max_vector_size);
     } else {
       option = given.app->add_option(names, given.texts[decl.name], help_text(decl))->type_name(value_name(decl));
@@ -81,7 +82,10 @@ void declare_globals(CLI::App& app, Globals& globals) {
   app.add_flag("-q,--quiet", globals.quiet, "no progress on stderr")->group("Everywhere");
   app.add_option("--threads", globals.threads, "threads; 0: all cores [0]")
       ->check(CLI::Range(0, 1024))->type_name("N")->group("Everywhere");
-  app.add_option("--seed", globals.seed, "seed of everything random [0]")->type_name("N")->group("Everywhere");
+  app.add_option_function<std::uint64_t>("--seed", [&globals](const std::uint64_t& seed) {
+    globals.seed = seed;
+    globals.seed_given = true;
+  }, "seed of everything random [0]")->type_name("N")->group("Everywhere");
 }
 
 Json collect(const Given& given) {
@@ -144,11 +148,12 @@ std::string unknown_flag_hint(const Given* given, const std::vector<std::string>
 void print_error(const Error& error, bool json, const std::string& command) {
   std::fprintf(stderr, "pare%s%s: %s\n", command.empty() ? "" : " ", command.c_str(), error.what());
   if (!json) return;
-  const Json object = {{"command", command},
-                       {"ok", false},
-                       {"exit_code", static_cast<int>(error.code())},
-                       {"error",
-                        {{"place", error.place()}, {"expected", error.expected()}, {"found", error.found()}, {"hint", error.hint()}}}};
+  const Json object = {
+      {"command", command},
+      {"ok", false},
+      {"exit_code", static_cast<int>(error.code())},
+      {"error",
+       {{"place", error.place()}, {"expected", error.expected()}, {"found", error.found()}, {"hint", error.hint()}}}};
   std::printf("%s\n", object.dump(-1, ' ', false, Json::error_handler_t::replace).c_str());
 }
 
@@ -166,12 +171,14 @@ int execute(const Given& given, const Globals& globals) {
     context.quiet = globals.quiet;
     context.threads = globals.threads;
     context.seed = globals.seed;
+    context.seed_given = globals.seed_given;
     context.progress = &progress;
     if (globals.threads > 0) omp_set_num_threads(globals.threads);
     install_interrupt_handler();
     const Json result = command.run(options, context);
     if (globals.json) {
-      const Json object = {{"command", command.name}, {"ok", true}, {"result", result}, {"rows", context.report.to_json()}};
+      const Json object = {
+          {"command", command.name}, {"ok", true}, {"result", result}, {"rows", context.report.to_json()}};
       std::printf("%s\n", object.dump(-1, ' ', false, Json::error_handler_t::replace).c_str());
     }
     // ferror: a write that failed earlier leaves nothing for the last flush to complain about.
@@ -181,7 +188,8 @@ int execute(const Given& given, const Globals& globals) {
   } catch (const Error& error) {
     return fail(error);
   } catch (const std::bad_alloc&) {
-    return fail(Error(ExitCode::kResources, command.name, "enough memory", "none left", "use fewer samples or a smaller context"));
+    return fail(Error(ExitCode::kResources, command.name, "enough memory", "none left",
+                      "use fewer samples or a smaller context"));
   } catch (const std::filesystem::filesystem_error& error) {
     return fail(failure(error.path1().string(), "", error.code().message()));
   } catch (const std::exception& error) {
@@ -193,7 +201,7 @@ int execute(const Given& given, const Globals& globals) {
 
 int run_cli(int argc, char** argv, const std::vector<Command>& commands, const std::string& program_summary) {
   CLI::App app(program_summary, "pare");
-  app.set_version_flag("--version", PARE_VERSION);
+  app.set_version_flag("--version", kVersion);
   app.require_subcommand(1);
   app.get_formatter()->column_width(34);
   Globals globals;

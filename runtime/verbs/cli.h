@@ -12,6 +12,7 @@ namespace pare {
 int run_cli(int argc, char** argv, const std::vector<Command>& commands, const std::string& program_summary);
 
 // Verbs that need no LibTorch.
+Command new_command();
 Command inspect_command();
 Command verify_command();
 Command tokenize_command();

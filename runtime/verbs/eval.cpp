@@ -1,12 +1,16 @@
 #include "runtime/verbs/eval.h"
 
+#include <fcntl.h>
 #include <fmt/format.h>
+#include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 
 #include "core/corpus.h"
 #include "core/error.h"
@@ -28,7 +32,8 @@ class Subject {
       folder_ = std::make_shared<Checkpoint>(path);
       for (const auto& entry : fs::directory_iterator(path)) {
         const std::string extension = entry.path().extension().string();
-        if (entry.is_regular_file() && (extension == ".safetensors" || extension == ".pare")) file_bytes_ += entry.file_size();
+        if (entry.is_regular_file() && (extension == ".safetensors" || extension == ".pare"))
+          file_bytes_ += entry.file_size();
       }
       return;
     }
@@ -69,7 +74,8 @@ class Subject {
 
 class NamedLogits : public LogitsSource {
  public:
-  NamedLogits(std::string name, std::unique_ptr<LogitsSource> inner) : name_(std::move(name)), inner_(std::move(inner)) {}
+  NamedLogits(std::string name, std::unique_ptr<LogitsSource> inner)
+      : name_(std::move(name)), inner_(std::move(inner)) {}
   std::string name() const override { return name_; }
   std::int64_t vocab_size() const override { return inner_->vocab_size(); }
   void begin(std::span<const std::int32_t> ids) override { inner_->begin(ids); }
@@ -110,7 +116,9 @@ class Evaluation {
     const bool text = options_.has("text"), tasks = options_.has("tasks");
     if (!text && !tasks) throw usage_error("eval", "--text or --tasks", "neither");
     const bool caches = backend_.open_cache && options_.has("cache");
-    if (caches && !(text && options_.has("against"))) throw usage_error("--cache", "--against and --text with it", "not both");
+    if (caches && !(text && options_.has("against")))
+      throw usage_error("--cache", "--against and --text with it", "not both");
+    refuse_unused_options(text, caches);
     model_.emplace(options_.get<std::string>("model"), options_, context_);
     if (options_.has("against")) original_.emplace(options_.get<std::string>("against"), options_, context_);
     choose_tokenizer();
@@ -135,13 +143,28 @@ class Evaluation {
   }
 
  private:
+  void refuse_unused_options(bool text, bool caches) const {
+    if (!text)
+      refuse_unused(options_, {"split", "score", "documents", "one-window-per-document"}, "without --text",
+                    "pare eval");
+    if (backend_.open_cache && !caches) refuse_unused(options_, {"top-k"}, "without --cache", "pare eval");
+    bool folders = false, files = false;
+    for (const char* name : {"model", "against"}) {
+      if (!options_.has(name)) continue;
+      (fs::is_directory(options_.get<std::string>(name)) ? folders : files) = true;
+    }
+    if (!files) refuse_unused(options_, {"act"}, "without a compact file", "pare eval");
+    if (backend_.has_devices && !folders) refuse_unused(options_, {"device"}, "without a model folder", "pare eval");
+  }
+
   const Subject& reference() const { return original_ ? *original_ : *model_; }
 
   void choose_tokenizer() {
     const std::optional<std::string> first = reference().tokenizer_text(), own = model_->tokenizer_text();
     const std::optional<std::string>& text = first ? first : own;
     if (!text) throw input_error(reference().path().string(), "a tokenizer.json", "none");
-    tokenizer_.emplace(Tokenizer::from_text(*text, (first ? reference() : *model_).path().string() + ": tokenizer.json"));
+    tokenizer_.emplace(
+        Tokenizer::from_text(*text, (first ? reference() : *model_).path().string() + ": tokenizer.json"));
     if (first && own && *first != *own) {
       other_tokenizer_.emplace(Tokenizer::from_text(*own, model_->path().string() + ": tokenizer.json"));
       refuse_other_pieces();
@@ -150,11 +173,13 @@ class Evaluation {
     if (mine == theirs) return;
     // Padding rows may differ; rows that stand for tokens may not.
     if (std::min(mine, theirs) < tokenizer_->size()) {
-      throw input_error(model_->path().string(), "a vocabulary of at least the tokenizer's " + std::to_string(tokenizer_->size()),
+      throw input_error(model_->path().string(),
+                        "a vocabulary of at least the tokenizer's " + std::to_string(tokenizer_->size()),
                         std::to_string(mine) + " against " + std::to_string(theirs));
     }
     vocab_ = std::min(mine, theirs);
-    context_.progress->note(fmt::format("vocabularies of {} and {}: comparing the common {} ids", theirs, mine, vocab_));
+    context_.progress->note(
+        fmt::format("vocabularies of {} and {}: comparing the common {} ids", theirs, mine, vocab_));
   }
 
   void refuse_other_pieces() const {
@@ -165,7 +190,8 @@ class Evaluation {
     }
     for (std::int32_t id = 0; id < tokenizer_->size(); ++id) {
       if (tokenizer_->token(id) != other_tokenizer_->token(id)) {
-        throw input_error(place, "token " + std::to_string(id) + " as in the original, \"" + tokenizer_->token(id) + "\"",
+        throw input_error(place,
+                          "token " + std::to_string(id) + " as in the original, \"" + tokenizer_->token(id) + "\"",
                           "\"" + other_tokenizer_->token(id) + "\"", "models are compared token by token");
       }
     }
@@ -175,7 +201,8 @@ class Evaluation {
     most_positions_ = std::min(model_->config().max_position_embeddings, reference().config().max_position_embeddings);
     length_ = options_.has("ctx") ? options_.get<std::int64_t>("ctx") : std::min<std::int64_t>(512, most_positions_);
     if (length_ > most_positions_) {
-      throw input_error("--ctx", "at most the models' " + std::to_string(most_positions_) + " positions", std::to_string(length_));
+      throw input_error("--ctx", "at most the models' " + std::to_string(most_positions_) + " positions",
+                        std::to_string(length_));
     }
   }
 
@@ -189,11 +216,14 @@ class Evaluation {
     }
     const bool one = options_.get<bool>("one-window-per-document");
     windows_ = make_windows(*tokenizer_, documents, length_, one);
-    if (other_tokenizer_ && windows_hash(make_windows(*other_tokenizer_, documents, length_, one)) != windows_hash(windows_)) {
-      throw input_error(model_->path().string() + ": tokenizer.json", "the ids that the original's tokenizer gives this text",
-                        "other ids", "models are compared token by token");
+    if (other_tokenizer_ &&
+        windows_hash(make_windows(*other_tokenizer_, documents, length_, one)) != windows_hash(windows_)) {
+      throw input_error(model_->path().string() + ": tokenizer.json",
+                        "the ids that the original's tokenizer gives this text", "other ids",
+                        "models are compared token by token");
     }
-    if (limit_ > 0 && windows_.size() > static_cast<std::size_t>(limit_)) windows_.resize(static_cast<std::size_t>(limit_));
+    if (limit_ > 0 && windows_.size() > static_cast<std::size_t>(limit_))
+      windows_.resize(static_cast<std::size_t>(limit_));
     if (windows_.empty()) throw input_error(names.front(), "text of at least two tokens", "too little text to score");
   }
 
@@ -237,8 +267,10 @@ class Evaluation {
     const auto bits = [](const Subject& subject, double parameters) {
       return 8.0 * static_cast<double>(subject.tensor_bytes()) / parameters;
     };
-    add("file_bytes", static_cast<double>(model_->file_bytes()), static_cast<double>(reference().file_bytes()), "bytes");
-    add("tensor_bytes", static_cast<double>(model_->tensor_bytes()), static_cast<double>(reference().tensor_bytes()), "bytes");
+    add("file_bytes", static_cast<double>(model_->file_bytes()), static_cast<double>(reference().file_bytes()),
+        "bytes");
+    add("tensor_bytes", static_cast<double>(model_->tensor_bytes()), static_cast<double>(reference().tensor_bytes()),
+        "bytes");
     add("parameters", own, theirs, "");
     add("bits_per_weight", bits(*model_, own), bits(reference(), theirs), "bits");
     if (original_) add("bits_per_original_weight", bits(*model_, theirs), bits(reference(), theirs), "bits");
@@ -251,12 +283,13 @@ class Evaluation {
     compare_options.vocab = vocab_;
     DivergenceResult result;
     if (!original_) {
-      result = compare(model_->logits(backend_, device_, context_), nullptr, windows_, compare_options, *context_.progress);
+      result =
+          compare(model_->logits(backend_, device_, context_), nullptr, windows_, compare_options, *context_.progress);
     } else if (backend_.open_cache && options_.has("cache")) {
       result = score_with_cache(options_.get<std::string>("cache"), compare_options);
     } else {
-      result = compare(original_->logits(backend_, device_, context_), &model_->logits(backend_, device_, context_), windows_,
-                       compare_options, *context_.progress);
+      result = compare(original_->logits(backend_, device_, context_), &model_->logits(backend_, device_, context_),
+                       windows_, compare_options, *context_.progress);
     }
     Json json = to_json(result);
     json["context"] = length_;
@@ -270,11 +303,13 @@ class Evaluation {
     if (result.compressed) rate("compressed", *result.compressed);
     result_["text"] = std::move(json);
     add_rows(result, stage(), context_.report);
-    context_.print(fmt::format("{} predictions in {} windows of {} documents, context {}, scored: {}; standard errors over {}\n",
-                               result.predictions, result.windows, result.documents, length_,
-                               options_.get<std::string>("score"), result.clusters));
+    context_.print(
+        fmt::format("{} predictions in {} windows of {} documents, context {}, scored: {}; standard errors over {}\n",
+                    result.predictions, result.windows, result.documents, length_, options_.get<std::string>("score"),
+                    result.clusters));
     if (result.from_cache) {
-      context_.print(fmt::format("KL against the {} most likely ids and one bucket for the rest: a lower bound\n", result.top_k));
+      context_.print(
+          fmt::format("KL against the {} most likely ids and one bucket for the rest: a lower bound\n", result.top_k));
     }
   }
 
@@ -288,14 +323,19 @@ class Evaluation {
     LogitsSource& compressed = model_->logits(backend_, device_, context_);
     if (fs::exists(file)) {
       const std::unique_ptr<CachedLogits> cached = backend_.open_cache(file, info);
+      if (options_.changed("top-k") && std::min(info.top_k, info.vocab_size) != cached->info().top_k) {
+        throw usage_error("--top-k", std::to_string(cached->info().top_k) + ", as in the existing " + file.string(),
+                          std::to_string(info.top_k), "leave it out, or write another cache");
+      }
       result_["cache"] = {{"file", file.string()}, {"state", "reused"}};
-      return compare_cached(*cached, original_->label() + " (cache)", compressed, windows_, compare_options, *context_.progress);
+      return compare_cached(*cached, original_->label() + " (cache)", compressed, windows_, compare_options,
+                            *context_.progress);
     }
     if (vocab_ != 0) throw input_error("--cache", "models with the same vocabulary size", "different ones");
     const std::unique_ptr<LogitsSink> sink = backend_.create_cache(file, info);
     compare_options.record = sink.get();
-    DivergenceResult result = compare(original_->logits(backend_, device_, context_), &compressed, windows_, compare_options,
-                                      *context_.progress);
+    DivergenceResult result = compare(original_->logits(backend_, device_, context_), &compressed, windows_,
+                                      compare_options, *context_.progress);
     sink->finish();
     result_["cache"] = {{"file", file.string()}, {"state", "written"}};
     return result;
@@ -306,14 +346,17 @@ class Evaluation {
     task_options.context = options_.has("ctx") ? length_ : most_positions_;
     task_options.prefix_ids = tokenizer_->prefix_ids();
     const std::vector<std::int64_t>& ends = reference().config().eos_ids;
-    if (task_options.prefix_ids.empty() && !ends.empty()) task_options.prefix_ids = {static_cast<std::int32_t>(ends.front())};
+    if (task_options.prefix_ids.empty() && !ends.empty())
+      task_options.prefix_ids = {static_cast<std::int32_t>(ends.front())};
     Json list = Json::array();
     double sum = 0, original_sum = 0;
     for (const Task& task : tasks) {
-      TaskResult result = score_task(model_->logits(backend_, device_, context_), *tokenizer_, task, task_options, *context_.progress);
+      TaskResult result =
+          score_task(model_->logits(backend_, device_, context_), *tokenizer_, task, task_options, *context_.progress);
       std::optional<TaskResult> before;
       if (original_) {
-        before = score_task(original_->logits(backend_, device_, context_), *tokenizer_, task, task_options, *context_.progress);
+        before = score_task(original_->logits(backend_, device_, context_), *tokenizer_, task, task_options,
+                            *context_.progress);
         set_agreement(result, *before);
         original_sum += before->accuracy.value;
       }
@@ -344,19 +387,71 @@ class Evaluation {
 
 }  // namespace
 
-std::unique_ptr<LogitsSource> folder_logits_by_runtime(const Checkpoint& checkpoint, Context& context) {
-  std::string folder = (fs::temp_directory_path() / "pare-eval-XXXXXX").string();
-  if (::mkdtemp(folder.data()) == nullptr) throw failure(folder, "a temporary folder", std::strerror(errno));
-  struct Remove {
-    fs::path path;
-    ~Remove() {
-      std::error_code ignored;
-      fs::remove_all(path, ignored);
+namespace {
+
+constexpr const char* kTemporary = "pare-eval-";
+
+// A folder for one file in the temporary directory. Its lock goes with the process, however that ends: folders that
+// nobody holds are what killed processes left, and are removed.
+class TemporaryFolder {
+ public:
+  TemporaryFolder() {
+    const fs::path parent = fs::temp_directory_path();
+    remove_abandoned(parent);
+    std::string name = (parent / (std::string(kTemporary) + "XXXXXX")).string();
+    if (::mkdtemp(name.data()) == nullptr)
+      throw failure(name, "a temporary folder", std::strerror(errno), "set TMPDIR");
+    path_ = name;
+    lock_ = ::open(path_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (lock_ >= 0) ::flock(lock_, LOCK_EX | LOCK_NB);
+  }
+  ~TemporaryFolder() {
+    std::error_code ignored;
+    fs::remove_all(path_, ignored);
+    if (lock_ >= 0) ::close(lock_);
+  }
+  TemporaryFolder(const TemporaryFolder&) = delete;
+  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
+  const fs::path& path() const { return path_; }
+
+ private:
+  static void remove_abandoned(const fs::path& parent) {
+    std::error_code problem;
+    std::vector<fs::path> found;
+    for (fs::directory_iterator it(parent, problem), end; !problem && it != end; it.increment(problem)) {
+      if (it->path().filename().string().starts_with(kTemporary)) found.push_back(it->path());
     }
-  } remove{folder};
+    for (const fs::path& folder : found) {
+      struct stat about {};
+      if (::lstat(folder.c_str(), &about) != 0 || !S_ISDIR(about.st_mode) || about.st_uid != ::geteuid()) continue;
+      // A folder that was made a moment ago may not be locked yet.
+      if (std::time(nullptr) - about.st_mtime < 60) continue;
+      const int lock = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+      if (lock < 0) continue;
+      if (::flock(lock, LOCK_EX | LOCK_NB) == 0) fs::remove_all(folder, problem);
+      ::close(lock);
+    }
+  }
+
+  fs::path path_;
+  int lock_ = -1;
+};
+
+}  // namespace
+
+std::unique_ptr<LogitsSource> folder_logits_by_runtime(const Checkpoint& checkpoint, Context& context) {
+  const TemporaryFolder folder;
   ExportOptions export_options;
-  export_options.out = remove.path / "model.pare";
-  export_options.codec = "f32";
+  export_options.out = folder.path() / "model.pare";
+  const std::uint64_t bytes = plan_export(checkpoint, export_options).payload_bytes;
+  std::error_code problem;
+  const fs::space_info space = fs::space(folder.path(), problem);
+  if (!problem && bytes > space.available) {
+    throw Error(ExitCode::kResources, folder.path().parent_path().string(),
+                std::to_string(bytes) + " bytes for a temporary compact file",
+                std::to_string(space.available) + " free",
+                "set TMPDIR to a place with room, or export the folder once and score the file");
+  }
   Context quiet;
   quiet.threads = context.threads;
   quiet.quiet = true;
@@ -365,7 +460,7 @@ std::unique_ptr<LogitsSource> folder_logits_by_runtime(const Checkpoint& checkpo
   EngineOptions engine_options;
   engine_options.threads = context.threads;
   engine_options.int8_activations = false;
-  // The mapping outlives the name: nothing is left behind even by a kill.
+  // The mapping outlives the name.
   return std::make_unique<NamedLogits>(checkpoint.folder().filename().string() + " (folder, by the runtime)",
                                        runtime_logits(Engine::open(export_options.out, engine_options)));
 }
@@ -376,35 +471,69 @@ Command make_eval_command(EvalBackend backend) {
   command.summary = "Measure how close a model is to its original: KL, top-1, perplexity, tasks, size, speed";
   command.example = "pare eval model.pare --against original/ --text held_out.txt --split '<|endoftext|>'";
   command.options = {
-      {.name = "model", .type = OptionType::kPath, .help = "compact file or model folder", .required = true, .positional = true},
-      {.name = "against", .type = OptionType::kPath, .help = "the original: folder or compact file; without it, perplexity only"},
-      {.name = "text", .type = OptionType::kTextList, .help = "text to score: .txt or .jsonl files, or folders of them"},
+      {.name = "model",
+       .type = OptionType::kPath,
+       .help = backend.has_devices
+                   ? "compact file or model folder"
+                   : "compact file, or model folder (scored through a temporary compact file in TMPDIR)",
+       .required = true,
+       .positional = true},
+      {.name = "against",
+       .type = OptionType::kPath,
+       .help = "the original: folder or compact file; without it, perplexity only"},
+      {.name = "text",
+       .type = OptionType::kTextList,
+       .help = "text to score: .txt or .jsonl files, or folders of them"},
       {.name = "split", .type = OptionType::kText, .help = "separator between documents of a .txt file"},
-      {.name = "ctx", .type = OptionType::kInteger, .help = "tokens per window, BOS included; default: 512 or what the models take",
+      {.name = "ctx",
+       .type = OptionType::kInteger,
+       .help = "tokens per window, BOS included; default: 512 or what the models take",
        .minimum = 2},
-      {.name = "score", .type = OptionType::kText,
+      {.name = "score",
+       .type = OptionType::kText,
        .help = "all: every token after the BOS; second-half: llama.cpp's rule, whole windows only",
-       .default_value = "all", .choices = {"all", "second-half"}},
+       .default_value = "all",
+       .choices = {"all", "second-half"}},
       {.name = "documents", .type = OptionType::kInteger, .help = "only the first documents", .minimum = 1},
-      {.name = "one-window-per-document", .type = OptionType::kFlag, .help = "cut each document at one window",
+      {.name = "one-window-per-document",
+       .type = OptionType::kFlag,
+       .help = "cut each document at one window",
        .default_value = false},
-      {.name = "limit", .type = OptionType::kInteger, .help = "only the first windows, and items of each task", .minimum = 1},
-      {.name = "tasks", .type = OptionType::kTextList,
+      {.name = "limit",
+       .type = OptionType::kInteger,
+       .help = "only the first windows, and items of each task",
+       .minimum = 1},
+      {.name = "tasks",
+       .type = OptionType::kTextList,
        .help = "task files (.jsonl): query/choices/gold, context/continuation, sentence_good/sentence_bad or "
                "sentence/option1/option2/label; or folders"},
-      {.name = "act", .type = OptionType::kText, .help = "activations that meet quantized weights of a compact file",
-       .default_value = "int8", .choices = {"int8", "float"}},
-      {.name = "speed", .type = OptionType::kFlag, .help = "time the decoding of a compact file", .default_value = true},
+      {.name = "act",
+       .type = OptionType::kText,
+       .help = "activations that meet quantized weights of a compact file",
+       .default_value = "int8",
+       .choices = {"int8", "float"}},
+      {.name = "speed",
+       .type = OptionType::kFlag,
+       .help = "time the decoding of a compact file",
+       .default_value = true},
   };
   if (backend.has_devices) {
-    command.options.push_back({.name = "device", .type = OptionType::kText, .help = "where folders are scored: cpu, cuda, cuda:1",
+    command.options.push_back({.name = "device",
+                               .type = OptionType::kText,
+                               .help = "where folders are scored: cpu, cuda, cuda:1",
                                .default_value = "cpu"});
   }
   if (backend.open_cache) {
-    command.options.push_back({.name = "cache", .type = OptionType::kPath,
-                               .help = "HDF5 file with the original's top-k log-probabilities: reused if it stands, else written"});
-    command.options.push_back({.name = "top-k", .type = OptionType::kInteger, .help = "ids per position in a cache to be written",
-                               .default_value = 64, .minimum = 1, .maximum = 65536});
+    command.options.push_back(
+        {.name = "cache",
+         .type = OptionType::kPath,
+         .help = "HDF5 file with the original's top-k log-probabilities: reused if it stands, else written"});
+    command.options.push_back({.name = "top-k",
+                               .type = OptionType::kInteger,
+                               .help = "ids per position in a cache to be written",
+                               .default_value = 64,
+                               .minimum = 1,
+                               .maximum = 65536});
   }
   command.run = [backend = std::move(backend)](const Options& options, Context& context) {
     return Evaluation(backend, options, context).run();

@@ -24,7 +24,8 @@ struct EvalBackend {
 
 Command make_eval_command(EvalBackend backend);
 
-// A folder as a temporary compact file with floats in f32, scored by the runtime; the file is gone when the program ends.
+// A folder, written as a temporary compact file under TMPDIR and scored by the runtime. The file is gone before the
+// first logits; what a killed process leaves is removed by the next one. Errors: exit 5 where it has no room.
 std::unique_ptr<LogitsSource> folder_logits_by_runtime(const Checkpoint& checkpoint, Context& context);
 
 }  // namespace pare

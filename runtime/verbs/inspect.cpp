@@ -17,10 +17,12 @@ std::uint64_t elements_of(const std::vector<std::int64_t>& shape) {
   return count;
 }
 
-Json tensor_row(const std::string& name, const std::string& codec, const std::vector<std::int64_t>& shape, std::uint64_t bytes) {
+Json tensor_row(const std::string& name, const std::string& codec, const std::vector<std::int64_t>& shape,
+                std::uint64_t bytes) {
   const std::uint64_t elements = elements_of(shape);
   Json row = {{"name", name}, {"codec", codec}, {"shape", shape}, {"bytes", bytes}};
-  row["bits_per_weight"] = elements == 0 ? Json(nullptr) : Json(8.0 * static_cast<double>(bytes) / static_cast<double>(elements));
+  row["bits_per_weight"] =
+      elements == 0 ? Json(nullptr) : Json(8.0 * static_cast<double>(bytes) / static_cast<double>(elements));
   return row;
 }
 
@@ -39,7 +41,8 @@ Json config_summary(const ModelConfig& config) {
               {"tied", config.tie_word_embeddings},
               {"eos", config.eos_ids}};
   if (config.rope_llama3) out["rope_scaling"] = fmt::format("llama3, factor {}", config.rope_llama3->factor);
-  else if (config.rope_linear_factor != 1.0) out["rope_scaling"] = fmt::format("linear, factor {}", config.rope_linear_factor);
+  else if (config.rope_linear_factor != 1.0)
+    out["rope_scaling"] = fmt::format("linear, factor {}", config.rope_linear_factor);
   return out;
 }
 
@@ -57,13 +60,15 @@ Json inspect_folder(const fs::path& path) {
       const auto scales = static_cast<std::uint64_t>(spec.shape[0] * codec.groups(spec.shape[1]));
       bytes += scales * 2 + (codec.kind == CodecKind::kQ4a ? (scales + 1) / 2 : 0);
     }
-    rows.push_back(tensor_row(spec.name, codec.is_float() ? dtype_name(model.dtype(spec.name)) : codec.name(), spec.shape, bytes));
+    rows.push_back(
+        tensor_row(spec.name, codec.is_float() ? dtype_name(model.dtype(spec.name)) : codec.name(), spec.shape, bytes));
   }
   Json files = Json::array();
   for (const std::string& name : side_file_names())
     if (fs::exists(path / name)) files.push_back(name);
   out["tensor_bytes"] = model.tensor_bytes();
-  out["bits_per_weight"] = 8.0 * static_cast<double>(model.tensor_bytes()) / static_cast<double>(parameter_count(model.config()));
+  out["bits_per_weight"] =
+      8.0 * static_cast<double>(model.tensor_bytes()) / static_cast<double>(parameter_count(model.config()));
   out["tensors"] = std::move(rows);
   out["files"] = std::move(files);
   return out;
@@ -78,7 +83,8 @@ Json inspect_compact(const fs::path& path) {
               {"file_hash", file.file_hash()},
               {"config", config_summary(file.config())},
               {"tensor_bytes", file.tensor_bytes()}};
-  out["bits_per_weight"] = 8.0 * static_cast<double>(file.tensor_bytes()) / static_cast<double>(parameter_count(file.config()));
+  out["bits_per_weight"] =
+      8.0 * static_cast<double>(file.tensor_bytes()) / static_cast<double>(parameter_count(file.config()));
   Json rows = Json::array();
   for (const CompactTensor& tensor : file.tensors())
     rows.push_back(tensor_row(tensor.name, tensor.codec.name(), tensor.shape, tensor.payload.size()));
@@ -116,11 +122,13 @@ std::string table(const Json& rows) {
     name_width = std::max(name_width, row["name"].get_ref<const std::string&>().size());
     shape_width = std::max(shape_width, shape_text(row["shape"]).size());
   }
-  std::string text = fmt::format("{:<{}}  {:<8}  {:>{}}  {:>14}  {:>11}", "tensor", name_width, "codec", "shape", shape_width, "bytes", "bits/weight");
+  std::string text = fmt::format("{:<{}}  {:<8}  {:>{}}  {:>14}  {:>11}", "tensor", name_width, "codec", "shape",
+                                 shape_width, "bytes", "bits/weight");
   for (const Json& row : rows)
-    text += fmt::format("\n{:<{}}  {:<8}  {:>{}}  {:>14}  {:>11}", row["name"].get<std::string>(), name_width,
-                        row["codec"].get<std::string>(), shape_text(row["shape"]), shape_width, row["bytes"].get<std::uint64_t>(),
-                        row["bits_per_weight"].is_null() ? "" : fmt::format("{:.3f}", row["bits_per_weight"].get<double>()));
+    text += fmt::format(
+        "\n{:<{}}  {:<8}  {:>{}}  {:>14}  {:>11}", row["name"].get<std::string>(), name_width,
+        row["codec"].get<std::string>(), shape_text(row["shape"]), shape_width, row["bytes"].get<std::uint64_t>(),
+        row["bits_per_weight"].is_null() ? "" : fmt::format("{:.3f}", row["bits_per_weight"].get<double>()));
   return text;
 }
 
@@ -154,8 +162,11 @@ Command inspect_command() {
   command.name = "inspect";
   command.summary = "Show what a model folder, a compact file or a safetensors file holds";
   command.example = "pare inspect model.pare";
-  command.options = {{.name = "path", .type = OptionType::kPath, .help = "model folder, compact file or safetensors file",
-                      .required = true, .positional = true}};
+  command.options = {{.name = "path",
+                      .type = OptionType::kPath,
+                      .help = "model folder, compact file or safetensors file",
+                      .required = true,
+                      .positional = true}};
   command.run = [](const Options& options, Context& context) {
     const fs::path path = options.get<std::string>("path");
     if (!fs::exists(path)) throw input_error(path.string(), "a model folder or file", "nothing there");

@@ -2,5 +2,6 @@
 #include "runtime/verbs/cli.h"
 
 int main(int argc, char** argv) {
-  return pare::run_cli(argc, argv, pare::runtime_commands(), "pare (edge): inspect, verify, export, run, bench and evaluate compact models");
+  return pare::run_cli(argc, argv, pare::runtime_commands(),
+                       "pare (edge): inspect, verify, export, run, bench and evaluate compact models");
 }

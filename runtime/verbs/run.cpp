@@ -46,6 +46,7 @@ std::vector<std::int32_t> prompt_ids(const Engine& engine, const std::string& pr
 
 Json run(const Options& options, Context& context) {
   const auto start = Clock::now();
+  if (options.get<double>("temp") == 0) refuse_unused(options, {"top-p"}, "at --temp 0", "pare run");
   EngineOptions engine_options;
   engine_options.threads = context.threads;
   engine_options.int8_activations = options.get<std::string>("act") == "int8";

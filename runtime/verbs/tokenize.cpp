@@ -94,6 +94,10 @@ Json run(const Options& options, Context& context) {
   }
   if (count != 1)
     throw usage_error("tokenize", "one of --text, --file, --decode or --batch", count == 0 ? "none" : given);
+  if (options.has("decode")) refuse_unused(options, {"no-special", "plain"}, "with --decode", "pare tokenize");
+  else refuse_unused(options, {"show-special"}, "without --decode", "pare tokenize");
+  if (options.get<bool>("batch"))
+    refuse_unused(options, {"no-special", "plain"}, "with --batch, whose lines say it themselves", "pare tokenize");
   const Tokenizer tokenizer = open_tokenizer(options.get<std::string>("tokenizer"));
   if (options.get<bool>("batch")) {
     if (context.json) throw usage_error("--batch", "either --batch or --json", "both");

@@ -64,15 +64,27 @@ Command train_tokenizer_command() {
   command.name = "train-tokenizer";
   command.summary = "Learn a byte-level BPE vocabulary from text and write tokenizer.json";
   command.options = {
-      {.name = "text", .type = OptionType::kTextList, .help = "text or jsonl files, or folders of them", .required = true},
-      {.name = "vocab-size", .type = OptionType::kInteger, .help = "tokens, with the 256 bytes and the special tokens",
-       .default_value = 2048, .minimum = 256, .maximum = 1000000},
+      {.name = "text",
+       .type = OptionType::kTextList,
+       .help = "text or jsonl files, or folders of them",
+       .required = true},
+      {.name = "vocab-size",
+       .type = OptionType::kInteger,
+       .help = "tokens, with the 256 bytes and the special tokens",
+       .default_value = 2048,
+       .minimum = 256,
+       .maximum = 1000000},
       {.name = "out", .type = OptionType::kPath, .help = "folder to write", .required = true},
       {.name = "split", .type = OptionType::kText, .help = "text that separates documents inside a file"},
-      {.name = "special-tokens", .type = OptionType::kTextList, .help = "special tokens; they get the first ids",
+      {.name = "special-tokens",
+       .type = OptionType::kTextList,
+       .help = "special tokens; they get the first ids",
        .default_value = Json::array({"<|endoftext|>"})},
-      {.name = "min-frequency", .type = OptionType::kInteger, .help = "times a pair must occur to be merged",
-       .default_value = 2, .minimum = 1},
+      {.name = "min-frequency",
+       .type = OptionType::kInteger,
+       .help = "times a pair must occur to be merged",
+       .default_value = 2,
+       .minimum = 1},
   };
   command.run = run;
   command.example = "pare train-tokenizer --text stories.txt --split '<|endoftext|>' --vocab-size 2048 --out tokenizer";

@@ -68,8 +68,12 @@ Command verify_command() {
       for (const std::string& name : damaged) names += (names.empty() ? "" : ", ") + name;
       throw input_error(path.string(), "intact bytes", "damage in " + names, "copy or make the file again");
     }
-    context.print(path.string() + ": intact, " + std::to_string(checked) + " tensors" + (hash.empty() ? "" : ", file hash " + hash));
-    return Json{{"path", path.string()}, {"intact", true}, {"tensors", checked}, {"file_hash", hash.empty() ? Json(nullptr) : Json(hash)}};
+    context.print(path.string() + ": intact, " + std::to_string(checked) + " tensors" +
+                  (hash.empty() ? "" : ", file hash " + hash));
+    return Json{{"path", path.string()},
+                {"intact", true},
+                {"tensors", checked},
+                {"file_hash", hash.empty() ? Json(nullptr) : Json(hash)}};
   };
   return command;
 }

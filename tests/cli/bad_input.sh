@@ -5,8 +5,9 @@
 set -u
 BUILD=$(cd "${1:?usage: bad_input.sh BUILD_DIR}" && pwd)
 PARE="$BUILD/pare"
+EDGE="$BUILD/pare-edge"
 MAKE="$BUILD/tests/make_tiny_model"
-for program in "$PARE" "$MAKE"; do
+for program in "$PARE" "$EDGE" "$MAKE"; do
   [ -x "$program" ] || { echo "missing $program"; exit 1; }
 done
 T=$(mktemp -d)
@@ -156,6 +157,25 @@ rm -rf "$T/m"; cp -r "$T/ragged" "$T/m"
 refuse "group does not divide, no fallback" "${GROUP_CODE:-3}" "172" "$PARE" quantize --model "$IN" --out "$OUT" --text "$TEXT" --codec q4g128 --fallback none
 refuse "the same in a dry run" "${GROUP_CODE:-3}" "172" "$PARE" compress --dry-run --model "$IN" --out "$OUT" --text "$TEXT" --set quantize.codec=q4g128 --set quantize.fallback=none
 
+echo "--- options that would do nothing"
+unused() { # NAME OPTION COMMAND...
+  local name=$1 option=$2
+  shift 2
+  refuse "$name" 2 "$option has no use" "$@"
+}
+unused "eval: split without text" "--split" "$PARE" eval "$IN" --tasks "$T/none.jsonl" --split x
+unused "eval: act without a compact file" "--act" "$PARE" eval "$IN" --text "$TEXT" --act float
+unused "eval: top-k without a cache" "--top-k" "$PARE" eval "$IN" --text "$TEXT" --top-k 5
+unused "run: top-p at temperature 0" "--top-p" "$PARE" run "$T/none.pare" -p x --top-p 0.5
+unused "tokenize: show-special of a text" "--show-special" "$PARE" tokenize "$IN" --text x --show-special
+unused "tokenize: plain of ids" "--plain" "$PARE" tokenize "$IN" --decode 1 --plain
+unused "train: steps and tokens" "--steps" "$PARE" train --model "$IN" --out "$OUT" --text "$TEXT" --steps 3 --tokens 999
+unused "train: eval-every without held-out" "--eval-every" "$PARE" train --model "$IN" --out "$OUT" --text "$TEXT" --eval-every 3
+unused "distill: cache-top-k without cache" "--cache-top-k" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --cache-top-k 3
+unused "compress: samples with text" "--samples" "$PARE" compress --model "$IN" --out "$OUT" --text "$TEXT" --eval-text "$TEXT" --samples 3
+refuse "bench: -t and --threads" 2 "either -t or --threads" "$PARE" bench "$T/none.pare" -t 1 --threads 2
+refuse "bench: nothing" 2 "nothing to measure" "$PARE" bench "$T/none.pare" -p 0 -n 0
+
 echo "--- no space left"
 fresh
 # A file size limit fails writes as a full disk does; the signal must not end the process.
@@ -163,6 +183,9 @@ refuse "write limit: quantize" 1 "write|large|space" bash -c "trap '' XFSZ; ulim
 refuse "write limit: compress" 1 "write|large|space" bash -c "trap '' XFSZ; ulimit -f 40; exec '$PARE' compress --model '$IN' --out '$OUT' --text '$TEXT'"
 refuse "write limit: export" 1 "write|large|space" bash -c "trap '' XFSZ; ulimit -f 40; exec '$PARE' export '$IN' --to compact --codec f32 --out '$OUT'"
 mkdir "$T/full"
+mkdir "$T/temporary"
+refuse "write limit: eval of a folder" 1 "write|large|space" bash -c "trap '' XFSZ; export TMPDIR='$T/temporary'; ulimit -f 40; exec '$EDGE' eval '$IN' --text '$TEXT'"
+[ -z "$(ls -A "$T/temporary")" ] || { FAILED=$((FAILED + 1)); echo "FAILED: eval left a temporary file behind"; }
 if unshare -rm true 2>/dev/null && unshare -rm mount -t tmpfs -o size=256k none "$T/full" 2>/dev/null; then
   full() { unshare -rm bash -c "mount -t tmpfs -o size=256k none '$T/full' && '$PARE' $1; code=\$?; [ ! -e '$T/full/out' ] || exit 99; exit \$code"; }
   export -f full; export T PARE

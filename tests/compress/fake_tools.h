@@ -2,51 +2,35 @@
 #pragma once
 
 #include <gtest/gtest.h>
-#include <unistd.h>
 
-#include <atomic>
 #include <fstream>
 #include <string>
 #include <vector>
 
 #include "compress/toolbox.h"
 #include "core/error.h"
+#include "tests/scratch.h"
 
 namespace pare::testing {
 
-// A folder of its own for each test, removed at the end.
-class Scratch {
+class Files : public Scratch {
  public:
-  Scratch() {
-    static std::atomic<int> counter{0};
-    path_ = fs::temp_directory_path() / ("pare_compress_" + std::to_string(::getpid()) + "_" + std::to_string(counter++));
-    fs::create_directories(path_);
-  }
-  ~Scratch() {
-    std::error_code ignored;
-    fs::permissions(path_, fs::perms::owner_all, ignored);
-    fs::remove_all(path_, ignored);
-  }
-  const fs::path& path() const { return path_; }
   fs::path write(const std::string& name, const std::string& content) const {
-    fs::create_directories((path_ / name).parent_path());
-    std::ofstream(path_ / name, std::ios::binary) << content;
-    return path_ / name;
+    fs::create_directories((path() / name).parent_path());
+    std::ofstream(path() / name, std::ios::binary) << content;
+    return path() / name;
   }
   // Names and contents of everything below, as one text.
   std::string snapshot(const std::string& below = "") const {
     std::vector<std::string> lines;
-    if (!fs::exists(path_ / below)) return "absent";
-    for (const auto& entry : fs::recursive_directory_iterator(path_ / below))
+    if (!fs::exists(path() / below)) return "absent";
+    for (const auto& entry : fs::recursive_directory_iterator(path() / below))
       lines.push_back(entry.path().string() + (entry.is_regular_file() ? " " + hash_file(entry.path()) : ""));
     std::sort(lines.begin(), lines.end());
     std::string all;
     for (const auto& l : lines) all += l + "\n";
     return all;
   }
-
- private:
-  fs::path path_;
 };
 
 struct FakeCounts {
@@ -56,9 +40,10 @@ struct FakeCounts {
 
 struct FakeTools {
   FakeCounts counts;
-  Json stage_plan = {{"seconds", 2.0}, {"peak_bytes", 1000}, {"out_bytes", 100}, {"notes", {"fallback: one tensor in q8c"}}};
+  StagePlan stage_plan{2.0, 1000, 100, {"fallback: one tensor in q8c"}, {}};
   std::vector<double> kl = {0.01};        // of the compact file
   std::string fail_stage;                 // this stage writes half its folder and throws
+  std::string die_after;                  // this stage throws when its folder has its name
 
   Command stage(const std::string& name) {
     Command c;
@@ -73,14 +58,18 @@ struct FakeTools {
       d.default_value = std::move(value);
       return d;
     };
-    c.options = {option("model", OptionType::kPath), option("out", OptionType::kPath), option("text", OptionType::kTextList),
-                 option("split", OptionType::kText), option("group-size", OptionType::kInteger, 32),
-                 option("codec", OptionType::kText, "q4"), option("sparsity", OptionType::kNumber, 0.5),
+    c.options = {option("model", OptionType::kPath),
+                 option("out", OptionType::kPath),
+                 option("text", OptionType::kTextList),
+                 option("split", OptionType::kText),
+                 option("group-size", OptionType::kInteger, 32),
+                 option("codec", OptionType::kText, "q4"),
+                 option("sparsity", OptionType::kNumber, 0.5),
                  option("seed", OptionType::kInteger)};
     c.options[0].required = c.options[1].required = true;
     c.options[4].minimum = 1;
     c.options[5].choices = {"q4", "q8", "q4a"};
-    c.plan = [this](const Options&) { return stage_plan; };
+    c.plan = [this](const Options&, const PlannedModel&) { return stage_plan; };
     c.run = [this, name](const Options& options, Context& context) -> Json {
       ++counts.stages;
       counts.stage_options.push_back(options.resolved());
@@ -88,10 +77,13 @@ struct FakeTools {
       for (const auto& entry : fs::directory_iterator(options.get<std::string>("model")))
         fs::copy_file(entry.path(), folder.work() / entry.path().filename(), fs::copy_options::overwrite_existing);
       if (fail_stage == name) throw failure(name, "luck", "none");
-      std::ofstream(folder.work() / "log.txt", std::ios::app) << name << " " << options.get<std::string>("codec") << "\n";
+      std::ofstream(folder.work() / "log.txt", std::ios::app)
+          << name << " " << options.get<std::string>("codec") << "\n";
       context.report.add({name, "layer_error", 2.0, 1.0, "", {}, true});
       context.print("a stage of a run prints nothing on stdout");
+      if (context.before_commit) context.before_commit();
       folder.commit();
+      if (die_after == name) throw failure(name, "luck", "none");
       return {{"stage", name}};
     };
     return c;
@@ -126,7 +118,7 @@ struct FakeTools {
       if (!original) rows.push_back({r.stage, "mean_kl", {}, kl[0], "nats", 0.001, true});
       return rows;
     };
-    t.export_bytes = [](const fs::path&, const std::string&) { return std::uint64_t{100}; };
+    t.export_bytes = [](const PlannedModel&, const fs::path&, const std::string&) { return std::uint64_t{100}; };
     t.compare = [this](const fs::path& file, const MeasureRequest& r, Context&) {
       ++counts.compared;
       EXPECT_TRUE(fs::exists(file));

@@ -12,7 +12,7 @@ namespace pare {
 namespace {
 
 using testing::FakeTools;
-using testing::Scratch;
+using testing::Files;
 
 class PipelineTest : public ::testing::Test {
  protected:
@@ -40,7 +40,7 @@ class PipelineTest : public ::testing::Test {
     return ExitCode::kOk;
   }
 
-  Scratch scratch;
+  Files scratch;
   FakeTools fake;
   Toolbox tools = fake.toolbox();
   Progress progress;
@@ -208,13 +208,51 @@ TEST_F(PipelineTest, AFolderOfSomethingElseIsNotTakenForWork) {
   EXPECT_EQ(read_text(file), "years");
 }
 
+TEST_F(PipelineTest, AStageKilledJustAfterItsRenameIsNotRepeated) {
+  fake.die_after = "prune";
+  EXPECT_EQ(code("stages: [prune, quantize]"), ExitCode::kFailure);
+  fake.die_after.clear();
+  fake.counts = {};
+  run("stages: [prune, quantize]");
+  EXPECT_EQ(fake.counts.stages, 1);
+  const std::string resumed = hash_file(scratch.path() / "out/model.pare");
+  run("stages: [prune, quantize]", {{"out", (scratch.path() / "other").string()}});
+  EXPECT_EQ(hash_file(scratch.path() / "other/model.pare"), resumed) << "rows of the stage are missing";
+}
+
+TEST_F(PipelineTest, TheUnfinishedWorkOfAnotherCommandStays) {
+  const fs::path file = scratch.write("out.partial/quantize.json", "hours");  // `pare quantize --out out`, interrupted
+  EXPECT_EQ(code(), ExitCode::kUsage);
+  EXPECT_NE(message.find("out.partial"), std::string::npos) << message;
+  EXPECT_EQ(read_text(file), "hours");
+  fs::remove(file);
+  EXPECT_EQ(code(), ExitCode::kOk);
+}
+
+TEST_F(PipelineTest, AKilledExportIsMadeAnew) {
+  run();
+  const std::string whole = hash_file(scratch.path() / "out/model.pare");
+  // Just before the rename, and in the middle.
+  fs::rename(scratch.path() / "out", scratch.path() / "out.partial");
+  EXPECT_EQ(code(), ExitCode::kOk) << message;
+  EXPECT_EQ(hash_file(scratch.path() / "out/model.pare"), whole);
+  fs::remove_all(scratch.path() / "out");
+  scratch.write("out.partial/lock", "");
+  scratch.write("out.partial/model.pare.tmp-1", "half");
+  EXPECT_EQ(code(), ExitCode::kOk) << message;
+  EXPECT_EQ(hash_file(scratch.path() / "out/model.pare"), whole);
+  EXPECT_FALSE(fs::exists(scratch.path() / "out/lock"));
+  EXPECT_FALSE(fs::exists(scratch.path() / "out/model.pare.tmp-1"));
+}
+
 TEST_F(PipelineTest, AFolderWithoutItsRecordIsMadeAgain) {
   const Json flags = {{"work", (scratch.path() / "work").string()}};
   run("", flags);
   const std::string whole = hash_file(scratch.path() / "out/model.pare");
   fs::remove_all(scratch.path() / "out");
   for (const auto& entry : fs::directory_iterator(scratch.path() / "work"))
-    if (entry.path().filename().string().starts_with("1-quantize") && entry.path().extension() == ".json") fs::remove(entry.path());
+    if (entry.path().filename().string().starts_with("1-quantize") && entry.path().extension() == ".json")
+      fs::remove(entry.path());
   fake.counts = {};
   run("", flags);
   EXPECT_EQ(fake.counts.stages, 1);
@@ -243,6 +281,7 @@ TEST_F(PipelineTest, MissedGateIsExitFourNamesTheFigureAndLeavesNothing) {
   EXPECT_FALSE(fs::exists(scratch.path() / "out"));
   EXPECT_FALSE(fs::exists(scratch.path() / "out.partial"));
   EXPECT_TRUE(fs::exists(scratch.path() / "out.work/report.json"));
+  EXPECT_NE(read_text(scratch.path() / "out.work/report.html").find("missed"), std::string::npos);
   // Relaxed, the finished stages are used.
   fake.counts = {};
   EXPECT_EQ(code("require: {mean-kl: 1}"), ExitCode::kOk);
@@ -264,7 +303,8 @@ TEST_F(PipelineTest, DryRunWritesNothing) {
   EXPECT_EQ(plan.steps[4].label, "quantize 2");
   EXPECT_GE(plan.steps[2].seconds.value(), 2.0);
   const std::string text = plan.text();
-  for (const char* part : {"prune", "fallback: one tensor in q8c", "peak memory", "model.pare: pare", "compressed-tensors", "sampled from the model itself"})
+  for (const char* part : {"prune", "fallback: one tensor in q8c", "peak memory", "model.pare: pare",
+                           "compressed-tensors", "sampled from the model itself"})
     EXPECT_NE(text.find(part), std::string::npos) << part << "\n" << text;
   EXPECT_EQ(plan.to_json()["status"], "planned");
   EXPECT_EQ(scratch.snapshot(), before);
@@ -273,9 +313,10 @@ TEST_F(PipelineTest, DryRunWritesNothing) {
 
 TEST_F(PipelineTest, DryRunVerbPrintsThePlan) {
   const Command verb = compress_command(tools);
-  const Options options(verb.options,
-                        {{"model", (scratch.path() / "model").string()}, {"out", (scratch.path() / "out").string()}, {"dry-run", true}},
-                        "command line");
+  const Options options(
+      verb.options,
+      {{"model", (scratch.path() / "model").string()}, {"out", (scratch.path() / "out").string()}, {"dry-run", true}},
+      "command line");
   EXPECT_EQ(verb.run(options, context)["status"], "planned");
   EXPECT_FALSE(fs::exists(scratch.path() / "out.work"));
 }
@@ -290,18 +331,20 @@ TEST_F(PipelineTest, PlanShowsWhatIsDone) {
 }
 
 TEST_F(PipelineTest, ResourcesAreRefusedInAdvance) {
-  fake.stage_plan["out_bytes"] = 1e18;
+  fake.stage_plan.out_bytes = std::uint64_t{1} << 60;
   EXPECT_EQ(code(), ExitCode::kResources);
   EXPECT_NE(message.find("free disk space"), std::string::npos) << message;
-  fake.stage_plan["out_bytes"] = 100;
-  fake.stage_plan["peak_bytes"] = 1e18;
+  fake.stage_plan.out_bytes = 100;
+  fake.stage_plan.peak_bytes = std::uint64_t{1} << 60;
   EXPECT_EQ(code(), ExitCode::kResources);
   EXPECT_FALSE(fs::exists(scratch.path() / "out.work"));
 }
 
 TEST_F(PipelineTest, BadInputsAreToldTogether) {
   const fs::path empty = scratch.write("empty.txt", "");
-  tools.stages[0].plan = [](const Options&) -> Json { throw input_error("mlp.down_proj", "a group that divides 172", "32"); };
+  tools.stages[0].plan = [](const Options&, const PlannedModel&) -> StagePlan {
+    throw input_error("mlp.down_proj", "a group that divides 172", "32");
+  };
   EXPECT_EQ(code("", {{"text", {empty.string()}}}), ExitCode::kInput);
   EXPECT_NE(message.find("2 problems"), std::string::npos) << message;
   EXPECT_NE(message.find("empty.txt"), std::string::npos) << message;
@@ -309,17 +352,84 @@ TEST_F(PipelineTest, BadInputsAreToldTogether) {
   EXPECT_FALSE(fs::exists(scratch.path() / "out.work"));
 }
 
-TEST_F(PipelineTest, AStageThatCannotBeCheckedYetIsNotRefused) {
-  // prune leaves a smaller model, so the shapes that quantize was planned on are not the ones it will see.
-  int calls = 0;
-  tools.stages[0].plan = [&](const Options&) -> Json {
-    ++calls;
-    throw input_error("mlp.down_proj", "a group that divides 172", "32");
+TEST_F(PipelineTest, AStageIsPlannedOnWhatTheOneBeforeItAnnounces) {
+  tools.inspect = [inspect = tools.inspect](const fs::path& model) {
+    ModelFacts facts = inspect(model);
+    facts.planned.config.num_layers = 6;
+    facts.planned.config.intermediate_size = 172;
+    return facts;
   };
-  fake.stage_plan["out_bytes"] = 200;  // of 400
-  const Plan plan = Pipeline(recipe("stages: [prune, quantize]"), tools).plan();
-  EXPECT_EQ(calls, 1);
-  EXPECT_NE(plan.text().find("checked when the stage before it has run"), std::string::npos) << plan.text();
+  fake.stage_plan.result.config.num_layers = 5;
+  fake.stage_plan.result.config.intermediate_size = 128;
+  fake.stage_plan.result.compact_bytes = 77;
+  std::vector<std::int64_t> layers;
+  tools.stages[0].plan = [&](const Options&, const PlannedModel& input) {
+    layers.push_back(input.config.num_layers);
+    StagePlan plan;
+    plan.result = input;
+    return plan;
+  };
+  tools.export_bytes = [](const PlannedModel& model, const fs::path&, const std::string&) {
+    return model.compact_bytes;
+  };
+  const Plan plan = Pipeline(recipe("stages: [quantize, prune, quantize]"), tools).plan();
+  EXPECT_EQ(layers, (std::vector<std::int64_t>{6, 5}));
+  EXPECT_NE(plan.text().find("layers 6 -> 5, ffn 172 -> 128"), std::string::npos) << plan.text();
+  EXPECT_EQ(plan.steps.back().out_bytes, 77u);
+}
+
+TEST_F(PipelineTest, AStageThatWouldFailLaterIsRefusedNow) {
+  tools.stages[0].plan = [](const Options&, const PlannedModel& input) -> StagePlan {
+    if (input.quantized) throw input_error("model", "float weights", "codes");
+    StagePlan plan;
+    plan.result.quantized = true;
+    return plan;
+  };
+  EXPECT_EQ(code("stages: [quantize, quantize]"), ExitCode::kInput);
+  EXPECT_NE(message.find("stages[1]"), std::string::npos) << message;
+  EXPECT_EQ(fake.counts.stages, 0);
+}
+
+TEST_F(PipelineTest, KeysThatNothingReadsAreRefused) {
+  const std::string text = scratch.write("t.txt", "one").string();
+  const auto refused = [&](const std::string& yaml, const Json& flags, const std::string& key) {
+    EXPECT_EQ(code(yaml, flags), ExitCode::kUsage) << yaml << flags;
+    EXPECT_NE(message.find(key), std::string::npos) << message;
+  };
+  refused("", {{"text", {text}}, {"eval-text", {text}}, {"samples", 7}}, "--samples has no use");
+  refused("", {{"text", {text}}, {"eval-text", {text}}, {"context", 99}}, "--context has no use");
+  refused("split: X", Json::object(), "--split has no use");
+  refused("", {{"eval-text", {text}}, {"split", "X"}, {"eval-split", "Y"}}, "--split has no use");
+  refused("eval: {split: X}", Json::object(), "--split has no use");
+  refused("stages: []", {{"text", {text}}}, "--text has no use");
+  refused("stages: [{quantize: {text: t.txt}}]", {{"text", {text}}}, "--text has no use");
+  EXPECT_EQ(fake.counts.stages, 0);
+  EXPECT_EQ(code("", {{"eval-text", {text}}, {"samples", 7}}), ExitCode::kOk);
+}
+
+TEST_F(PipelineTest, ThePlanSaysWhenTheHeldOutTextIsNot) {
+  const std::string text = scratch.write("t.txt", "one").string();
+  const auto notes = [&](const Json& flags) { return Pipeline(recipe("", flags), tools).plan().text(); };
+  EXPECT_NE(notes({{"text", {text}}, {"eval-text", {text}}}).find("t.txt is calibration text as well"),
+            std::string::npos);
+  EXPECT_EQ(notes({{"text", {text}}}).find("calibration text as well"), std::string::npos);
+}
+
+TEST_F(PipelineTest, ASeedOfZeroStandsOverTheRecipes) {
+  const Command verb = compress_command(tools);
+  const fs::path file = scratch.write("recipe.yaml", "seed: 5\n");
+  context.seed = 0;
+  context.seed_given = true;
+  const Options options(verb.options,
+                        {{"recipe", file.string()}, {"model", (scratch.path() / "model").string()},
+                         {"out", (scratch.path() / "out").string()}},
+                        "command line");
+  verb.run(options, context);
+  EXPECT_EQ(fake.counts.stage_options[0]["seed"], 0);
+  fs::remove_all(scratch.path() / "out");
+  context.seed_given = false;
+  verb.run(options, context);
+  EXPECT_EQ(fake.counts.stage_options[1]["seed"], 5);
 }
 
 TEST_F(PipelineTest, MissingModelAndText) {
@@ -364,6 +474,33 @@ TEST_F(PipelineTest, ResolvedRecipeReproducesTheRun) {
   for (const char* key : {"sparsity", "codec", "group-size", "seed", "split", "text"})
     EXPECT_EQ(fake.counts.stage_options[2][key], fake.counts.stage_options[0][key]) << key;
   EXPECT_EQ(read_text(scratch.path() / "again/model/log.txt"), read_text(scratch.path() / "out/model/log.txt"));
+}
+
+TEST_F(PipelineTest, ThePageShowsEverythingAndIsTheSameTwice) {
+  const fs::path text = scratch.write("<b>&.txt", "one");
+  const std::string yaml = "text: \"<b>&.txt\"\nrequire: {mean-kl: 1}\nstages: [prune, quantize]";
+  run(yaml);
+  const std::string page = read_text(scratch.path() / "out/report.html");
+  for (const char* part : {"<td>compact file</td>", "<td>prune</td>", "fallback: one tensor in q8c", "layer_error",
+                           "0.0100 ± 0.0010", "<td>mean-kl</td><td>at most</td><td class=n>1</td>", "met</td>",
+                           "sparsity: 0.5", "&lt;b&gt;&amp;.txt", "sampled from the model itself"})
+    EXPECT_NE(page.find(part), std::string::npos) << part << "\n" << page;
+  for (const char* part : {"<b>", "<script", "http://", "https://", "src="})
+    EXPECT_EQ(page.find(part), std::string::npos) << part;
+  // Everything but the last table, which holds times and memory.
+  const auto lasting = [](const std::string& whole) {
+    const auto end = whole.find("<h2>Times and memory");
+    EXPECT_NE(end, std::string::npos);
+    EXPECT_NE(whole.find("tokens_per_second", end), std::string::npos);
+    return whole.substr(0, end);
+  };
+  EXPECT_EQ(lasting(page).find("tokens_per_second"), std::string::npos);
+  fs::remove_all(scratch.path() / "out");
+  fake.fail_stage = "quantize";
+  EXPECT_EQ(code(yaml), ExitCode::kFailure);
+  fake.fail_stage.clear();
+  run(yaml);  // resumed
+  EXPECT_EQ(lasting(read_text(scratch.path() / "out/report.html")), lasting(page));
 }
 
 TEST_F(PipelineTest, WithoutStagesOnlyTheFileIsMade) {

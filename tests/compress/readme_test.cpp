@@ -43,7 +43,8 @@ TEST(Readme, TablesEqualTheCommittedResults) {
     ASSERT_NE(end, std::string::npos);
     const std::string file = readme.substr(name, name_end - name);
     const Json result = read_json(root / file);
-    for (const char* key : {"command", "commit", "machine"}) EXPECT_TRUE(result.contains(key)) << file << " lacks " << key;
+    for (const char* key : {"command", "commit", "machine"})
+      EXPECT_TRUE(result.contains(key)) << file << " lacks " << key;
     const std::string shown = readme.substr(body, end - body), expected = markdown(result);
     EXPECT_EQ(shown, expected) << "README.md shows something else than " << file;
     ++tables;

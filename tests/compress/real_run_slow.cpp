@@ -14,7 +14,7 @@
 namespace pare {
 namespace {
 
-using testing::Scratch;
+using testing::Files;
 
 class RealRun : public ::testing::Test {
  protected:
@@ -42,7 +42,7 @@ class RealRun : public ::testing::Test {
     return std::nan("");
   }
 
-  Scratch scratch;
+  Files scratch;
   Toolbox tools;
   Progress progress;
   Context context;
@@ -62,10 +62,12 @@ TEST_F(RealRun, DefaultRecipeGivesAFileThatComputesWhatTheFolderSays) {
   EXPECT_LT(std::abs(compact - folder), 0.2 * folder + 1e-3);
   EXPECT_LE(figure("compact file", "runtime_mean_kl"), 1e-5);
   EXPECT_LT(figure("compact file", "bits_per_weight"), 12);
-  EXPECT_DOUBLE_EQ(figure("compact file", "file_bytes"), static_cast<double>(fs::file_size(scratch.path() / "out/model.pare")));
+  EXPECT_DOUBLE_EQ(figure("compact file", "file_bytes"),
+                   static_cast<double>(fs::file_size(scratch.path() / "out/model.pare")));
   // Codes in the file are those of the folder.
   const Checkpoint folder_model(scratch.path() / "out/model");
-  for (const auto& tensor : file.tensors()) EXPECT_EQ(tensor.codec.is_float(), !folder_model.is_quantized(tensor.name)) << tensor.name;
+  for (const auto& tensor : file.tensors())
+    EXPECT_EQ(tensor.codec.is_float(), !folder_model.is_quantized(tensor.name)) << tensor.name;
 }
 
 TEST_F(RealRun, SameBytesFromTheSameRecipe) {

@@ -43,7 +43,8 @@ TEST(Recipe, WithoutAFileIsOneQuantizeStage) {
 }
 
 TEST(Recipe, StagesInOrderWithTypedOptions) {
-  const Recipe r = parse("stages:\n  - prune: {sparsity: 0.25}\n  - quantize\n  - quantize:\n      group-size: 64\n      codec: q8\n");
+  const Recipe r = parse(
+      "stages:\n  - prune: {sparsity: 0.25}\n  - quantize\n  - quantize:\n      group-size: 64\n      codec: q8\n");
   ASSERT_EQ(r.stages.size(), 3u);
   EXPECT_EQ(r.stages[0].given, Json({{"sparsity", 0.25}}));
   EXPECT_EQ(r.stages[1].given, Json::object());
@@ -70,7 +71,8 @@ TEST(Recipe, PathsAreRelativeToTheRecipeAndFlagsToHere) {
 }
 
 TEST(Recipe, FlagsOverRecipeOverDefaults) {
-  const std::string yaml = "seed: 3\nmodel: /in-recipe\nrequire: {mean-kl: 0.5, bytes: 100}\nstages: [{quantize: {codec: q8}}]";
+  const std::string yaml =
+      "seed: 3\nmodel: /in-recipe\nrequire: {mean-kl: 0.5, bytes: 100}\nstages: [{quantize: {codec: q8}}]";
   Json flags = {{"out", "/o"}, {"model", nullptr}, {"text", Json::array()}, {"eval-final-only", false}};
   Recipe r = parse(yaml, flags);
   EXPECT_EQ(r.text("model"), "/in-recipe");
@@ -90,13 +92,15 @@ TEST(Recipe, FlagsOverRecipeOverDefaults) {
 TEST(Recipe, EveryRecipeKeyIsAFlag) {
   std::vector<std::string> names;
   for (const auto& d : recipe_flags()) names.push_back(d.name);
-  for (const char* name : {"recipe", "model", "out", "text", "eval-text", "require-mean-kl", "require-top1", "export-codec", "set"})
+  for (const char* name :
+       {"recipe", "model", "out", "text", "eval-text", "require-mean-kl", "require-top1", "export-codec", "set"})
     EXPECT_NE(std::find(names.begin(), names.end(), name), names.end()) << name;
   for (const auto& d : recipe_flags()) EXPECT_TRUE(d.default_value.is_null() || d.default_value == false) << d.name;
 }
 
 TEST(Recipe, UnknownKeysNameLineAndNearest) {
-  expect_contains(complaint("seed: 1\nstagse: []\n"), "r.yaml:2: unknown key 'stagse' in the recipe; did you mean 'stages'?");
+  expect_contains(complaint("seed: 1\nstagse: []\n"),
+                  "r.yaml:2: unknown key 'stagse' in the recipe; did you mean 'stages'?");
   expect_contains(complaint("eval:\n  contxt: 5"), "r.yaml:2: unknown key 'contxt' in 'eval'; did you mean 'context'?");
   expect_contains(complaint("stages:\n  - prune:\n      sparsty: 0.5"),
                   "r.yaml:3: unknown key 'sparsty' in stages[0] (prune); did you mean 'sparsity'?");
@@ -105,7 +109,8 @@ TEST(Recipe, UnknownKeysNameLineAndNearest) {
 }
 
 TEST(Recipe, AllProblemsAtOnce) {
-  const std::string text = complaint("sead: 1\nstages:\n  - prune: {sparsity: much}\n  - quantize: {codec: q5, group-size: 0}\n");
+  const std::string text =
+      complaint("sead: 1\nstages:\n  - prune: {sparsity: much}\n  - quantize: {codec: q5, group-size: 0}\n");
   expect_contains(text, "4 problems");
   expect_contains(text, "r.yaml:1: unknown key 'sead'");
   expect_contains(text, "r.yaml:3");
@@ -130,7 +135,8 @@ TEST(Recipe, ValuesOfTheWrongKind) {
   expect_contains(complaint("seed: 3.5"), "whole number");
   expect_contains(complaint("require: {top1: 95}"), "at most 1");
   expect_contains(complaint("", {{"model", "/m"}, {"out", "/o"}, {"set", {"prune.sparsity=1"}}}), "no stage 'prune'");
-  expect_contains(complaint("", {{"model", "/m"}, {"out", "/o"}, {"set", {"quantize.codek=q4"}}}), "did you mean 'codec'?");
+  expect_contains(complaint("", {{"model", "/m"}, {"out", "/o"}, {"set", {"quantize.codek=q4"}}}),
+                  "did you mean 'codec'?");
   expect_contains(complaint("", {{"model", "/m"}, {"out", "/o"}, {"set", {"quantize"}}}), "STAGE.KEY=VALUE");
 }
 
@@ -140,9 +146,11 @@ TEST(Recipe, TextThatLooksLikeANumberStaysText) {
 }
 
 TEST(Recipe, EchoReadsBackAsTheSameRecipe) {
-  const Recipe a = parse("seed: 3\ntext: [x.txt]\nsplit: \"a: #\\n'\\\"\"\neval: {context: 64, final-only: true}\n"
-                         "require: {mean-kl: 0.1, bytes: 12345678901}\nstages: [{prune: {sparsity: 0.3333333333333333}}, quantize]");
-  const Recipe b = parse_recipe(emit_recipe(a, {"header"}), "r.yaml", "/elsewhere", Json::object(), FakeTools().toolbox().stages);
+  const Recipe a = parse(
+      "seed: 3\ntext: [x.txt]\nsplit: \"a: #\\n'\\\"\"\neval: {context: 64, final-only: true}\n"
+      "require: {mean-kl: 0.1, bytes: 12345678901}\nstages: [{prune: {sparsity: 0.3333333333333333}}, quantize]");
+  const Recipe b =
+      parse_recipe(emit_recipe(a, {"header"}), "r.yaml", "/elsewhere", Json::object(), FakeTools().toolbox().stages);
   EXPECT_EQ(a.run, b.run);
   EXPECT_EQ(a.evaluation, b.evaluation);
   EXPECT_EQ(a.exporting, b.exporting);
@@ -180,7 +188,9 @@ TEST(Yaml, CyclesAndDepthAreRefused) {
 TEST(Yaml, SizeLimit) { expect_contains(complaint("# " + std::string((1 << 20) + 1, 'x')), "at most 1 MiB"); }
 
 TEST(Yaml, EveryPrefixOfARecipeIsReadOrRefused) {
-  const std::string yaml = "model: m\nstages:\n  - prune: {sparsity: 0.5, codec: \"q4\"}\n  - quantize: &q {codec: q8}\nrequire: {top1: 0.5}\n";
+  const std::string yaml =
+      "model: m\nstages:\n  - prune: {sparsity: 0.5, codec: \"q4\"}\n  - quantize: &q {codec: q8}\nrequire: {top1: "
+      "0.5}\n";
   for (std::size_t n = 0; n <= yaml.size(); ++n) {
     try {
       parse(yaml.substr(0, n));

@@ -31,7 +31,8 @@ inline std::uint64_t next_random(std::uint64_t& state) {
 
 // English-like documents from a small grammar.
 inline std::string tiny_text(std::uint64_t seed, int documents, const std::string& separator = "<|endoftext|>") {
-  static const char* subjects[] = {"The river", "A small house", "My brother", "The old compiler", "Every morning light", "Nobody"};
+  static const char* subjects[] = {"The river",        "A small house",       "My brother",
+                                   "The old compiler", "Every morning light", "Nobody"};
   static const char* verbs[] = {"follows", "remembers", "opens", "carries", "understands", "paints", "measures"};
   static const char* objects[] = {"the quiet garden", "a letter from the north", "seven blue stones", "its own shadow",
                                   "the last page", "an honest number", "the wind over the hill"};
@@ -75,7 +76,8 @@ inline void make_tiny_model(const fs::path& out, const TinyModel& m) {
     std::int64_t count = 1;
     for (const auto d : spec.shape) count *= d;
     std::vector<float> values(static_cast<std::size_t>(count));
-    const float spread = spec.role == TensorRole::kEmbedding ? 0.4f : 1.0f / std::sqrt(static_cast<float>(spec.shape.back()));
+    const float spread =
+        spec.role == TensorRole::kEmbedding ? 0.4f : 1.0f / std::sqrt(static_cast<float>(spec.shape.back()));
     for (auto& v : values) {
       if (spec.role == TensorRole::kNorm) {
         v = 1.0f;

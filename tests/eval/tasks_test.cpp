@@ -14,18 +14,26 @@
 namespace pare {
 namespace {
 
-// Bytes 'a'..'z', blank and <s> as single tokens, no merges: ids are easy to follow. Blank is spelled "Ġ" by byte-level.
+// Bytes 'a'..'z', blank and <s> as single tokens, no merges: ids are easy to follow. Blank is spelled "Ġ" by
+// byte-level.
 Json letter_tokenizer(bool bos) {
   Json vocab = Json::object();
   for (int i = 0; i < 26; ++i) vocab[std::string(1, static_cast<char>('a' + i))] = i;
   vocab["\xC4\xA0"] = 26;
-  Json added = Json::array({{{"id", 27}, {"content", "<s>"}, {"single_word", false}, {"lstrip", false}, {"rstrip", false},
-                             {"normalized", false}, {"special", true}}});
+  Json added = Json::array({{{"id", 27},
+                             {"content", "<s>"},
+                             {"single_word", false},
+                             {"lstrip", false},
+                             {"rstrip", false},
+                             {"normalized", false},
+                             {"special", true}}});
   Json post = nullptr;
   if (bos) {
     post = {{"type", "TemplateProcessing"},
-            {"single", Json::array({{{"SpecialToken", {{"id", "<s>"}, {"type_id", 0}}}}, {{"Sequence", {{"id", "A"}, {"type_id", 0}}}}})},
-            {"pair", Json::array({{{"Sequence", {{"id", "A"}, {"type_id", 0}}}}, {{"Sequence", {{"id", "B"}, {"type_id", 1}}}}})},
+            {"single", Json::array({{{"SpecialToken", {{"id", "<s>"}, {"type_id", 0}}}},
+                                    {{"Sequence", {{"id", "A"}, {"type_id", 0}}}}})},
+            {"pair", Json::array({{{"Sequence", {{"id", "A"}, {"type_id", 0}}}},
+                                  {{"Sequence", {{"id", "B"}, {"type_id", 1}}}}})},
             {"special_tokens", {{"<s>", {{"id", "<s>"}, {"ids", {27}}, {"tokens", {"<s>"}}}}}}};
   }
   return {{"version", "1.0"},
@@ -33,12 +41,20 @@ Json letter_tokenizer(bool bos) {
           {"padding", nullptr},
           {"added_tokens", added},
           {"normalizer", nullptr},
-          {"pre_tokenizer", {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"trim_offsets", true}, {"use_regex", true}}},
+          {"pre_tokenizer",
+           {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"trim_offsets", true}, {"use_regex", true}}},
           {"post_processor", post},
           {"decoder", {{"type", "ByteLevel"}, {"add_prefix_space", true}, {"trim_offsets", true}, {"use_regex", true}}},
-          {"model", {{"type", "BPE"}, {"dropout", nullptr}, {"unk_token", nullptr}, {"continuing_subword_prefix", nullptr},
-                     {"end_of_word_suffix", nullptr}, {"fuse_unk", false}, {"byte_fallback", false}, {"vocab", vocab},
-                     {"merges", Json::array()}}}};
+          {"model",
+           {{"type", "BPE"},
+            {"dropout", nullptr},
+            {"unk_token", nullptr},
+            {"continuing_subword_prefix", nullptr},
+            {"end_of_word_suffix", nullptr},
+            {"fuse_unk", false},
+            {"byte_fallback", false},
+            {"vocab", vocab},
+            {"merges", Json::array()}}}};
 }
 
 // Probability of each next id does not depend on what came before.
@@ -121,6 +137,24 @@ TEST_F(TasksTest, MultipleChoiceByLogProbabilityAndByCharacters) {
   EXPECT_FALSE(r.perplexity.has_value());
 }
 
+TEST_F(TasksTest, LogitsAreTakenInBlocksAndGiveTheSameScores) {
+  const Task t = task(
+      R"({"query": "the quick", "choices": ["brown fox jumps", "lazy dog", "s", "x"], "gold": 0})" "\n"
+      R"({"query": "over", "choices": ["a", "b", "abcdefghijklmnop"], "gold": 2})");
+  const Tokenizer tokenizer = Tokenizer::from_json(letter_tokenizer(true), "letters");
+  FakeLogits whole(28, 3, 2.0), blocks(28, 3, 2.0);
+  const TaskResult expected = score_task(whole, tokenizer, t, {512, {27}, 1000}, quiet_);
+  EXPECT_EQ(whole.largest_block, 17);
+  for (const std::int64_t rows : {1, 3, 16}) {
+    blocks.begun = blocks.largest_block = 0;
+    const TaskResult r = score_task(blocks, tokenizer, t, {512, {27}, rows}, quiet_);
+    EXPECT_LE(blocks.largest_block, rows);
+    EXPECT_EQ(blocks.begun, 5) << "choices of one token share their window";
+    EXPECT_EQ(to_json(r).dump(), to_json(expected).dump());
+    EXPECT_EQ(r.picks, expected.picks);
+  }
+}
+
 TEST_F(TasksTest, AccNormCountsCharactersNotBytes) {
   const Task t = task("{\"query\": \"q\", \"choices\": [\"\xC3\xA9t\xC3\xA9\", \" x\"], \"gold\": 0}");
   EXPECT_EQ(t.items[0].pairs[0].characters, 3);
@@ -129,7 +163,10 @@ TEST_F(TasksTest, AccNormCountsCharactersNotBytes) {
 }
 
 TEST_F(TasksTest, ContinuationIsGreedyMatchAndPerplexity) {
-  const Task t = task(R"({"context": "some text", "continuation": "a"})" "\n" R"({"context": "x ", "continuation": "aa"})" "\n"
+  const Task t = task(R"({"context": "some text", "continuation": "a"})"
+                      "\n"
+                      R"({"context": "x ", "continuation": "aa"})"
+                      "\n"
                       R"({"context": "x", "continuation": "b"})");
   EXPECT_EQ(t.kind, TaskKind::kContinuation);
   std::vector<double> p(28, 0.05 / 26);
@@ -138,7 +175,8 @@ TEST_F(TasksTest, ContinuationIsGreedyMatchAndPerplexity) {
   Unigram model(p);
   const Tokenizer tokenizer = Tokenizer::from_json(letter_tokenizer(true), "letters");
   const TaskResult r = score_task(model, tokenizer, t, {512, {27}}, quiet_);
-  // Every continuation begins with a blank, which is not the greedy choice; the blanks of "x " count to the continuation.
+  // Every continuation begins with a blank, which is not the greedy choice; the blanks of "x " count to the
+  // continuation.
   EXPECT_EQ(r.picks, (std::vector<std::int64_t>{0, 0, 0}));
   const double blank = std::log(0.45), a = std::log(0.5), b = std::log(0.05 / 26);
   const double sum = (blank + a) + (2 * blank + 2 * a) + (blank + b);
@@ -161,13 +199,19 @@ TEST_F(TasksTest, GreedyContinuationIsFound) {
     std::vector<std::int32_t> ids_;
   } model;
   const Tokenizer tokenizer = Tokenizer::from_json(letter_tokenizer(true), "letters");
-  const TaskResult r = score_task(model, tokenizer, task(R"({"context": "x", "continuation": "a"})" "\n" R"({"context": "x", "continuation": "ab"})"),
+  const TaskResult r = score_task(model, tokenizer,
+                                  task(R"({"context": "x", "continuation": "a"})"
+                                       "\n"
+                                       R"({"context": "x", "continuation": "ab"})"),
                                   {512, {27}}, quiet_);
   EXPECT_EQ(r.picks, (std::vector<std::int64_t>{1, 0}));
 }
 
 TEST_F(TasksTest, MinimalPairsCompareWholeSentences) {
-  const Task t = task(R"({"sentence_good": "aab", "sentence_bad": "abb", "UID": "x"})" "\n" R"({"sentence_good": "b", "sentence_bad": "a"})" "\n"
+  const Task t = task(R"({"sentence_good": "aab", "sentence_bad": "abb", "UID": "x"})"
+                      "\n"
+                      R"({"sentence_good": "b", "sentence_bad": "a"})"
+                      "\n"
                       R"({"sentence_good": "ab", "sentence_bad": "ba"})");
   EXPECT_EQ(t.kind, TaskKind::kMinimalPair);
   Unigram model = letters();
@@ -187,7 +231,9 @@ TEST_F(TasksTest, LongContextsLoseTheirBeginning) {
   const Task t = task(R"({"query": "abcdefghij", "choices": ["a", "b"], "gold": 0})");
   score_task(model, tokenizer, t, {4, {27}}, quiet_);
   EXPECT_EQ(model.last, (std::vector<std::int32_t>{7, 8, 9, 26}));  // h i j blank; the choice is only a target
-  EXPECT_THROW(score_task(model, tokenizer, task(R"({"query": "a", "choices": ["aaaa", "b"], "gold": 0})"), {4, {27}}, quiet_), Error);
+  EXPECT_THROW(
+      score_task(model, tokenizer, task(R"({"query": "a", "choices": ["aaaa", "b"], "gold": 0})"), {4, {27}}, quiet_),
+      Error);
 }
 
 TEST_F(TasksTest, AgreementCountsEqualPicks) {
@@ -202,7 +248,8 @@ TEST_F(TasksTest, AgreementCountsEqualPicks) {
 }
 
 TEST_F(TasksTest, GapSentencesScoreTheirRest) {
-  const Task t = task(R"({"sentence": "x said _ was here", "option1": "a", "option2": "b", "label": 1, "answer": "2"})");
+  const Task t =
+      task(R"({"sentence": "x said _ was here", "option1": "a", "option2": "b", "label": 1, "answer": "2"})");
   EXPECT_EQ(t.items[0].pairs[0].context, "x said a");
   EXPECT_EQ(t.items[0].pairs[1].context, "x said b");
   EXPECT_EQ(t.items[0].pairs[1].continuation, " was here");
@@ -234,7 +281,10 @@ TEST_F(TasksTest, WrongLinesNameFileAndLine) {
 
 // Random damage: an error that names the file, or a task; never a crash.
 TEST_F(TasksTest, DamagedLinesNeverCrash) {
-  const std::string good = R"({"query": "q\u00e9", "choices": ["a", "b", "c"], "gold": 2})" "\n" R"({"query": "r", "choices": ["a", "b"], "gold": 0})" "\n";
+  const std::string good = R"({"query": "q\u00e9", "choices": ["a", "b", "c"], "gold": 2})"
+                           "\n"
+                           R"({"query": "r", "choices": ["a", "b"], "gold": 0})"
+                           "\n";
   std::mt19937_64 random(3);
   int refused = 0;
   for (int round = 0; round < 400; ++round) {

@@ -1,9 +1,13 @@
 // `pare eval` of the torch-free program on a random model, through its option table.
 #include "runtime/verbs/eval.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/file.h>
 #include <unistd.h>
 
+#include <chrono>
+#include <cstdlib>
 #include <fstream>
 #include <set>
 
@@ -27,9 +31,11 @@ class EvalVerb : public ::testing::Test {
     testing::make_tiny_model(folder_ / "other", tiny);
     write_text(folder_ / "text.txt", testing::tiny_text(3, 6));
     write_text(folder_ / "empty.txt", "<|endoftext|> \n");
-    write_text(folder_ / "pairs.jsonl", "{\"sentence_good\": \"The river opens the last page\", \"sentence_bad\": \"page The opens\"}\n"
-                                        "{\"sentence_good\": \"Nobody paints\", \"sentence_bad\": \"paints Nobody\"}\n");
-    write_text(folder_ / "choices.jsonl", "{\"query\": \"The river\", \"choices\": [\"opens\", \"its own shadow\"], \"gold\": 0}\n");
+    write_text(folder_ / "pairs.jsonl",
+               "{\"sentence_good\": \"The river opens the last page\", \"sentence_bad\": \"page The opens\"}\n"
+               "{\"sentence_good\": \"Nobody paints\", \"sentence_bad\": \"paints Nobody\"}\n");
+    write_text(folder_ / "choices.jsonl",
+               "{\"query\": \"The river\", \"choices\": [\"opens\", \"its own shadow\"], \"gold\": 0}\n");
     Progress quiet(true);
     Context context;
     context.quiet = true;
@@ -92,16 +98,20 @@ TEST_F(EvalVerb, FloatFileEqualsItsFolderExactly) {
 }
 
 TEST_F(EvalVerb, QuantizedFileIsNearAndItsSizeCountsScales) {
-  const Json r = run({{"model", path("q8.pare")}, {"against", path("model")}, {"text", {path("text.txt")}}, {"speed", false},
-                      {"split", "<|endoftext|>"}, {"limit", 5}});
+  const Json r = run({{"model", path("q8.pare")},
+                      {"against", path("model")},
+                      {"text", {path("text.txt")}},
+                      {"speed", false},
+                      {"split", "<|endoftext|>"},
+                      {"limit", 5}});
   const double kl = r["text"]["mean_kl"]["value"].get<double>();
   EXPECT_GT(kl, 1e-8);
   EXPECT_LT(kl, 0.05);
   EXPECT_LE(r["text"]["windows"].get<int>(), 5);
   EXPECT_FALSE(r.contains("speed"));
   const CompactFile file(folder_ / "q8.pare");
-  EXPECT_DOUBLE_EQ(r["size"]["bits_per_weight"].get<double>(),
-                   8.0 * static_cast<double>(file.tensor_bytes()) / static_cast<double>(parameter_count(file.config())));
+  EXPECT_DOUBLE_EQ(r["size"]["bits_per_weight"].get<double>(), 8.0 * static_cast<double>(file.tensor_bytes()) /
+                                                                   static_cast<double>(parameter_count(file.config())));
   EXPECT_GT(r["size"]["bits_per_weight"].get<double>(), 8.5);
 }
 
@@ -109,18 +119,29 @@ TEST_F(EvalVerb, PerplexityAloneAndWindowRules) {
   const Json all = run({{"model", path("f32.pare")}, {"text", {path("text.txt")}}, {"ctx", 32}, {"speed", false}});
   EXPECT_FALSE(all["text"].contains("mean_kl"));
   EXPECT_EQ(all["text"]["standard_errors_over"], "windows");  // one file without --split is one document
-  const Json half = run({{"model", path("f32.pare")}, {"text", {path("text.txt")}}, {"ctx", 32}, {"score", "second-half"}, {"speed", false}});
+  const Json half = run({{"model", path("f32.pare")},
+                         {"text", {path("text.txt")}},
+                         {"ctx", 32},
+                         {"score", "second-half"},
+                         {"speed", false}});
   const auto whole_windows = half["text"]["windows"].get<int>();
   EXPECT_GE(whole_windows, all["text"]["windows"].get<int>() - 1);
   EXPECT_EQ(half["text"]["predictions"].get<int>(), whole_windows * 15);  // 32 - 1 - 16
-  const Json one = run({{"model", path("f32.pare")}, {"text", {path("text.txt")}}, {"ctx", 8}, {"split", "<|endoftext|>"},
-                        {"documents", 3}, {"one-window-per-document", true}, {"speed", false}});
+  const Json one = run({{"model", path("f32.pare")},
+                        {"text", {path("text.txt")}},
+                        {"ctx", 8},
+                        {"split", "<|endoftext|>"},
+                        {"documents", 3},
+                        {"one-window-per-document", true},
+                        {"speed", false}});
   EXPECT_EQ(one["text"]["windows"].get<int>(), 3);
   EXPECT_EQ(one["text"]["predictions"].get<int>(), 3 * 7);
 }
 
 TEST_F(EvalVerb, TasksOfBothModelsAgree) {
-  const Json r = run({{"model", path("f32.pare")}, {"against", path("model")}, {"tasks", {path("pairs.jsonl"), path("choices.jsonl")}},
+  const Json r = run({{"model", path("f32.pare")},
+                      {"against", path("model")},
+                      {"tasks", {path("pairs.jsonl"), path("choices.jsonl")}},
                       {"speed", false}});
   ASSERT_EQ(r["tasks"].size(), 2u);
   EXPECT_EQ(r["tasks"][0]["kind"], "minimal_pair");
@@ -134,7 +155,8 @@ TEST_F(EvalVerb, TasksOfBothModelsAgree) {
 TEST_F(EvalVerb, FolderLeavesNoTemporaryFile) {
   const auto count = [] {
     int n = 0;
-    for (const auto& entry : fs::directory_iterator(fs::temp_directory_path())) n += entry.path().filename().string().starts_with("pare-eval-");
+    for (const auto& entry : fs::directory_iterator(fs::temp_directory_path()))
+      n += entry.path().filename().string().starts_with("pare-eval-");
     return n;
   };
   const int before = count();
@@ -143,10 +165,51 @@ TEST_F(EvalVerb, FolderLeavesNoTemporaryFile) {
   EXPECT_FALSE(r.contains("speed"));
 }
 
+TEST_F(EvalVerb, TemporaryFoldersOfKilledProcessesAreRemoved) {
+  const fs::path temporary = folder_ / "temporary";
+  const auto abandoned = [&](const std::string& name) {
+    fs::create_directories(temporary / name);
+    write_text(temporary / name / "model.pare.tmp-1", "half");
+    fs::last_write_time(temporary / name, fs::file_time_type::clock::now() - std::chrono::hours(2));
+    return temporary / name;
+  };
+  const fs::path left = abandoned("pare-eval-killed"), used = abandoned("pare-eval-in-use"),
+                 foreign = abandoned("photos");
+  const int lock = ::open(used.c_str(), O_RDONLY | O_DIRECTORY);
+  ASSERT_EQ(::flock(lock, LOCK_EX), 0);
+  const char* before = std::getenv("TMPDIR");
+  const std::string old = before ? before : "";
+  ::setenv("TMPDIR", temporary.c_str(), 1);
+  run({{"model", path("model")}, {"text", {path("text.txt")}}, {"limit", 1}});
+  EXPECT_FALSE(fs::exists(left));
+  EXPECT_TRUE(fs::exists(used / "model.pare.tmp-1"));
+  EXPECT_TRUE(fs::exists(foreign));
+  ::close(lock);
+  ::setenv("TMPDIR", (folder_ / "nowhere").c_str(), 1);
+  EXPECT_ANY_THROW(run({{"model", path("model")}, {"text", {path("text.txt")}}, {"limit", 1}}));
+  before ? ::setenv("TMPDIR", old.c_str(), 1) : ::unsetenv("TMPDIR");
+}
+
+TEST_F(EvalVerb, OptionsThatDoNothingAreRefused) {
+  const std::string model = path("f32.pare"), text = path("text.txt"), pairs = path("pairs.jsonl");
+  const Json tasks = {{"model", model}, {"tasks", {pairs}}, {"speed", false}};
+  const auto with = [](Json given, const char* key, Json value) {
+    given[key] = std::move(value);
+    return given;
+  };
+  expect_error(with(tasks, "split", "x"), ExitCode::kUsage, "--split has no use without --text");
+  expect_error(with(tasks, "score", "second-half"), ExitCode::kUsage, "--score has no use");
+  expect_error(with(tasks, "documents", 2), ExitCode::kUsage, "--documents has no use");
+  expect_error(with(tasks, "one-window-per-document", true), ExitCode::kUsage, "--one-window-per-document has no use");
+  expect_error(with(with(tasks, "split", "x"), "documents", 2), ExitCode::kUsage, "--split, --documents have no use");
+  expect_error({{"model", path("model")}, {"text", {text}}, {"act", "float"}}, ExitCode::kUsage, "--act has no use");
+}
+
 TEST_F(EvalVerb, RefusesWhatCannotBeMeasured) {
   const std::string model = path("f32.pare"), text = path("text.txt");
   expect_error({{"model", model}}, ExitCode::kUsage, "--text or --tasks");
-  expect_error({{"model", model}, {"text", {path("empty.txt")}}, {"split", "<|endoftext|>"}}, ExitCode::kInput, "no text");
+  expect_error({{"model", model}, {"text", {path("empty.txt")}}, {"split", "<|endoftext|>"}}, ExitCode::kInput,
+               "no text");
   expect_error({{"model", model}, {"text", {path("missing.txt")}}}, ExitCode::kInput, "missing.txt");
   expect_error({{"model", path("missing.pare")}, {"text", {text}}}, ExitCode::kInput, "missing.pare");
   expect_error({{"model", text}, {"text", {text}}}, ExitCode::kInput, "text.txt");

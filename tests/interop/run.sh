@@ -3,13 +3,13 @@
 #   tests/interop/run.sh BUILD_DIR        PARE_PYTHON: the interpreter that has them (default: python3)
 # Exit 77 (skipped, said aloud) when that interpreter lacks them; 1 on any difference.
 set -u
-BUILD=$(cd "${1:?usage: run.sh BUILD_DIR}" && pwd)
+BUILD=$(cd "${1:?usage: run.sh BUILD_DIR}" && pwd) || exit 2
 HERE=$(cd "$(dirname "$0")" && pwd)
 ROOT=$(cd "$HERE/../.." && pwd)
 PYTHON=${PARE_PYTHON:-python3}
 export OMP_WAIT_POLICY=passive
-if ! "$PYTHON" -c 'import torch, transformers, tokenizers, safetensors, compressed_tensors' 2>/dev/null; then
-  echo "SKIPPED: $PYTHON has not all of torch, transformers, tokenizers, safetensors and compressed-tensors;"
+if ! "$PYTHON" -c 'import torch, transformers, tokenizers, safetensors, compressed_tensors, gguf' 2>/dev/null; then
+  echo "SKIPPED: $PYTHON has not all of torch, transformers, tokenizers, safetensors, compressed-tensors and gguf;"
   echo "install them with pip and name that interpreter in PARE_PYTHON. Nothing was checked against real clients."
   exit 77
 fi
@@ -29,6 +29,7 @@ for codec in q4 q4g128 q8; do
   "$BUILD/pare" quantize --quiet --model "$ROOT/examples/teacher" --out "$T/$codec" --codec $codec --text "$ROOT/README.md" \
     --samples 4 --context 128 >/dev/null && check "quantized folder $codec" "$PYTHON" "$HERE/compressed_tensors.py" "$T/$codec"
 done
+check "GGUF files" "$PYTHON" "$HERE/gguf_file.py" "$BUILD/pare" "$ROOT/examples/teacher" "$T/q4" "$T/q8"
 check "pruned folders" "$PYTHON" "$HERE/pruned_folder.py" "$BUILD/pare"
 check "cut student" "$PYTHON" "$HERE/student_cut.py" "$BUILD/pare"
 check "families" "$PYTHON" "$HERE/families.py" "$BUILD/pare"

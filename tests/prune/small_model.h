@@ -2,7 +2,6 @@
 #pragma once
 
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <cmath>
 #include <functional>
@@ -15,25 +14,11 @@
 #include "core/error.h"
 #include "core/tokenizer.h"
 #include "prune/prune.h"
+#include "tests/scratch.h"
 
 namespace pare::testing {
 
-class Folder {  // removed with the test
- public:
-  explicit Folder(const std::string& name)
-      : path_(fs::temp_directory_path() / ("pare-prune-" + name + "-" + std::to_string(getpid()))) {
-    fs::remove_all(path_);
-    fs::create_directories(path_);
-  }
-  ~Folder() {
-    std::error_code ignored;
-    fs::remove_all(path_, ignored);
-  }
-  fs::path operator/(const std::string& name) const { return path_ / name; }
-
- private:
-  fs::path path_;
-};
+using Folder = Scratch;
 
 struct SmallModel {
   std::string architecture = "LlamaForCausalLM", type = "llama";
@@ -44,7 +29,8 @@ struct SmallModel {
 };
 
 inline std::string small_text() {
-  static const char* words[] = {"river", "stone", "quiet", "letter", "north", "opens", "carries", "garden", "seven", "blue"};
+  static const char* words[] = {"river", "stone",   "quiet",  "letter", "north",
+                                "opens", "carries", "garden", "seven",  "blue"};
   std::mt19937 engine(5);
   std::string text;
   for (int i = 0; i < 3000; ++i) text += std::string(words[engine() % 10]) + (engine() % 9 == 0 ? ".\n" : " ");
@@ -72,7 +58,8 @@ inline void make_model(const fs::path& out, const SmallModel& m = {}, const Edit
   for (const TensorSpec& spec : expected_tensors(config)) {
     std::int64_t count = 1;
     for (const std::int64_t size : spec.shape) count *= size;
-    const float spread = spec.role == TensorRole::kEmbedding ? 0.4f : 1.0f / std::sqrt(static_cast<float>(spec.shape.back()));
+    const float spread =
+        spec.role == TensorRole::kEmbedding ? 0.4f : 1.0f / std::sqrt(static_cast<float>(spec.shape.back()));
     std::vector<float> values(static_cast<std::size_t>(count));
     for (float& x : values) {
       float sum = 0;  // near enough to normal, and the same with every standard library
@@ -124,12 +111,14 @@ inline ExitCode failing_code(const Json& given) {
 }
 
 inline Json base(const fs::path& model, const fs::path& out, const std::string& method) {
-  return {{"model", model.string()}, {"out", out.string()}, {"method", method}, {"samples", 12}, {"context", 40}};
+  return {{"model", model.string()}, {"out", out.string()}, {"method", method}};
 }
 
 inline Json with_text(Json options, const fs::path& text) {
   write_text(text, small_text());
   options["text"] = {text.string()};
+  options["samples"] = 12;
+  options["context"] = 40;
   return options;
 }
 

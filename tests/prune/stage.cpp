@@ -45,13 +45,14 @@ TEST(PruneStage, MagnitudeEqualsBruteForceAndKeepsDtypeAndTheRest) {
     zeros += static_cast<std::int64_t>(remove);
     all += static_cast<std::int64_t>(w.size());
   }
-  EXPECT_NEAR(outcome.after("sparsity of all block linears"), static_cast<double>(zeros) / static_cast<double>(all), 1e-3);
+  EXPECT_NEAR(outcome.after("sparsity of all block linears"), static_cast<double>(zeros) / static_cast<double>(all),
+              1e-3);
   EXPECT_FALSE(fs::exists(folder / "out.partial"));
   EXPECT_EQ(read_text(folder / "m" / "tokenizer.json"), read_text(folder / "out" / "tokenizer.json"));
   std::vector<std::string> names;
   for (const auto& entry : fs::directory_iterator(folder / "out")) names.push_back(entry.path().filename().string());
   std::sort(names.begin(), names.end());
-  EXPECT_EQ(names, (std::vector<std::string>{"config.json", "model.safetensors", "tokenizer.json"}));
+  EXPECT_EQ(names, (std::vector<std::string>{"config.json", "model.safetensors", "prune.json", "tokenizer.json"}));
 }
 
 TEST(PruneStage, RandomTakesHalfOfEveryRowBySeed) {
@@ -67,7 +68,8 @@ TEST(PruneStage, RandomTakesHalfOfEveryRowBySeed) {
     if (!is_block_linear(spec)) continue;
     const auto w = a.read_f32(spec.name);
     for (std::int64_t r = 0; r < spec.shape[0]; ++r)
-      EXPECT_EQ(std::count(w.begin() + r * spec.shape[1], w.begin() + (r + 1) * spec.shape[1], 0.0f), spec.shape[1] / 2);
+      EXPECT_EQ(std::count(w.begin() + r * spec.shape[1], w.begin() + (r + 1) * spec.shape[1], 0.0f),
+                spec.shape[1] / 2);
     EXPECT_NE(w, b.read_f32(spec.name));
   }
 }
@@ -208,6 +210,12 @@ TEST(PruneStage, RefusesWhatItCannotDo) {
   EXPECT_EQ(failing_code(options("magnitude", {{"pattern", "5:7"}})), usage);   // 32 inputs
   EXPECT_EQ(failing_code(options("magnitude", {{"sparsity", 0.001}})), usage);  // nothing would go
   EXPECT_EQ(failing_code(options("wanda", {{"sparsity", 0.5}})), usage);        // no text
+  for (const char* unused : {"split", "samples", "context", "device"}) {
+    const Json value = std::string(unused) == "split"    ? Json("x")
+                       : std::string(unused) == "device" ? Json("cuda")
+                                                         : Json(16);
+    EXPECT_EQ(failing_code(options("magnitude", {{"sparsity", 0.5}, {unused, value}})), usage) << unused;
+  }
   EXPECT_EQ(failing_code(options("depth", {{"remove", 4}, {"text", text}})), usage);
   EXPECT_EQ(failing_code(options("ffn-width", {{"ffn", 96}, {"text", text}})), usage);
   EXPECT_EQ(failing_code(options("ffn-width", {{"ffn", 65}, {"text", text}})), usage);  // 96 after rounding
@@ -233,6 +241,31 @@ TEST(PruneStage, LeavesTheUnfinishedWorkOfAnotherCommandAlone) {
   fs::rename(folder / "out.partial" / "training_state.safetensors", folder / "out.partial" / "prune.json.tmp-1");
   run_prune(options);
   EXPECT_FALSE(fs::exists(folder / "out" / "prune.json.tmp-1"));
+}
+
+// A whole model under the work folder's name may be a download of somebody's: only a manifest makes it ours.
+TEST(PruneStage, AWholeModelUnderTheWorkNameIsNotTakenForOurs) {
+  const Folder folder("download");
+  make_model(folder / "m");
+  make_model(folder / "out.partial", {.seed = 2});
+  const std::string weights = hash_file(folder / "out.partial" / "model.safetensors");
+  Json options = base(folder / "m", folder / "out", "magnitude");
+  options["sparsity"] = 0.5;
+  EXPECT_EQ(failing_code(options), ExitCode::kUsage);
+  EXPECT_EQ(hash_file(folder / "out.partial" / "model.safetensors"), weights);
+}
+
+TEST(PruneStage, KilledJustBeforeTheRenameIsRepeated) {
+  const Folder folder("late");
+  make_model(folder / "m");
+  Json options = with_text(base(folder / "m", folder / "out", "wanda"), folder / "text.txt");
+  options["sparsity"] = 0.5;
+  const auto whole = run_prune(options);
+  const std::string weights = hash_file(folder / "out" / "model.safetensors");
+  fs::rename(folder / "out", folder / "out.partial");
+  const auto again = run_prune(options);
+  EXPECT_EQ(hash_file(folder / "out" / "model.safetensors"), weights);
+  EXPECT_EQ(again.report.to_json(), whole.report.to_json());
 }
 
 TEST(PruneStage, TooLittleTextLeavesNothing) {
@@ -261,8 +294,11 @@ TEST(PruneStage, RefusesNaNAndLeavesNothing) {
     const float nan = NAN;
     stream.write(reinterpret_cast<const char*>(&nan), 4);
   }
-  for (const auto& [method, key, value] : std::vector<std::tuple<std::string, std::string, Json>>{
-           {"magnitude", "sparsity", 0.5}, {"wanda", "sparsity", 0.5}, {"depth", "remove", 1}, {"ffn-width", "ffn", 64}}) {
+  for (const auto& [method, key, value] :
+       std::vector<std::tuple<std::string, std::string, Json>>{{"magnitude", "sparsity", 0.5},
+                                                               {"wanda", "sparsity", 0.5},
+                                                               {"depth", "remove", 1},
+                                                               {"ffn-width", "ffn", 64}}) {
     Json options = with_text(base(folder / "m", folder / "out", method), folder / "text.txt");
     options[key] = value;
     try {
@@ -310,12 +346,17 @@ TEST(PruneStage, PlanAgreesWithWhatIsWritten) {
   given["ffn"] = 50;
   const Command command = prune_command();
   const Options options(command.options, given, "test");
-  const Json plan = command.plan(options);
-  EXPECT_GT(plan["peak_bytes"].get<std::uint64_t>(), 0u);
-  EXPECT_NE(plan["notes"].dump().find("64"), std::string::npos);
+  const PlannedModel input = planned_model(Checkpoint(folder / "m"));
+  const StagePlan plan = command.plan(options, input);
+  EXPECT_GT(plan.peak_bytes, 0u);
+  ASSERT_EQ(plan.notes.size(), 1u);
+  EXPECT_NE(plan.notes[0].find("64"), std::string::npos);
   run_prune(given);
-  EXPECT_EQ(plan["out_bytes"].get<std::uint64_t>(), Checkpoint(folder / "out").tensor_bytes());
-  EXPECT_THROW(command.plan(options), Error);  // the output exists now
+  const Checkpoint written(folder / "out");
+  EXPECT_EQ(plan.out_bytes, written.tensor_bytes());
+  EXPECT_EQ(plan.result.config.intermediate_size, written.config().intermediate_size);
+  EXPECT_EQ(plan.result.dtype, written.float_dtype());
+  EXPECT_THROW(command.plan(options, input), Error);  // the output exists now
 }
 
 }  // namespace

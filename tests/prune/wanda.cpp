@@ -22,7 +22,8 @@ std::vector<double> times(const Matrix& w, const std::vector<double>& x) {
   std::vector<double> y(static_cast<std::size_t>(w.rows), 0.0);
   for (std::int64_t i = 0; i < w.rows; ++i)
     for (std::int64_t j = 0; j < w.cols; ++j)
-      y[static_cast<std::size_t>(i)] += w.values[static_cast<std::size_t>(i * w.cols + j)] * x[static_cast<std::size_t>(j)];
+      y[static_cast<std::size_t>(i)] +=
+          w.values[static_cast<std::size_t>(i * w.cols + j)] * x[static_cast<std::size_t>(j)];
   return y;
 }
 
@@ -125,7 +126,8 @@ TEST(Wanda, BothBlocksEqualAnIndependentDoubleComputation) {
   const Matrix embedding = model.matrix("model.embed_tokens.weight");
   Rows hidden;
   for (const std::int32_t id : windows.ids)
-    hidden.emplace_back(embedding.values.begin() + id * embedding.cols, embedding.values.begin() + (id + 1) * embedding.cols);
+    hidden.emplace_back(embedding.values.begin() + id * embedding.cols,
+                        embedding.values.begin() + (id + 1) * embedding.cols);
   const auto apply = [](const Matrix& w, const Rows& x) {
     Rows y;
     for (const auto& row : x) y.push_back(times(w, row));

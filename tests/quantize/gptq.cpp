@@ -19,8 +19,9 @@ using testing::random_hessian;
 using testing::random_weight;
 
 // The literal algorithm in double: explicit inverse Hessian, one elimination per column, no blocks, no factor.
-std::vector<std::int8_t> literal_gptq(const std::vector<float>& weight, const QuantizedTensor& grid, const std::vector<double>& h,
-                                      const std::vector<std::int64_t>& order, bool keep_zeros) {
+std::vector<std::int8_t> literal_gptq(const std::vector<float>& weight, const QuantizedTensor& grid,
+                                      const std::vector<double>& h, const std::vector<std::int64_t>& order,
+                                      bool keep_zeros) {
   const std::int64_t rows = grid.rows, n = grid.cols, groups = grid.codec.groups(n), size = n / groups;
   const CodeRange range = code_range(grid.codec.kind);
   Eigen::MatrixXd damped(n, n);
@@ -31,7 +32,8 @@ std::vector<std::int8_t> literal_gptq(const std::vector<float>& weight, const Qu
     mean += damped(i, i);
     live += damped(i, i) > 0;
   }
-  for (std::int64_t i = 0; i < n; ++i) damped(i, i) = damped(i, i) > 0 ? damped(i, i) + 0.01 * mean / static_cast<double>(live) : 1.0;
+  for (std::int64_t i = 0; i < n; ++i)
+    damped(i, i) = damped(i, i) > 0 ? damped(i, i) + 0.01 * mean / static_cast<double>(live) : 1.0;
   Eigen::MatrixXd inverse = damped.inverse(), w(rows, n);
   for (std::int64_t r = 0; r < rows; ++r) {
     for (std::int64_t j = 0; j < n; ++j) w(r, j) = static_cast<double>(weight[static_cast<std::size_t>(r * n + j)]);
@@ -58,7 +60,8 @@ std::vector<std::int8_t> literal_gptq(const std::vector<float>& weight, const Qu
   return codes;
 }
 
-double layer_error(const std::vector<float>& weight, const QuantizedTensor& q, std::int64_t row, const std::vector<double>& h) {
+double layer_error(const std::vector<float>& weight, const QuantizedTensor& q, std::int64_t row,
+                   const std::vector<double>& h) {
   std::vector<float> unpacked(static_cast<std::size_t>(q.cols));
   q.unpack_row(row, unpacked.data());
   std::vector<double> d(unpacked.size());
@@ -76,9 +79,10 @@ struct Case {
 
 TEST(Gptq, EqualsTheLiteralAlgorithmCodeForCode) {
   std::mt19937_64 random(1);
-  for (const Case& c : {Case{"q4", 33, 64, false, false}, Case{"q4", 5, 160, true, false}, Case{"q4g128", 40, 256, true, false},
-                        Case{"q4a", 17, 96, false, false}, Case{"q4ag64", 9, 192, true, true}, Case{"q8c", 12, 172, true, false},
-                        Case{"q8", 7, 64, false, true}, Case{"q4", 20, 128, false, true}}) {
+  for (const Case& c :
+       {Case{"q4", 33, 64, false, false}, Case{"q4", 5, 160, true, false}, Case{"q4g128", 40, 256, true, false},
+        Case{"q4a", 17, 96, false, false}, Case{"q4ag64", 9, 192, true, true}, Case{"q8c", 12, 172, true, false},
+        Case{"q8", 7, 64, false, true}, Case{"q4", 20, 128, false, true}}) {
     std::vector<float> w = random_weight(random, c.rows, c.cols);
     if (c.pruned) {
       for (std::size_t i = 0; i < w.size(); i += 3) w[i] = 0.0f;
@@ -129,8 +133,8 @@ TEST(Gptq, PrunedWeightsStayExactlyZeroAndTheRestCompensates) {
     }
     ASSERT_TRUE(is_pruned(w));
     const std::vector<double> h = random_hessian(random, 128, 400);
-    const QuantizedTensor nearest =
-        round_to_nearest(w.data(), 30, 128, Codec::parse(codec, "t"), ScaleRule::kSearched, {h.data(), nullptr}, "w", 1);
+    const QuantizedTensor nearest = round_to_nearest(w.data(), 30, 128, Codec::parse(codec, "t"), ScaleRule::kSearched,
+                                                     {h.data(), nullptr}, "w", 1);
     const SweepFactor factor = factor_hessian(h, 128, {}, "w", 1);
     const GptqResult result = gptq(w.data(), nearest, h.data(), factor, true, 1);
     std::vector<float> back(w.size());
@@ -167,7 +171,8 @@ TEST(Gptq, LiesBetweenTheExhaustiveOptimumAndNearest) {
     double best = std::numeric_limits<double>::infinity();
     for (int combination = 0; combination < 65536; ++combination) {
       double d[4], error = 0;
-      for (int i = 0; i < 4; ++i) d[i] = static_cast<double>(live[static_cast<std::size_t>(i)]) - scale * ((combination >> (4 * i) & 15) - 8);
+      for (int i = 0; i < 4; ++i)
+        d[i] = static_cast<double>(live[static_cast<std::size_t>(i)]) - scale * ((combination >> (4 * i) & 15) - 8);
       for (int i = 0; i < 4; ++i) {
         for (int j = 0; j < 4; ++j) error += d[i] * small[static_cast<std::size_t>(i * 4 + j)] * d[j];
       }
@@ -190,9 +195,10 @@ TEST(Polish, EndsWhereNoSingleCodeCanBeImproved) {
     std::vector<float> w = random_weight(random, rows, cols);
     for (std::size_t i = 0; i < w.size(); i += 5) w[i] = 0.0f;
     std::vector<double> h = random_hessian(random, cols, 200);
-    for (std::int64_t j = 0; j < cols; ++j) h[static_cast<std::size_t>(7 * cols + j)] = h[static_cast<std::size_t>(j * cols + 7)] = 0;
-    const QuantizedTensor nearest =
-        round_to_nearest(w.data(), rows, cols, Codec::parse(codec, "t"), ScaleRule::kSearched, {h.data(), nullptr}, "w", 1);
+    for (std::int64_t j = 0; j < cols; ++j)
+      h[static_cast<std::size_t>(7 * cols + j)] = h[static_cast<std::size_t>(j * cols + 7)] = 0;
+    const QuantizedTensor nearest = round_to_nearest(w.data(), rows, cols, Codec::parse(codec, "t"),
+                                                     ScaleRule::kSearched, {h.data(), nullptr}, "w", 1);
     GptqResult result = gptq(w.data(), nearest, h.data(), factor_hessian(h, cols, {}, "w", 1), true, 1);
     QuantizedTensor twice = result.tensor;
     const double error = polish(w.data(), result.tensor, h.data(), true, 100, 2);
@@ -211,14 +217,17 @@ TEST(Polish, EndsWhereNoSingleCodeCanBeImproved) {
         std::int8_t& code = result.tensor.codes[static_cast<std::size_t>(j)];
         if (w[static_cast<std::size_t>(j)] == 0.0f) {
           const std::int64_t groups = nearest.codec.groups(cols);
-          const int zero = nearest.zeros.empty() ? 0 : nearest.zeros[static_cast<std::size_t>(r * groups + j % cols / (cols / groups))];
+          const int zero = nearest.zeros.empty()
+                               ? 0
+                               : nearest.zeros[static_cast<std::size_t>(r * groups + j % cols / (cols / groups))];
           ASSERT_EQ(code, zero);
           continue;
         }
         for (int change : {-1, 1}) {
           if (code + change < range.low || code + change > range.high) continue;
           code = static_cast<std::int8_t>(code + change);
-          ASSERT_GE(layer_error(w, result.tensor, r, h), own * (1 - 1e-6)) << codec << " row " << r << " column " << j % cols;
+          ASSERT_GE(layer_error(w, result.tensor, r, h), own * (1 - 1e-6))
+              << codec << " row " << r << " column " << j % cols;
           code = static_cast<std::int8_t>(code - change);
         }
       }

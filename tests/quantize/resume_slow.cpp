@@ -42,7 +42,8 @@ TEST(QuantizeResume, KilledAnywhereTheBytesAreTheSame) {
   const fs::path in = scratch / "in", whole = scratch / "whole", out = scratch / "out";
   ASSERT_EQ(wait_for(start([&] { testing::write_tiny(in, testing::tiny_config(6)); })), 0);
   const auto quantize = [&](const fs::path& to) {
-    testing::run_quantize({{"model", in.string()}, {"out", to.string()}, {"random-tokens", true}, {"samples", 24}, {"context", 64}});
+    testing::run_quantize(
+        {{"model", in.string()}, {"out", to.string()}, {"random-tokens", true}, {"samples", 24}, {"context", 64}});
   };
   const auto begin = std::chrono::steady_clock::now();
   ASSERT_EQ(wait_for(start([&] { quantize(whole); })), 0);
@@ -87,7 +88,8 @@ TEST(QuantizeResume, AnInterruptionIsExit130AndResumable) {
   ASSERT_EQ(wait_for(start([&] { testing::write_tiny(in, testing::tiny_config(6)); })), 0);
   const auto quantize = [&](const fs::path& to) {
     install_interrupt_handler();
-    testing::run_quantize({{"model", in.string()}, {"out", to.string()}, {"random-tokens", true}, {"samples", 64}, {"context", 64}});
+    testing::run_quantize(
+        {{"model", in.string()}, {"out", to.string()}, {"random-tokens", true}, {"samples", 64}, {"context", 64}});
   };
   ASSERT_EQ(wait_for(start([&] { quantize(whole); })), 0);
   const pid_t child = start([&] { quantize(out); });

@@ -65,8 +65,10 @@ TEST(Scales, SearchIsNeverWorseThanAbsmaxUnderItsObjective) {
       const Importance importance{objective == 2 ? h.data() : nullptr, objective >= 1 ? diag.data() : nullptr};
       const std::vector<double>& metric = objective == 0 ? squares
                                           : objective == 2 && size <= kBlockObjectiveLimit ? h : weighted;
-      const QuantizedTensor plain = round_to_nearest(w.data(), rows, cols, codec, ScaleRule::kAbsmax, importance, "w", 2);
-      const QuantizedTensor best = round_to_nearest(w.data(), rows, cols, codec, ScaleRule::kSearched, importance, "w", 2);
+      const QuantizedTensor plain =
+          round_to_nearest(w.data(), rows, cols, codec, ScaleRule::kAbsmax, importance, "w", 2);
+      const QuantizedTensor best =
+          round_to_nearest(w.data(), rows, cols, codec, ScaleRule::kSearched, importance, "w", 2);
       best.validate("w");
       double plain_sum = 0, best_sum = 0;
       for (std::int64_t r = 0; r < rows; ++r) {
@@ -80,7 +82,8 @@ TEST(Scales, SearchIsNeverWorseThanAbsmaxUnderItsObjective) {
       }
       EXPECT_LT(best_sum, plain_sum) << name;
       if (codec.kind != CodecKind::kQ8) {
-        EXPECT_LT(best_sum, (codec.kind == CodecKind::kQ4 ? 0.9 : 0.97) * plain_sum) << name << " objective " << objective;
+        EXPECT_LT(best_sum, (codec.kind == CodecKind::kQ4 ? 0.9 : 0.97) * plain_sum)
+            << name << " objective " << objective;
       }
     }
   }
@@ -114,14 +117,16 @@ TEST(Scales, SearchIsCloseToTheExhaustiveOptimum) {
   std::mt19937_64 random(4);
   const std::int64_t rows = 40, cols = 32;
   const std::vector<float> w = random_weight(random, rows, cols);
-  const QuantizedTensor q = round_to_nearest(w.data(), rows, cols, Codec::parse("q4", "t"), ScaleRule::kSearched, {}, "w", 1);
+  const QuantizedTensor q =
+      round_to_nearest(w.data(), rows, cols, Codec::parse("q4", "t"), ScaleRule::kSearched, {}, "w", 1);
   std::vector<double> identity(static_cast<std::size_t>(cols * cols), 0.0);
   for (std::int64_t i = 0; i < cols; ++i) identity[static_cast<std::size_t>(i * cols + i)] = 1.0;
   double found = 0, optimum = 0;
   for (std::int64_t r = 0; r < rows; ++r) {
     found += group_error(w, q, r, 0, cols, identity);
     double absmax = 0, best = std::numeric_limits<double>::infinity();
-    for (std::int64_t j = 0; j < cols; ++j) absmax = std::max(absmax, std::fabs(static_cast<double>(w[static_cast<std::size_t>(r * cols + j)])));
+    for (std::int64_t j = 0; j < cols; ++j)
+      absmax = std::max(absmax, std::fabs(static_cast<double>(w[static_cast<std::size_t>(r * cols + j)])));
     for (std::uint16_t bits = 1; bits < 0x7c00; ++bits) {
       const double scale = static_cast<double>(f16_to_f32(bits));
       if (scale < absmax / 40 || scale > absmax / 5) continue;
@@ -180,7 +185,8 @@ TEST(Scales, DamagedWeightsAreRefusedByName) {
     std::vector<float> w(64, 0.5f);
     w[40] = bad;
     try {
-      round_to_nearest(w.data(), 2, 32, Codec::parse("q4", "t"), ScaleRule::kSearched, {}, "model.layers.3.mlp.up_proj.weight", 1);
+      round_to_nearest(w.data(), 2, 32, Codec::parse("q4", "t"), ScaleRule::kSearched, {},
+                       "model.layers.3.mlp.up_proj.weight", 1);
       FAIL() << "accepted";
     } catch (const Error& error) {
       EXPECT_EQ(error.code(), ExitCode::kInput);
@@ -196,8 +202,10 @@ TEST(Scales, SameBitsAtAnyThreadCount) {
   const std::vector<double> h = random_hessian(random, 256, 300);
   for (const std::string& name : kCodecs) {
     const Codec codec = Codec::parse(name, "t");
-    const QuantizedTensor one = round_to_nearest(w.data(), 70, 256, codec, ScaleRule::kSearched, {h.data(), nullptr}, "w", 1);
-    const QuantizedTensor three = round_to_nearest(w.data(), 70, 256, codec, ScaleRule::kSearched, {h.data(), nullptr}, "w", 3);
+    const QuantizedTensor one =
+        round_to_nearest(w.data(), 70, 256, codec, ScaleRule::kSearched, {h.data(), nullptr}, "w", 1);
+    const QuantizedTensor three =
+        round_to_nearest(w.data(), 70, 256, codec, ScaleRule::kSearched, {h.data(), nullptr}, "w", 3);
     EXPECT_EQ(one.codes, three.codes);
     EXPECT_EQ(one.scales, three.scales);
     EXPECT_EQ(one.zeros, three.zeros);

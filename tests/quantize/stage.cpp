@@ -43,11 +43,15 @@ Error refused(const Json& given) {
 }
 
 TEST(QuantizeStage, StoriesGptqBeatsNearestOnEveryLinear) {
-  const fs::path model = kShared / "models" / "stories260K", text = kShared / "data" / "text" / "tinystories_sample.txt";
+  const fs::path model = kShared / "models" / "stories260K",
+                 text = kShared / "data" / "text" / "tinystories_sample.txt";
   if (!fs::exists(model) || !fs::exists(text)) GTEST_SKIP() << "SKIPPED: no stories260K beside the source folder";
   ScratchFolder scratch;
-  const Json result = run_quantize({{"model", model.string()}, {"out", (scratch / "out").string()}, {"text", {text.string()}},
-                                    {"samples", 8}, {"context", 128}});
+  const Json result = run_quantize({{"model", model.string()},
+                                    {"out", (scratch / "out").string()},
+                                    {"text", {text.string()}},
+                                    {"samples", 8},
+                                    {"context", 128}});
   int linears = 0, per_row = 0;
   for (const Json& row : result.at("linears")) {
     if (!row.contains("after")) continue;
@@ -86,12 +90,17 @@ TEST(QuantizeStage, SameBytesAtAnyThreadCount) {
   ScratchFolder scratch;
   write_tiny(scratch / "in", tiny_config(), "bfloat16");
   for (const char* method : {"gptq", "rtn", "rtn-absmax"}) {
-    Json given = {{"model", (scratch / "in").string()}, {"method", method}, {"random-tokens", true}, {"samples", 9}, {"context", 33}};
+    Json given = {{"model", (scratch / "in").string()},
+                  {"method", method},
+                  {"random-tokens", true},
+                  {"samples", 9},
+                  {"context", 33}};
     given["out"] = (scratch / (std::string(method) + "1")).string();
     run_quantize(given, 1);
     given["out"] = (scratch / (std::string(method) + "3")).string();
     run_quantize(given, 3);
-    EXPECT_EQ(folder_hash(scratch / (std::string(method) + "1")), folder_hash(scratch / (std::string(method) + "3"))) << method;
+    EXPECT_EQ(folder_hash(scratch / (std::string(method) + "1")), folder_hash(scratch / (std::string(method) + "3")))
+        << method;
   }
 }
 
@@ -101,13 +110,19 @@ TEST(QuantizeStage, EveryCodecAndThePolicy) {
   int number = 0;
   for (const char* codec : {"q4", "q4g64", "q4g128", "q4a", "q4ag64", "q8", "q8c"}) {
     const fs::path out = scratch / std::to_string(number++);
-    const Json result = run_quantize({{"model", (scratch / "in").string()}, {"out", out.string()}, {"codec", codec},
-                                      {"random-tokens", true}, {"samples", 8}, {"context", 32},
-                                      {"policy", {"model.layers.1.self_attn.*=q8", "*.0.mlp.up_proj=keep", "lm_head=q4"}}});
+    const Json result =
+        run_quantize({{"model", (scratch / "in").string()},
+                      {"out", out.string()},
+                      {"codec", codec},
+                      {"random-tokens", true},
+                      {"samples", 8},
+                      {"context", 32},
+                      {"policy", {"model.layers.1.self_attn.*=q8", "*.0.mlp.up_proj=keep", "lm_head=q4"}}});
     const Checkpoint quantized(out), original(scratch / "in");
     EXPECT_EQ(quantized.codec("model.layers.1.self_attn.v_proj.weight").name(), "q8");
     EXPECT_TRUE(quantized.codec("model.layers.0.mlp.up_proj.weight").is_float());
-    EXPECT_EQ(quantized.read_f32("model.layers.0.mlp.up_proj.weight"), original.read_f32("model.layers.0.mlp.up_proj.weight"));
+    EXPECT_EQ(quantized.read_f32("model.layers.0.mlp.up_proj.weight"),
+              original.read_f32("model.layers.0.mlp.up_proj.weight"));
     EXPECT_EQ(quantized.codec("lm_head.weight"), Codec::parse("q4", "t"));
     EXPECT_LT(result.at("layer_error").get<double>(), result.at("layer_error_before").get<double>()) << codec;
   }
@@ -154,9 +169,11 @@ TEST(QuantizeStage, RefusalsNameTheProblemAndLeaveNothing) {
   const std::string in = (scratch / "in").string(), out = (scratch / "out").string();
   write_tiny(in, tiny_config());
   EXPECT_EQ(refused({{"model", in}, {"out", out}}).code(), ExitCode::kUsage);  // gptq without text
-  EXPECT_EQ(refused({{"model", in}, {"out", out}, {"text", {(scratch / "none.txt").string()}}}).code(), ExitCode::kInput);
+  EXPECT_EQ(refused({{"model", in}, {"out", out}, {"text", {(scratch / "none.txt").string()}}}).code(),
+            ExitCode::kInput);
   EXPECT_EQ(refused({{"model", in}, {"out", out}, {"random-tokens", true}, {"context", 65}}).code(), ExitCode::kUsage);
-  const Error groups = refused({{"model", in}, {"out", out}, {"method", "rtn"}, {"codec", "q4g128"}, {"fallback", "none"}});
+  const Error groups =
+      refused({{"model", in}, {"out", out}, {"method", "rtn"}, {"codec", "q4g128"}, {"fallback", "none"}});
   EXPECT_EQ(groups.code(), ExitCode::kInput);
   EXPECT_NE(groups.found().find("model.layers.2.mlp.down_proj.weight"), std::string::npos);
   EXPECT_FALSE(fs::exists(out));
@@ -168,8 +185,9 @@ TEST(QuantizeStage, RefusalsNameTheProblemAndLeaveNothing) {
     write_tiny(scratch / "nan", tiny_config());
     break_weight(scratch / "nan", name);
     for (const char* method : {"gptq", "rtn"}) {
-      const Error damaged = refused({{"model", (scratch / "nan").string()}, {"out", out}, {"method", method},
-                                     {"random-tokens", std::string_view(method) == "gptq"}, {"samples", 2}});
+      Json given = {{"model", (scratch / "nan").string()}, {"out", out}, {"method", method}};
+      if (std::string_view(method) == "gptq") given.update({{"random-tokens", true}, {"samples", 2}});
+      const Error damaged = refused(given);
       EXPECT_EQ(damaged.code(), ExitCode::kInput) << name;
       EXPECT_EQ(damaged.place(), name) << damaged.what();
       EXPECT_FALSE(fs::exists(out + ".partial"));
@@ -200,20 +218,85 @@ TEST(QuantizeStage, AnotherCommandDoesNotContinueAnUnfinishedRun) {
   EXPECT_EQ(folder_hash(out), whole);
 }
 
+TEST(QuantizeStage, FilesOfSomethingElseAreNotTakenForWork) {
+  ScratchFolder scratch;
+  const std::string in = (scratch / "in").string(), out = (scratch / "out").string();
+  write_tiny(in, tiny_config());
+  fs::create_directories(out + ".partial");
+  write_text(out + ".partial/thesis.txt", "years");
+  EXPECT_EQ(refused({{"model", in}, {"out", out}, {"method", "rtn"}}).code(), ExitCode::kUsage);
+  EXPECT_EQ(read_text(out + ".partial/thesis.txt"), "years");
+  fs::rename(out + ".partial/thesis.txt", out + ".partial/quantize.json.tmp-1");  // what a kill leaves
+  run_quantize({{"model", in}, {"out", out}, {"method", "rtn"}});
+  EXPECT_FALSE(fs::exists(out + "/quantize.json.tmp-1"));
+}
+
 TEST(QuantizeStage, PlanAnnouncesSizesAndFallbacks) {
   ScratchFolder scratch;
   const std::string in = (scratch / "in").string();
   write_tiny(in, tiny_config());
   const Command command = quantize_command();
   const Json given = {{"model", in}, {"out", (scratch / "out").string()}, {"codec", "q4g64"}, {"random-tokens", true}};
-  const Json plan = command.plan(Options(command.options, given, "test"));
+  const StagePlan plan = command.plan(Options(command.options, given, "test"), planned_model(Checkpoint(in)));
   EXPECT_FALSE(fs::exists(scratch / "out.partial"));
-  ASSERT_GE(plan.at("notes").size(), 1u);
-  EXPECT_EQ(plan.at("notes").at(0), "mlp.down_proj (3 tensors): q4g64 does not divide 96 columns, q4g32 instead");
-  run_quantize({{"model", in}, {"out", (scratch / "out").string()}, {"codec", "q4g64"}, {"random-tokens", true}, {"samples", 4}});
+  ASSERT_GE(plan.notes.size(), 1u);
+  EXPECT_EQ(plan.notes.at(0), "mlp.down_proj (3 tensors): q4g64 does not divide 96 columns, q4g32 instead");
+  run_quantize({{"model", in},
+                {"out", (scratch / "out").string()},
+                {"codec", "q4g64"},
+                {"random-tokens", true},
+                {"samples", 4}});
   double bytes = 0;
-  for (const char* file : {"model.safetensors", "codes.pare"}) bytes += static_cast<double>(fs::file_size(scratch / "out" / file));
-  EXPECT_NEAR(plan.at("out_bytes").get<double>(), bytes, 0.1 * bytes);
+  for (const char* file : {"model.safetensors", "codes.pare"})
+    bytes += static_cast<double>(fs::file_size(scratch / "out" / file));
+  EXPECT_NEAR(static_cast<double>(plan.out_bytes), bytes, 0.1 * bytes);
+  const PlannedModel written = planned_model(Checkpoint(scratch / "out"));
+  EXPECT_TRUE(plan.result.quantized && written.quantized);
+  EXPECT_NEAR(static_cast<double>(plan.result.compact_bytes), static_cast<double>(written.compact_bytes),
+              0.02 * static_cast<double>(written.compact_bytes));
+}
+
+TEST(QuantizeStage, PlansOnTheAnnouncedModelNotOnTheFolder) {
+  ScratchFolder scratch;
+  const std::string in = (scratch / "in").string();
+  write_tiny(in, tiny_config());
+  const Command command = quantize_command();
+  const Options options(command.options, {{"model", in}, {"out", (scratch / "out").string()}, {"random-tokens", true}},
+                        "test");
+  PlannedModel input = planned_model(Checkpoint(in));
+  const StagePlan whole = command.plan(options, input);
+  input.config.num_layers -= 1;
+  const StagePlan shorter = command.plan(options, input);
+  EXPECT_LT(shorter.out_bytes, whole.out_bytes);
+  EXPECT_LT(shorter.seconds, whole.seconds);
+  EXPECT_EQ(shorter.result.config.num_layers, input.config.num_layers);
+  input.quantized = true;
+  EXPECT_THROW(command.plan(options, input), Error);
+}
+
+TEST(QuantizeStage, OptionsThatDoNothingAreRefused) {
+  ScratchFolder scratch;
+  const std::string in = (scratch / "in").string(), out = (scratch / "out").string();
+  write_tiny(in, tiny_config());
+  const std::vector<std::pair<Json, std::string>> cases = {
+      {{{"method", "rtn"}, {"polish", 3}}, "--polish"},
+      {{{"method", "rtn"}, {"damping", 0.1}}, "--damping"},
+      {{{"method", "rtn"}, {"samples", 3}}, "--samples"},
+      {{{"method", "rtn"}, {"context", 16}}, "--context"},
+      {{{"random-tokens", true}, {"split", "x"}}, "--split"},
+      {{{"random-tokens", true}, {"head-codec", "q4"}}, "--head-codec"}};
+  EXPECT_EQ(
+      refused({{"model", in}, {"out", out}, {"method", "rtn"}, {"codec", "keep"}, {"embedding-codec", "keep"}}).code(),
+      ExitCode::kUsage);
+  for (const auto& [options, name] : cases) {
+    Json given = options;
+    given["model"] = in;
+    given["out"] = out;
+    const Error error = refused(given);
+    EXPECT_EQ(error.code(), ExitCode::kUsage) << error.what();
+    EXPECT_NE(error.found().find(name + " has no use"), std::string::npos) << error.what();
+    EXPECT_FALSE(fs::exists(out + ".partial"));
+  }
 }
 
 }  // namespace

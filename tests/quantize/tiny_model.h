@@ -1,13 +1,12 @@
 // A random model folder, and the stage run on it. Include only from .cpp files (LibTorch headers).
 #pragma once
 
-#include <unistd.h>
-
 #include <string>
 
 #include "core/context.h"
 #include "model/decoder.h"
 #include "quantize/quantize.h"
+#include "tests/scratch.h"
 
 namespace pare::testing {
 
@@ -26,26 +25,7 @@ inline ModelConfig tiny_config(std::int64_t layers = 3, bool tied = true) {
   return config;
 }
 
-// An empty folder of this process, removed at the end.
-class ScratchFolder {
- public:
-  ScratchFolder() {
-    static int count = 0;
-    path_ = fs::temp_directory_path() / ("pare-quantize-" + std::to_string(getpid()) + "-" + std::to_string(count++));
-    fs::remove_all(path_);
-    fs::create_directories(path_);
-  }
-  ~ScratchFolder() {
-    std::error_code ignored;
-    fs::remove_all(path_, ignored);
-  }
-  ScratchFolder(const ScratchFolder&) = delete;
-  ScratchFolder& operator=(const ScratchFolder&) = delete;
-  fs::path operator/(const std::string& name) const { return path_ / name; }
-
- private:
-  fs::path path_;
-};
+using ScratchFolder = Scratch;
 
 inline void write_tiny(const fs::path& folder, const ModelConfig& config, const std::string& dtype = "float32",
                        const std::function<void(Decoder&)>& change = {}) {

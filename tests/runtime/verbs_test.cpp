@@ -19,12 +19,12 @@ class VerbsTest : public ::testing::Test {
                      {{"tokenizer.json", train_tokenizer({"once upon a time there was a time"}, training)}});
   }
   fs::path path() const { return scratch_.path / "m.pare"; }
-  Json call(const Command& command, Json given, std::uint64_t seed = 0) {
+  Json call(const Command& command, Json given, std::uint64_t seed = 0, int threads = 1) {
     given["model"] = path().string();
     Progress progress(true);
     Context context;
     context.json = context.quiet = true;
-    context.threads = 1;
+    context.threads = threads;
     context.seed = seed;
     context.progress = &progress;
     return command.run(Options(command.options, given, "test"), context);
@@ -68,7 +68,9 @@ TEST_F(VerbsTest, AnEmptyPromptStartsFromATokenOfTheFile) {
 }
 
 TEST_F(VerbsTest, BenchMeasuresEachThreadCount) {
-  const Json bench = call(bench_command(), {{"prompt", 40}, {"tokens", 5}, {"threads-list", "1,2"}, {"repeats", 2}});
+  const Json given = {{"prompt", 40}, {"tokens", 5}, {"threads-list", "1,2"}, {"repeats", 2}};
+  const Json bench = call(bench_command(), given, 0, 0);
+  EXPECT_THROW(call(bench_command(), given), Error);  // one number of threads and a list of them
   ASSERT_EQ(bench.at("results").size(), 2u);
   for (const Json& row : bench.at("results")) {
     EXPECT_GT(row.at("prefill_tokens_per_second").at("median").get<double>(), 0);
@@ -77,7 +79,7 @@ TEST_F(VerbsTest, BenchMeasuresEachThreadCount) {
   }
   EXPECT_EQ(bench.at("results").at(1).at("threads"), 2);
   for (const char* bad : {"", "0", "1,", "1,x", "-1", "1 2"}) {
-    EXPECT_THROW(call(bench_command(), {{"threads-list", bad}}), Error) << bad;
+    EXPECT_THROW(call(bench_command(), {{"threads-list", bad}}, 0, 0), Error) << bad;
   }
   EXPECT_THROW(call(bench_command(), {{"prompt", 301}}), Error);
 }

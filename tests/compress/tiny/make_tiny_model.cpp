@@ -11,13 +11,17 @@
 
 int main(int argc, char** argv) {
   if (argc < 2) {
-    std::fputs("usage: make_tiny_model OUT [layers] [intermediate] [seed] | --text FILE [documents] [seed] | --json-object FILE\n", stderr);
+    std::fputs(
+        "usage: make_tiny_model OUT [layers] [intermediate] [seed] | --text FILE [documents] [seed] | --json-object "
+        "FILE\n",
+        stderr);
     return 2;
   }
   const auto number = [&](int i, long long fallback) { return argc > i ? std::atoll(argv[i]) : fallback; };
   try {
     if (std::string(argv[1]) == "--text" && argc > 2) {
-      pare::write_text(argv[2], pare::testing::tiny_text(static_cast<std::uint64_t>(number(4, 3)), static_cast<int>(number(3, 40))));
+      pare::write_text(
+          argv[2], pare::testing::tiny_text(static_cast<std::uint64_t>(number(4, 3)), static_cast<int>(number(3, 40))));
       return 0;
     }
     if (std::string(argv[1]) == "--json-object" && argc > 2) return pare::read_json(argv[2]).is_object() ? 0 : 1;

@@ -1,0 +1,176 @@
+// tokenizer.json -> the keys from which llama.cpp builds its own tokenizer (llama-vocab.cpp, convert_hf_to_gguf.py).
+#include <algorithm>
+#include <map>
+
+#include "compress/export/gguf_export.h"
+#include "core/error.h"
+#include "core/tokenizer.h"
+
+namespace pare {
+namespace {
+
+// llama.cpp's token types.
+enum TokenType : std::int32_t { kNormal = 1, kUnknown = 2, kControl = 3, kUserDefined = 4, kUnused = 5, kByte = 6 };
+
+constexpr const char* kLlama3Pattern =
+    R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
+constexpr const char* kQwen2Pattern =
+    R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
+
+std::string type_of(const Json& component) {
+  return component.is_object() ? component.value("type", std::string()) : std::string();
+}
+
+// A Sequence as its members, anything else as itself.
+std::vector<Json> members(const Json& component, const char* key) {
+  if (component.is_null()) return {};
+  if (type_of(component) == "Sequence") return component.at(key).get<std::vector<Json>>();
+  return {component};
+}
+
+// llama.cpp knows pre-tokenizers by name; an unknown one would split text differently without a word.
+std::string pre_tokenizer_name(const Json& tokenizer, const std::string& place) {
+  const auto parts = members(tokenizer.value("pre_tokenizer", Json()), "pretokenizers");
+  const auto byte_level = [](const Json& part, bool regex) {
+    return type_of(part) == "ByteLevel" && part.value("use_regex", true) == regex &&
+           !part.value("add_prefix_space", true);
+  };
+  const auto split = [](const Json& part, const char* pattern) {
+    return type_of(part) == "Split" && part.value("behavior", std::string()) == "Isolated" &&
+           part.value("pattern", Json::object()).value("Regex", std::string()) == pattern;
+  };
+  const bool ignore_merges = tokenizer.at("model").value("ignore_merges", false);
+  if (parts.size() == 1 && byte_level(parts[0], true)) return "gpt-2";
+  if (parts.size() == 2 && type_of(parts[0]) == "Digits" && parts[0].value("individual_digits", false) &&
+      byte_level(parts[1], true))
+    return "smollm";
+  if (parts.size() == 2 && byte_level(parts[1], false)) {
+    if (split(parts[0], kLlama3Pattern) && ignore_merges) return "llama-bpe";
+    if (split(parts[0], kQwen2Pattern) && !ignore_merges) return "qwen2";
+  }
+  throw input_error(place, "a pre-tokenizer that llama.cpp knows by name (GPT-2, SmolLM, Llama 3, Qwen 2)",
+                    tokenizer.value("pre_tokenizer", Json()).dump().substr(0, 200),
+                    "export --to compact carries every tokenizer");
+}
+
+bool adds_space_prefix(const Json& tokenizer) {
+  for (const Json& part : members(tokenizer.value("normalizer", Json()), "normalizers"))
+    if (type_of(part) == "Prepend") return true;
+  for (const Json& part : members(tokenizer.value("pre_tokenizer", Json()), "pretokenizers"))
+    if (type_of(part) == "Metaspace") return part.value("prepend_scheme", std::string("always")) != "never";
+  return false;
+}
+
+std::vector<std::pair<std::string, std::string>> merges_of(const Json& model) {
+  std::vector<std::pair<std::string, std::string>> merges;
+  for (const Json& merge : model.at("merges")) {
+    if (merge.is_array()) {
+      merges.emplace_back(merge.at(0).get<std::string>(), merge.at(1).get<std::string>());
+      continue;
+    }
+    const auto text = merge.get<std::string>();
+    const auto space = text.find(' ');
+    merges.emplace_back(text.substr(0, space), text.substr(space + 1));
+  }
+  return merges;
+}
+
+bool is_byte_piece(const std::string& piece) {
+  return piece.size() == 6 && piece.starts_with("<0x") && piece.back() == '>';
+}
+
+std::string chat_template(const fs::path& folder) {
+  if (fs::is_regular_file(folder / "chat_template.jinja")) return read_text(folder / "chat_template.jinja");
+  if (!fs::is_regular_file(folder / "tokenizer_config.json")) return "";
+  const Json config = read_json(folder / "tokenizer_config.json");
+  const auto found = config.find("chat_template");
+  return found != config.end() && found->is_string() ? found->get<std::string>() : std::string();
+}
+
+}  // namespace
+
+std::vector<std::pair<std::string, GgufValue>> gguf_tokenizer(const fs::path& folder, const ModelConfig& config,
+                                                              std::vector<std::string>& notes) {
+  const std::string place = (folder / "tokenizer.json").string();
+  const Tokenizer tokenizer = Tokenizer::from_file(folder / "tokenizer.json");  // refuses what is malformed
+  const Json json = read_json(folder / "tokenizer.json");
+  const Json& model = json.at("model");
+  const bool sentencepiece = model.value("byte_fallback", false);
+
+  const auto rows = static_cast<std::size_t>(config.vocab_size);
+  if (tokenizer.size() > config.vocab_size)
+    throw input_error(place, "at most " + std::to_string(rows) + " tokens, the rows of the embedding",
+                      std::to_string(tokenizer.size()));
+  std::vector<std::string> tokens(rows);
+  std::vector<std::int32_t> types(rows, kUnused);
+  std::vector<float> scores(rows, 0.0f);
+  for (std::size_t i = 0; i < rows; ++i) tokens[i] = "[PAD" + std::to_string(i) + "]";
+  for (const auto& [piece, id] : model.at("vocab").items()) {
+    const auto at = id.get<std::size_t>();
+    tokens[at] = piece;
+    types[at] = sentencepiece && is_byte_piece(piece) ? kByte : kNormal;
+  }
+  const std::string unknown =
+      model.contains("unk_token") && model["unk_token"].is_string() ? model["unk_token"].get<std::string>() : "";
+  for (const Json& added : json.value("added_tokens", Json::array())) {
+    const auto at = added.at("id").get<std::size_t>();
+    tokens[at] = added.at("content").get<std::string>();
+    types[at] = added.value("special", false) ? kControl : kUserDefined;
+  }
+
+  std::vector<std::pair<std::string, GgufValue>> out;
+  const auto merges = merges_of(model);
+  out.emplace_back("tokenizer.ggml.model", std::string(sentencepiece ? "llama" : "gpt2"));
+  if (sentencepiece) {
+    if (!unknown.empty() && tokenizer.id(unknown) >= 0)
+      types[static_cast<std::size_t>(tokenizer.id(unknown))] = kUnknown;
+    // SentencePiece merges the pair whose result has the highest score; the order of merges is the order of scores.
+    std::map<std::string, float, std::less<>> rank;
+    for (std::size_t i = 0; i < merges.size(); ++i)
+      rank.emplace(merges[i].first + merges[i].second, -static_cast<float>(i));
+    for (std::size_t i = 0; i < rows; ++i) {
+      if (types[i] != kNormal) continue;
+      const auto found = rank.find(tokens[i]);
+      scores[i] = found != rank.end() ? found->second : -static_cast<float>(merges.size() + i);
+    }
+    out.emplace_back("tokenizer.ggml.pre", std::string("default"));
+  } else {
+    out.emplace_back("tokenizer.ggml.pre", pre_tokenizer_name(json, place));
+    if (!json.value("normalizer", Json()).is_null())
+      notes.push_back("llama.cpp does not apply the tokenizer's " + type_of(json["normalizer"]) + " normalizer");
+  }
+  out.emplace_back("tokenizer.ggml.tokens", tokens);
+  out.emplace_back("tokenizer.ggml.token_type", types);
+  if (sentencepiece) {
+    out.emplace_back("tokenizer.ggml.scores", scores);
+    out.emplace_back("tokenizer.ggml.add_space_prefix", adds_space_prefix(json));
+  } else {
+    std::vector<std::string> lines;
+    for (const auto& [left, right] : merges) lines.push_back(left + " " + right);
+    out.emplace_back("tokenizer.ggml.merges", lines);
+  }
+
+  const auto named = [&](const char* key) -> std::optional<std::int64_t> {
+    const auto found = config.source.find(key);
+    if (found == config.source.end() || !found->is_number_integer()) return std::nullopt;
+    return found->get<std::int64_t>();
+  };
+  const auto identifier = [&](const char* key, std::optional<std::int64_t> id) {
+    if (id && *id >= 0 && *id < config.vocab_size) out.emplace_back(key, static_cast<std::uint32_t>(*id));
+  };
+  const auto prefix = tokenizer.prefix_ids();
+  identifier("tokenizer.ggml.bos_token_id",
+             prefix.empty() ? named("bos_token_id") : std::optional<std::int64_t>(prefix[0]));
+  identifier("tokenizer.ggml.eos_token_id", config.eos_ids.empty() ? named("eos_token_id") : config.eos_ids[0]);
+  if (!unknown.empty()) identifier("tokenizer.ggml.unknown_token_id", tokenizer.id(unknown));
+  identifier("tokenizer.ggml.padding_token_id", named("pad_token_id"));
+  const auto bare = tokenizer.encode("a", false), dressed = tokenizer.encode("a", true);
+  if (prefix.size() > 1 || dressed.size() > prefix.size() + bare.size() + 1)
+    throw input_error(place, "a post-processor that adds at most one token before and one after the text", "more");
+  out.emplace_back("tokenizer.ggml.add_bos_token", !prefix.empty());
+  out.emplace_back("tokenizer.ggml.add_eos_token", dressed.size() > prefix.size() + bare.size());
+  if (const std::string text = chat_template(folder); !text.empty()) out.emplace_back("tokenizer.chat_template", text);
+  return out;
+}
+
+}  // namespace pare
