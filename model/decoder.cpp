@@ -186,21 +186,30 @@ Tensor DecoderBlockImpl::mlp_output(const Tensor& hidden, const Tensor& mix) {
   return add(hidden, project(mix, down_.weight, down_.bias), post_mlp_norm_);
 }
 
-Tensor DecoderBlockImpl::expert_output(const Tensor& hidden, const Tensor& normed) {
+Tensor DecoderBlockImpl::expert_shares(const Tensor& normed) {
   const Tensor x = normed.reshape({-1, config_.hidden_size});
-  const auto type = hidden.scalar_type();
+  const auto type = x.scalar_type() == torch::kBFloat16 ? torch::kFloat : x.scalar_type();
   const auto [share, chosen] =
       torch::softmax(project(x, router_, Tensor()).to(type), -1).topk(config_.experts.per_token, -1);
   const Tensor weights = config_.experts.renormalize ? share / share.sum(-1, true) : share;
+  return torch::zeros({x.size(0), config_.experts.count}, weights.options()).scatter(1, chosen, weights);
+}
+
+Tensor DecoderBlockImpl::expert_mix(const Tensor& rows, std::int64_t expert) {
+  const Expert& e = experts_[static_cast<std::size_t>(expert)];
+  return gated(project(rows, torch::cat({e.gate, e.up}, 0), Tensor()));
+}
+
+Tensor DecoderBlockImpl::expert_output(const Tensor& hidden, const Tensor& normed) {
+  const Tensor x = normed.reshape({-1, config_.hidden_size});
+  const Tensor shares = expert_shares(normed);
   Tensor sum = torch::zeros({x.size(0), config_.hidden_size}, hidden.options());
-  for (std::size_t e = 0; e < experts_.size(); ++e) {
-    const Tensor here = chosen.eq(static_cast<std::int64_t>(e));
-    const Tensor rows = here.any(1).nonzero().squeeze(1);
+  for (std::int64_t e = 0; e < config_.experts.count; ++e) {
+    const Tensor share = shares.select(1, e);
+    const Tensor rows = share.detach().nonzero().squeeze(1);
     if (rows.numel() == 0) continue;
-    const Expert& expert = experts_[e];
-    const Tensor mix = gated(project(x.index_select(0, rows), torch::cat({expert.gate, expert.up}, 0), Tensor()));
-    const Tensor weight = (weights * here.to(type)).sum(1, true).index_select(0, rows);
-    sum = sum.index_add(0, rows, project(mix, expert.down, Tensor()).to(type) * weight);
+    const Tensor out = project(expert_mix(x.index_select(0, rows), e), experts_[static_cast<std::size_t>(e)].down, {});
+    sum = sum.index_add(0, rows, (out * share.index_select(0, rows).unsqueeze(1)).to(hidden.scalar_type()));
   }
   return residual_add(hidden, sum.view(hidden.sizes()));
 }

@@ -40,8 +40,12 @@ class DecoderBlockImpl : public torch::nn::Module {
   torch::Tensor mlp_mix(const torch::Tensor& normed);                                    // act(gate) * up, input of down_proj
   torch::Tensor mlp_output(const torch::Tensor& hidden, const torch::Tensor& mix);       // hidden + down_proj(mix)
 
+  bool has_experts() const { return !experts_.empty(); }
   torch::Tensor expert_output(const torch::Tensor& hidden,
                               const torch::Tensor& normed);  // hidden + chosen experts(normed)
+  // What each token's output of each expert is multiplied by [tokens, experts]; 0 where the expert is not chosen.
+  torch::Tensor expert_shares(const torch::Tensor& normed);
+  torch::Tensor expert_mix(const torch::Tensor& rows, std::int64_t expert);  // act(gate) * up of rows [n, hidden_size]
 
   torch::Tensor weight(const std::string& module) const;  // "self_attn.q_proj" -> the parameter itself
   int layer() const { return layer_; }
