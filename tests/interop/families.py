@@ -3,7 +3,8 @@
 of the golden files; a folder that pare quantized to q8c loads too and stays close. Models and weights are those of
 tests/golden/make_families.py.
 
-usage: families.py PARE [NAME ...]     exit code 1 on any difference, 77 when transformers is missing"""
+usage: families.py PARE [NAME ...] [--json FILE]     exit code 1 on any difference, 77 when transformers is missing
+--json: {NAME: largest difference of the saved folder's logits, null where something failed}"""
 import json
 import os
 import pathlib
@@ -58,7 +59,11 @@ def main():
     pare, failed = os.path.abspath(sys.argv[1]), 0
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    for name in sys.argv[2:] or make_families.CASES:
+    names, results = sys.argv[2:], {}
+    out = pathlib.Path(names.pop(names.index("--json") + 1)) if "--json" in names else None
+    names = [name for name in names if name != "--json"]
+    for name in names or make_families.CASES:
+        saved = None
         with tempfile.TemporaryDirectory() as work:
             try:
                 saved, q8 = check(pare, name, pathlib.Path(work))
@@ -69,6 +74,9 @@ def main():
                 good, text = False, f"{type(problem).__name__}: {str(problem)[-400:]}"
         print(f"{'ok' if good else 'FAILED':6} {name}: {text}")
         failed += not good
+        results[name] = saved if good else None
+    if out:
+        out.write_text(json.dumps(results))
     return 1 if failed else 0
 
 

@@ -53,8 +53,14 @@ class FamilyGolden : public ::testing::TestWithParam<std::string> {
     export_compact(Checkpoint(model), options, run.context);
     return options.out;
   }
+  // The largest of a test, for the table of tests/bench/families_table.py.
+  void record(double difference) {
+    largest_ = std::max(largest_, difference);
+    RecordProperty("difference", std::to_string(largest_ * 1e6));
+  }
   Folder folder_;
   Json golden_;
+  double largest_ = 0;
 };
 
 std::shared_ptr<const Engine> exact_engine(const fs::path& file, int threads = 1) {
@@ -66,15 +72,21 @@ std::shared_ptr<const Engine> exact_engine(const fs::path& file, int threads = 1
 
 TEST_P(FamilyGolden, LibTorchLogitsAreThoseOfTransformers) {
   const auto source = torch_logits(Checkpoint(folder_ / "model"), "cpu");
-  for (const Text& text : texts_of(golden_))
-    EXPECT_LT(largest_difference(*source, text), 1e-4) << text.ids.size() << " tokens";
+  for (const Text& text : texts_of(golden_)) {
+    const double difference = largest_difference(*source, text);
+    EXPECT_LT(difference, 1e-4) << text.ids.size() << " tokens";
+    record(difference);
+  }
 }
 
 TEST_P(FamilyGolden, RuntimeLogitsAreThoseOfTransformers) {
   for (const int threads : {1, 2}) {
     const auto source = runtime_logits(exact_engine(exported(folder_ / "model"), threads));
-    for (const Text& text : texts_of(golden_))
-      EXPECT_LT(largest_difference(*source, text), 1e-3) << text.ids.size() << " tokens, " << threads << " threads";
+    for (const Text& text : texts_of(golden_)) {
+      const double difference = largest_difference(*source, text);
+      EXPECT_LT(difference, 1e-3) << text.ids.size() << " tokens, " << threads << " threads";
+      record(difference);
+    }
     fs::remove(folder_ / "model-f32.pare");
   }
 }
@@ -99,6 +111,7 @@ TEST_P(FamilyGolden, IncrementalDecodingEqualsPrefill) {
       for (std::size_t i = 0; i < vocab; ++i)
         largest = std::max(largest, static_cast<double>(std::abs(step[i] - whole[i])));
       ASSERT_LT(largest, 1e-3) << "position " << at << ", pieces of " << piece;
+      record(largest);
     }
   }
 }

@@ -1,0 +1,179 @@
+// The whole chain on the tiny models of every family: prune, quantize, export, verify, run.
+#include "tests/model/families.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+
+#include "core/compact.h"
+#include "core/context.h"
+#include "core/tokenizer.h"
+#include "model/logits.h"
+#include "prune/prune.h"
+#include "quantize/quantize.h"
+#include "runtime/engine.h"
+#include "runtime/export.h"
+#include "tests/scratch.h"
+
+namespace pare {
+namespace {
+
+Json run_stage(const Command& command, const Json& given) {
+  Progress progress(true);
+  Context context;
+  context.json = true;
+  context.quiet = true;
+  context.threads = 1;
+  context.progress = &progress;
+  return command.run(Options(command.options, given, "test"), context);
+}
+
+std::vector<float> all_logits(LogitsSource& source, std::span<const std::int32_t> ids) {
+  std::vector<float> logits(ids.size() * static_cast<std::size_t>(source.vocab_size()));
+  source.begin(ids);
+  source.logits(0, static_cast<std::int64_t>(ids.size()), logits.data());
+  return logits;
+}
+
+double largest_difference(const std::vector<float>& a, const std::vector<float>& b) {
+  double largest = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    const double difference = std::abs(static_cast<double>(a[i]) - static_cast<double>(b[i]));
+    if (!(difference <= largest)) largest = difference;  // NaN stays
+  }
+  return largest;
+}
+
+// |a - b| over |b| of whole sets of logits.
+double relative_difference(const std::vector<float>& a, const std::vector<float>& b) {
+  double difference = 0, power = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    difference += std::pow(static_cast<double>(a[i]) - static_cast<double>(b[i]), 2);
+    power += std::pow(static_cast<double>(b[i]), 2);
+  }
+  return std::sqrt(difference / power);
+}
+
+class FamilyChain : public ::testing::TestWithParam<std::string> {
+ protected:
+  FamilyChain()
+      : scratch_("chain"), golden_(read_json(testing::golden_families() / (GetParam() + ".json"))) {
+    for (const Json& id : golden_.at("texts").back().at("ids")) ids_.push_back(id.get<std::int32_t>());
+  }
+  fs::path file_of(const fs::path& model) const {
+    Progress progress(true);
+    Context context;
+    context.progress = &progress;
+    ExportOptions options;
+    options.out = model.string() + ".pare";
+    export_compact(Checkpoint(model), options, context);
+    return options.out;
+  }
+  // Logits of the folder by LibTorch and of its file by the runtime; both from the same codes.
+  std::pair<std::vector<float>, std::vector<float>> both(const fs::path& model) const {
+    const auto torch = torch_logits(Checkpoint(model), "cpu");
+    EngineOptions options;
+    options.threads = 1;
+    options.int8_activations = false;
+    const auto runtime = runtime_logits(Engine::open(file_of(model), options));
+    return {all_logits(*torch, ids_), all_logits(*runtime, ids_)};
+  }
+  testing::Scratch scratch_;
+  Json golden_;
+  std::vector<std::int32_t> ids_;
+};
+
+TEST_P(FamilyChain, GptqExportVerifyRun) {
+  const fs::path model = scratch_ / "model", small = scratch_ / "small";
+  testing::make_family_folder(golden_.at("config"), model);
+  const ModelConfig config = Checkpoint(model).config();
+  const Json result = run_stage(quantize_command(),
+                                {{"model", model.string()},
+                                 {"out", small.string()},
+                                 {"codec", "q4"},
+                                 {"random-tokens", true},
+                                 {"samples", 24},
+                                 {"context", std::min<std::int64_t>(48, config.max_position_embeddings)}});
+  EXPECT_LT(result.at("layer_error").get<double>(), result.at("layer_error_before").get<double>());
+  const Checkpoint quantized(small);
+  std::map<CodecKind, int> codecs;
+  for (const TensorSpec& spec : quantized.tensors()) ++codecs[quantized.codec(spec.name).kind];
+  EXPECT_GT(codecs[CodecKind::kQ4], 0);
+
+  const auto [folder, file] = both(small);
+  EXPECT_LT(largest_difference(folder, file), 1e-3) << "the file computes what the folder says";
+  const auto original = torch_logits(Checkpoint(model), "cpu");
+  const double off = relative_difference(folder, all_logits(*original, ids_));
+  EXPECT_GT(off, 0.0);
+  EXPECT_LT(off, 0.5) << "four bits, but the same model";
+  RecordProperty("difference", std::to_string(largest_difference(folder, file) * 1e6));
+
+  const fs::path compact = small.string() + ".pare";
+  EXPECT_TRUE(CompactFile(compact).verify().empty());
+  // As users run it: int8 activations, greedy, from a prompt to beyond any window and LongRoPE's switch.
+  EngineOptions options;
+  options.threads = 2;
+  Session session(Engine::open(compact, options));
+  std::vector<float> row(static_cast<std::size_t>(config.vocab_size));
+  std::vector<std::int32_t> next(ids_.begin(), ids_.begin() + 4);
+  const std::int64_t length = std::min<std::int64_t>(56, config.max_position_embeddings);
+  while (session.position() + static_cast<std::int64_t>(next.size()) <= length) {
+    session.feed(next);
+    session.logits(static_cast<std::int64_t>(next.size()) - 1, 1, row.data());
+    for (const float x : row) ASSERT_TRUE(std::isfinite(x));
+    next = {static_cast<std::int32_t>(std::max_element(row.begin(), row.end()) - row.begin())};
+  }
+  EXPECT_EQ(session.position(), length);
+}
+
+// The methods that change the shape, on a model whose tokenizer can read text; what is left runs in both forwards.
+TEST_P(FamilyChain, PrunedInDepthAndWidthBothForwardsAgree) {
+  const fs::path model = scratch_ / "model";
+  Json json = golden_.at("config");
+  json["vocab_size"] = 300;
+  testing::make_family_folder(json, model);
+  std::string text;
+  for (int i = 0; i < 300; ++i) text += "the " + std::to_string(i * 7919 % 1000) + " small models run here\n";
+  TokenizerTraining training;
+  training.vocab_size = 300;
+  write_text(model / "tokenizer.json", train_tokenizer({text}, training));
+  write_text(scratch_ / "text.txt", text);
+  const ModelConfig config = Checkpoint(model).config();
+  const auto prune = [&](const std::string& method, const Json& more) {
+    Json given = {{"model", model.string()}, {"out", (scratch_ / method).string()}, {"method", method},
+                  {"text", {(scratch_ / "text.txt").string()}}, {"samples", 6}, {"context", 40}};
+    given.update(more);
+    return run_stage(prune_command(), given);
+  };
+  prune("depth", {{"remove", 1}});
+  prune("wanda", {{"sparsity", 0.25}});
+  std::vector<std::string> methods = {"depth", "wanda"};
+  EXPECT_EQ(Checkpoint(scratch_ / "depth").config().num_layers, config.num_layers - 1);
+  const Json narrower = {{"ffn", 16}, {"multiple-of", 16}};
+  if (config.has_experts()) {
+    try {
+      prune("ffn-width", narrower);
+      ADD_FAILURE() << "experts have no common width to prune";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ExitCode::kUsage);
+      EXPECT_NE(std::string(error.what()).find("experts"), std::string::npos) << error.what();
+    }
+    EXPECT_FALSE(fs::exists(scratch_ / "ffn-width"));
+  } else {
+    prune("ffn-width", narrower);
+    methods.push_back("ffn-width");
+    EXPECT_EQ(Checkpoint(scratch_ / "ffn-width").config().intermediate_size, 16);
+  }
+  for (const std::string& method : methods) {
+    const auto [folder, file] = both(scratch_ / method);
+    EXPECT_LT(largest_difference(folder, file), 1e-3) << method;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Goldens, FamilyChain, ::testing::ValuesIn(testing::family_names()),
+                         [](const auto& info) { return info.param; });
+
+}  // namespace
+}  // namespace pare
