@@ -189,6 +189,7 @@ StagePlan plan_distill(const Options& o, const PlannedModel& input) {
   ModelConfig student = input.config;
   if (o.has("keep-layers"))
     student = with_layers(student, parse_layers(o.get<std::string>("keep-layers"), teacher.num_layers));
+  if (o.has("ffn")) require_one_mlp(teacher);
   if (o.has("ffn")) student.intermediate_size = std::min(o.get<std::int64_t>("ffn"), teacher.intermediate_size);
   const TrainerSettings s = trainer_settings(o, student);
   const double own = static_cast<double>(parameter_count(student)), taught = static_cast<double>(parameter_count(teacher));

@@ -53,6 +53,12 @@ std::vector<int> parse_layers(const std::string& text, std::int64_t num_layers) 
   return layers;
 }
 
+void require_one_mlp(const ModelConfig& teacher) {
+  if (teacher.has_experts())
+    throw usage_error("--ffn", "a teacher with one MLP a block", std::to_string(teacher.experts.count) + " experts",
+                      "leave out --ffn; --keep-layers works");
+}
+
 Decoder cut_student(Decoder& teacher, const std::vector<int>& kept, std::int64_t ffn) {
   const torch::NoGradGuard no_grad;
   ModelConfig config = teacher->config();
@@ -65,9 +71,7 @@ Decoder cut_student(Decoder& teacher, const std::vector<int>& kept, std::int64_t
     throw usage_error("--ffn", "at most " + std::to_string(config.intermediate_size) + " neurons (the teacher's)",
                       std::to_string(ffn));
   const bool narrower = ffn > 0 && ffn < config.intermediate_size;
-  if (narrower && config.has_experts())
-    throw usage_error("--ffn", "a teacher with one MLP a block", std::to_string(config.experts.count) + " experts",
-                      "leave out --ffn; --keep-layers works");
+  if (narrower) require_one_mlp(config);
   const std::int64_t teacher_width = config.intermediate_size;
   config = with_layers(config, layers);
   if (narrower) config.intermediate_size = ffn;

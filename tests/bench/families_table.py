@@ -42,9 +42,15 @@ def test_results(build, program, work):
 
 def reload_results(build, work):
     out = work / "interop.json"
-    subprocess.run([os.environ.get("PARE_PYTHON", "python3"), ROOT / "tests/interop/families.py", build / "pare",
+    subprocess.run([os.environ.get("PARE_PYTHON", "python3"), ROOT / "tests/interop/families.py", build,
                     "--json", out], stdout=subprocess.DEVNULL)
     return json.loads(out.read_text())
+
+
+def cell(differences):
+    if None in differences:
+        return "FAILED"
+    return "same bits" if max(differences) == 0 else f"{max(differences):.0e}"
 
 
 def main():
@@ -65,12 +71,13 @@ def main():
             found = {name: reloaded[name] if source is None else results[source[0]][source[1], name]
                      for name in goldens[family]}
             raw.setdefault(column, {}).update(found)
-            row.append("FAILED" if None in found.values() else f"{max(found.values()):.0e}")
+            row.append(cell(found.values()))
         table.append(row)
     if set(goldens) != set(FAMILIES):
         sys.exit(f"goldens of {sorted(set(goldens) ^ set(FAMILIES))} have no row or no goldens")
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    OUT.write_text(json.dumps({"command": "python3 tests/bench/families_table.py build", "commit": commit.stdout.strip(),
+    OUT.write_text(json.dumps({"command": "python3 tests/bench/families_table.py build",
+                               "commit": commit.stdout.strip(),
                                "machine": f"{platform.system()} {platform.machine()}",
                                "unit": "largest difference between two logits", "differences": raw,
                                "columns": ["family", "tiny models", *COLUMNS], "table": table}, indent=1) + "\n")

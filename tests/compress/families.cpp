@@ -10,6 +10,8 @@
 #include "core/compact.h"
 #include "core/context.h"
 #include "core/tokenizer.h"
+#include "distill/student.h"
+#include "model/decoder.h"
 #include "model/logits.h"
 #include "prune/prune.h"
 #include "quantize/quantize.h"
@@ -44,6 +46,21 @@ double largest_difference(const std::vector<float>& a, const std::vector<float>&
     if (!(difference <= largest)) largest = difference;  // NaN stays
   }
   return largest;
+}
+
+std::string tiny_text() {
+  std::string text;
+  for (int i = 0; i < 300; ++i) text += "the " + std::to_string(i * 7919 % 1000) + " small models run here\n";
+  return text;
+}
+
+const std::string& tiny_tokenizer() {  // of 300 tokens
+  static const std::string json = [] {
+    TokenizerTraining training;
+    training.vocab_size = 300;
+    return train_tokenizer({tiny_text()}, training);
+  }();
+  return json;
 }
 
 // |a - b| over |b| of whole sets of logits.
@@ -134,12 +151,8 @@ TEST_P(FamilyChain, PrunedInDepthAndWidthBothForwardsAgree) {
   Json json = golden_.at("config");
   json["vocab_size"] = 300;
   testing::make_family_folder(json, model);
-  std::string text;
-  for (int i = 0; i < 300; ++i) text += "the " + std::to_string(i * 7919 % 1000) + " small models run here\n";
-  TokenizerTraining training;
-  training.vocab_size = 300;
-  write_text(model / "tokenizer.json", train_tokenizer({text}, training));
-  write_text(scratch_ / "text.txt", text);
+  write_text(model / "tokenizer.json", tiny_tokenizer());
+  write_text(scratch_ / "text.txt", tiny_text());
   const ModelConfig config = Checkpoint(model).config();
   const auto prune = [&](const std::string& method, const Json& more) {
     Json given = {{"model", model.string()}, {"out", (scratch_ / method).string()}, {"method", method},
@@ -169,6 +182,73 @@ TEST_P(FamilyChain, PrunedInDepthAndWidthBothForwardsAgree) {
   for (const std::string& method : methods) {
     const auto [folder, file] = both(scratch_ / method);
     EXPECT_LT(largest_difference(folder, file), 1e-3) << method;
+  }
+}
+
+// A Phi-3 without rotary tricks is a Llama whose q, k, v and gate, up stand in one tensor each: what narrows the one
+// must choose the same neurons of the other.
+TEST(FusedFamily, NarrowsLikeSeparateTensors) {
+  const testing::Scratch scratch("fused");
+  Json json = read_json(testing::golden_families() / "phi3_window.json").at("config");
+  json["sliding_window"] = nullptr;
+  json["vocab_size"] = 300;
+  testing::make_family_folder(json, scratch / "fused");
+  const Checkpoint fused(scratch / "fused");
+  json["architectures"] = {"LlamaForCausalLM"};
+  json["model_type"] = "llama";
+  const ModelConfig config = parse_config(json, nullptr, "test");
+  {
+    CheckpointWriter writer(scratch / "apart", config, "float32");
+    for (const TensorSpec& spec : expected_tensors(config)) {
+      const std::size_t row = static_cast<std::size_t>(config.hidden_size);
+      const auto q = static_cast<std::size_t>(config.num_heads * config.head_dim) * row;
+      const auto kv = static_cast<std::size_t>(config.num_kv_heads * config.head_dim) * row;
+      const auto inner = static_cast<std::size_t>(config.intermediate_size) * row;
+      const std::map<std::string, std::tuple<std::string, std::size_t, std::size_t>> parts = {
+          {"self_attn.q_proj", {"self_attn.qkv_proj", 0, q}},     {"self_attn.k_proj", {"self_attn.qkv_proj", q, kv}},
+          {"self_attn.v_proj", {"self_attn.qkv_proj", q + kv, kv}}, {"mlp.gate_proj", {"mlp.gate_up_proj", 0, inner}},
+          {"mlp.up_proj", {"mlp.gate_up_proj", inner, inner}}};
+      const auto part = parts.find(spec.module);
+      if (part == parts.end()) {
+        writer.put(spec.name, fused.read_f32(spec.name).data());
+        continue;
+      }
+      const auto& [module, first, count] = part->second;
+      const auto whole = fused.read_f32("model.layers." + std::to_string(spec.layer) + "." + module + ".weight");
+      ASSERT_LE(first + count, whole.size());
+      writer.put(spec.name, whole.data() + first);
+    }
+    writer.finish();
+  }
+  std::vector<std::int32_t> ids;
+  for (int i = 0; i < 30; ++i) ids.push_back(i * 7 % 64);
+  const auto logits_of = [&](const fs::path& folder) {
+    return all_logits(*torch_logits(Checkpoint(folder), "cpu"), ids);
+  };
+  EXPECT_LT(largest_difference(logits_of(scratch / "fused"), logits_of(scratch / "apart")), 1e-5);
+  std::vector<std::vector<float>> narrow;
+  for (const std::string name : {"fused", "apart"}) {
+    Decoder teacher = load_decoder(Checkpoint(scratch / name), torch::kCPU);
+    Decoder student = cut_student(teacher, {1}, 20);
+    save_decoder(student, "float32", {}, scratch / ("cut-" + name));
+    narrow.push_back(logits_of(scratch / ("cut-" + name)));
+    write_text(scratch / name / "tokenizer.json", tiny_tokenizer());
+    write_text(scratch / "text.txt", tiny_text());
+    run_stage(prune_command(), {{"model", (scratch / name).string()},
+                                {"out", (scratch / ("pruned-" + name)).string()},
+                                {"method", "ffn-width"},
+                                {"ffn", 20},
+                                {"multiple-of", 1},
+                                {"text", {(scratch / "text.txt").string()}},
+                                {"samples", 6},
+                                {"context", 40}});
+    narrow.push_back(logits_of(scratch / ("pruned-" + name)));
+  }
+  for (const int kind : {0, 1}) {
+    const std::vector<float>& of_fused = narrow[static_cast<std::size_t>(kind)];
+    const std::vector<float>& of_apart = narrow[static_cast<std::size_t>(kind + 2)];
+    EXPECT_LT(largest_difference(of_fused, of_apart), 1e-4) << kind;
+    EXPECT_GT(largest_difference(of_fused, logits_of(scratch / "fused")), 1e-2) << kind;
   }
 }
 

@@ -181,7 +181,8 @@ TEST(ExpertFolders, FusedTensorsAreTheSameModel) {
     for (const TensorSpec& spec : single.tensors()) {
       const auto source = other_source(config, spec);
       std::vector<float>& to = values[source ? source->name : spec.name];
-      if (to.empty()) decls.push_back({source ? source->name : spec.name, DType::kF32, source ? source->shape : spec.shape});
+      if (to.empty())
+        decls.push_back({source ? source->name : spec.name, DType::kF32, source ? source->shape : spec.shape});
       const std::vector<float> part = single.read_f32(spec.name);
       const auto first = static_cast<std::size_t>(source ? source->first : 0);
       if (to.size() < first + part.size()) to.resize(first + part.size());
