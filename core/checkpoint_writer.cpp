@@ -197,6 +197,7 @@ struct CheckpointWriter::State {
     std::memcpy(tensor.codes.data(), from, tensor.codes.size());
     std::memcpy(tensor.scales.data(), from + tensor.codes.size(), groups * 2);
     if (!tensor.zeros.empty()) std::memcpy(tensor.zeros.data(), from + tensor.codes.size() + groups * 2, groups);
+    entry.file->release(entry.offset, entry.bytes);
     return tensor;
   }
 
@@ -305,7 +306,6 @@ void CheckpointWriter::State::assemble() const {
   std::map<std::string, Codec> modules;
   std::vector<std::string> ignored;
   Json side_codecs = Json::object();
-  const auto finished = [](const Entry& entry) { entry.file->release(entry.offset, entry.bytes); };
 
   for (const TensorSpec& spec : specs) {
     const Entry& entry = entries.find(spec.name)->second;
@@ -313,9 +313,9 @@ void CheckpointWriter::State::assemble() const {
     const std::string module = spec.name.substr(0, spec.name.rfind('.'));
     if (entry.dense) {
       if (linear) ignored.push_back(module);
-      outputs.push_back({{spec.name, dtype, spec.shape}, [&, finished](SafetensorsWriter& out) {
+      outputs.push_back({{spec.name, dtype, spec.shape}, [&](SafetensorsWriter& out) {
                            out.write(entry.data());
-                           finished(entry);
+                           entry.file->release(entry.offset, entry.bytes);
                          }});
       continue;
     }

@@ -102,9 +102,10 @@ MappedFile::~MappedFile() {
 
 void MappedFile::release(std::size_t offset, std::size_t length) const {
   if (data_ == nullptr || offset >= size_) return;
-  const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
-  const std::size_t begin = (offset + page - 1) / page * page;
-  const std::size_t end = std::min(offset + length, size_) / page * page;
+  // Outward to 64 KiB, which the kernel maps around a fault. Neighbours still in use come back from the page cache.
+  constexpr std::size_t kAround = std::size_t{64} << 10;
+  const std::size_t begin = offset / kAround * kAround;
+  const std::size_t end = std::min((offset + std::min(length, size_ - offset) + kAround - 1) / kAround * kAround, size_);
   if (end > begin) ::madvise(const_cast<std::byte*>(data_) + begin, end - begin, MADV_DONTNEED);
 }
 

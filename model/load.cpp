@@ -1,4 +1,6 @@
 // Checkpoint <-> module: every tensor of the config is read, and written, exactly once.
+#include <malloc.h>
+
 #include "core/error.h"
 #include "model/decoder.h"
 
@@ -31,6 +33,9 @@ Decoder load_decoder(const Checkpoint& checkpoint, const torch::Device& device) 
 
 DecoderBlock load_block(const Checkpoint& checkpoint, int layer, const torch::Device& device) {
   const torch::NoGradGuard no_grad;
+#if defined(__GLIBC__)
+  malloc_trim(0);  // what the block before used: the heap would keep it, in pieces (see prepare_threads)
+#endif
   DecoderBlock block(checkpoint.config(), layer);
   auto parameters = block->named_parameters();
   const std::string prefix = "model.layers." + std::to_string(layer) + ".";

@@ -26,7 +26,7 @@ done
 COMMIT=$(git -C "$(dirname "$0")" rev-parse --short HEAD 2>/dev/null || echo unknown)
 MACHINE=$(grep -m1 'model name' /proc/cpuinfo | cut -d: -f2- | sed 's/^ *//')
 python3 - "$T" "$OUT" "$COMMIT" "$MACHINE" "$(basename "$TEACHER")" "$(basename "$HELD_OUT")" "${STUDENT[*]}" "$TOKENS" "$LR" "$SEEDS" <<'PY'
-import json, math, sys
+import json, math, statistics, sys
 folder, out, commit, machine, teacher, held_out, student, tokens, lr, seeds = sys.argv[1:]
 seeds = [int(s) for s in seeds.split()]
 runs = []
@@ -43,7 +43,7 @@ for arm in ("cut", "ce", "kl"):
     for metric in ("loss", "kl"):
         values = [r[metric] for r in runs if r["arm"] == arm]
         mean = sum(values) / len(values)
-        error = math.sqrt(sum((x - mean) ** 2 for x in values) / max(1, len(values) - 1) / len(values))
+        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
         means[arm][metric] = {"mean": mean, "stderr_over_seeds": error}
     print(f"{arm:4} held-out loss {means[arm]['loss']['mean']:.4f} +- {means[arm]['loss']['stderr_over_seeds']:.4f}, "
           f"KL to the teacher {means[arm]['kl']['mean']:.4f} +- {means[arm]['kl']['stderr_over_seeds']:.4f}")
