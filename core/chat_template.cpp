@@ -16,14 +16,19 @@ struct Program {
 namespace {
 
 // The tokens that transformers hands to a template: texts, or AddedToken objects with their text in "content".
-chat::Pairs special_tokens(const Json& config) {
+// Older models name them in special_tokens_map.json only.
+chat::Pairs special_tokens(const Json& config, const Json& map) {
   chat::Pairs out;
   for (const char* name :
        {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"}) {
-    if (!config.contains(name)) continue;
-    const Json& token = config[name];
-    const Json& text = token.is_object() && token.contains("content") ? token["content"] : token;
-    if (text.is_string()) out.emplace_back(name, chat::from_json(text));
+    for (const Json* source : {&config, &map}) {
+      if (!source->contains(name)) continue;
+      const Json& token = (*source)[name];
+      const Json& text = token.is_object() && token.contains("content") ? token["content"] : token;
+      if (!text.is_string()) continue;
+      out.emplace_back(name, chat::from_json(text));
+      break;
+    }
   }
   return out;
 }
@@ -45,10 +50,14 @@ std::string named_template(const Json& list, const std::string& place) {
 
 ChatTemplate ChatTemplate::find(const std::function<std::optional<std::string>(const std::string&)>& file,
                                 const std::string& place) {
+  const auto json_file = [&](const std::string& name) {
+    const auto text = file(name);
+    const Json json = text ? parse_json(*text, place + ": " + name) : Json::object();
+    if (!json.is_object()) throw input_error(place + ": " + name, "a JSON object", json.type_name());
+    return json;
+  };
   const std::string config_place = place + ": tokenizer_config.json";
-  Json config = Json::object();
-  if (const auto text = file("tokenizer_config.json")) config = parse_json(*text, config_place);
-  if (!config.is_object()) throw input_error(config_place, "a JSON object", config.type_name());
+  const Json config = json_file("tokenizer_config.json");
 
   std::string source_place = place + ": chat_template.jinja";
   std::optional<std::string> source = file("chat_template.jinja");
@@ -65,7 +74,7 @@ ChatTemplate ChatTemplate::find(const std::function<std::optional<std::string>(c
   auto program = std::make_shared<chat::Program>();
   program->body = chat::parse(*source, source_place);
   program->place = source_place;
-  program->special_tokens = special_tokens(config);
+  program->special_tokens = special_tokens(config, json_file("special_tokens_map.json"));
   ChatTemplate out;
   out.program_ = std::move(program);
   return out;
@@ -78,6 +87,12 @@ ChatTemplate ChatTemplate::parse(std::string_view source, const std::string& pla
   ChatTemplate out;
   out.program_ = std::move(program);
   return out;
+}
+
+std::string ChatTemplate::special_token(std::string_view name) const {
+  for (const auto& [known, value] : program_->special_tokens)
+    if (known == name) return value.bytes();
+  return {};
 }
 
 std::string ChatTemplate::render(const Json& messages, bool add_generation_prompt, const std::tm& now,

@@ -33,6 +33,8 @@ class ChatTemplate {
   std::string render(const Json& messages, bool add_generation_prompt, const std::tm& now,
                      const Json& more = Json::object()) const;
 
+  std::string special_token(std::string_view name) const;  // "bos_token" and the like; "" where the model has none
+
  private:
   std::shared_ptr<const chat::Program> program_;
 };

@@ -157,6 +157,12 @@ TEST(ChatTemplate, IsFoundInTheFilesOfAModel) {
   EXPECT_EQ(rendered({{"tokenizer_config.json", R"({"chat_template": [{"name": "tool_use", "template": "t"},
     {"name": "default", "template": "d{{ add_generation_prompt }}"}]})"}}), "dTrue");
 
+  EXPECT_EQ(rendered({{"special_tokens_map.json", R"({"bos_token": "<b>", "eos_token": {"content": "<e>"}})"},
+                      {"tokenizer_config.json", R"({"eos_token": "<E>"})"},
+                      {"chat_template.jinja", "{{ bos_token }}{{ eos_token }}"}}), "<b><E>");
+  EXPECT_EQ(ChatTemplate::find(files({{"tokenizer_config.json", config}}), "m").special_token("bos_token"), "<s>");
+  EXPECT_EQ(ChatTemplate::find(files({{"tokenizer_config.json", config}}), "m").special_token("unk_token"), "");
+
   const auto refused = [&](std::map<std::string, std::string> held) {
     return error_of([&] { rendered(std::move(held)); });
   };
