@@ -78,6 +78,7 @@ std::uint16_t half_scale(float value, const std::string& place) {
 struct Checkpoint::Source {
   Codec codec;
   const TensorView* dense = nullptr;   // floats; for codes.pare the unpacked copy
+  TensorView slice;                    // what `dense` points to where the tensor is a part of a larger one
   const TensorView* codes = nullptr;   // pack-quantized: I32 words; codes.pare: I8
   const TensorView* scales = nullptr;  // pack-quantized: F32/F16/BF16; codes.pare: F16
   const TensorView* zeros = nullptr;
@@ -173,6 +174,20 @@ Checkpoint::Checkpoint(const fs::path& folder) : folder_(folder) {
         source->zeros = checked(take(stem + "." + kZeroSuffix), stem + "." + kZeroSuffix, DType::kI32,
                                 {packed_words(source->rows, 4), groups}, problems);
     } else {
+      if (dense == nullptr) {
+        if (const auto other = other_source(config_, spec); other && shards_->find(other->name) != nullptr) {
+          const TensorView* whole = take(other->name);
+          if (whole->shape != other->shape || !is_float(whole->dtype)) {
+            problems.add(whole->name + " is " + described(*whole) + " instead of floats " + shape_text(other->shape));
+            continue;
+          }
+          const std::size_t size = whole->data.size() / static_cast<std::size_t>(whole->elements());
+          const auto elements = static_cast<std::size_t>(source->rows * source->cols);
+          source->slice = {spec.name, whole->dtype, spec.shape,
+                           whole->data.subspan(static_cast<std::size_t>(other->first) * size, elements * size)};
+          dense = &source->slice;
+        }
+      }
       if (dense == nullptr) {
         problems.add(spec.name + " is missing");
         continue;

@@ -1,15 +1,17 @@
 #include "core/config.h"
 
-#include <cmath>
-#include <numbers>
+#include <algorithm>
+#include <stdexcept>
 
 #include "core/arch/arch.h"
+#include "core/arch/rope.h"
 #include "core/error.h"
 
 namespace pare {
 namespace {
 
 constexpr std::int64_t kMaxWidth = 1 << 20, kMaxLayers = 10'000, kMaxVocabulary = 1 << 26, kMaxPositions = 1ll << 40;
+constexpr std::int64_t kMaxExperts = 1 << 17;  // of all blocks
 
 std::string supported_architectures() {
   std::string text;
@@ -31,48 +33,6 @@ const Family& family_of(const Json& config, const std::string& place) {
                     "this family is not supported");
 }
 
-// transformers 5 writes rope_parameters (with rope_theta inside), transformers 4 rope_theta and rope_scaling.
-void read_rope(ConfigReader& reader, ModelConfig& out) {
-  out.rope_theta = reader.number("rope_theta", 10000.0, 1.0, 1e15);
-  std::string key;
-  if (reader.present("rope_parameters")) key = "rope_parameters";
-  else if (reader.present("rope_scaling")) key = "rope_scaling";
-  if (reader.number("partial_rotary_factor", 1.0, 0.0, 1.0) != 1.0)
-    reader.problem("partial_rotary_factor is not 1: rotating a part of each head is not supported");
-  if (key.empty()) return;
-  if (!reader[key].is_object()) {
-    reader.problem(key + " is not an object");
-    return;
-  }
-  const bool per_kind = reader[key].contains("full_attention") && reader[key]["full_attention"].is_object();
-  ConfigReader outer = reader.nested(key);
-  ConfigReader rope = per_kind ? outer.nested("full_attention") : reader.nested(key);
-  out.rope_theta = rope.number("rope_theta", out.rope_theta, 1.0, 1e15);
-  if (rope.number("partial_rotary_factor", 1.0, 0.0, 1.0) != 1.0)
-    rope.problem("partial_rotary_factor is not 1: rotating a part of each head is not supported");
-  const std::string type = rope.text("rope_type", rope.text("type", "default"));
-  if (type == "linear") {
-    if (!rope.present("factor")) rope.problem("factor is missing");
-    out.rope_linear_factor = rope.number("factor", 1.0, 1e-6, 1e6);
-  } else if (type == "llama3") {
-    Llama3Rope scaling;
-    for (const char* name : {"factor", "low_freq_factor", "high_freq_factor"})
-      if (!rope.present(name)) rope.problem(std::string(name) + " is missing");
-    scaling.factor = rope.number("factor", 8, 1e-6, 1e6);
-    scaling.low_freq_factor = rope.number("low_freq_factor", 1, 1e-6, 1e6);
-    scaling.high_freq_factor = rope.number("high_freq_factor", 4, 1e-6, 1e6);
-    const std::int64_t at_root = reader.integer("original_max_position_embeddings", 0, 0, kMaxPositions);
-    scaling.original_max_position = rope.integer(
-        "original_max_position_embeddings", at_root > 0 ? std::optional(at_root) : std::nullopt, 1, kMaxPositions);
-    if (scaling.high_freq_factor <= scaling.low_freq_factor)
-      rope.problem("high_freq_factor is not above low_freq_factor");
-    out.rope_llama3 = scaling;
-  } else if (type != "default") {
-    rope.problem("rope_type is \"" + type + "\"; supported are default, linear and llama3");
-  }
-  reader.take(rope);
-}
-
 void read_eos(const Json& from, const std::string& where, std::int64_t vocab, ConfigReader& reader,
               std::vector<std::int64_t>& out) {
   if (!from.is_object() || !from.contains("eos_token_id") || from["eos_token_id"].is_null()) return;
@@ -90,21 +50,18 @@ void read_eos(const Json& from, const std::string& where, std::int64_t vocab, Co
   out = ids;
 }
 
-Json rope_object(const ModelConfig& config) {
-  Json rope = Json::object();
-  if (config.rope_llama3) {
-    const Llama3Rope& scaling = *config.rope_llama3;
-    rope["rope_type"] = "llama3";
-    rope["factor"] = scaling.factor;
-    rope["low_freq_factor"] = scaling.low_freq_factor;
-    rope["high_freq_factor"] = scaling.high_freq_factor;
-    rope["original_max_position_embeddings"] = scaling.original_max_position;
-  } else if (config.rope_linear_factor != 1.0) {
-    rope["rope_type"] = "linear";
-    rope["type"] = "linear";  // spelling of transformers before 4.43
-    rope["factor"] = config.rope_linear_factor;
-  }
-  return rope;
+std::string out_activation(Activation activation) {
+  return activation == Activation::kSilu ? "silu" : "gelu_pytorch_tanh";
+}
+
+// Names of transformers' ACT2FN. Gemma 1 says "gelu" and means the tanh form.
+Activation read_activation(ConfigReader& reader, const Family& family) {
+  const std::string name = reader.text(family.activation_key, family.default_activation);
+  if (name == "silu" || name == "swish") return Activation::kSilu;
+  if (name == "gelu_pytorch_tanh" || name == "gelu_new" || (name == "gelu" && family.gelu_is_tanh))
+    return Activation::kGeluTanh;
+  reader.problem(std::string(family.activation_key) + " is \"" + name + "\"; supported are silu and gelu_pytorch_tanh");
+  return Activation::kSilu;
 }
 
 }  // namespace
@@ -124,10 +81,13 @@ ModelConfig parse_config(const Json& config, const Json& generation, const std::
   const bool class_default = !reader.mentions("num_key_value_heads") && family.default_kv_heads > 0;
   out.num_kv_heads = reader.integer("num_key_value_heads", class_default ? family.default_kv_heads : out.num_heads, 1,
                                     kMaxWidth);
-  if (reader.intact() && !reader.present("head_dim") && out.hidden_size % out.num_heads != 0)
+  const bool derived = !reader.present("head_dim") && (family.default_head_dim == 0 || reader.mentions("head_dim"));
+  if (reader.intact() && derived && out.hidden_size % out.num_heads != 0)
     reader.problem("hidden_size " + std::to_string(out.hidden_size) + " is not divided by num_attention_heads " +
                    std::to_string(out.num_heads) + " and head_dim is missing");
-  out.head_dim = reader.integer("head_dim", std::max<std::int64_t>(1, out.hidden_size / out.num_heads), 1, kMaxWidth);
+  out.head_dim = reader.integer(
+      "head_dim", derived ? std::max<std::int64_t>(1, out.hidden_size / out.num_heads) : family.default_head_dim, 1,
+      kMaxWidth);
   if (reader.intact() && out.head_dim % 2 != 0)
     reader.problem("head_dim " + std::to_string(out.head_dim) + " is odd: rotary embedding needs pairs");
   if (reader.intact() && out.num_heads % out.num_kv_heads != 0)
@@ -137,26 +97,20 @@ ModelConfig parse_config(const Json& config, const Json& generation, const std::
     reader.problem("num_attention_heads times head_dim is above " + std::to_string(kMaxWidth));
   out.max_position_embeddings =
       reader.integer("max_position_embeddings", family.default_max_positions, 1, kMaxPositions);
-  out.rms_norm_eps = reader.number("rms_norm_eps", 1e-6, 0.0, 1.0);
-  out.tie_word_embeddings = reader.flag("tie_word_embeddings", false);
-  const std::string activation = reader.text("hidden_act", "silu");
-  if (activation != "silu" && activation != "swish")
-    reader.problem("hidden_act is \"" + activation + "\"; supported is silu");
-  read_rope(reader, out);
-  if (reader.present("layer_types")) {
-    const Json& types = reader["layer_types"];
-    if (!types.is_array()) reader.problem("layer_types is not a list");
-    else if (static_cast<std::int64_t>(types.size()) != out.num_layers)
-      reader.problem("layer_types has " + std::to_string(types.size()) + " entries for " +
-                     std::to_string(out.num_layers) + " layers");
-    for (const Json& type : types) {
-      if (type == "full_attention") continue;
-      reader.problem("layer_types has " + type.dump(-1, ' ', false, Json::error_handler_t::replace) +
-                     "; supported is full_attention");
-      break;
-    }
+  out.rms_norm_eps = reader.number("rms_norm_eps", family.default_rms_eps, 0.0, 1.0);
+  out.tie_word_embeddings = reader.flag("tie_word_embeddings", family.default_tied);
+  out.activation = read_activation(reader, family);
+  read_rope(reader, family, out);
+  if (!family.reads_layer_types) {  // the class ignores the list: one that asks for windows is not what it computes
+    const auto types = read_layer_types(reader, out.num_layers);
+    if (types && std::find(types->begin(), types->end(), 1) != types->end())
+      reader.problem("layer_types has \"sliding_attention\", which " + std::string(family.architecture) +
+                     " does not read");
   }
-  family.read(reader, out);
+  if (reader.intact()) family.read(reader, out);  // lists with an entry per block need sane dimensions
+  if (out.experts.count * out.num_layers > kMaxExperts)
+    reader.problem(std::to_string(out.experts.count * out.num_layers) + " experts in all, above " +
+                   std::to_string(kMaxExperts));
   if (!reader.mentions("eos_token_id") && family.default_eos >= 0 && family.default_eos < out.vocab_size)
     out.eos_ids = {family.default_eos};
   read_eos(config, "", out.vocab_size, reader, out.eos_ids);
@@ -165,10 +119,34 @@ ModelConfig parse_config(const Json& config, const Json& generation, const std::
   return out;
 }
 
+ModelConfig with_layers(const ModelConfig& config, const std::vector<int>& kept) {
+  ModelConfig out = config;
+  out.num_layers = static_cast<std::int64_t>(kept.size());
+  for (auto* list : {&out.layer_slides, &out.layer_rotates}) {
+    if (list->empty()) continue;
+    std::vector<std::uint8_t> shortened;
+    for (const int layer : kept) shortened.push_back((*list)[static_cast<std::size_t>(layer)]);
+    *list = shortened;
+  }
+  for (const char* key : {"layer_types", "no_rope_layers"}) {
+    const auto found = out.source.find(key);
+    if (found == out.source.end() || !found->is_array() ||
+        static_cast<std::int64_t>(found->size()) != config.num_layers)
+      continue;
+    Json shortened = Json::array();
+    for (const int layer : kept) shortened.push_back((*found)[static_cast<std::size_t>(layer)]);
+    *found = shortened;
+  }
+  return out;
+}
+
 Json write_config(const ModelConfig& config, const std::string& dtype) {
   const Family* family = find_family(config.family);
   if (family == nullptr)
     throw failure("config.json", "a family of the architecture table", "\"" + config.family + "\"");
+  for (const auto* list : {&config.layer_slides, &config.layer_rotates})
+    if (!list->empty() && static_cast<std::int64_t>(list->size()) != config.num_layers)
+      throw std::logic_error("write_config: a list with an entry for each block has others");
   Json out = config.source.is_object() ? config.source : Json::object();
   // Weights change between folders, code files are not copied.
   for (const char* gone : {"quantization_config", "auto_map"}) out.erase(gone);
@@ -183,21 +161,10 @@ Json write_config(const ModelConfig& config, const std::string& dtype) {
   out["head_dim"] = config.head_dim;
   out["max_position_embeddings"] = config.max_position_embeddings;
   out["rms_norm_eps"] = config.rms_norm_eps;
-  out["hidden_act"] = "silu";
+  out[family->activation_key] = out_activation(config.activation);
   out["tie_word_embeddings"] = config.tie_word_embeddings;
-  const Json scaling = rope_object(config);
-  out["rope_theta"] = config.rope_theta;
-  out["rope_scaling"] = scaling.empty() ? Json(nullptr) : scaling;
-  Json parameters = scaling;
-  parameters.erase("type");
-  if (scaling.empty()) parameters["rope_type"] = "default";
-  parameters["rope_theta"] = config.rope_theta;
-  out["rope_parameters"] = parameters;
-  if (out.contains("layer_types")) {
-    Json types = Json::array();
-    for (std::int64_t layer = 0; layer < config.num_layers; ++layer) types.push_back("full_attention");
-    out["layer_types"] = types;
-  }
+  write_rope(config, *family, out);
+  if (out.contains("layer_types")) out["layer_types"] = layer_types_of(config);
   // A model built from dimensions alone has its end tokens only in eos_ids; a saved one keeps what it said.
   if (!config.source.is_object() || !config.source.contains("eos_token_id")) {
     if (config.eos_ids.size() == 1) out["eos_token_id"] = config.eos_ids[0];
@@ -208,67 +175,6 @@ Json write_config(const ModelConfig& config, const std::string& dtype) {
   out["dtype"] = dtype;
   family->write(config, out);
   return out;
-}
-
-std::vector<TensorSpec> expected_tensors(const ModelConfig& config) {
-  std::vector<TensorSpec> specs;
-  const std::int64_t hidden = config.hidden_size, inner = config.intermediate_size;
-  const std::int64_t queries = config.num_heads * config.head_dim, keys = config.num_kv_heads * config.head_dim;
-  specs.push_back({"model.embed_tokens.weight", {config.vocab_size, hidden}, TensorRole::kEmbedding, -1, "embed_tokens"});
-  for (int layer = 0; layer < config.num_layers; ++layer) {
-    const std::string prefix = "model.layers." + std::to_string(layer) + ".";
-    const auto norm = [&](const std::string& module) {
-      specs.push_back({prefix + module + ".weight", {hidden}, TensorRole::kNorm, layer, module});
-    };
-    const auto linear = [&](const std::string& module, std::int64_t out, std::int64_t in, bool bias) {
-      specs.push_back({prefix + module + ".weight", {out, in}, TensorRole::kLinear, layer, module});
-      if (bias) specs.push_back({prefix + module + ".bias", {out}, TensorRole::kBias, layer, module});
-    };
-    norm("input_layernorm");
-    linear("self_attn.q_proj", queries, hidden, config.qkv_bias);
-    linear("self_attn.k_proj", keys, hidden, config.qkv_bias);
-    linear("self_attn.v_proj", keys, hidden, config.qkv_bias);
-    linear("self_attn.o_proj", hidden, queries, config.o_bias);
-    norm("post_attention_layernorm");
-    linear("mlp.gate_proj", inner, hidden, config.mlp_bias);
-    linear("mlp.up_proj", inner, hidden, config.mlp_bias);
-    linear("mlp.down_proj", hidden, inner, config.mlp_bias);
-  }
-  specs.push_back({"model.norm.weight", {hidden}, TensorRole::kNorm, -1, "norm"});
-  if (!config.tie_word_embeddings)
-    specs.push_back({"lm_head.weight", {config.vocab_size, hidden}, TensorRole::kHead, -1, "lm_head"});
-  return specs;
-}
-
-std::int64_t parameter_count(const ModelConfig& config) {
-  std::int64_t count = 0;
-  for (const TensorSpec& spec : expected_tensors(config)) {
-    std::int64_t elements = 1;
-    for (const std::int64_t size : spec.shape) elements *= size;
-    count += elements;
-  }
-  return count;
-}
-
-std::vector<double> rope_frequencies(const ModelConfig& config) {
-  std::vector<double> frequencies;
-  for (std::int64_t i = 0; i < config.head_dim / 2; ++i) {
-    double f = std::pow(config.rope_theta, -2.0 * static_cast<double>(i) / static_cast<double>(config.head_dim));
-    f /= config.rope_linear_factor;
-    if (config.rope_llama3) {
-      const Llama3Rope& s = *config.rope_llama3;
-      const auto original = static_cast<double>(s.original_max_position);
-      const double wavelength = 2 * std::numbers::pi / f;
-      if (wavelength > original / s.low_freq_factor) {
-        f /= s.factor;
-      } else if (wavelength >= original / s.high_freq_factor) {
-        const double smooth = (original / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor);
-        f = (1 - smooth) * f / s.factor + smooth * f;
-      }
-    }
-    frequencies.push_back(f);
-  }
-  return frequencies;
 }
 
 }  // namespace pare

@@ -68,7 +68,7 @@ void write_random_model(const fs::path& folder, const ModelConfig& config, std::
   const auto write = [&](const TensorSpec& spec, SafetensorsWriter& out) {
     const std::int64_t elements = TensorView{spec.name, DType::kBF16, spec.shape, {}}.elements();
     const bool matrix = spec.role != TensorRole::kNorm && spec.role != TensorRole::kBias;
-    const float constant = spec.role == TensorRole::kNorm ? 1.0f : 0.0f;
+    const float constant = spec.role == TensorRole::kNorm && !config.norm_adds_one ? 1.0f : 0.0f;
     for (std::int64_t first = 0; first < elements; first += kChunk) {
       const std::int64_t count = std::min(kChunk, elements - first);
 #pragma omp parallel for schedule(dynamic)

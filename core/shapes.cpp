@@ -59,6 +59,40 @@ constexpr Shape kShapes[] = {
       "max_position_embeddings": 131072, "max_window_layers": 21, "sliding_window": 4096, "use_sliding_window": false,
       "rms_norm_eps": 1e-06, "rope_theta": 10000, "hidden_act": "silu", "tie_word_embeddings": false,
       "bos_token_id": 151646, "eos_token_id": 151643})"},
+    {"Gemma-3-270M", "google/gemma-3-270m", R"({
+      "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "vocab_size": 262144, "hidden_size": 640,
+      "intermediate_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 4, "num_key_value_heads": 1,
+      "head_dim": 256, "query_pre_attn_scalar": 256, "max_position_embeddings": 32768, "sliding_window": 512,
+      "_sliding_window_pattern": 6, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0,
+      "rope_scaling": null, "hidden_activation": "gelu_pytorch_tanh", "attention_bias": false,
+      "attn_logit_softcapping": null, "final_logit_softcapping": null, "tie_word_embeddings": true,
+      "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0})"},
+    {"Gemma-3-1B", "google/gemma-3-1b-pt", R"({
+      "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "vocab_size": 262144, "hidden_size": 1152,
+      "intermediate_size": 6912, "num_hidden_layers": 26, "num_attention_heads": 4, "num_key_value_heads": 1,
+      "head_dim": 256, "query_pre_attn_scalar": 256, "max_position_embeddings": 32768, "sliding_window": 512,
+      "_sliding_window_pattern": 6, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0,
+      "rope_scaling": null, "hidden_activation": "gelu_pytorch_tanh", "attention_bias": false,
+      "attn_logit_softcapping": null, "final_logit_softcapping": null, "tie_word_embeddings": true,
+      "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0})"},
+    {"Phi-3-mini", "microsoft/Phi-3-mini-4k-instruct", R"({
+      "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "vocab_size": 32064, "hidden_size": 3072,
+      "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+      "max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "sliding_window": 2047,
+      "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "rope_scaling": null, "hidden_act": "silu",
+      "attention_bias": false, "tie_word_embeddings": false, "bos_token_id": 1, "eos_token_id": 32000,
+      "pad_token_id": 32000})"},
+    {"Mistral-7B", "mistralai/Mistral-7B-v0.1", R"({
+      "architectures": ["MistralForCausalLM"], "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096,
+      "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+      "max_position_embeddings": 32768, "sliding_window": 4096, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
+      "hidden_act": "silu", "tie_word_embeddings": false, "bos_token_id": 1, "eos_token_id": 2})"},
+    {"Mixtral-8x7B", "mistralai/Mixtral-8x7B-v0.1", R"({
+      "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096,
+      "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+      "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 32768, "sliding_window": null,
+      "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "hidden_act": "silu", "tie_word_embeddings": false,
+      "bos_token_id": 1, "eos_token_id": 2})"},
 };
 
 }  // namespace

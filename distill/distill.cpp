@@ -138,7 +138,7 @@ Json run_distill(const Options& o, Context& run) {
     const torch::Tensor targets = micro.targets.view(-1);
     if (cache) {
       const auto [index, log_prob] = cache->rows(micro, device);
-      return topk_distill_loss(rows, pair.student->head_weight(), index, log_prob, targets, loss, scale, &sums);
+      return topk_distill_loss(rows, pair.student->output_head(), index, log_prob, targets, loss, scale, &sums);
     }
     torch::Tensor taught;
     {
@@ -146,8 +146,8 @@ Json run_distill(const Options& o, Context& run) {
       pair.teacher->set_matmul_dtype(matmul);
       taught = pair.teacher->hidden(micro.ids);
     }
-    return distill_loss(rows, pair.student->head_weight(), taught.view({-1, taught.size(-1)}),
-                        pair.teacher->head_weight(), targets, loss, scale, &sums);
+    return distill_loss(rows, pair.student->output_head(), taught.view({-1, taught.size(-1)}),
+                        pair.teacher->output_head(), targets, loss, scale, &sums);
   };
 
   const auto divergence = [&](const HeldOut& held_out) {
@@ -156,8 +156,8 @@ Json run_distill(const Options& o, Context& run) {
     return held_out_mean(held_out, job.settings.final_eval_tokens, device,
                          [&](const torch::Tensor& ids, const torch::Tensor& targets) {
                            const torch::Tensor a = pair.student->hidden(ids), b = pair.teacher->hidden(ids);
-                           return row_divergences(a.view({-1, a.size(-1)}), pair.student->head_weight(),
-                                                  b.view({-1, b.size(-1)}), pair.teacher->head_weight(), targets);
+                           return row_divergences(a.view({-1, a.size(-1)}), pair.student->output_head(),
+                                                  b.view({-1, b.size(-1)}), pair.teacher->output_head(), targets);
                          });
   };
   claim_training_folder(job.work, o.get<bool>("restart"));
@@ -188,7 +188,8 @@ StagePlan plan_distill(const Options& o, const PlannedModel& input) {
   const ModelConfig teacher = Checkpoint(o.get<std::string>("teacher")).config();
   ModelConfig student = input.config;
   if (o.has("keep-layers"))
-    student.num_layers = static_cast<std::int64_t>(parse_layers(o.get<std::string>("keep-layers"), teacher.num_layers).size());
+    student = with_layers(student, parse_layers(o.get<std::string>("keep-layers"), teacher.num_layers));
+  if (o.has("ffn")) require_one_mlp(teacher);
   if (o.has("ffn")) student.intermediate_size = std::min(o.get<std::int64_t>("ffn"), teacher.intermediate_size);
   const TrainerSettings s = trainer_settings(o, student);
   const double own = static_cast<double>(parameter_count(student)), taught = static_cast<double>(parameter_count(teacher));

@@ -13,8 +13,16 @@ using torch::Tensor;
 
 std::vector<std::int64_t> strongest_neurons(Decoder& teacher, int layer, std::int64_t keep) {
   const DecoderBlock block = teacher->block(layer);
-  const Tensor score = (block->weight("mlp.gate_proj").to(torch::kDouble).norm(2, {1}) *
-                        block->weight("mlp.up_proj").to(torch::kDouble).norm(2, {1}) *
+  Tensor gate, up;
+  if (teacher->config().fused_gate_up) {
+    const auto halves = block->weight("mlp.gate_up_proj").chunk(2, 0);
+    gate = halves[0];
+    up = halves[1];
+  } else {
+    gate = block->weight("mlp.gate_proj");
+    up = block->weight("mlp.up_proj");
+  }
+  const Tensor score = (gate.to(torch::kDouble).norm(2, {1}) * up.to(torch::kDouble).norm(2, {1}) *
                         block->weight("mlp.down_proj").to(torch::kDouble).norm(2, {0}))
                            .to(torch::kCPU)
                            .contiguous();
@@ -45,6 +53,12 @@ std::vector<int> parse_layers(const std::string& text, std::int64_t num_layers) 
   return layers;
 }
 
+void require_one_mlp(const ModelConfig& teacher) {
+  if (teacher.has_experts())
+    throw usage_error("--ffn", "a teacher with one MLP a block", std::to_string(teacher.experts.count) + " experts",
+                      "leave out --ffn; --keep-layers works");
+}
+
 Decoder cut_student(Decoder& teacher, const std::vector<int>& kept, std::int64_t ffn) {
   const torch::NoGradGuard no_grad;
   ModelConfig config = teacher->config();
@@ -57,7 +71,9 @@ Decoder cut_student(Decoder& teacher, const std::vector<int>& kept, std::int64_t
     throw usage_error("--ffn", "at most " + std::to_string(config.intermediate_size) + " neurons (the teacher's)",
                       std::to_string(ffn));
   const bool narrower = ffn > 0 && ffn < config.intermediate_size;
-  config.num_layers = static_cast<std::int64_t>(layers.size());
+  if (narrower) require_one_mlp(config);
+  const std::int64_t teacher_width = config.intermediate_size;
+  config = with_layers(config, layers);
   if (narrower) config.intermediate_size = ffn;
   Decoder student(config);
   std::vector<Tensor> neurons;
@@ -76,6 +92,8 @@ Decoder cut_student(Decoder& teacher, const std::vector<int>& kept, std::int64_t
     if (index.defined()) {
       index = index.to(values.device());
       if (spec.module == "mlp.gate_proj" || spec.module == "mlp.up_proj") values = values.index_select(0, index);
+      if (spec.module == "mlp.gate_up_proj")
+        values = values.index_select(0, torch::cat({index, index + teacher_width}));
       if (spec.module == "mlp.down_proj" && spec.role == TensorRole::kLinear) values = values.index_select(1, index);
     }
     student->tensor(spec.name).copy_(values);

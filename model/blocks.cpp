@@ -33,8 +33,29 @@ torch::Tensor past_attention(DecoderBlock& block, const torch::Tensor& hidden, c
 }
 
 torch::Tensor past_mlp(DecoderBlock& block, const torch::Tensor& hidden, const RopeTables& rope) {
+  if (block->has_experts()) return block->expert_output(hidden, block->mlp_input(hidden));
   return block->mlp_output(hidden, stage_input(block, BlockStage::kDown, hidden, rope));
 }
+
+// Inputs that one call of the visitor works with.
+struct Step {
+  BlockStage stage;
+  std::int64_t expert = -1;
+};
+
+std::vector<Step> steps_of(const ModelConfig& config) {
+  std::vector<Step> steps = {{BlockStage::kQkv}, {BlockStage::kO}};
+  if (!config.has_experts()) steps.insert(steps.end(), {{BlockStage::kGateUp}, {BlockStage::kDown}});
+  for (std::int64_t e = 0; e < config.experts.count; ++e)
+    steps.insert(steps.end(), {{BlockStage::kGateUp, e}, {BlockStage::kDown, e}});
+  return steps;
+}
+
+// Rows that one window adds to a shard's inputs.
+struct WindowRows {
+  std::int64_t count = 0;
+  bool first = false;  // the window's first token is among them, as row 0
+};
 
 class Walk {
  public:
@@ -56,10 +77,15 @@ class Walk {
 
   void embed(BlockVisitor& visitor);
   void advance(DecoderBlock& block, std::vector<float>& stream, Advance step);
+  void leave_attention(DecoderBlock& block, int layer, BlockVisitor& visitor);
   void visit(DecoderBlock& block, std::vector<BlockLinear>& linears, int layer, BlockVisitor& visitor);
   void push_weights(DecoderBlock& block, std::span<BlockLinear> linears);
-  InputStatistics statistics(DecoderBlock& block, BlockStage stage, std::int64_t columns);
-  void cap_first_tokens(std::vector<float>& inputs, std::vector<float>* paired, std::int64_t windows, std::int64_t columns);
+  InputStatistics statistics(DecoderBlock& block, Step step, std::int64_t columns);
+  void count_routes(DecoderBlock& block);
+  torch::Tensor expert_input(DecoderBlock& block, Step step, const torch::Tensor& hidden, bool all_tokens,
+                             WindowRows& rows);
+  void cap_first_tokens(std::vector<float>& inputs, std::vector<float>* paired, std::span<const WindowRows> windows,
+                        std::int64_t columns);
   double drift() const;
 
   torch::Tensor hidden(const std::vector<float>& stream, std::int64_t window) const {
@@ -100,6 +126,7 @@ class Walk {
   RopeTables rope_;
   std::vector<float> original_, compressed_;  // hidden states [windows * length * hidden]
   std::vector<std::vector<float>> original_weights_, weights_;  // of the linears of the block
+  std::vector<std::int64_t> expert_tokens_;  // of the block: tokens that chose each expert
   DecoderBlock reference_{nullptr};  // the block with original weights, where both streams advance in step
 };
 
@@ -109,9 +136,11 @@ void Walk::embed(BlockVisitor& visitor) {
   const auto look_up = [&](std::vector<float>& stream) {
     stream.resize(static_cast<std::size_t>(windows_.count * window_size_));
     const float* rows = table.data_ptr<float>();
+    const auto scale = static_cast<float>(config_.embedding_scale);
     for (std::size_t t = 0; t < windows_.ids.size(); ++t) {
-      std::copy_n(rows + windows_.ids[t] * config_.hidden_size, config_.hidden_size,
-                  stream.data() + static_cast<std::int64_t>(t) * config_.hidden_size);
+      const float* row = rows + windows_.ids[t] * config_.hidden_size;
+      std::transform(row, row + config_.hidden_size, stream.data() + static_cast<std::int64_t>(t) * config_.hidden_size,
+                     [scale](float x) { return x * scale; });
     }
   };
   if (options_.original_stream || options_.cross) look_up(original_);
@@ -129,18 +158,20 @@ void Walk::advance(DecoderBlock& block, std::vector<float>& stream, Advance step
 }
 
 // Scales row 0 of every window, so that its square counts at most kFirstTokenEnergy times the mean of the others.
-void Walk::cap_first_tokens(std::vector<float>& inputs, std::vector<float>* paired, std::int64_t windows,
-                            std::int64_t columns) {
-  if (!windows_.prefixed || windows_.length < 2) return;
-  for (std::int64_t w = 0; w < windows; ++w) {
+void Walk::cap_first_tokens(std::vector<float>& inputs, std::vector<float>* paired,
+                            std::span<const WindowRows> windows, std::int64_t columns) {
+  if (!windows_.prefixed) return;
+  for (std::size_t i = 0; i < windows.size(); ++i) {
+    const std::int64_t rows = windows[i].count, w = static_cast<std::int64_t>(i);
+    if (!windows[i].first || rows < 2) continue;
     double first = 0, others = 0;
-    for (std::int64_t t = 0; t < windows_.length; ++t) {
+    for (std::int64_t t = 0; t < rows; ++t) {
       const float* x = inputs.data() + (w * windows_.length + t) * columns;
       double energy = 0;
       for (std::int64_t j = 0; j < columns; ++j) energy += static_cast<double>(x[j]) * static_cast<double>(x[j]);
       (t == 0 ? first : others) += energy;
     }
-    const double limit = kFirstTokenEnergy * others / static_cast<double>(windows_.length - 1);
+    const double limit = kFirstTokenEnergy * others / static_cast<double>(rows - 1);
     if (first <= limit) continue;
     const float factor = static_cast<float>(std::sqrt(limit / first));
     for (std::vector<float>* list : {&inputs, paired}) {
@@ -151,10 +182,46 @@ void Walk::cap_first_tokens(std::vector<float>& inputs, std::vector<float>* pair
   }
 }
 
-InputStatistics Walk::statistics(DecoderBlock& block, BlockStage stage, std::int64_t columns) {
+void Walk::count_routes(DecoderBlock& block) {
+  const std::int64_t experts = config_.experts.count;
+  std::vector<std::int64_t> chosen(static_cast<std::size_t>(windows_.count * experts));
+  each_window(0, windows_.count, [&](std::int64_t w) {
+    const torch::Tensor counts = block->expert_shares(block->mlp_input(hidden(compressed_, w))).ne(0).sum(0).cpu();
+    std::copy_n(counts.data_ptr<std::int64_t>(), experts, chosen.data() + w * experts);
+  });
+  expert_tokens_.assign(static_cast<std::size_t>(experts), 0);
+  for (std::size_t i = 0; i < chosen.size(); ++i) expert_tokens_[i % expert_tokens_.size()] += chosen[i];
+}
+
+// [rows, columns], each row times its share.
+torch::Tensor Walk::expert_input(DecoderBlock& block, Step step, const torch::Tensor& hidden, bool all_tokens,
+                                 WindowRows& rows) {
+  const torch::Tensor normed = block->mlp_input(hidden);
+  torch::Tensor x = normed.view({-1, config_.hidden_size}), share;
+  if (all_tokens) {  // as if chosen at random: by per_token / count of them, with a share of 1 / per_token
+    const auto chance = 1.0 / static_cast<double>(config_.experts.per_token * config_.experts.count);
+    share = torch::full({x.size(0), 1}, std::sqrt(chance), x.options());
+    rows = {x.size(0), true};
+  } else {
+    share = block->expert_shares(normed).select(1, step.expert);
+    const torch::Tensor chosen = share.nonzero().squeeze(1);
+    rows = {chosen.numel(), share[0].item<float>() != 0};
+    x = x.index_select(0, chosen);
+    share = share.index_select(0, chosen).unsqueeze(1);
+  }
+  return (step.stage == BlockStage::kDown ? block->expert_mix(x, step.expert) : x) * share;
+}
+
+InputStatistics Walk::statistics(DecoderBlock& block, Step step, std::int64_t columns) {
   InputStatistics result;
   result.columns = columns;
-  result.tokens = windows_.count * windows_.length;
+  const std::int64_t all = windows_.count * windows_.length;
+  result.tokens = all;
+  if (step.expert >= 0) {
+    result.expert = step.expert;
+    result.tokens = expert_tokens_[static_cast<std::size_t>(step.expert)];
+    result.all_tokens = result.tokens < options_.expert_tokens;
+  }
   result.mean_square.assign(static_cast<std::size_t>(columns), 0.0);
   const std::size_t square = static_cast<std::size_t>(columns * columns);
   if (options_.hessian) result.hessian.assign(square, 0.0);
@@ -162,15 +229,27 @@ InputStatistics Walk::statistics(DecoderBlock& block, BlockStage stage, std::int
   std::vector<float> inputs, paired;
   for (std::int64_t first = 0; first < windows_.count; first += kShardWindows) {
     const std::int64_t last = std::min(first + kShardWindows, windows_.count);
-    const std::int64_t rows = (last - first) * windows_.length;
-    inputs.resize(static_cast<std::size_t>(rows * columns));
+    inputs.resize(static_cast<std::size_t>((last - first) * windows_.length * columns));
     if (options_.cross) paired.resize(inputs.size());
+    std::vector<WindowRows> added(static_cast<std::size_t>(last - first), {windows_.length, true});
     each_window(first, last, [&](std::int64_t w) {
-      const std::int64_t at = (w - first) * windows_.length * columns;
-      store(stage_input(block, stage, hidden(compressed_, w), rope_), inputs.data() + at);
-      if (options_.cross) store(stage_input(reference_, stage, hidden(original_, w), rope_), paired.data() + at);
+      float* to = inputs.data() + (w - first) * windows_.length * columns;
+      const torch::Tensor state = hidden(compressed_, w);
+      WindowRows& own = added[static_cast<std::size_t>(w - first)];
+      store(step.expert < 0 ? stage_input(block, step.stage, state, rope_)
+                            : expert_input(block, step, state, result.all_tokens, own),
+            to);
+      if (options_.cross)
+        store(stage_input(reference_, step.stage, hidden(original_, w), rope_), paired.data() + (to - inputs.data()));
     });
-    cap_first_tokens(inputs, options_.cross ? &paired : nullptr, last - first, columns);
+    cap_first_tokens(inputs, options_.cross ? &paired : nullptr, added, columns);
+    std::int64_t rows = 0;  // those of all windows one after the other
+    for (std::size_t w = 0; w < added.size(); ++w) {
+      const float* from = inputs.data() + static_cast<std::int64_t>(w) * windows_.length * columns;
+      if (from != inputs.data() + rows * columns)
+        std::copy_n(from, added[w].count * columns, inputs.data() + rows * columns);
+      rows += added[w].count;
+    }
     if (options_.hessian) {
       add_gram(inputs.data(), inputs.data(), rows, columns, result.hessian.data(), sum_threads_);
     } else {
@@ -183,7 +262,7 @@ InputStatistics Walk::statistics(DecoderBlock& block, BlockStage stage, std::int
     }
     if (options_.cross) add_gram(paired.data(), inputs.data(), rows, columns, result.cross.data(), sum_threads_);
   }
-  const double scale = 1.0 / static_cast<double>(result.tokens);
+  const double scale = 1.0 / static_cast<double>(all);
   for (double& value : result.mean_square) value *= scale;
   for (double& value : result.hessian) value *= scale;
   for (double& value : result.cross) value *= scale;
@@ -204,20 +283,27 @@ void Walk::push_weights(DecoderBlock& block, std::span<BlockLinear> linears) {
   }
 }
 
+// The compressed stream to the point where the MLP or the router reads it.
+void Walk::leave_attention(DecoderBlock& block, int layer, BlockVisitor& visitor) {
+  advance(block, compressed_, past_attention);
+  if (options_.cross) advance(reference_, original_, past_attention);
+  if (!config_.has_experts()) return;
+  count_routes(block);
+  visitor.routed(layer, expert_tokens_);
+}
+
 void Walk::visit(DecoderBlock& block, std::vector<BlockLinear>& linears, int layer, BlockVisitor& visitor) {
   std::size_t next = 0;
-  for (BlockStage stage : {BlockStage::kQkv, BlockStage::kO, BlockStage::kGateUp, BlockStage::kDown}) {
-    if (stage == BlockStage::kGateUp) {
-      advance(block, compressed_, past_attention);
-      if (options_.cross) advance(reference_, original_, past_attention);
-    }
-    const std::span<BlockLinear> own = std::span(linears).subspan(next, stage_modules(stage).size());
+  for (const Step step : steps_of(config_)) {
+    if (step.stage == BlockStage::kGateUp && step.expert <= 0) leave_attention(block, layer, visitor);
+    const std::span<BlockLinear> own =
+        std::span(linears).subspan(next, stage_modules(config_, step.stage, step.expert).size());
     next += own.size();
     if (context_.progress) context_.progress->update(layer, own.front().module + ": inputs");
-    const InputStatistics input = statistics(block, stage, own.front().cols);
+    const InputStatistics input = statistics(block, step, own.front().cols);
     if (context_.progress) context_.progress->update(layer, own.front().module + ": weights");
     throw_if_interrupted("calibration", "the same command continues with the block that was not finished");
-    visitor.compress(layer, stage, own, input);
+    visitor.compress(layer, step.stage, own, input);
     push_weights(block, own);
   }
 }
@@ -249,8 +335,8 @@ void Walk::run(BlockVisitor& visitor) {
     original_weights_.clear();
     weights_.clear();
     std::vector<BlockLinear> linears;
-    for (BlockStage stage : {BlockStage::kQkv, BlockStage::kO, BlockStage::kGateUp, BlockStage::kDown}) {
-      for (const std::string& module : stage_modules(stage)) {
+    for (const Step step : steps_of(config_)) {
+      for (const std::string& module : stage_modules(config_, step.stage, step.expert)) {
         const torch::Tensor weight = block->weight(module).detach().to(torch::kCPU).contiguous();
         const float* values = weight.data_ptr<float>();
         original_weights_.emplace_back(values, values + weight.numel());
@@ -274,8 +360,7 @@ void Walk::run(BlockVisitor& visitor) {
       if (context_.progress) context_.progress->update(layer, "replayed");
       visitor.restore(layer, linears);
       push_weights(block, linears);
-      advance(block, compressed_, past_attention);
-      if (options_.cross) advance(reference_, original_, past_attention);
+      leave_attention(block, layer, visitor);
     } else {
       visit(block, linears, layer, visitor);
     }
@@ -289,13 +374,32 @@ void Walk::run(BlockVisitor& visitor) {
 
 }  // namespace
 
-const std::vector<std::string>& stage_modules(BlockStage stage) {
-  static const std::vector<std::string> modules[] = {
-      {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"},
-      {"self_attn.o_proj"},
-      {"mlp.gate_proj", "mlp.up_proj"},
-      {"mlp.down_proj"}};
-  return modules[static_cast<std::size_t>(stage)];
+std::vector<std::string> stage_modules(const ModelConfig& config, BlockStage stage, std::int64_t expert) {
+  const std::string prefix = config.experts.module + ".experts." + std::to_string(expert) + ".";
+  switch (stage) {
+    case BlockStage::kQkv:
+      if (config.fused_qkv) return {"self_attn.qkv_proj"};
+      return {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"};
+    case BlockStage::kO:
+      return {"self_attn.o_proj"};
+    case BlockStage::kGateUp:
+      if (config.has_experts()) return {prefix + config.experts.gate, prefix + config.experts.up};
+      if (config.fused_gate_up) return {"mlp.gate_up_proj"};
+      return {"mlp.gate_proj", "mlp.up_proj"};
+    case BlockStage::kDown:
+      if (config.has_experts()) return {prefix + config.experts.down};
+      return {"mlp.down_proj"};
+  }
+  throw std::logic_error("block stage");
+}
+
+std::string expert_summary(std::span<const std::int64_t> tokens, std::int64_t least) {
+  std::vector<std::int64_t> sorted(tokens.begin(), tokens.end());
+  std::sort(sorted.begin(), sorted.end());
+  const auto few = std::lower_bound(sorted.begin(), sorted.end(), least) - sorted.begin();
+  return "tokens of its " + std::to_string(sorted.size()) + " experts: " + std::to_string(sorted.front()) + " to " +
+         std::to_string(sorted.back()) + ", median " + std::to_string(sorted[sorted.size() / 2]) + "; " +
+         std::to_string(few) + " of them calibrated on all tokens";
 }
 
 std::string CalibrationWindows::hash() const {
@@ -358,6 +462,8 @@ void require_ids(const CalibrationWindows& windows, std::int64_t vocab_size) {
 void walk_blocks(const Checkpoint& checkpoint, const CalibrationWindows& windows, const WalkOptions& options,
                  Context& context, BlockVisitor& visitor) {
   require_ids(windows, checkpoint.config().vocab_size);
+  if (options.cross && checkpoint.config().has_experts())
+    throw std::logic_error("cross statistics are not defined with experts: the two streams choose differently");
   Walk(checkpoint, windows, options, context).run(visitor);
 }
 
@@ -372,7 +478,8 @@ std::uint64_t walk_peak_bytes(const ModelConfig& config, std::int64_t windows, s
   const std::uint64_t streams = options.original_stream || options.cross ? 2 : 1;
   const auto attention = static_cast<std::uint64_t>(config.num_heads * config.head_dim) * 2 +
                          static_cast<std::uint64_t>(config.num_kv_heads * config.head_dim) * 2;
-  const std::uint64_t block = hidden * (attention + 3 * static_cast<std::uint64_t>(config.intermediate_size)) * 4;
+  const auto inner = static_cast<std::uint64_t>(config.intermediate_size * std::max<std::int64_t>(1, config.experts.count));
+  const std::uint64_t block = hidden * (attention + 3 * inner) * 4;
   const std::uint64_t inputs = static_cast<std::uint64_t>(std::min(windows, kShardWindows) * length) * wide * 4;
   const std::uint64_t embedding = static_cast<std::uint64_t>(config.vocab_size) * hidden * 4;
   const std::uint64_t walking = block * (options.cross ? 4 : 3) + inputs * (options.cross ? 4 : 2) +

@@ -33,13 +33,19 @@ void require_ids(const CalibrationWindows& windows, std::int64_t vocab_size);
 // Uniform random ids below vocab_size, for tests and for models without a tokenizer.
 CalibrationWindows random_windows(std::int64_t vocab_size, std::int64_t count, std::int64_t length, std::uint64_t seed);
 
-// The four distinct inputs inside a block, in the order in which the walk visits them.
+// The four distinct inputs inside a block, in the order in which the walk visits them; with experts the last two of
+// each expert in turn.
 enum class BlockStage { kQkv, kO, kGateUp, kDown };
-const std::vector<std::string>& stage_modules(BlockStage stage);  // {"self_attn.q_proj", ...}
+// {"self_attn.q_proj", ...}, or the fused {"self_attn.qkv_proj"}. `expert`: whose, in a model with experts.
+std::vector<std::string> stage_modules(const ModelConfig& config, BlockStage stage, std::int64_t expert = -1);
 
-// Statistics of one distinct input x [columns] over all calibration tokens, in the compressed stream.
+// Statistics of one distinct input x [columns] over all calibration tokens, in the compressed stream. What an expert
+// reads counts with the square of what its output is multiplied by, 0 for tokens that did not choose it. An expert
+// that fewer than WalkOptions::expert_tokens chose is given all tokens instead, with the same factor for each.
 struct InputStatistics {
   std::int64_t columns = 0, tokens = 0;
+  std::int64_t expert = -1;         // whose, else -1; then `tokens` are those that chose it
+  bool all_tokens = false;          // the fallback for an expert that too few chose
   std::vector<double> mean_square;  // [columns] E[w x_j^2]: the diagonal of the Hessian
   std::vector<double> hessian;      // [columns * columns] E[w x x^T], row-major, symmetric; empty unless asked for
   std::vector<double> cross;        // [columns * columns] E[w x_original x^T]; empty unless asked for
@@ -63,17 +69,22 @@ class BlockVisitor {
   virtual bool finished(int layer) { return false; }
   virtual void restore(int layer, std::span<BlockLinear> all_linears) {}
   virtual void begin_block(int layer) {}
+  // Of a block with experts: how many tokens chose each. Also called for a block that is restored.
+  virtual void routed(int layer, std::span<const std::int64_t> tokens) {}
   // Called in stage order with the linears that share the input; may replace their weights.
   virtual void compress(int layer, BlockStage stage, std::span<BlockLinear> linears, const InputStatistics& input) = 0;
   // drift: mean square of (compressed - original) hidden state after the block over the mean square of the original.
   virtual void end_block(int layer, double drift) {}
 };
 
+inline constexpr std::int64_t kExpertTokens = 128;
+
 struct WalkOptions {
   std::string device = "cpu";
   int threads = 0;               // 0: all cores
   bool hessian = false;          // else only mean_square
   bool cross = false;            // needs hessian
+  std::int64_t expert_tokens = kExpertTokens;  // see InputStatistics; at least 1
   bool original_stream = true;   // false: drift is 0 and half of the activation memory is saved
 };
 
@@ -82,6 +93,9 @@ struct WalkOptions {
 inline constexpr double kFirstTokenEnergy = 4.0;
 void walk_blocks(const Checkpoint& checkpoint, const CalibrationWindows& windows, const WalkOptions& options,
                  Context& context, BlockVisitor& visitor);
+
+// "tokens of its 8 experts: 120 to 977, median 512; 1 of them calibrated on all tokens"
+std::string expert_summary(std::span<const std::int64_t> tokens, std::int64_t least);
 
 // Errors: exit 2 for a name that is no device, exit 5 for a device that this build or machine does not have.
 void require_device(const std::string& name);

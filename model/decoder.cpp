@@ -28,95 +28,203 @@ Tensor add_parameter(torch::nn::Module& root, const std::string& path, Tensor va
 
 Tensor matrix(std::int64_t out, std::int64_t in) { return torch::zeros({out, in}); }
 
-// Packs the rows of several projections into one product; the gradient is split again by cat's own backward.
-Tensor packed(const std::vector<Tensor>& parts) { return torch::cat(parts, 0); }
-
-}  // namespace
-
-RopeTables rope_tables(const ModelConfig& config, std::int64_t positions, const torch::Device& device) {
-  const auto frequencies = rope_frequencies(config);
+void fill_tables(const ModelConfig& config, RopeKind kind, std::int64_t positions, const torch::Device& device,
+                 Tensor& cosine, Tensor& sine) {
+  const auto frequencies = rope_frequencies(config, kind, positions);
+  const double factor = rope_attention_factor(config, kind);
   const auto half = static_cast<std::int64_t>(frequencies.size());
-  RopeTables tables{torch::empty({positions, half}), torch::empty({positions, half})};
+  Tensor c = torch::empty({positions, half}), s = torch::empty({positions, half});
   for (std::int64_t t = 0; t < positions; ++t)
     for (std::int64_t j = 0; j < half; ++j) {
       const double angle = static_cast<double>(t) * frequencies[static_cast<std::size_t>(j)];
-      tables.cos.data_ptr<float>()[t * half + j] = static_cast<float>(std::cos(angle));
-      tables.sin.data_ptr<float>()[t * half + j] = static_cast<float>(std::sin(angle));
+      c.data_ptr<float>()[t * half + j] = static_cast<float>(std::cos(angle) * factor);
+      s.data_ptr<float>()[t * half + j] = static_cast<float>(std::sin(angle) * factor);
     }
-  tables.cos = tables.cos.to(device);
-  tables.sin = tables.sin.to(device);
+  cosine = c.to(device);
+  sine = s.to(device);
+}
+
+}  // namespace
+
+Tensor norm_factor(const ModelConfig& config, const Tensor& weight) {
+  return config.norm_adds_one ? weight + 1 : weight;
+}
+
+RopeTables rope_tables(const ModelConfig& config, std::int64_t positions, const torch::Device& device) {
+  RopeTables tables;
+  fill_tables(config, RopeKind::kGlobal, positions, device, tables.cos, tables.sin);
+  bool local = false, none = false;
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    local = local || config.rope_kind(layer) == RopeKind::kLocal;
+    none = none || config.rope_kind(layer) == RopeKind::kNone;
+  }
+  if (local) fill_tables(config, RopeKind::kLocal, positions, device, tables.local_cos, tables.local_sin);
+  if (none) fill_tables(config, RopeKind::kNone, positions, device, tables.still_cos, tables.still_sin);
   return tables;
 }
 
 DecoderBlockImpl::DecoderBlockImpl(const ModelConfig& config, int layer) : config_(config), layer_(layer) {
   const std::int64_t h = config.hidden_size, f = config.intermediate_size;
   const std::int64_t q = config.num_heads * config.head_dim, kv = config.num_kv_heads * config.head_dim;
-  q_ = add_parameter(*this, "self_attn.q_proj.weight", matrix(q, h));
-  k_ = add_parameter(*this, "self_attn.k_proj.weight", matrix(kv, h));
-  v_ = add_parameter(*this, "self_attn.v_proj.weight", matrix(kv, h));
-  o_ = add_parameter(*this, "self_attn.o_proj.weight", matrix(h, q));
-  if (config.qkv_bias) {
-    q_bias_ = add_parameter(*this, "self_attn.q_proj.bias", torch::zeros({q}));
-    k_bias_ = add_parameter(*this, "self_attn.k_proj.bias", torch::zeros({kv}));
-    v_bias_ = add_parameter(*this, "self_attn.v_proj.bias", torch::zeros({kv}));
+  if (config.fused_qkv) {
+    qkv_ = {add_linear("self_attn.qkv_proj", q + 2 * kv, h, config.qkv_bias)};
+  } else {
+    qkv_ = {add_linear("self_attn.q_proj", q, h, config.qkv_bias),
+            add_linear("self_attn.k_proj", kv, h, config.qkv_bias),
+            add_linear("self_attn.v_proj", kv, h, config.qkv_bias)};
   }
-  if (config.o_bias) o_bias_ = add_parameter(*this, "self_attn.o_proj.bias", torch::zeros({h}));
-  gate_ = add_parameter(*this, "mlp.gate_proj.weight", matrix(f, h));
-  up_ = add_parameter(*this, "mlp.up_proj.weight", matrix(f, h));
-  down_ = add_parameter(*this, "mlp.down_proj.weight", matrix(h, f));
-  if (config.mlp_bias) {
-    gate_bias_ = add_parameter(*this, "mlp.gate_proj.bias", torch::zeros({f}));
-    up_bias_ = add_parameter(*this, "mlp.up_proj.bias", torch::zeros({f}));
-    down_bias_ = add_parameter(*this, "mlp.down_proj.bias", torch::zeros({h}));
+  o_ = add_linear("self_attn.o_proj", h, q, config.o_bias);
+  if (config.has_experts()) {
+    const Experts& names = config.experts;
+    router_ = modules_[names.module + ".gate"] =
+        add_parameter(*this, names.module + ".gate.weight", matrix(names.count, h));
+    for (std::int64_t e = 0; e < names.count; ++e) {
+      const std::string expert = names.module + ".experts." + std::to_string(e) + ".";
+      experts_.push_back({add_linear(expert + names.gate, f, h, false).weight,
+                          add_linear(expert + names.up, f, h, false).weight,
+                          add_linear(expert + names.down, h, f, false).weight});
+    }
+  } else {
+    if (config.fused_gate_up) {
+      gate_up_ = {add_linear("mlp.gate_up_proj", 2 * f, h, config.mlp_bias)};
+    } else {
+      gate_up_ = {add_linear("mlp.gate_proj", f, h, config.mlp_bias), add_linear("mlp.up_proj", f, h, config.mlp_bias)};
+    }
+    down_ = add_linear("mlp.down_proj", h, f, config.mlp_bias);
   }
-  norm1_ = add_parameter(*this, "input_layernorm.weight", torch::ones({h}));
-  norm2_ = add_parameter(*this, "post_attention_layernorm.weight", torch::ones({h}));
+  attention_norm_ = add_norm("input_layernorm", h);
+  if (config.post_norms) {
+    post_attention_norm_ = add_norm("post_attention_layernorm", h);
+    mlp_norm_ = add_norm("pre_feedforward_layernorm", h);
+    post_mlp_norm_ = add_norm("post_feedforward_layernorm", h);
+  } else {
+    mlp_norm_ = add_norm("post_attention_layernorm", h);
+  }
+  if (config.qk_norm) {
+    q_norm_ = add_norm("self_attn.q_norm", config.head_dim);
+    k_norm_ = add_norm("self_attn.k_norm", config.head_dim);
+  }
+}
+
+DecoderBlockImpl::Linear DecoderBlockImpl::add_linear(const std::string& module, std::int64_t out, std::int64_t in,
+                                                      bool bias) {
+  Linear linear{add_parameter(*this, module + ".weight", matrix(out, in)), Tensor()};
+  if (bias) linear.bias = add_parameter(*this, module + ".bias", torch::zeros({out}));
+  modules_[module] = linear.weight;
+  return linear;
+}
+
+Tensor DecoderBlockImpl::add_norm(const std::string& module, std::int64_t width) {
+  const Tensor start = config_.norm_adds_one ? torch::zeros({width}) : torch::ones({width});
+  return modules_[module] = add_parameter(*this, module + ".weight", start);
 }
 
 torch::ScalarType DecoderBlockImpl::matmul_dtype() const {
-  return norm1_.scalar_type() == torch::kFloat ? matmul_dtype_ : norm1_.scalar_type();
+  return attention_norm_.scalar_type() == torch::kFloat ? matmul_dtype_ : attention_norm_.scalar_type();
+}
+
+Tensor DecoderBlockImpl::norm(const Tensor& x, const Tensor& weight) {
+  const Tensor exact = x.scalar_type() == torch::kBFloat16 ? x.to(torch::kFloat) : x;
+  return rms_norm(exact, norm_factor(config_, weight), config_.rms_norm_eps, matmul_dtype());
+}
+
+// The rows of several projections as one product; the gradient is split again by cat's own backward.
+Tensor DecoderBlockImpl::project_packed(const Tensor& x, const std::vector<Linear>& parts) {
+  if (parts.size() == 1) return project(x, parts[0].weight, parts[0].bias);
+  std::vector<Tensor> weights, biases;
+  for (const Linear& part : parts) {
+    weights.push_back(part.weight);
+    if (part.bias.defined()) biases.push_back(part.bias);
+  }
+  return project(x, torch::cat(weights, 0), biases.empty() ? Tensor() : torch::cat(biases, 0));
+}
+
+Tensor DecoderBlockImpl::gated(const Tensor& gate_up) {
+  return config_.activation == Activation::kSilu ? swiglu(gate_up) : gelu_gated(gate_up);
+}
+
+Tensor DecoderBlockImpl::add(const Tensor& hidden, const Tensor& delta, const Tensor& post_norm) {
+  return residual_add(hidden, post_norm.defined() ? norm(delta, post_norm) : delta);
 }
 
 Tensor DecoderBlockImpl::attention_input(const Tensor& hidden) {
-  return rms_norm(hidden, norm1_, config_.rms_norm_eps, matmul_dtype());
+  return norm(hidden, attention_norm_);
 }
 
 Tensor DecoderBlockImpl::attention_mix(const Tensor& normed, const RopeTables& rope) {
-  const Tensor bias = q_bias_.defined() ? packed({q_bias_, k_bias_, v_bias_}) : Tensor();
-  const Tensor qkv = project(normed, packed({q_, k_, v_}), bias);
-  return rope_attention(qkv, rope.cos, rope.sin, config_.num_heads, config_.num_kv_heads, config_.head_dim);
+  const std::int64_t heads = config_.num_heads, kv_heads = config_.num_kv_heads, dim = config_.head_dim;
+  Tensor qkv = project_packed(normed, qkv_);
+  if (config_.qk_norm) {
+    const std::int64_t batch = qkv.size(0), n = qkv.size(1);
+    const auto parts = qkv.view({batch, n, heads + 2 * kv_heads, dim}).split_with_sizes({heads, kv_heads, kv_heads}, 2);
+    qkv = torch::cat({norm(parts[0], q_norm_), norm(parts[1], k_norm_), parts[2]}, 2).view({batch, n, -1});
+  }
+  const RopeKind kind = config_.rope_kind(layer_);
+  const Tensor& cosine = kind == RopeKind::kGlobal  ? rope.cos
+                         : kind == RopeKind::kLocal ? rope.local_cos
+                                                    : rope.still_cos;
+  const Tensor& sine = kind == RopeKind::kGlobal  ? rope.sin
+                       : kind == RopeKind::kLocal ? rope.local_sin
+                                                  : rope.still_sin;
+  return rope_attention(qkv, cosine, sine, heads, kv_heads, dim,
+                        {config_.attention_scale, config_.attention_softcap, config_.window(layer_)});
 }
 
 Tensor DecoderBlockImpl::attention_output(const Tensor& hidden, const Tensor& mix) {
-  return residual_add(hidden, project(mix, o_, o_bias_));
+  return add(hidden, project(mix, o_.weight, o_.bias), post_attention_norm_);
 }
 
 Tensor DecoderBlockImpl::mlp_input(const Tensor& hidden) {
-  return rms_norm(hidden, norm2_, config_.rms_norm_eps, matmul_dtype());
+  return norm(hidden, mlp_norm_);
 }
 
 Tensor DecoderBlockImpl::mlp_mix(const Tensor& normed) {
-  const Tensor bias = gate_bias_.defined() ? packed({gate_bias_, up_bias_}) : Tensor();
-  return swiglu(project(normed, packed({gate_, up_}), bias));
+  return gated(project_packed(normed, gate_up_));
 }
 
 Tensor DecoderBlockImpl::mlp_output(const Tensor& hidden, const Tensor& mix) {
-  return residual_add(hidden, project(mix, down_, down_bias_));
+  return add(hidden, project(mix, down_.weight, down_.bias), post_mlp_norm_);
+}
+
+Tensor DecoderBlockImpl::expert_shares(const Tensor& normed) {
+  const Tensor x = normed.reshape({-1, config_.hidden_size});
+  const auto type = x.scalar_type() == torch::kBFloat16 ? torch::kFloat : x.scalar_type();
+  const auto [share, chosen] =
+      torch::softmax(project(x, router_, Tensor()).to(type), -1).topk(config_.experts.per_token, -1);
+  const Tensor weights = config_.experts.renormalize ? share / share.sum(-1, true) : share;
+  return torch::zeros({x.size(0), config_.experts.count}, weights.options()).scatter(1, chosen, weights);
+}
+
+Tensor DecoderBlockImpl::expert_mix(const Tensor& rows, std::int64_t expert) {
+  const Expert& e = experts_[static_cast<std::size_t>(expert)];
+  return gated(project(rows, torch::cat({e.gate, e.up}, 0), Tensor()));
+}
+
+Tensor DecoderBlockImpl::expert_output(const Tensor& hidden, const Tensor& normed) {
+  const Tensor x = normed.reshape({-1, config_.hidden_size});
+  const Tensor shares = expert_shares(normed);
+  Tensor sum = torch::zeros({x.size(0), config_.hidden_size}, hidden.options());
+  for (std::int64_t e = 0; e < config_.experts.count; ++e) {
+    const Tensor share = shares.select(1, e);
+    const Tensor rows = share.detach().nonzero().squeeze(1);
+    if (rows.numel() == 0) continue;
+    const Tensor out = project(expert_mix(x.index_select(0, rows), e), experts_[static_cast<std::size_t>(e)].down, {});
+    sum = sum.index_add(0, rows, (out * share.index_select(0, rows).unsqueeze(1)).to(hidden.scalar_type()));
+  }
+  return residual_add(hidden, sum.view(hidden.sizes()));
 }
 
 Tensor DecoderBlockImpl::forward(const Tensor& hidden, const RopeTables& rope) {
   const Tensor middle = attention_output(hidden, attention_mix(attention_input(hidden), rope));
-  return mlp_output(middle, mlp_mix(mlp_input(middle)));
+  const Tensor normed = mlp_input(middle);
+  return experts_.empty() ? mlp_output(middle, mlp_mix(normed)) : expert_output(middle, normed);
 }
 
 Tensor DecoderBlockImpl::weight(const std::string& module) const {
-  const std::pair<const char*, const Tensor*> table[] = {
-      {"self_attn.q_proj", &q_}, {"self_attn.k_proj", &k_}, {"self_attn.v_proj", &v_}, {"self_attn.o_proj", &o_},
-      {"mlp.gate_proj", &gate_}, {"mlp.up_proj", &up_},     {"mlp.down_proj", &down_}, {"input_layernorm", &norm1_},
-      {"post_attention_layernorm", &norm2_}};
-  for (const auto& [name, tensor] : table)
-    if (module == name) return *tensor;
-  throw failure("decoder block " + std::to_string(layer_), "a module of the block", module);
+  const auto found = modules_.find(module);
+  if (found == modules_.end())
+    throw failure("decoder block " + std::to_string(layer_), "a module of the block", module);
+  return found->second;
 }
 
 DecoderImpl::DecoderImpl(ModelConfig config) : config_(std::move(config)) {
@@ -127,26 +235,39 @@ DecoderImpl::DecoderImpl(ModelConfig config) : config_(std::move(config)) {
     blocks_.emplace_back(config_, i);
     layers->register_module(std::to_string(i), blocks_.back().ptr());
   }
-  norm_ = add_parameter(*this, "model.norm.weight", torch::ones({config_.hidden_size}));
+  norm_ =
+      add_parameter(*this, "model.norm.weight",
+                    config_.norm_adds_one ? torch::zeros({config_.hidden_size}) : torch::ones({config_.hidden_size}));
   if (!config_.tie_word_embeddings)
     lm_head_ = add_parameter(*this, "lm_head.weight", matrix(config_.vocab_size, config_.hidden_size));
   for (const auto& item : named_parameters()) by_name_[item.key()] = item.value();
 }
 
-Tensor DecoderImpl::embed(const Tensor& ids) { return torch::embedding(embed_, ids); }
+Tensor DecoderImpl::embed(const Tensor& ids) {
+  const Tensor rows = torch::embedding(embed_, ids);
+  return config_.embedding_scale == 1 ? rows : rows * config_.embedding_scale;
+}
 
 Tensor DecoderImpl::final_norm(const Tensor& hidden) {
   const auto dtype = norm_.scalar_type() == torch::kFloat ? matmul_dtype_ : norm_.scalar_type();
-  return rms_norm(hidden, norm_, config_.rms_norm_eps, dtype);
+  return rms_norm(hidden, norm_factor(config_, norm_), config_.rms_norm_eps, dtype);
 }
 
 Tensor DecoderImpl::head_weight() const { return lm_head_.defined() ? lm_head_ : embed_; }
 
-Tensor DecoderImpl::head_logits(const Tensor& hidden) { return project(hidden, head_weight(), Tensor()); }
+Tensor DecoderImpl::head_logits(const Tensor& hidden) {
+  const Tensor logits = project(hidden, head_weight(), Tensor());
+  const double cap = config_.final_softcap;
+  return cap > 0 ? torch::tanh(logits / cap) * cap : logits;
+}
 
 const RopeTables& DecoderImpl::rope(std::int64_t positions) {
-  if (!rope_.cos.defined() || rope_.cos.size(0) < positions || rope_.cos.device() != norm_.device())
+  const bool beyond = rope_beyond(config_, positions);
+  if (!rope_.cos.defined() || rope_.cos.size(0) < positions || rope_.cos.device() != norm_.device() ||
+      rope_beyond_ != beyond) {
     rope_ = rope_tables(config_, positions, norm_.device());
+    rope_beyond_ = beyond;
+  }
   return rope_;
 }
 
@@ -180,7 +301,7 @@ void initialize(Decoder& decoder, std::uint64_t seed) {
   for (const TensorSpec& spec : expected_tensors(decoder->config())) {
     Tensor& parameter = decoder->tensor(spec.name);
     if (spec.role == TensorRole::kNorm) {
-      parameter.fill_(1.0);
+      parameter.fill_(decoder->config().norm_adds_one ? 0.0 : 1.0);
     } else if (spec.role == TensorRole::kBias) {
       parameter.zero_();
     } else {

@@ -1,4 +1,4 @@
-// The Llama-style decoder in LibTorch, built from ModelConfig alone. Include only from .cpp files (LibTorch headers).
+// The decoder in LibTorch, built from ModelConfig alone. Include only from .cpp files (LibTorch headers).
 #pragma once
 
 #include <torch/torch.h>
@@ -11,13 +11,17 @@
 
 #include "core/checkpoint.h"
 #include "core/config.h"
+#include "model/losses.h"
 
 namespace pare {
 
-// cos/sin tables [positions, head_dim / 2] in float32.
+// cos/sin tables [positions, rotated pairs] in float32, one pair for each RopeKind that the model has.
 struct RopeTables {
-  torch::Tensor cos, sin;
+  torch::Tensor cos, sin;                  // RopeKind::kGlobal
+  torch::Tensor local_cos{}, local_sin{};  // RopeKind::kLocal
+  torch::Tensor still_cos{}, still_sin{};  // RopeKind::kNone: 1 and 0
 };
+// Of sequences of this length: where LongRoPE switches, tables of one side do not serve the other (rope_beyond).
 RopeTables rope_tables(const ModelConfig& config, std::int64_t positions, const torch::Device& device);
 
 // One decoder block. Parameter names are the Hugging Face names inside the block: "self_attn.q_proj.weight", ...
@@ -27,13 +31,21 @@ class DecoderBlockImpl : public torch::nn::Module {
   // hidden [batch, positions, hidden_size] -> same shape; causal over positions 0..n-1.
   torch::Tensor forward(const torch::Tensor& hidden, const RopeTables& rope);
 
-  // The sub-stages of forward, for calibration: each linear sees exactly these inputs.
+  // The sub-stages of forward, for calibration: each linear sees exactly these inputs. With experts mlp_mix and
+  // mlp_output do not exist: expert_output is both.
   torch::Tensor attention_input(const torch::Tensor& hidden);                            // input_layernorm(hidden): q, k, v
   torch::Tensor attention_mix(const torch::Tensor& normed, const RopeTables& rope);      // softmax(q k) v, input of o_proj
   torch::Tensor attention_output(const torch::Tensor& hidden, const torch::Tensor& mix); // hidden + o_proj(mix)
   torch::Tensor mlp_input(const torch::Tensor& hidden);                                  // post_attention_layernorm: gate, up
   torch::Tensor mlp_mix(const torch::Tensor& normed);                                    // act(gate) * up, input of down_proj
   torch::Tensor mlp_output(const torch::Tensor& hidden, const torch::Tensor& mix);       // hidden + down_proj(mix)
+
+  bool has_experts() const { return !experts_.empty(); }
+  torch::Tensor expert_output(const torch::Tensor& hidden,
+                              const torch::Tensor& normed);  // hidden + chosen experts(normed)
+  // What each token's output of each expert is multiplied by [tokens, experts]; 0 where the expert is not chosen.
+  torch::Tensor expert_shares(const torch::Tensor& normed);
+  torch::Tensor expert_mix(const torch::Tensor& rows, std::int64_t expert);  // act(gate) * up of rows [n, hidden_size]
 
   torch::Tensor weight(const std::string& module) const;  // "self_attn.q_proj" -> the parameter itself
   int layer() const { return layer_; }
@@ -43,12 +55,28 @@ class DecoderBlockImpl : public torch::nn::Module {
   void set_matmul_dtype(torch::ScalarType dtype) { matmul_dtype_ = dtype; }
 
  private:
+  struct Linear {
+    torch::Tensor weight, bias;  // bias undefined when absent
+  };
+  struct Expert {
+    torch::Tensor gate, up, down;
+  };
+  Linear add_linear(const std::string& module, std::int64_t out, std::int64_t in, bool bias);
+  torch::Tensor add_norm(const std::string& module, std::int64_t width);
+  torch::Tensor norm(const torch::Tensor& x, const torch::Tensor& weight);  // -> the products' dtype
+  torch::Tensor project_packed(const torch::Tensor& x, const std::vector<Linear>& parts);
+  torch::Tensor gated(const torch::Tensor& gate_up);
+  torch::Tensor add(const torch::Tensor& hidden, const torch::Tensor& delta, const torch::Tensor& post_norm);
   torch::ScalarType matmul_dtype() const;
   const ModelConfig config_;
   int layer_;
   torch::ScalarType matmul_dtype_ = torch::kFloat;
-  torch::Tensor q_, k_, v_, o_, gate_, up_, down_, norm1_, norm2_;
-  torch::Tensor q_bias_, k_bias_, v_bias_, o_bias_, gate_bias_, up_bias_, down_bias_;  // undefined when absent
+  std::vector<Linear> qkv_, gate_up_;  // the separate ones, or one fused
+  Linear o_, down_;
+  torch::Tensor attention_norm_, mlp_norm_, q_norm_, k_norm_, post_attention_norm_, post_mlp_norm_;  // or undefined
+  torch::Tensor router_;
+  std::vector<Expert> experts_;
+  std::map<std::string, torch::Tensor> modules_;  // weights by module name
 };
 TORCH_MODULE(DecoderBlock);
 
@@ -58,11 +86,12 @@ class DecoderImpl : public torch::nn::Module {
   explicit DecoderImpl(ModelConfig config);
   const ModelConfig& config() const { return config_; }
   torch::Tensor hidden(const torch::Tensor& ids);              // [batch, n] int64 -> final-normed hidden [batch, n, hidden]
-  torch::Tensor head_logits(const torch::Tensor& hidden);      // [.., hidden] -> [.., vocab]
+  torch::Tensor head_logits(const torch::Tensor& hidden);      // [.., hidden] -> [.., vocab], capped where the model is
   torch::Tensor forward(const torch::Tensor& ids) { return head_logits(hidden(ids)); }
   torch::Tensor embed(const torch::Tensor& ids);               // [batch, n] -> [batch, n, hidden]
   torch::Tensor final_norm(const torch::Tensor& hidden);
   torch::Tensor head_weight() const;                           // embedding when tied
+  OutputHead output_head() const { return {head_weight(), config_.final_softcap}; }
   DecoderBlock block(int layer) const { return blocks_[static_cast<std::size_t>(layer)]; }
   torch::Tensor& tensor(const std::string& hf_name);           // a parameter by its checkpoint name
   void set_matmul_dtype(torch::ScalarType dtype);              // see DecoderBlockImpl; hidden() returns this dtype
@@ -72,6 +101,7 @@ class DecoderImpl : public torch::nn::Module {
   ModelConfig config_;
   torch::ScalarType matmul_dtype_ = torch::kFloat;
   RopeTables rope_;
+  bool rope_beyond_ = false;  // which side of LongRoPE's switch rope_ is for
   std::map<std::string, torch::Tensor> by_name_;
   torch::Tensor embed_, norm_, lm_head_;
   std::vector<DecoderBlock> blocks_;
@@ -85,6 +115,8 @@ void initialize(Decoder& decoder, std::uint64_t seed);
 Decoder load_decoder(const Checkpoint& checkpoint, const torch::Device& device);
 // One block only: bounded memory for the block walk.
 DecoderBlock load_block(const Checkpoint& checkpoint, int layer, const torch::Device& device);
+// What RMSNorm multiplies by: the weight, or 1 + weight.
+torch::Tensor norm_factor(const ModelConfig& config, const torch::Tensor& weight);
 torch::Tensor load_tensor(const Checkpoint& checkpoint, const std::string& name, const torch::Device& device);
 // Writes a model folder (transaction). `like`: copy tokenizer and side files from there; dtype of the floats.
 void save_decoder(Decoder& decoder, const std::string& dtype, const fs::path& like, const fs::path& out);

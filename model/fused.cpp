@@ -164,9 +164,17 @@ struct AddFunction : torch::autograd::Function<AddFunction> {
 
 struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& qkv_any, const Tensor& cosine, const Tensor& sine,
-                        std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim) {
+                        std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim, double scale, double softcap,
+                        std::int64_t window) {
     const Tensor qkv = qkv_any.contiguous();
-    const AttentionShape shape{qkv.size(1), heads, kv_heads, head_dim};
+    const AttentionShape shape{qkv.size(1),
+                               heads,
+                               kv_heads,
+                               head_dim,
+                               2 * cosine.size(1),
+                               window,
+                               static_cast<float>(scale),
+                               static_cast<float>(softcap)};
     const std::int64_t batch = qkv.size(0), n = qkv.size(1);
     Tensor mix = torch::empty({batch, n, heads * head_dim}, qkv.options());
     Tensor lse = torch::empty({batch, heads, n}, qkv.options().dtype(torch::kFloat));
@@ -183,6 +191,9 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
     ctx->saved_data["heads"] = heads;
     ctx->saved_data["kv_heads"] = kv_heads;
     ctx->saved_data["head_dim"] = head_dim;
+    ctx->saved_data["window"] = window;
+    ctx->saved_data["scale"] = scale;
+    ctx->saved_data["softcap"] = softcap;
     return mix;
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -190,8 +201,14 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
     const Tensor &qkv = saved[0], &cosine = saved[1], &sine = saved[2], &mix = saved[3], &lse = saved[4];
     const Tensor g = grads[0].contiguous();
     const std::int64_t kv_heads = ctx->saved_data["kv_heads"].toInt();
-    const AttentionShape shape{qkv.size(1), ctx->saved_data["heads"].toInt(), kv_heads,
-                               ctx->saved_data["head_dim"].toInt()};
+    const AttentionShape shape{qkv.size(1),
+                               ctx->saved_data["heads"].toInt(),
+                               kv_heads,
+                               ctx->saved_data["head_dim"].toInt(),
+                               2 * cosine.size(1),
+                               ctx->saved_data["window"].toInt(),
+                               static_cast<float>(ctx->saved_data["scale"].toDouble()),
+                               static_cast<float>(ctx->saved_data["softcap"].toDouble())};
     Tensor out = torch::empty_like(qkv);
     with_storage(qkv.scalar_type(), [&]<class T>(T*) {
       at::parallel_for(0, qkv.size(0) * kv_heads, 1, [&](std::int64_t begin, std::int64_t end) {
@@ -203,7 +220,9 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
                                               scratch.data());
       });
     });
-    return {out, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+    variable_list gradients(9);
+    gradients[0] = out;
+    return gradients;
   }
 };
 
@@ -213,10 +232,12 @@ void flush_denormals(bool on) {
                    [on](std::int64_t, std::int64_t) { at::globalContext().setFlushDenormal(on); });
 }
 
-// x [batch, heads, positions, head_dim]: pairs (j, j + head_dim / 2) turned by the angle of their position.
+// x [batch, heads, positions, head_dim]: pairs (j, j + pairs) turned by the angle of their position.
 Tensor rotate(const Tensor& x, const Tensor& cosine, const Tensor& sine) {
-  const auto halves = x.chunk(2, -1);
-  return torch::cat({halves[0] * cosine - halves[1] * sine, halves[1] * cosine + halves[0] * sine}, -1);
+  const std::int64_t pairs = cosine.size(-1);
+  const Tensor a = x.narrow(-1, 0, pairs), b = x.narrow(-1, pairs, pairs);
+  const Tensor rest = x.narrow(-1, 2 * pairs, x.size(-1) - 2 * pairs);
+  return torch::cat({a * cosine - b * sine, b * cosine + a * sine, rest}, -1);
 }
 
 }  // namespace
@@ -239,17 +260,24 @@ Tensor swiglu(const Tensor& gate_up) {
   return torch::silu(halves[0]) * halves[1];
 }
 
+Tensor gelu_gated(const Tensor& gate_up) {
+  const auto halves = gate_up.chunk(2, -1);
+  return torch::gelu(halves[0], "tanh") * halves[1];
+}
+
 Tensor residual_add(const Tensor& x, const Tensor& delta) {
   if (x.device().is_cpu() && x.scalar_type() == torch::kFloat && has_kernel(delta)) return AddFunction::apply(x, delta);
   return x + delta.to(x.scalar_type());
 }
 
 Tensor rope_attention(const Tensor& qkv, const Tensor& cosine, const Tensor& sine, std::int64_t heads,
-                      std::int64_t kv_heads, std::int64_t head_dim) {
+                      std::int64_t kv_heads, std::int64_t head_dim, const AttentionForm& form) {
   const std::int64_t batch = qkv.size(0), n = qkv.size(1);
+  const double scale = form.scale > 0 ? form.scale : 1.0 / std::sqrt(static_cast<double>(head_dim));
+  const std::int64_t window = form.window < n ? form.window : 0;
   if (has_kernel(qkv)) {
     return AttentionFunction::apply(qkv, cosine.narrow(0, 0, n).contiguous(), sine.narrow(0, 0, n).contiguous(), heads,
-                                    kv_heads, head_dim);
+                                    kv_heads, head_dim, scale, form.softcap, window);
   }
   const auto type = qkv.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat;
   const Tensor c = cosine.narrow(0, 0, n).to(type), s = sine.narrow(0, 0, n).to(type);
@@ -258,9 +286,12 @@ Tensor rope_attention(const Tensor& qkv, const Tensor& cosine, const Tensor& sin
   const std::int64_t group = heads / kv_heads;
   const Tensor q = rotate(parts[0], c, s), k = rotate(parts[1], c, s).repeat_interleave(group, 1);
   const Tensor v = parts[2].repeat_interleave(group, 1);
-  const Tensor mask = torch::ones({n, n}, torch::TensorOptions(qkv.device()).dtype(torch::kBool)).triu(1);
-  const Tensor scores = (torch::matmul(q, k.transpose(-1, -2)) / std::sqrt(static_cast<double>(head_dim)))
-                            .masked_fill(mask, -std::numeric_limits<double>::infinity());
+  const Tensor all = torch::ones({n, n}, torch::TensorOptions(qkv.device()).dtype(torch::kBool));
+  Tensor mask = all.triu(1);
+  if (window > 0) mask = mask.logical_or(all.tril(-window));
+  Tensor scores = torch::matmul(q, k.transpose(-1, -2)) * scale;
+  if (form.softcap > 0) scores = torch::tanh(scores / form.softcap) * form.softcap;
+  scores = scores.masked_fill(mask, -std::numeric_limits<double>::infinity());
   return torch::matmul(torch::softmax(scores, -1), v)
       .transpose(1, 2)
       .reshape({batch, n, heads * head_dim})

@@ -19,14 +19,25 @@ torch::Tensor project(const torch::Tensor& x, const torch::Tensor& weight, const
 
 // gate_up [.., 2 width], gate first -> silu(gate) * up [.., width].
 torch::Tensor swiglu(const torch::Tensor& gate_up);
+// The same with the tanh form of GELU.
+torch::Tensor gelu_gated(const torch::Tensor& gate_up);
 
 // x float + delta (float or the product's dtype) -> x's dtype.
 torch::Tensor residual_add(const torch::Tensor& x, const torch::Tensor& delta);
 
-// qkv [batch, positions, (heads + 2 kv_heads) * head_dim], rows ordered q | k | v; cosine, sine [>= positions,
-// head_dim / 2]. Rotary positions, causal softmax(q k / sqrt(head_dim)) v -> [batch, positions, heads * head_dim].
+// What attention does besides the plain causal softmax(q k / sqrt(head_dim)) v.
+struct AttentionForm {
+  double scale = 0;         // of the scores; 0: 1 / sqrt(head_dim)
+  double softcap = 0;       // > 0: scores become softcap * tanh(score / softcap)
+  std::int64_t window = 0;  // > 0: position i sees j with i - j < window
+};
+
+// qkv [batch, positions, (heads + 2 kv_heads) * head_dim], rows ordered q | k | v; cosine, sine [>= positions, pairs]:
+// of each q and k head the dimensions j and j + pairs turn together (j < pairs), those from 2 * pairs on stay.
+// -> [batch, positions, heads * head_dim].
 torch::Tensor rope_attention(const torch::Tensor& qkv, const torch::Tensor& cosine, const torch::Tensor& sine,
-                             std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim);
+                             std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim,
+                             const AttentionForm& form = {});
 
 // Sum of squares over fixed chunks, added in order: the same bits at any thread count.
 double sum_of_squares(const torch::Tensor& flat);

@@ -172,7 +172,7 @@ INLINE void add_rows(const float* x, const T* delta, std::int64_t count, float* 
 template <class T>
 INLINE void gather_head(const AttentionShape& s, const T* first, std::int64_t stride, const float* cosine,
                         const float* sine, float scale, float* out) {
-  const std::int64_t dim = s.head_dim, half = dim / 2, pd = s.padded_dim();
+  const std::int64_t dim = s.head_dim, half = s.rotary / 2, pd = s.padded_dim();
   for (std::int64_t t = 0; t < s.positions; ++t) {
     const T* in = first + t * stride;
     float* o = out + t * pd;
@@ -190,6 +190,7 @@ INLINE void gather_head(const AttentionShape& s, const T* first, std::int64_t st
         o[j] = (a * c[j] - b * n[j]) * scale;
         o[half + j] = (b * c[j] + a * n[j]) * scale;
       }
+      for (j = 2 * half; j < dim; ++j) o[j] = load1(in + j) * scale;
     } else {
       std::int64_t j = 0;
       for (; j + 16 <= dim; j += 16) store(o + j, load(in + j) * scale);
@@ -204,7 +205,7 @@ INLINE void gather_head(const AttentionShape& s, const T* first, std::int64_t st
 template <class T>
 INLINE void scatter_head(const AttentionShape& s, const float* in, const float* cosine, const float* sine, float scale,
                          T* first, std::int64_t stride) {
-  const std::int64_t dim = s.head_dim, half = dim / 2, pd = s.padded_dim();
+  const std::int64_t dim = s.head_dim, half = s.rotary / 2, pd = s.padded_dim();
   for (std::int64_t t = 0; t < s.positions; ++t) {
     const float* g = in + t * pd;
     T* o = first + t * stride;
@@ -221,6 +222,7 @@ INLINE void scatter_head(const AttentionShape& s, const float* in, const float* 
         store1(o + j, (g[j] * c[j] + g[half + j] * n[j]) * scale);
         store1(o + half + j, (g[half + j] * c[j] - g[j] * n[j]) * scale);
       }
+      for (j = 2 * half; j < dim; ++j) store1(o + j, g[j] * scale);
     } else {
       std::int64_t j = 0;
       for (; j + 16 <= dim; j += 16) store(o + j, load(g + j) * scale);
@@ -315,6 +317,21 @@ INLINE void add_tiles_transposed(const float* p, std::int64_t tiles, const float
 
 constexpr float kMasked = -1e30f;
 
+// cap * tanh(x / cap)
+INLINE F16 soft_cap(const F16& x, float cap) {
+  return cap - 2.0f * cap / (exp16(x * (2.0f / cap)) + 1.0f);
+}
+
+// Row `first` + r of a tile: what lies before the window becomes `value`.
+INLINE void mask_before_window(const AttentionShape& s, std::int64_t first, std::int64_t tile, float value,
+                               float* rows) {
+  if (s.window == 0 || tile * 32 > first + 7 - s.window) return;
+  for (int r = 0; r < 8; ++r) {
+    const std::int64_t hidden = first + r - s.window + 1 - tile * 32;
+    for (std::int64_t j = 0; j < (hidden < 32 ? hidden : 32); ++j) rows[r * 32 + j] = value;
+  }
+}
+
 template <class T>
 INLINE void attention_forward(const AttentionShape& s, std::int64_t batch, std::int64_t kv, const T* qkv,
                               const float* cosine, const float* sine, T* mix, float* lse, float* scratch) {
@@ -330,23 +347,30 @@ INLINE void attention_forward(const AttentionShape& s, std::int64_t batch, std::
   transpose(rows, pp, pd, keys);
   gather_head(s, base + (s.heads + s.kv_heads + kv) * s.head_dim, width, static_cast<const float*>(nullptr),
               static_cast<const float*>(nullptr), 1.0f, values);
-  const float scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
+  const float scale = s.scale;
   for (std::int64_t head = kv * group; head < (kv + 1) * group; ++head) {
     gather_head(s, base + head * s.head_dim, width, cosine, sine, scale, rows);
     for (std::int64_t first = 0; first < n; first += 8) {
       interleave(rows + first * pd, pd, interleaved);
-      const std::int64_t tiles = (first + 8 + 31) / 32;
+      const std::int64_t tiles = (first + 8 + 31) / 32, begin = s.first_tile(first);
       F16 top[8];
       for (int r = 0; r < 8; ++r) top[r] = set(kMasked);
-      for (std::int64_t tile = 0; tile < tiles; ++tile) {
+      for (std::int64_t tile = begin; tile < tiles; ++tile) {
         F16 acc[8][2];
         tile_scores(interleaved, keys + tile * 32, pp, s.head_dim, acc);
+        if (s.softcap > 0)
+          for (int r = 0; r < 8; ++r)
+            for (int half = 0; half < 2; ++half) acc[r][half] = soft_cap(acc[r][half], s.softcap);
         for (int r = 0; r < 8; ++r) {
           float* out = p + tile * 256 + r * 32;
           store(out, acc[r][0]);
           store(out + 16, acc[r][1]);
           if (tile + 1 == tiles)
             for (std::int64_t j = first + r + 1 - tile * 32; j < 32; ++j) out[j] = kMasked;
+        }
+        mask_before_window(s, first, tile, kMasked, p + tile * 256);
+        for (int r = 0; r < 8; ++r) {
+          const float* out = p + tile * 256 + r * 32;
           top[r] = maximum(top[r], maximum(load(out), load(out + 16)));
         }
       }
@@ -354,7 +378,7 @@ INLINE void attention_forward(const AttentionShape& s, std::int64_t batch, std::
       for (int r = 0; r < 8; ++r) {
         const float peak = max_lanes(top[r]);
         F16 total = set(0);
-        for (std::int64_t tile = 0; tile < tiles; ++tile) {
+        for (std::int64_t tile = begin; tile < tiles; ++tile) {
           float* x = p + tile * 256 + r * 32;
           const F16 e0 = exp16(load(x) - peak), e1 = exp16(load(x + 16) - peak);
           store(x, e0);
@@ -365,7 +389,7 @@ INLINE void attention_forward(const AttentionShape& s, std::int64_t batch, std::
         inverse[r] = 1.0f / sum;
         if (first + r < n) lse[(batch * s.heads + head) * n + first + r] = peak + std::log(sum);
       }
-      tiles_times_rows(p, tiles, values, pd, interleaved);
+      tiles_times_rows(p + begin * 256, tiles - begin, values + begin * 32 * pd, pd, interleaved);
       for (int r = 0; r < 8 && first + r < n; ++r) {
         T* out = mix + (batch * n + first + r) * mix_width + head * s.head_dim;
         const float* in = interleaved + r * pd;
@@ -403,14 +427,14 @@ INLINE void attention_backward(const AttentionShape& s, std::int64_t batch, std:
   gather_head(s, base + (s.heads + s.kv_heads + kv) * s.head_dim, width, none, none, 1.0f, g_queries);
   transpose(g_queries, pp, pd, values);
   std::memset(g_keys, 0, static_cast<std::size_t>(2 * block) * 4);
-  const float scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
+  const float scale = s.scale;
   for (std::int64_t head = kv * group; head < (kv + 1) * group; ++head) {
     gather_head(s, base + head * s.head_dim, width, cosine, sine, scale, queries);
     gather_head(s, g_mix + batch * n * mix_width + head * s.head_dim, mix_width, none, none, 1.0f, g_out);
     for (std::int64_t first = 0; first < n; first += 8) {
       interleave(queries + first * pd, pd, q_interleaved);
       interleave(g_out + first * pd, pd, g_interleaved);
-      const std::int64_t tiles = (first + 8 + 31) / 32;
+      const std::int64_t tiles = (first + 8 + 31) / 32, begin = s.first_tile(first);
       float norm[8], dot[8];  // log of the softmax sum; sum over d of dO * O
       for (int r = 0; r < 8; ++r) {
         norm[r] = dot[r] = 0;
@@ -424,9 +448,17 @@ INLINE void attention_backward(const AttentionShape& s, std::int64_t batch, std:
         dot[r] = sum_lanes(total);
         for (; d < s.head_dim; ++d) dot[r] += load1(o + d) * g[d];
       }
-      for (std::int64_t tile = 0; tile < tiles; ++tile) {
+      for (std::int64_t tile = begin; tile < tiles; ++tile) {
         F16 acc[8][2];
         tile_scores(q_interleaved, keys + tile * 32, pp, s.head_dim, acc);
+        if (s.softcap > 0) {  // the slope of the cap waits in ds
+          for (int r = 0; r < 8; ++r)
+            for (int half = 0; half < 2; ++half) {
+              acc[r][half] = soft_cap(acc[r][half], s.softcap);
+              const F16 share = acc[r][half] / s.softcap;
+              store(ds + tile * 256 + r * 32 + half * 16, 1.0f - share * share);
+            }
+        }
         for (int r = 0; r < 8; ++r) {
           float* out = p + tile * 256 + r * 32;
           store(out, exp16(acc[r][0] - norm[r]));
@@ -436,17 +468,20 @@ INLINE void attention_backward(const AttentionShape& s, std::int64_t batch, std:
             for (std::int64_t j = last + 1 > tile * 32 ? last + 1 - tile * 32 : 0; j < 32; ++j) out[j] = 0;
           }
         }
+        mask_before_window(s, first, tile, 0.0f, p + tile * 256);
         tile_scores(g_interleaved, values + tile * 32, pp, s.head_dim, acc);
         for (int r = 0; r < 8; ++r) {
           const float* prob = p + tile * 256 + r * 32;
           float* out = ds + tile * 256 + r * 32;
-          store(out, load(prob) * (acc[r][0] - dot[r]));
-          store(out + 16, load(prob + 16) * (acc[r][1] - dot[r]));
+          const F16 slope0 = s.softcap > 0 ? load(out) : set(1), slope1 = s.softcap > 0 ? load(out + 16) : set(1);
+          store(out, load(prob) * (acc[r][0] - dot[r]) * slope0);
+          store(out + 16, load(prob + 16) * (acc[r][1] - dot[r]) * slope1);
         }
       }
-      tiles_times_rows(ds, tiles, key_rows, pd, g_queries + first * pd);
-      add_tiles_transposed(ds, tiles, queries + first * pd, pd, g_keys);
-      add_tiles_transposed(p, tiles, g_out + first * pd, pd, g_values);
+      const std::int64_t skip = begin * 256, count = tiles - begin, row = begin * 32 * pd;
+      tiles_times_rows(ds + skip, count, key_rows + row, pd, g_queries + first * pd);
+      add_tiles_transposed(ds + skip, count, queries + first * pd, pd, g_keys + row);
+      add_tiles_transposed(p + skip, count, g_out + first * pd, pd, g_values + row);
     }
     scatter_head(s, g_queries, cosine, sine, scale, g_base + head * s.head_dim, width);
   }

@@ -13,6 +13,11 @@ struct Bf16 {
 // Geometry of one attention call. qkv rows are [q heads | k heads | v heads] x head_dim; row b * positions + t.
 struct AttentionShape {
   std::int64_t positions = 0, heads = 0, kv_heads = 0, head_dim = 0;
+  std::int64_t rotary = 0;  // leading dimensions of a head that rotate
+  std::int64_t window = 0;  // position i sees j with i - j < window; 0: everything before it
+  float scale = 1;          // of the scores
+  float softcap = 0;        // > 0: scores become softcap * tanh(score / softcap)
+  std::int64_t first_tile(std::int64_t row) const { return window > 0 && row >= window ? (row - window + 1) / 32 : 0; }
   std::int64_t qkv_width() const { return (heads + 2 * kv_heads) * head_dim; }
   std::int64_t padded_positions() const { return (positions + 31) / 32 * 32; }
   std::int64_t padded_dim() const { return (head_dim + 31) / 32 * 32; }
@@ -41,7 +46,7 @@ struct RowKernels {
   // sum = x + delta.
   void (*add)(const float* x, const T* delta, std::int64_t count, float* sum);
   // Causal attention with rotary positions of kv head `kv` of sequence `batch` and of the query heads that share it.
-  // cosine, sine [positions, head_dim / 2]; mix [rows, heads * head_dim]; lse [batch, heads, positions].
+  // cosine, sine [positions, rotary / 2]; mix [rows, heads * head_dim]; lse [batch, heads, positions].
   void (*attention_forward)(const AttentionShape& shape, std::int64_t batch, std::int64_t kv, const T* qkv,
                             const float* cosine, const float* sine, T* mix, float* lse, float* scratch);
   void (*attention_backward)(const AttentionShape& shape, std::int64_t batch, std::int64_t kv, const T* qkv,

@@ -104,10 +104,14 @@ void distill_rows(Tensor& student, Tensor& teacher, const Tensor& targets, const
   student = (g * counted * scale).to(student.scalar_type());
 }
 
+Tensor capped(const Tensor& logits, double cap) {
+  return cap > 0 ? torch::tanh(logits / cap) * cap : logits;
+}
+
 // Runs `rows` on each chunk of logits and turns the gradient of the logits into those of hidden and head.
 template <class Rows>
-Tensor head_loss(AutogradContext* ctx, const Tensor& hidden_any, const Tensor& head, bool want_hidden, bool want_head,
-                 Rows&& rows) {
+Tensor head_loss(AutogradContext* ctx, const Tensor& hidden_any, const Tensor& head, double softcap, bool want_hidden,
+                 bool want_head, Rows&& rows) {
   const Tensor hidden = hidden_any.contiguous(), w = head.to(hidden.scalar_type());
   const std::int64_t n = hidden.size(0), chunk = chunk_rows(head.size(0));
   Tensor g_hidden = want_hidden ? torch::empty_like(hidden) : Tensor();
@@ -116,8 +120,10 @@ Tensor head_loss(AutogradContext* ctx, const Tensor& hidden_any, const Tensor& h
   for (std::int64_t begin = 0; begin < n; begin += chunk) {
     const std::int64_t count = std::min(chunk, n - begin);
     const Tensor part = hidden.narrow(0, begin, count);
-    Tensor logits = torch::mm(part, w.t());
+    Tensor logits = capped(torch::mm(part, w.t()), softcap), slope;
+    if (softcap > 0) slope = 1 - (logits / softcap).square();  // of the cap
     total += rows(begin, count, logits);
+    if (softcap > 0) logits.mul_(slope);
     if (want_hidden) {
       Tensor target = g_hidden.narrow(0, begin, count);
       torch::mm_out(target, logits, w);
@@ -137,10 +143,11 @@ variable_list scaled_gradients(AutogradContext* ctx, const variable_list& grads)
 }
 
 struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& head, const Tensor& targets,
-                        double scale, std::int64_t sums_address, bool want_hidden, bool want_head) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& head, double softcap,
+                        const Tensor& targets, double scale, std::int64_t sums_address, bool want_hidden,
+                        bool want_head) {
     auto* sums = reinterpret_cast<LossSums*>(sums_address);
-    return head_loss(ctx, hidden, head, want_hidden, want_head,
+    return head_loss(ctx, hidden, head, softcap, want_hidden, want_head,
                      [&](std::int64_t begin, std::int64_t count, Tensor& logits) {
                        const Tensor losses = cross_entropy_rows(logits, targets.narrow(0, begin, count), scale);
                        const double sum = sum_in_order(losses);
@@ -150,22 +157,25 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     auto out = scaled_gradients(ctx, grads);
-    out.resize(7);
+    out.resize(8);
     return out;
   }
 };
 
 struct DistillFunction : torch::autograd::Function<DistillFunction> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& head, const Tensor& teacher_hidden,
-                        const Tensor& teacher_head, const Tensor& targets, double tau, double kl_weight,
-                        double ce_weight, double scale, std::int64_t sums_address, bool want_hidden, bool want_head) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& head, double softcap,
+                        const Tensor& teacher_hidden, const Tensor& teacher_head, double teacher_softcap,
+                        const Tensor& targets, double tau, double kl_weight, double ce_weight, double scale,
+                        std::int64_t sums_address, bool want_hidden, bool want_head) {
     auto* sums = reinterpret_cast<LossSums*>(sums_address);
     const DistillLoss loss{tau, kl_weight, ce_weight};
     const Tensor teacher_w = teacher_head.to(hidden.scalar_type());
     const Tensor teacher_x = teacher_hidden.to(hidden.scalar_type());
-    return head_loss(ctx, hidden, head, want_hidden, want_head,
+    return head_loss(ctx, hidden, head, softcap, want_hidden, want_head,
                      [&](std::int64_t begin, std::int64_t count, Tensor& logits) {
-                       Tensor teacher = torch::mm(teacher_x.narrow(0, begin, count), teacher_w.t()), kl, ce;
+                       Tensor teacher =
+                           capped(torch::mm(teacher_x.narrow(0, begin, count), teacher_w.t()), teacher_softcap);
+                       Tensor kl, ce;
                        distill_rows(logits, teacher, targets.narrow(0, begin, count), loss, scale, kl, ce);
                        const double kl_sum = sum_in_order(kl), ce_sum = sum_in_order(ce);
                        if (sums != nullptr) {
@@ -177,7 +187,7 @@ struct DistillFunction : torch::autograd::Function<DistillFunction> {
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     auto out = scaled_gradients(ctx, grads);
-    out.resize(12);
+    out.resize(14);
     return out;
   }
 };
@@ -209,12 +219,12 @@ void topk_rows(Tensor& student, const Tensor& index, const Tensor& log_prob, con
 }
 
 struct TopkFunction : torch::autograd::Function<TopkFunction> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& head, const Tensor& index,
-                        const Tensor& log_prob, const Tensor& targets, double kl_weight, double ce_weight, double scale,
-                        std::int64_t sums_address, bool want_hidden, bool want_head) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& head, double softcap,
+                        const Tensor& index, const Tensor& log_prob, const Tensor& targets, double kl_weight,
+                        double ce_weight, double scale, std::int64_t sums_address, bool want_hidden, bool want_head) {
     auto* sums = reinterpret_cast<LossSums*>(sums_address);
     const DistillLoss loss{1.0, kl_weight, ce_weight};
-    return head_loss(ctx, hidden, head, want_hidden, want_head,
+    return head_loss(ctx, hidden, head, softcap, want_hidden, want_head,
                      [&](std::int64_t begin, std::int64_t count, Tensor& logits) {
                        Tensor kl, ce;
                        topk_rows(logits, index.narrow(0, begin, count), log_prob.narrow(0, begin, count),
@@ -229,7 +239,7 @@ struct TopkFunction : torch::autograd::Function<TopkFunction> {
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     auto out = scaled_gradients(ctx, grads);
-    out.resize(11);
+    out.resize(12);
     return out;
   }
 };
@@ -247,61 +257,66 @@ void require_targets(const Tensor& targets, const Tensor& head) {
 
 }  // namespace
 
-Tensor cross_entropy_loss(const Tensor& hidden, const Tensor& head, const Tensor& targets, double scale,
+Tensor cross_entropy_loss(const Tensor& hidden, const OutputHead& head, const Tensor& targets, double scale,
                           LossSums* sums) {
-  require_targets(targets, head);
+  require_targets(targets, head.weight);
   if (sums != nullptr) sums->rows += counted_rows(targets);
   const bool grad = torch::GradMode::is_enabled();
-  return CrossEntropyFunction::apply(hidden, head, targets.contiguous(), scale, reinterpret_cast<std::int64_t>(sums),
-                                     grad && hidden.requires_grad(), grad && head.requires_grad());
+  return CrossEntropyFunction::apply(hidden, head.weight, head.softcap, targets.contiguous(), scale,
+                                     reinterpret_cast<std::int64_t>(sums), grad && hidden.requires_grad(),
+                                     grad && head.weight.requires_grad());
 }
 
-Tensor distill_loss(const Tensor& hidden, const Tensor& head, const Tensor& teacher_hidden, const Tensor& teacher_head,
-                    const Tensor& targets, const DistillLoss& loss, double scale, LossSums* sums) {
-  require_targets(targets, head);
+Tensor distill_loss(const Tensor& hidden, const OutputHead& head, const Tensor& teacher_hidden,
+                    const OutputHead& teacher_head, const Tensor& targets, const DistillLoss& loss, double scale,
+                    LossSums* sums) {
+  require_targets(targets, head.weight);
   if (sums != nullptr) sums->rows += counted_rows(targets);
   const bool grad = torch::GradMode::is_enabled();
-  return DistillFunction::apply(hidden, head, teacher_hidden.detach(), teacher_head.detach(), targets.contiguous(),
-                                loss.tau, loss.kl_weight, loss.ce_weight, scale, reinterpret_cast<std::int64_t>(sums),
-                                grad && hidden.requires_grad(), grad && head.requires_grad());
+  return DistillFunction::apply(hidden, head.weight, head.softcap, teacher_hidden.detach(),
+                                teacher_head.weight.detach(), teacher_head.softcap, targets.contiguous(), loss.tau,
+                                loss.kl_weight, loss.ce_weight, scale, reinterpret_cast<std::int64_t>(sums),
+                                grad && hidden.requires_grad(), grad && head.weight.requires_grad());
 }
 
-Tensor topk_distill_loss(const Tensor& hidden, const Tensor& head, const Tensor& index, const Tensor& log_prob,
+Tensor topk_distill_loss(const Tensor& hidden, const OutputHead& head, const Tensor& index, const Tensor& log_prob,
                          const Tensor& targets, const DistillLoss& loss, double scale, LossSums* sums) {
-  require_targets(targets, head);
+  require_targets(targets, head.weight);
   if (sums != nullptr) sums->rows += counted_rows(targets);
   const bool grad = torch::GradMode::is_enabled();
-  return TopkFunction::apply(hidden, head, index, log_prob, targets.contiguous(), loss.kl_weight, loss.ce_weight, scale,
-                             reinterpret_cast<std::int64_t>(sums), grad && hidden.requires_grad(),
-                             grad && head.requires_grad());
+  return TopkFunction::apply(hidden, head.weight, head.softcap, index, log_prob, targets.contiguous(), loss.kl_weight,
+                             loss.ce_weight, scale, reinterpret_cast<std::int64_t>(sums),
+                             grad && hidden.requires_grad(), grad && head.weight.requires_grad());
 }
 
-Tensor row_divergences(const Tensor& hidden, const Tensor& head, const Tensor& teacher_hidden,
-                       const Tensor& teacher_head, const Tensor& targets) {
+Tensor row_divergences(const Tensor& hidden, const OutputHead& head, const Tensor& teacher_hidden,
+                       const OutputHead& teacher_head, const Tensor& targets) {
   const torch::NoGradGuard no_grad;
-  require_targets(targets, head);
-  const std::int64_t n = hidden.size(0), chunk = chunk_rows(head.size(0));
+  require_targets(targets, head.weight);
+  const std::int64_t n = hidden.size(0), chunk = chunk_rows(head.weight.size(0));
   const Tensor index = targets.contiguous();
   std::vector<Tensor> parts;
   for (std::int64_t begin = 0; begin < n; begin += chunk) {
     const std::int64_t count = std::min(chunk, n - begin);
-    Tensor student = torch::mm(hidden.narrow(0, begin, count), head.t());
-    Tensor teacher = torch::mm(teacher_hidden.narrow(0, begin, count), teacher_head.t()), kl, ce;
+    Tensor student = capped(torch::mm(hidden.narrow(0, begin, count), head.weight.t()), head.softcap);
+    Tensor teacher =
+        capped(torch::mm(teacher_hidden.narrow(0, begin, count), teacher_head.weight.t()), teacher_head.softcap);
+    Tensor kl, ce;
     distill_rows(student, teacher, index.narrow(0, begin, count), DistillLoss{}, 0.0, kl, ce);
     parts.push_back(kl);
   }
   return torch::cat(parts);
 }
 
-Tensor row_losses(const Tensor& hidden, const Tensor& head, const Tensor& targets) {
+Tensor row_losses(const Tensor& hidden, const OutputHead& head, const Tensor& targets) {
   const torch::NoGradGuard no_grad;
-  require_targets(targets, head);
-  const std::int64_t n = hidden.size(0), chunk = chunk_rows(head.size(0));
+  require_targets(targets, head.weight);
+  const std::int64_t n = hidden.size(0), chunk = chunk_rows(head.weight.size(0));
   const Tensor index = targets.contiguous();
   std::vector<Tensor> parts;
   for (std::int64_t begin = 0; begin < n; begin += chunk) {
     const std::int64_t count = std::min(chunk, n - begin);
-    Tensor logits = torch::mm(hidden.narrow(0, begin, count), head.t());
+    Tensor logits = capped(torch::mm(hidden.narrow(0, begin, count), head.weight.t()), head.softcap);
     parts.push_back(cross_entropy_rows(logits, index.narrow(0, begin, count), 0.0));
   }
   return torch::cat(parts);

@@ -75,7 +75,7 @@ Json run_train(const Options& o, Context& run) {
   job.work = transaction.work();
   job.loss = [&](const Batch& micro, double scale, LossSums& sums) {
     const auto hidden = source.decoder->hidden(micro.ids);
-    return cross_entropy_loss(hidden.view({-1, hidden.size(-1)}), source.decoder->head_weight(), micro.targets.view(-1),
+    return cross_entropy_loss(hidden.view({-1, hidden.size(-1)}), source.decoder->output_head(), micro.targets.view(-1),
                               scale, &sums);
   };
   claim_training_folder(job.work, o.get<bool>("restart"));

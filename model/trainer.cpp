@@ -224,7 +224,7 @@ MeanLoss held_out_loss(Decoder& decoder, const HeldOut& held_out, std::int64_t t
                        bool stoppable) {
   const RowFn rows = [&](const torch::Tensor& ids, const torch::Tensor& targets) {
     const torch::Tensor hidden = decoder->hidden(ids);
-    return row_losses(hidden.view({-1, hidden.size(-1)}), decoder->head_weight(), targets);
+    return row_losses(hidden.view({-1, hidden.size(-1)}), decoder->output_head(), targets);
   };
   return held_out_mean(held_out, tokens, device, rows, stoppable);
 }

@@ -110,20 +110,9 @@ ModelConfig shorter(const ModelConfig& config, const Options& options) {
   if (remove >= config.num_layers)
     throw usage_error("--remove", "fewer than the model's " + std::to_string(config.num_layers) + " blocks",
                       std::to_string(remove));
-  ModelConfig out = config;
-  out.num_layers -= remove;
-  return out;
-}
-
-// Lists with one entry per block (transformers 5: "layer_types") lose the entries of the removed blocks.
-void drop_per_layer_entries(Json& source, const std::vector<int>& kept, std::int64_t layers) {
-  for (const char* key : {"layer_types", "no_rope_layers"}) {
-    const auto found = source.find(key);
-    if (found == source.end() || !found->is_array() || found->size() != static_cast<std::size_t>(layers)) continue;
-    Json shortened = Json::array();
-    for (const int layer : kept) shortened.push_back((*found)[static_cast<std::size_t>(layer)]);
-    *found = shortened;
-  }
+  std::vector<int> kept(static_cast<std::size_t>(config.num_layers - remove));
+  std::iota(kept.begin(), kept.end(), 0);
+  return with_layers(config, kept);
 }
 
 void run(PruneJob& job) {
@@ -159,8 +148,7 @@ void run(PruneJob& job) {
   }
   meter.reset();
 
-  ModelConfig config = shorter(job.model.config(), job.options);
-  drop_per_layer_entries(config.source, alive, job.model.config().num_layers);
+  const ModelConfig config = with_layers(job.model.config(), alive);
   CheckpointWriter writer(job.work, config, job.dtype);
   for (int layer = 0; layer < static_cast<int>(alive.size()); ++layer) {
     throw_if_interrupted("prune", "run the same command again");

@@ -34,7 +34,9 @@ struct Spread {
 
 Tensor log_probabilities(const Tensor& hidden, const Head& head) {  // [rows, width] -> [rows, vocab], double
   const Tensor inverse = torch::rsqrt(hidden.square().mean(-1, true) + head.eps);
-  return torch::log_softmax(torch::matmul(hidden * inverse * head.norm, head.weight.t()).to(torch::kDouble), -1);
+  Tensor logits = torch::matmul(hidden * inverse * head.norm, head.weight.t()).to(torch::kDouble);
+  if (head.softcap > 0) logits = torch::tanh(logits / head.softcap) * head.softcap;
+  return torch::log_softmax(logits, -1);
 }
 
 }  // namespace
@@ -87,7 +89,8 @@ Stream embed_stream(const Checkpoint& model, const std::vector<Tensor>& shards, 
   const Tensor table = load_tensor(model, "model.embed_tokens.weight", device);
   Stream stream;
   for (const Tensor& ids : shards)
-    stream.push_back(table.index_select(0, ids.reshape({-1})).reshape({ids.size(0), ids.size(1), -1}));
+    stream.push_back(table.index_select(0, ids.reshape({-1})).reshape({ids.size(0), ids.size(1), -1}) *
+                     model.config().embedding_scale);
   return stream;
 }
 
@@ -104,9 +107,9 @@ void advance(DecoderBlock& block, const RopeTables& rope, const std::vector<Stre
 
 Head load_head(const Checkpoint& model, const torch::Device& device) {
   const bool tied = model.config().tie_word_embeddings;
-  return {load_tensor(model, "model.norm.weight", device),
+  return {norm_factor(model.config(), load_tensor(model, "model.norm.weight", device)),
           load_tensor(model, tied ? "model.embed_tokens.weight" : "lm_head.weight", device),
-          model.config().rms_norm_eps};
+          model.config().rms_norm_eps, model.config().final_softcap};
 }
 
 std::vector<Divergence> compare_streams(const Stream& original, const Head& original_head,

@@ -30,8 +30,8 @@ void advance(DecoderBlock& block, const RopeTables& rope, const std::vector<Stre
 
 // Final norm and head of a model.
 struct Head {
-  torch::Tensor norm, weight;
-  double eps = 1e-6;
+  torch::Tensor norm, weight;  // norm: what RMSNorm multiplies by
+  double eps = 1e-6, softcap = 0;
 };
 Head load_head(const Checkpoint& model, const torch::Device& device);
 

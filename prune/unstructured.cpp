@@ -1,4 +1,5 @@
 // Zeros inside matrices that keep their shape: magnitude, Wanda and, as the null, random choice.
+#include <algorithm>
 #include <map>
 
 #include "core/error.h"
@@ -104,6 +105,12 @@ class WandaVisitor : public BlockVisitor {
       pruned_[linear.name].assign(linear.weight.begin(), linear.weight.end());
       masks_[linear.name] = keep;
     }
+  }
+
+  void routed(int layer, std::span<const std::int64_t> tokens) override {
+    job_.context.report.add({"prune", "fewest tokens of an expert, block " + std::to_string(layer), std::nullopt,
+                             static_cast<double>(*std::min_element(tokens.begin(), tokens.end())),
+                             expert_summary(tokens, kExpertTokens), std::nullopt});
   }
 
   void end_block(int layer, double drift) override {

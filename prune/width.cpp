@@ -14,6 +14,10 @@ constexpr double kDefaultDamping = 0.01;
 constexpr std::int64_t kDefaultMultiple = 32;
 
 std::int64_t target_width(const ModelConfig& config, const Options& options) {
+  if (config.has_experts())
+    throw usage_error("--method ffn-width", "a model with one MLP a block",
+                      std::to_string(config.experts.count) + " experts",
+                      "depth, magnitude and random work on models with experts");
   const std::int64_t multiple = options.get_or<std::int64_t>("multiple-of", kDefaultMultiple);
   const std::int64_t asked = options.get<std::int64_t>("ffn");
   const std::int64_t width = (asked + multiple - 1) / multiple * multiple;
@@ -99,6 +103,8 @@ class WidthVisitor : public BlockVisitor {
       std::vector<float> values = read_finite(job_.model, spec.name);
       if (spec.module == "mlp.gate_proj" || spec.module == "mlp.up_proj")
         values = take_rows(values.data(), spec.shape.size() == 2 ? spec.shape[1] : 1, current_.kept);
+      else if (spec.module == "mlp.gate_up_proj")  // gate above up: both lose the same rows
+        values = take_rows(values.data(), spec.shape.size() == 2 ? spec.shape[1] : 1, both_halves(current_.kept));
       else if (spec.module == "mlp.down_proj" && spec.role == TensorRole::kLinear)
         values = current_.down;
       writer_.put(spec.name, values.data());
@@ -113,6 +119,12 @@ class WidthVisitor : public BlockVisitor {
     std::vector<float> down;  // [outputs, kept]
     double error_plain = 0, error = 0;
   };
+
+  std::vector<std::int64_t> both_halves(const std::vector<std::int64_t>& kept) const {
+    std::vector<std::int64_t> rows = kept;
+    for (const std::int64_t row : kept) rows.push_back(row + job_.model.config().intermediate_size);
+    return rows;
+  }
 
   void spread(const Block& block, BlockLinear& down) const {
     std::fill(down.weight.begin(), down.weight.end(), 0.0f);

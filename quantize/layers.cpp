@@ -35,6 +35,12 @@ class Quantizer : public BlockVisitor {
     }
   }
 
+  void routed(int layer, std::span<const std::int64_t> tokens) override {
+    if (finished(layer)) return;
+    rows_.push_back({{"name", piece_name(layer)}, {"expert_tokens", tokens}, {"least", job_.expert_tokens}});
+    context_.progress->note("Block " + std::to_string(layer) + ": " + expert_summary(tokens, job_.expert_tokens));
+  }
+
   void compress(int layer, BlockStage stage, std::span<BlockLinear> linears, const InputStatistics& input) override {
     std::optional<SweepFactor> factor;
     for (BlockLinear& linear : linears) {
@@ -136,6 +142,10 @@ class Quantizer : public BlockVisitor {
       }
       row["after"] = after;
     }
+    if (input.expert >= 0) {
+      row["tokens"] = input.tokens;
+      row["all_tokens"] = input.all_tokens;
+    }
     rows_.push_back(std::move(row));
     return codes;
   }
@@ -188,6 +198,7 @@ void quantize_layers(const QuantizeJob& job, Context& context) {
     walk.device = job.device;
     walk.threads = job.threads;
     walk.hessian = true;
+    walk.expert_tokens = job.expert_tokens;
     walk_blocks(job.model, job.windows, walk, context, quantizer);
     return;
   }

@@ -25,6 +25,7 @@ struct QuantizeJob {
   int polish = 2;             // passes of coordinate descent after the sweep
   std::string device = "cpu";
   int threads = 0;
+  std::int64_t expert_tokens = kExpertTokens;  // an expert that fewer tokens chose is calibrated on all
 };
 
 // Writes every tensor of the model into the writer: the embedding, one durable piece per block, the rest. Skips what is

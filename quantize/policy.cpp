@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/error.h"
+#include "core/fused_rows.h"
 #include "core/options.h"
 
 namespace pare {
@@ -67,6 +68,14 @@ bool glob_match(std::string_view pattern, std::string_view text) {
   return p == pattern.size();
 }
 
+std::string module_kind(const std::string& module) {
+  constexpr std::string_view kExperts = ".experts.";
+  const std::size_t begin = module.find(kExperts);
+  if (begin == std::string::npos) return module;
+  const std::size_t number = begin + kExperts.size();
+  return module.substr(0, number) + "*" + module.substr(std::min(module.find('.', number), module.size()));
+}
+
 std::vector<TensorPlan> plan_codecs(const ModelConfig& config, const QuantizePolicy& policy) {
   std::vector<std::string> problems;
   const auto choice = [&](const std::string& name, const std::string& place) -> std::optional<Codec> {
@@ -91,7 +100,7 @@ std::vector<TensorPlan> plan_codecs(const ModelConfig& config, const QuantizePol
   }
 
   std::vector<TensorPlan> plan;
-  std::vector<std::string> names, misfits;
+  std::vector<std::string> names, misfits, split;
   for (const TensorSpec& spec : expected_tensors(config)) {
     TensorPlan tensor{spec, std::nullopt, {}};
     if (is_matrix(spec)) {
@@ -104,6 +113,7 @@ std::vector<TensorPlan> plan_codecs(const ModelConfig& config, const QuantizePol
       }
       if (tensor.codec) {
         tensor.asked = *tensor.codec;
+        if (const auto why = not_splittable(config, spec)) split.push_back(spec.name + ": " + *why);
         const std::int64_t cols = spec.shape[1];
         if (!tensor.codec->fits(cols)) {
           misfits.push_back(spec.name + " (" + tensor.codec->name() + ", rows of " + std::to_string(cols) + ")");
@@ -124,6 +134,9 @@ std::vector<TensorPlan> plan_codecs(const ModelConfig& config, const QuantizePol
     for (const std::string& problem : problems) all += (all.empty() ? "" : "\n  ") + problem;
     throw usage_error("quantize policy", "codecs and patterns that this model has", all);
   }
+  if (!split.empty())
+    throw input_error("quantize policy", "fused matrices whose parts begin at whole blocks of rows", split.front(),
+                      "leave them float with --policy \"*.qkv_proj=keep\" or \"*.gate_up_proj=keep\"");
   if (!policy.fallback && !misfits.empty()) {
     std::string all;
     for (const std::string& misfit : misfits) all += (all.empty() ? "" : ", ") + misfit;
@@ -139,7 +152,7 @@ std::vector<std::string> fallback_notes(const std::vector<TensorPlan>& plan) {
     if (!tensor.fallback()) continue;
     const std::string line = ": " + tensor.asked.name() + " does not divide " + std::to_string(tensor.spec.shape[1]) +
                              " columns, " + tensor.codec->name() + " instead";
-    const std::string key = tensor.spec.module + "\n" + line;
+    const std::string key = module_kind(tensor.spec.module) + "\n" + line;
     const auto found = std::find_if(counted.begin(), counted.end(), [&](const auto& c) { return c.first == key; });
     if (found == counted.end()) {
       counted.emplace_back(key, 1);

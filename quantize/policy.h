@@ -32,6 +32,9 @@ std::vector<TensorPlan> plan_codecs(const ModelConfig& config, const QuantizePol
 // One line per codec that fell back: "mlp.down_proj (5 tensors): q4g32 does not divide 172 columns, q8c instead".
 std::vector<std::string> fallback_notes(const std::vector<TensorPlan>& plan);
 
+// A module without the number of its expert: "mlp.experts.*.up_proj".
+std::string module_kind(const std::string& module);
+
 // Matches all of `text`; * is any run of characters, ? any one.
 bool glob_match(std::string_view pattern, std::string_view text);
 

@@ -63,8 +63,10 @@ void refuse_unused_options(const Options& options, const ModelConfig& config) {
   }
   if (!text) refuse_unused(options, {"split"}, "without --text", place);
   if (!calibrated(options)) {
-    refuse_unused(options, {"samples", "context", "device"}, "without --text or --random-tokens", place);
+    refuse_unused(options, {"samples", "context", "device", "expert-tokens"}, "without --text or --random-tokens",
+                  place);
   }
+  if (!config.has_experts()) refuse_unused(options, {"expert-tokens"}, "in a model without experts", place);
   if (config.tie_word_embeddings) {
     refuse_unused(options, {"head-codec"}, "where the head is the embedding: --embedding-codec decides", place);
   }
@@ -232,15 +234,17 @@ Json report(const Options& options, const std::vector<TensorPlan>& tensors, cons
   std::map<std::string, std::pair<double, double>> sums;
   double before = 0, after = 0, drift = -1, kept = 0, swept = 0, log_ratio = 0;
   int compared = 0;
+  std::vector<const Json*> routed;
   bool errors = false, compares = false;
   for (const Json& row : linears) {
     if (row.contains("drift")) drift = row.at("drift").get<double>();
+    if (row.contains("expert_tokens")) routed.push_back(&row);
     if (!row.contains("after")) continue;
     errors = true;
     const auto name = row.at("name").get<std::string>();
     const std::string module =
-        name.substr(name.find('.', std::string_view("model.layers.").size()) + 1,
-                    name.rfind('.') - name.find('.', std::string_view("model.layers.").size()) - 1);
+        module_kind(name.substr(name.find('.', std::string_view("model.layers.").size()) + 1,
+                                name.rfind('.') - name.find('.', std::string_view("model.layers.").size()) - 1));
     if (!sums.contains(module)) modules.push_back(module);
     const double own_after = row.at("after").get<double>(), own_before = row.value("before", own_after);
     compares = compares || row.contains("before");
@@ -269,6 +273,12 @@ Json report(const Options& options, const std::vector<TensorPlan>& tensors, cons
     summary["layer_error"] = after;
     summary["layer_error_ratio"] = compared > 0 ? std::exp(log_ratio / compared) : 1.0;
     summary["stream_error"] = drift;
+  }
+  for (const Json* row : routed) {
+    const auto tokens = row->at("expert_tokens").get<std::vector<std::int64_t>>();
+    rows.add({"quantize", "fewest tokens of an expert, " + row->at("name").get<std::string>(), {},
+              static_cast<double>(*std::min_element(tokens.begin(), tokens.end())),
+              expert_summary(tokens, row->at("least").get<std::int64_t>()), {}});
   }
   if (swept > 0) {
     rows.add({"quantize",
@@ -321,7 +331,8 @@ Json run(const Options& options, Context& context) {
                             options.get<double>("damping"),
                             options.get<int>("polish"),
                             options.get<std::string>("device"),
-                            context.threads};
+                            context.threads,
+                            options.get<std::int64_t>("expert-tokens")};
       quantize_layers(job, context);
       linears = collect_rows(model.config(), job.rows);
     }
@@ -407,6 +418,12 @@ Command quantize_command() {
        .default_value = 2,
        .minimum = 0,
        .maximum = 100},
+      {.name = "expert-tokens",
+       .type = OptionType::kInteger,
+       .help = "experts that fewer calibration tokens chose than this are calibrated on all tokens",
+       .default_value = kExpertTokens,
+       .minimum = 1,
+       .maximum = 1e9},
       {.name = "device", .help = "cpu, cuda or cuda:N for the calibration passes", .default_value = "cpu"},
   };
   command.run = run;

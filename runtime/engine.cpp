@@ -70,6 +70,10 @@ struct Session::Impl {
   std::int64_t limit;
   std::int64_t position = 0;
   std::int64_t rows = 0;  // of the last feed
+  // Where LongRoPE switches, keys of the shorter sequence do not fit any more: the ids are kept and fed again.
+  std::vector<std::int32_t> history;  // of all positions; LongRoPE only
+  std::int64_t cached = 0;            // positions that the cache holds
+  bool beyond = false;                // for which side of the switch
   KvCache cache;
   Forward forward;
   FloatBuffer hidden;  // [rows, hidden_size], before the final norm
@@ -94,20 +98,28 @@ void Session::feed(std::span<const std::int32_t> ids) {
                         std::to_string(id));
     }
   }
-  s.hidden.reserve(count * s.engine->config().hidden_size);
-  const std::int64_t begin = s.position;
+  const ModelConfig& config = s.engine->config();
+  const std::int64_t begin = s.position, sequence = begin + count;
   s.rows = 0;
-  try {
-    for (std::int64_t first = 0; first < count; first += Forward::kBatch) {
-      const std::int64_t n = std::min(Forward::kBatch, count - first);
-      s.forward.run(ids.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(n)), s.position, s.cache,
-                    s.hidden.data() + first * s.engine->config().hidden_size);
-      s.position += n;
-    }
-  } catch (...) {  // out of memory: the positions before this call still stand
-    s.position = begin;
-    throw;
+  if (count == 0) return;
+  const bool beyond = rope_beyond(config, sequence);
+  if (beyond != s.beyond) s.cached = 0;
+  s.beyond = beyond;
+  s.hidden.reserve(std::max(count, std::min(begin - s.cached, Forward::kBatch)) * config.hidden_size);
+  while (s.cached < begin) {  // what the switch made stale
+    const std::int64_t n = std::min(Forward::kBatch, begin - s.cached);
+    s.forward.run(std::span(s.history).subspan(static_cast<std::size_t>(s.cached), static_cast<std::size_t>(n)),
+                  s.cached, sequence, s.cache, s.hidden.data());
+    s.cached += n;
   }
+  // Where memory runs out, the positions before this call still stand.
+  for (std::int64_t first = 0; first < count; first += Forward::kBatch) {
+    const std::int64_t n = std::min(Forward::kBatch, count - first);
+    s.forward.run(ids.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(n)), begin + first, sequence,
+                  s.cache, s.hidden.data() + first * config.hidden_size);
+  }
+  if (config.rope_long) s.history.insert(s.history.end(), ids.begin(), ids.end());
+  s.position = s.cached = sequence;
   s.rows = count;
 }
 
@@ -127,6 +139,9 @@ std::int64_t Session::position() const {
 void Session::reset() {
   impl_->position = 0;
   impl_->rows = 0;
+  impl_->cached = 0;
+  impl_->beyond = false;
+  impl_->history.clear();
 }
 
 namespace {

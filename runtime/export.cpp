@@ -1,6 +1,7 @@
 #include "runtime/export.h"
 
 #include "core/error.h"
+#include "core/fused_rows.h"
 #include "runtime/round_to_nearest.h"
 
 namespace pare {
@@ -26,7 +27,15 @@ ExportPlan plan_export(const Checkpoint& checkpoint, const ExportOptions& option
     if (checkpoint.is_quantized(spec.name)) {
       codec = checkpoint.codec(spec.name);
     } else if (spec.shape.size() == 2) {
-      codec = keep ? kept_float(checkpoint.dtype(spec.name)) : wanted;
+      // A router decides by small differences and is tiny: it stays as it is.
+      codec = keep || spec.role == TensorRole::kRouter ? kept_float(checkpoint.dtype(spec.name)) : wanted;
+      if (const auto why = not_splittable(checkpoint.config(), spec); why && !codec.is_float()) {
+        if (!options.fallback)
+          throw input_error(checkpoint.folder().string(), "fused matrices whose parts begin at whole blocks of rows",
+                            spec.name + ": " + *why, "leave out --no-fallback to store such tensors as f16");
+        plan.notes.push_back(spec.name + ": " + *why + "; stored as f16");
+        codec = Codec{CodecKind::kF16, 0};
+      }
       if (!codec.fits(spec.shape[1])) {
         const std::string why = spec.name + ": rows of " + std::to_string(spec.shape[1]) + " are not divided by the groups of " + codec.name();
         if (!options.fallback)

@@ -86,70 +86,7 @@ double seconds_since(std::chrono::steady_clock::time_point begin) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
-std::string shape_text(const std::vector<std::int64_t>& shape) {
-  std::string text = "[";
-  for (std::size_t i = 0; i < shape.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
-  return text + "]";
-}
-
-PackedMatrix view_matrix(const CompactFile& file, const std::string& name, std::int64_t rows, std::int64_t cols) {
-  const CompactTensor& tensor = file.tensor(name);
-  const std::vector<std::int64_t> shape{rows, cols};
-  const std::string place = file.path().string() + ": " + name;
-  if (tensor.shape != shape) throw input_error(place, "shape " + shape_text(shape), shape_text(tensor.shape));
-  return packed_matrix(tensor.codec, rows, cols, tensor.payload, place);
-}
-
-const float* view_vector(const CompactFile& file, const std::string& name, std::int64_t length) {
-  const CompactTensor& tensor = file.tensor(name);
-  const std::string place = file.path().string() + ": " + name;
-  const std::vector<std::int64_t> shape{length};
-  if (tensor.shape != shape) throw input_error(place, "shape " + shape_text(shape), shape_text(tensor.shape));
-  if (tensor.codec.kind != CodecKind::kF32)
-    throw input_error(place, "codec f32 (norms and biases)", tensor.codec.name());
-  if (tensor.payload.size() < static_cast<std::size_t>(length) * 4) {
-    throw input_error(place, std::to_string(length * 4) + " bytes", std::to_string(tensor.payload.size()));
-  }
-  return reinterpret_cast<const float*>(tensor.payload.data());
-}
-
 }  // namespace
-
-Weights view_weights(const CompactFile& file) {
-  const ModelConfig& c = file.config();
-  if (c.num_kv_heads <= 0 || c.num_heads % c.num_kv_heads != 0 || c.head_dim <= 0 || c.head_dim % 2 != 0) {
-    throw input_error(file.path().string(), "attention heads a multiple of key/value heads, even head_dim",
-                      std::to_string(c.num_heads) + " heads, " + std::to_string(c.num_kv_heads) +
-                          " key/value heads, head_dim " + std::to_string(c.head_dim));
-  }
-  const std::int64_t q = c.num_heads * c.head_dim, kv = c.num_kv_heads * c.head_dim;
-  const std::int64_t h = c.hidden_size, f = c.intermediate_size;
-  Weights weights;
-  weights.embedding = view_matrix(file, "model.embed_tokens.weight", c.vocab_size, h);
-  weights.head = c.tie_word_embeddings ? weights.embedding : view_matrix(file, "lm_head.weight", c.vocab_size, h);
-  weights.final_norm = view_vector(file, "model.norm.weight", h);
-  for (std::int64_t i = 0; i < c.num_layers; ++i) {
-    const std::string prefix = "model.layers." + std::to_string(i) + ".";
-    const auto linear = [&](const std::string& module, std::int64_t rows, std::int64_t cols, bool bias) {
-      LinearWeights w;
-      w.matrix = view_matrix(file, prefix + module + ".weight", rows, cols);
-      if (bias) w.bias = view_vector(file, prefix + module + ".bias", rows);
-      return w;
-    };
-    BlockWeights b;
-    b.q = linear("self_attn.q_proj", q, h, c.qkv_bias);
-    b.k = linear("self_attn.k_proj", kv, h, c.qkv_bias);
-    b.v = linear("self_attn.v_proj", kv, h, c.qkv_bias);
-    b.o = linear("self_attn.o_proj", h, q, c.o_bias);
-    b.gate = linear("mlp.gate_proj", f, h, c.mlp_bias);
-    b.up = linear("mlp.up_proj", f, h, c.mlp_bias);
-    b.down = linear("mlp.down_proj", h, f, c.mlp_bias);
-    b.attention_norm = view_vector(file, prefix + "input_layernorm.weight", h);
-    b.mlp_norm = view_vector(file, prefix + "post_attention_layernorm.weight", h);
-    weights.blocks.push_back(b);
-  }
-  return weights;
-}
 
 KvCache::KvCache(const ModelConfig& config)
     : blocks_(config.num_layers),
@@ -204,9 +141,15 @@ Forward::Forward(const ModelConfig& config, const Weights& weights, const Kernel
       q_width_(config.num_heads * config.head_dim),
       kv_width_(config.num_kv_heads * config.head_dim),
       widest_(std::max({config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim})),
-      frequencies_(rope_frequencies(config)),
-      counters_(static_cast<std::size_t>(config.num_layers * 10 + 2)),
-      scratch_(static_cast<std::size_t>(threads)) {
+      score_scale_(config.attention_scale > 0 ? static_cast<float>(config.attention_scale)
+                                              : 1.0f / std::sqrt(static_cast<float>(config.head_dim))),
+      scratch_(static_cast<std::size_t>(threads)),
+      routes_(static_cast<std::size_t>(config.experts.count)) {
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    const RopeKind kind = config.rope_kind(layer);
+    if (std::find(rope_kinds_.begin(), rope_kinds_.end(), kind) == rope_kinds_.end()) rope_kinds_.push_back(kind);
+    frequencies_[static_cast<std::size_t>(kind)] = rope_frequencies(config, kind);
+  }
   for (Scratch& s : scratch_) {
     s.panel.reserve(kBlockRows * round_up(widest_, 16));
     s.accumulator.reserve(kMaxQueries * round_up(config.head_dim, 16));
@@ -216,6 +159,8 @@ Forward::Forward(const ModelConfig& config, const Weights& weights, const Kernel
 }
 
 void Forward::begin(std::int64_t stages, std::int64_t tokens) {
+  if (static_cast<std::int64_t>(counters_.size()) < stages)
+    counters_ = std::vector<Counter>(static_cast<std::size_t>(stages));
   for (std::int64_t i = 0; i < stages; ++i)
     counters_[static_cast<std::size_t>(i)].next.store(0, std::memory_order_relaxed);
   if (tokens > kActTile) {
@@ -319,46 +264,55 @@ struct Forward::Worker {
     barrier();
   }
 
-  void gate_up(const Input& input, const BlockWeights& b) {
-    const std::int64_t blocks = b.gate.matrix.row_blocks(), width = f.config_.intermediate_size;
+  void gate_up(const Input& input, const MlpWeights& mlp) {
+    const std::int64_t blocks = mlp.gate.matrix.row_blocks(), width = f.config_.intermediate_size;
     const std::int64_t step = blocks_per_item(2 * blocks);
+    const auto activate = f.config_.activation == Activation::kSilu ? f.kernels_.silu_mul : f.kernels_.gelu_mul;
     share((blocks + step - 1) / step, [&](std::int64_t i) {
       const std::int64_t begin = i * step, end = std::min(blocks, begin + step);
-      rows({&b.gate, f.gate_.data(), width, false}, input, begin, end);
-      rows({&b.up, f.up_.data(), width, false}, input, begin, end);
+      rows({&mlp.gate, f.gate_.data(), width, false}, input, begin, end);
+      rows({&mlp.up, f.up_.data(), width, false}, input, begin, end);
       const std::int64_t first = begin * kBlockRows, count = std::min(end * kBlockRows, width) - first;
       for (std::int64_t t = 0; t < tokens; ++t) {
-        f.kernels_.silu_mul(f.gate_.data() + t * width + first, f.up_.data() + t * width + first, count);
+        activate(f.gate_.data() + t * width + first, f.up_.data() + t * width + first, count);
       }
     });
     barrier();
   }
 
-  // Rotates q (and scales it by 1/sqrt(head_dim)) in place, stores rotated k and v in the cache.
+  // One head at one position: the leading 2 * half dimensions turn, all are scaled.
+  static void turn(const float* x, const float* cosine, const float* sine, std::int64_t half, std::int64_t d,
+                   float scale, float* out, std::int64_t stride) {
+    for (std::int64_t i = 0; i < half; ++i) {
+      const float a = x[i], b = x[i + half];
+      out[i * stride] = (a * cosine[i] - b * sine[i]) * scale;
+      out[(i + half) * stride] = (b * cosine[i] + a * sine[i]) * scale;
+    }
+    for (std::int64_t i = 2 * half; i < d; ++i) out[i * stride] = x[i] * scale;
+  }
+
+  // Normalizes q and k where the model does, rotates q (and scales it by the factor of the scores) in place, stores
+  // rotated k and v in the cache.
   void rotate_and_store(std::int64_t block, std::int64_t position, KvCache& cache) {
-    const std::int64_t d = f.config_.head_dim, half = d / 2;
-    const float scale = 1.0f / std::sqrt(static_cast<float>(d));
+    const BlockWeights& b = f.weights_.blocks[static_cast<std::size_t>(block)];
+    const std::int64_t d = f.config_.head_dim, half = f.config_.rotated() / 2;
+    const auto eps = static_cast<float>(f.config_.rms_norm_eps);
+    const auto kind = static_cast<std::size_t>(f.config_.rope_kind(static_cast<int>(block)));
     constexpr std::int64_t kChunk = 16;  // positions of one cache line of keys
     share((tokens + kChunk - 1) / kChunk, [&](std::int64_t item) {
       for (std::int64_t t = item * kChunk; t < std::min(tokens, (item + 1) * kChunk); ++t) {
-        const float* cosine = f.cos_.data() + t * half;
-        const float* sine = f.sin_.data() + t * half;
+        const float* cosine = f.cos_[kind].data() + t * half;
+        const float* sine = f.sin_[kind].data() + t * half;
         for (std::int64_t head = 0; head < f.config_.num_heads; ++head) {
           float* q = f.q_.data() + t * f.q_width_ + head * d;
-          for (std::int64_t i = 0; i < half; ++i) {
-            const float a = q[i], b = q[i + half];
-            q[i] = (a * cosine[i] - b * sine[i]) * scale;
-            q[i + half] = (b * cosine[i] + a * sine[i]) * scale;
-          }
+          if (b.q_norm != nullptr) f.kernels_.rms_norm(q, b.q_norm, eps, d, q);
+          turn(q, cosine, sine, half, d, f.score_scale_, q, 1);
         }
         const std::int64_t page = (position + t) / kPage, slot = (position + t) % kPage;
         for (std::int64_t head = 0; head < f.config_.num_kv_heads; ++head) {
-          const float* k = f.k_.data() + t * f.kv_width_ + head * d;
-          float* keys = cache.keys(block, page, head) + slot;
-          for (std::int64_t i = 0; i < half; ++i) {
-            keys[i * kPage] = k[i] * cosine[i] - k[i + half] * sine[i];
-            keys[(i + half) * kPage] = k[i + half] * cosine[i] + k[i] * sine[i];
-          }
+          float* k = f.k_.data() + t * f.kv_width_ + head * d;
+          if (b.k_norm != nullptr) f.kernels_.rms_norm(k, b.k_norm, eps, d, k);
+          turn(k, cosine, sine, half, d, 1.0f, cache.keys(block, page, head) + slot, kPage);
           std::memcpy(cache.values(block, page, head) + slot * cache.value_width(),
                       f.v_.data() + t * f.kv_width_ + head * d, static_cast<std::size_t>(d) * 4);
         }
@@ -367,26 +321,35 @@ struct Forward::Worker {
     barrier();
   }
 
-  // `count` query rows that read the same kv head; row i is q + i * stride and sees seen(i) positions.
+  // `count` query rows that read the same kv head; row i is q + i * stride and sees the last `window` (0: all) of
+  // seen(i) positions. Pages that no row sees are passed over.
   template <class Seen>
   void attend_rows(std::int64_t block, std::int64_t kv_head, const float* q, float* out, std::int64_t stride,
                    std::int64_t count, KvCache& cache, Seen seen) {
     const std::int64_t d = f.config_.head_dim, width = cache.value_width();
     const std::int64_t most = seen(count - 1), ld = round_up(most, kPage);
+    const std::int64_t window = f.config_.window(static_cast<int>(block));
+    const auto hidden = [&](std::int64_t i) { return window > 0 ? std::max<std::int64_t>(0, seen(i) - window) : 0; };
+    const std::int64_t first = hidden(0) / kPage * kPage;
     float* s = mine.scores.data();
-    for (std::int64_t at = 0; at < most; at += kPage) {
+    for (std::int64_t at = first; at < most; at += kPage) {
       f.kernels_.scores(q, stride, count, cache.keys(block, at / kPage, kv_head), d, std::min(kPage, most - at), s + at,
                         ld);
     }
     float sums[kMaxQueries];
     for (std::int64_t i = 0; i < count; ++i) {
-      const std::int64_t n = seen(i);
-      sums[i] = f.kernels_.softmax(s + i * ld, n);
-      std::fill(s + i * ld + std::min(round_up(n, 16), ld), s + (i + 1) * ld, 0.0f);
+      const std::int64_t n = seen(i), before = hidden(i);
+      float* row = s + i * ld;
+      if (f.config_.attention_softcap > 0)
+        f.kernels_.soft_cap(row + first, static_cast<float>(f.config_.attention_softcap), n - first);
+      std::fill(row + first, row + before, -INFINITY);
+      sums[i] = f.kernels_.softmax(row + first, n - first);
+      std::fill(row + first, row + before, 0.0f);
+      std::fill(row + std::min(round_up(n, 16), ld), row + ld, 0.0f);
     }
     float* acc = mine.accumulator.data();
     std::fill(acc, acc + count * width, 0.0f);
-    for (std::int64_t at = 0; at < most; at += kPage) {
+    for (std::int64_t at = first; at < most; at += kPage) {
       f.kernels_.weigh(s + at, ld, count, cache.values(block, at / kPage, kv_head), width, std::min(kPage, most - at),
                        acc);
     }
@@ -438,41 +401,151 @@ struct Forward::Worker {
     rotate_and_store(index, position, cache);
     attend(index, position, cache);
     in = prepare(f.mixed_.data(), f.q_width_, nullptr, wants_int8({&b.o}));
-    multiply(in, {{&b.o, hidden, h, true}});
-    in = prepare(hidden, h, b.mlp_norm, wants_int8({&b.gate, &b.up}));
-    gate_up(in, b);
-    in = prepare(f.gate_.data(), f.config_.intermediate_size, nullptr, wants_int8({&b.down}));
-    multiply(in, {{&b.down, hidden, h, true}});
+    multiply_into(hidden, in, b.o, b.post_attention_norm);
+    if (!b.experts.empty()) return run_experts(b, hidden);
+    in = prepare(hidden, h, b.mlp_norm, wants_int8({&b.mlp.gate, &b.mlp.up}));
+    gate_up(in, b.mlp);
+    in = prepare(f.gate_.data(), f.config_.intermediate_size, nullptr, wants_int8({&b.mlp.down}));
+    multiply_into(hidden, in, b.mlp.down, b.post_mlp_norm);
   }
-  static constexpr std::int64_t kStagesPerBlock = 10;
+
+  // hidden += linear(input), or its norm. Takes one or two stages.
+  void multiply_into(float* hidden, const Input& input, const LinearWeights& linear, const float* post_norm) {
+    const std::int64_t h = f.config_.hidden_size;
+    if (post_norm == nullptr) return multiply(input, {{&linear, hidden, h, true}});
+    multiply(input, {{&linear, f.added_.data(), h, false}});
+    share(tokens, [&](std::int64_t t) {
+      float* row = f.added_.data() + t * h;
+      f.kernels_.rms_norm(row, post_norm, static_cast<float>(f.config_.rms_norm_eps), h, row);
+      for (std::int64_t i = 0; i < h; ++i) hidden[t * h + i] += row[i];
+    });
+    barrier();
+  }
+
+  // hidden += the chosen experts of norm(hidden), in the order of their numbers for every token. The barriers inside
+  // gate_up keep one expert's sums apart from the next one's buffers.
+  void run_experts(const BlockWeights& b, float* hidden) {
+    const std::int64_t h = f.config_.hidden_size, inner = f.config_.intermediate_size;
+    const Input in = prepare(hidden, h, b.mlp_norm, false);
+    multiply(in, {{&b.router, f.router_.data(), f.config_.experts.count, false}});
+    share(1, [&](std::int64_t) { f.route(tokens); });
+    barrier();
+    for (std::size_t e = 0; e < b.experts.size(); ++e) {
+      const Route& route = f.routes_[e];
+      if (route.tokens.empty()) continue;
+      const MlpWeights& mlp = b.experts[e];
+      const auto own = static_cast<std::int64_t>(route.tokens.size());
+      const float* x = in.x;
+      if (own < tokens) {
+        share(own, [&](std::int64_t i) {
+          std::copy_n(in.x + route.tokens[static_cast<std::size_t>(i)] * h, h, f.expert_in_.data() + i * h);
+        });
+        barrier();
+        x = f.expert_in_.data();
+      }
+      Worker part{f, mine, own, threads, stage};
+      Input inputs = part.prepare(x, h, nullptr, wants_int8({&mlp.gate, &mlp.up}));
+      part.gate_up(inputs, mlp);
+      inputs = part.prepare(f.gate_.data(), inner, nullptr, wants_int8({&mlp.down}));
+      part.multiply(inputs, {{&mlp.down, f.added_.data(), h, false}});
+      part.share(own, [&](std::int64_t i) {
+        const float weight = route.weights[static_cast<std::size_t>(i)];
+        float* to = hidden + route.tokens[static_cast<std::size_t>(i)] * h;
+        for (std::int64_t j = 0; j < h; ++j) to[j] += weight * f.added_.data()[i * h + j];
+      });
+      stage = part.stage;
+    }
+    barrier();
+  }
 };
 
-void Forward::run(std::span<const std::int32_t> ids, std::int64_t position, KvCache& cache, float* hidden) {
+// Blocks take at most this many stages, and as many more for each expert that has tokens.
+constexpr std::int64_t kStagesPerBlock = 12, kStagesPerExpert = 8;
+
+void Forward::route(std::int64_t tokens) {
+  const Experts& experts = config_.experts;
+  for (Route& route : routes_) {
+    route.tokens.clear();
+    route.weights.clear();
+  }
+  std::vector<std::pair<float, std::int64_t>> order(static_cast<std::size_t>(experts.count));
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    const float* scores = router_.data() + t * experts.count;
+    const float peak = *std::max_element(scores, scores + experts.count);
+    float all = 0, chosen = 0;
+    for (std::int64_t e = 0; e < experts.count; ++e) {
+      const float share = std::exp(scores[e] - peak);
+      order[static_cast<std::size_t>(e)] = {share, e};
+      all += share;
+    }
+    const auto last = order.begin() + experts.per_token;
+    std::partial_sort(order.begin(), last, order.end(), [](const auto& a, const auto& b) {
+      return a.first != b.first ? a.first > b.first : a.second < b.second;
+    });
+    for (auto it = order.begin(); it != last; ++it) chosen += it->first;
+    for (auto it = order.begin(); it != last; ++it) {
+      Route& route = routes_[static_cast<std::size_t>(it->second)];
+      route.tokens.push_back(t);
+      route.weights.push_back(it->first / (experts.renormalize ? chosen : all));
+    }
+  }
+}
+
+void Forward::fill_rope(std::int64_t position, std::int64_t tokens, std::int64_t sequence) {
+  if (const bool beyond = rope_beyond(config_, sequence); beyond != frequencies_beyond_) {
+    for (const RopeKind kind : rope_kinds_)
+      frequencies_[static_cast<std::size_t>(kind)] = rope_frequencies(config_, kind, sequence);
+    frequencies_beyond_ = beyond;
+  }
+  for (const RopeKind kind : rope_kinds_) {
+    const std::vector<double>& frequencies = frequencies_[static_cast<std::size_t>(kind)];
+    const double factor = rope_attention_factor(config_, kind);
+    const auto half = static_cast<std::int64_t>(frequencies.size());
+    FloatBuffer &cosine = cos_[static_cast<std::size_t>(kind)], &sine = sin_[static_cast<std::size_t>(kind)];
+    cosine.reserve(tokens * half);
+    sine.reserve(tokens * half);
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      for (std::int64_t i = 0; i < half; ++i) {
+        // The angle is rounded to float as the models were trained with it (transformers multiplies in float32).
+        const float angle =
+            static_cast<float>(position + t) * static_cast<float>(frequencies[static_cast<std::size_t>(i)]);
+        cosine.data()[t * half + i] = static_cast<float>(std::cos(static_cast<double>(angle)) * factor);
+        sine.data()[t * half + i] = static_cast<float>(std::sin(static_cast<double>(angle)) * factor);
+      }
+    }
+  }
+}
+
+void Forward::run(std::span<const std::int32_t> ids, std::int64_t position, std::int64_t sequence, KvCache& cache,
+                  float* hidden) {
   const auto tokens = static_cast<std::int64_t>(ids.size());
-  const std::int64_t half = config_.head_dim / 2;
-  begin(config_.num_layers * Worker::kStagesPerBlock, tokens);
+  const Experts& experts = config_.experts;
+  const std::int64_t active = std::min(experts.count, tokens * experts.per_token);
+  begin(config_.num_layers * (kStagesPerBlock + active * kStagesPerExpert), tokens);
   q_.reserve(tokens * q_width_);
   mixed_.reserve(tokens * q_width_);
   k_.reserve(tokens * kv_width_);
   v_.reserve(tokens * kv_width_);
   gate_.reserve(tokens * config_.intermediate_size);
   up_.reserve(tokens * config_.intermediate_size);
-  cos_.reserve(tokens * half);
-  sin_.reserve(tokens * half);
+  if (config_.post_norms || config_.has_experts()) added_.reserve(tokens * config_.hidden_size);
+  if (config_.has_experts()) {
+    router_.reserve(tokens * experts.count);
+    expert_in_.reserve(tokens * config_.hidden_size);
+  }
   for (Scratch& s : scratch_) s.scores.reserve(kMaxQueries * round_up(position + tokens, kPage));
   cache.reserve(position + tokens);
+  fill_rope(position, tokens, sequence);
+  const auto scale = static_cast<float>(config_.embedding_scale);
   for (std::int64_t t = 0; t < tokens; ++t) {
-    unpack_matrix_row(weights_.embedding, ids[static_cast<std::size_t>(t)], hidden + t * config_.hidden_size);
-    for (std::int64_t i = 0; i < half; ++i) {
-      // The angle is rounded to float as the models were trained with it (transformers multiplies in float32).
-      const float angle =
-          static_cast<float>(position + t) * static_cast<float>(frequencies_[static_cast<std::size_t>(i)]);
-      cos_.data()[t * half + i] = static_cast<float>(std::cos(static_cast<double>(angle)));
-      sin_.data()[t * half + i] = static_cast<float>(std::sin(static_cast<double>(angle)));
-    }
+    float* row = hidden + t * config_.hidden_size;
+    unpack_matrix_row(weights_.embedding, ids[static_cast<std::size_t>(t)], row);
+    if (scale != 1)
+      for (std::int64_t i = 0; i < config_.hidden_size; ++i) row[i] *= scale;
   }
+  const std::int64_t mlps = config_.has_experts() ? experts.per_token : 1;
   const std::int64_t block_products =
-      config_.hidden_size * (2 * q_width_ + 2 * kv_width_ + 3 * config_.intermediate_size);
+      config_.hidden_size * (2 * q_width_ + 2 * kv_width_ + 3 * mlps * config_.intermediate_size);
   const int threads = block_team_.threads(tokens * block_products / 4, threads_);
   const auto begun = std::chrono::steady_clock::now();
 #pragma omp parallel num_threads(threads)
@@ -487,7 +560,7 @@ void Forward::head(const float* hidden, std::int64_t count, float* out) {
   const LinearWeights linear{weights_.head, nullptr};
   for (std::int64_t first = 0; first < count; first += kBatch) {
     const std::int64_t tokens = std::min(kBatch, count - first);
-    begin(2, tokens);
+    begin(3, tokens);
     float* to = out + first * config_.vocab_size;
     const std::int64_t products = tokens * config_.hidden_size * config_.vocab_size;
     const int threads = head_team_.threads(products, threads_);
@@ -498,6 +571,14 @@ void Forward::head(const float* hidden, std::int64_t count, float* out) {
       const Input in = worker.prepare(hidden + first * config_.hidden_size, config_.hidden_size, weights_.final_norm,
                                       worker.wants_int8({&linear}));
       worker.multiply(in, {{&linear, to, config_.vocab_size, false}});
+      if (config_.final_softcap > 0) {
+        constexpr std::int64_t kPiece = 4096;
+        const std::int64_t count_all = tokens * config_.vocab_size;
+        worker.share((count_all + kPiece - 1) / kPiece, [&](std::int64_t i) {
+          kernels_.soft_cap(to + i * kPiece, static_cast<float>(config_.final_softcap),
+                            std::min(kPiece, count_all - i * kPiece));
+        });
+      }
     }
     head_team_.record(products, threads, seconds_since(begun));
   }

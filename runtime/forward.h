@@ -1,4 +1,4 @@
-// The plain forward pass: weights as views into the compact file, scratch memory, and one parallel region per batch.
+// The plain forward pass: scratch memory, and one parallel region per batch.
 #pragma once
 
 #include <atomic>
@@ -7,46 +7,10 @@
 #include <span>
 #include <vector>
 
-#include "core/compact.h"
 #include "core/config.h"
-#include "runtime/kernels.h"
+#include "runtime/weights.h"
 
 namespace pare {
-
-// 64-byte aligned floats, grown without keeping the content.
-class FloatBuffer {
- public:
-  float* data() { return data_.get(); }
-  const float* data() const { return data_.get(); }
-  void reserve(std::int64_t count);
-  std::int64_t size() const { return size_; }
-
- private:
-  struct Free {
-    void operator()(float* p) const;
-  };
-  std::unique_ptr<float[], Free> data_;
-  std::int64_t size_ = 0;
-};
-
-struct LinearWeights {
-  PackedMatrix matrix;
-  const float* bias = nullptr;
-};
-
-struct BlockWeights {
-  LinearWeights q, k, v, o, gate, up, down;
-  const float *attention_norm = nullptr, *mlp_norm = nullptr;
-};
-
-// Views only: the file must outlive them.
-struct Weights {
-  PackedMatrix embedding, head;
-  std::vector<BlockWeights> blocks;
-  const float* final_norm = nullptr;
-};
-// Errors: exit 3 for a tensor that is missing, mis-shaped or in a codec that its role does not allow.
-Weights view_weights(const CompactFile& file);
 
 // Keys and values of one sequence, float32, in pages of kPage positions that are never moved or copied.
 // Page of one block: [kv head][head_dim][kPage] keys, then [kv head][kPage][value_width()] values.
@@ -104,8 +68,10 @@ class Forward {
           bool int8_activations);
 
   // Embeds `ids` (count <= kBatch) at positions [position, position + count) and runs all blocks; writes the residual
-  // stream after the last block to hidden [count, hidden_size].
-  void run(std::span<const std::int32_t> ids, std::int64_t position, KvCache& cache, float* hidden);
+  // stream after the last block to hidden [count, hidden_size]. `sequence`: length of the whole sequence that is being
+  // fed; LongRoPE turns all of it by that (rope_beyond), and what the cache holds must be of the same side.
+  void run(std::span<const std::int32_t> ids, std::int64_t position, std::int64_t sequence, KvCache& cache,
+           float* hidden);
   // Final norm and head: hidden [count, hidden_size] -> out [count, vocab_size]; any count.
   void head(const float* hidden, std::int64_t count, float* out);
 
@@ -121,7 +87,15 @@ class Forward {
     Int8Activations int8;
   };
 
+  // What an expert has to do in a call: its tokens, in order, and their weights.
+  struct Route {
+    std::vector<std::int64_t> tokens;
+    std::vector<float> weights;
+  };
+
   void begin(std::int64_t stages, std::int64_t tokens);
+  void fill_rope(std::int64_t position, std::int64_t tokens, std::int64_t sequence);
+  void route(std::int64_t tokens);
 
   const ModelConfig& config_;
   const Weights& weights_;
@@ -129,12 +103,17 @@ class Forward {
   int threads_;
   bool int8_;
   std::int64_t q_width_, kv_width_, widest_;
-  std::vector<double> frequencies_;
+  float score_scale_;
+  std::vector<RopeKind> rope_kinds_;    // those the model has
+  std::vector<double> frequencies_[3];  // by RopeKind, [rotated pairs]
+  bool frequencies_beyond_ = false;     // for which side of LongRoPE's switch
   std::vector<Counter> counters_;
   TeamBarrier barrier_;
   TeamChoice block_team_, head_team_;
   std::vector<Scratch> scratch_;  // one a thread
-  FloatBuffer normed_, q_, k_, v_, mixed_, gate_, up_, cos_, sin_;
+  FloatBuffer normed_, q_, k_, v_, mixed_, gate_, up_, added_, router_, expert_in_;
+  FloatBuffer cos_[3], sin_[3];  // by RopeKind: [tokens, rotated pairs]
+  std::vector<Route> routes_;    // by expert
   Int8Activations int8_input_;
 };
 

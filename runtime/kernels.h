@@ -68,6 +68,9 @@ struct Int8Tile {
 };
 Int8Tile int8_tile(const Int8Activations& x, std::int64_t tile);
 
+constexpr float kGeluScale = 1.5957691216057308f;  // 2 sqrt(2 / pi)
+constexpr float kGeluCubic = 0.044715f;
+
 struct Kernels {
   const char* name;
 
@@ -87,6 +90,10 @@ struct Kernels {
   void (*rms_norm)(const float* x, const float* weight, float eps, std::int64_t n, float* out);
   // gate[i] = gate[i] / (1 + exp(-gate[i])) * up[i]
   void (*silu_mul)(float* gate, const float* up, std::int64_t n);
+  // gate[i] = gelu(gate[i]) * up[i], the tanh form: gelu(x) = x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3)))
+  void (*gelu_mul)(float* gate, const float* up, std::int64_t n);
+  // x[i] = cap * tanh(x[i] / cap)
+  void (*soft_cap)(float* x, float cap, std::int64_t n);
   // s[i] = exp(s[i] - max), zero up to the next multiple of 16; returns the sum.
   float (*softmax)(float* s, std::int64_t n);
   // out[i * ldo + p] = sum_d q[i * ldq + d] * keys[d * kPage + p], p < round_up(positions, 16); count <= kMaxQueries.

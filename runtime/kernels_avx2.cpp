@@ -418,6 +418,26 @@ void silu_mul(float* gate, const float* up, std::int64_t n) {
   }
 }
 
+void gelu_mul(float* gate, const float* up, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; i += 8) {
+    const __m256i m = tail_mask(n - i);
+    const __m256 g = _mm256_maskload_ps(gate + i, m);
+    const __m256 cubic = _mm256_fmadd_ps(_mm256_mul_ps(g, g), _mm256_set1_ps(kGeluCubic), _mm256_set1_ps(1.0f));
+    const __m256 e = exp_ps(_mm256_mul_ps(_mm256_mul_ps(g, cubic), _mm256_set1_ps(-kGeluScale)));
+    const __m256 y = _mm256_div_ps(g, _mm256_add_ps(_mm256_set1_ps(1.0f), e));
+    _mm256_maskstore_ps(gate + i, m, _mm256_mul_ps(y, _mm256_maskload_ps(up + i, m)));
+  }
+}
+
+void soft_cap(float* x, float cap, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; i += 8) {  // c tanh(v / c) = c - 2 c / (exp(2 v / c) + 1)
+    const __m256i m = tail_mask(n - i);
+    const __m256 e = exp_ps(_mm256_mul_ps(_mm256_maskload_ps(x + i, m), _mm256_set1_ps(2.0f / cap)));
+    const __m256 part = _mm256_div_ps(_mm256_set1_ps(2.0f * cap), _mm256_add_ps(e, _mm256_set1_ps(1.0f)));
+    _mm256_maskstore_ps(x + i, m, _mm256_sub_ps(_mm256_set1_ps(cap), part));
+  }
+}
+
 float softmax(float* s, std::int64_t n) {
   const __m256 lowest = _mm256_set1_ps(-INFINITY);
   __m256 peaks = lowest;
@@ -502,8 +522,8 @@ void weigh(const float* probs, std::int64_t ldp, std::int64_t count, const float
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2",   matmul_float, matmul_int8, quantize_tile, rms_norm,
-                              silu_mul, softmax,      scores,      weigh};
+const Kernels kAvx2Kernels = {"avx2",   matmul_float, matmul_int8, quantize_tile, rms_norm, silu_mul,
+                              gelu_mul, soft_cap,     softmax,     scores,        weigh};
 
 }  // namespace pare
 #endif

@@ -372,6 +372,27 @@ void silu_mul(float* gate, const float* up, std::int64_t n) {
   }
 }
 
+void gelu_mul(float* gate, const float* up, std::int64_t n) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  for (std::int64_t i = 0; i < n; i += 16) {
+    const __mmask16 m = tail_mask(n - i);
+    const __m512 g = _mm512_maskz_loadu_ps(m, gate + i);
+    const __m512 cubic = _mm512_fmadd_ps(_mm512_mul_ps(g, g), _mm512_set1_ps(kGeluCubic), one);
+    const __m512 e = exp_ps(_mm512_mul_ps(_mm512_mul_ps(g, cubic), _mm512_set1_ps(-kGeluScale)));
+    const __m512 y = _mm512_div_ps(g, _mm512_add_ps(one, e));
+    _mm512_mask_storeu_ps(gate + i, m, _mm512_mul_ps(y, _mm512_maskz_loadu_ps(m, up + i)));
+  }
+}
+
+void soft_cap(float* x, float cap, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; i += 16) {  // c tanh(v / c) = c - 2 c / (exp(2 v / c) + 1)
+    const __mmask16 m = tail_mask(n - i);
+    const __m512 e = exp_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(m, x + i), _mm512_set1_ps(2.0f / cap)));
+    const __m512 part = _mm512_div_ps(_mm512_set1_ps(2.0f * cap), _mm512_add_ps(e, _mm512_set1_ps(1.0f)));
+    _mm512_mask_storeu_ps(x + i, m, _mm512_sub_ps(_mm512_set1_ps(cap), part));
+  }
+}
+
 float softmax(float* s, std::int64_t n) {
   __m512 peak = _mm512_set1_ps(-INFINITY);
   for (std::int64_t i = 0; i < n; i += 16)
@@ -458,8 +479,8 @@ void weigh(const float* probs, std::int64_t ldp, std::int64_t count, const float
 
 }  // namespace
 
-const Kernels kAvx512VnniKernels = {"avx512vnni", matmul_float, matmul_int8, quantize_tile, rms_norm,
-                                    silu_mul,     softmax,      scores,      weigh};
+const Kernels kAvx512VnniKernels = {"avx512vnni", matmul_float, matmul_int8, quantize_tile, rms_norm, silu_mul,
+                                    gelu_mul,     soft_cap,     softmax,     scores,        weigh};
 
 }  // namespace pare
 #endif

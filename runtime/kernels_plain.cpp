@@ -139,6 +139,17 @@ void silu_mul(float* gate, const float* up, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
 }
 
+void gelu_mul(float* gate, const float* up, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) {
+    const float x = gate[i];
+    gate[i] = x / (1.0f + std::exp(-kGeluScale * (x + kGeluCubic * x * x * x))) * up[i];
+  }
+}
+
+void soft_cap(float* x, float cap, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) x[i] = cap * std::tanh(x[i] / cap);
+}
+
 float softmax(float* s, std::int64_t n) {
   const float peak = *std::max_element(s, s + n);
   float sum = 0;
@@ -175,7 +186,7 @@ void weigh(const float* probs, std::int64_t ldp, std::int64_t count, const float
 
 }  // namespace
 
-const Kernels kPlainKernels = {"plain",  matmul_float, matmul_int8, quantize_tile, rms_norm,
-                               silu_mul, softmax,      scores,      weigh};
+const Kernels kPlainKernels = {"plain",  matmul_float, matmul_int8, quantize_tile, rms_norm, silu_mul,
+                               gelu_mul, soft_cap,     softmax,     scores,        weigh};
 
 }  // namespace pare

@@ -32,6 +32,11 @@ const Architecture& architecture(const ModelConfig& config, const std::string& p
           place,
           "heads x head_dim equal to hidden_size, which llama.cpp's " + std::string(row.name) + " takes for granted",
           std::to_string(config.num_heads * config.head_dim) + " and " + std::to_string(config.hidden_size));
+    if (config.sliding_window > 0 && config.sliding_window < config.max_position_embeddings)
+      throw input_error(place,
+                        "attention without a window, which llama.cpp's " + std::string(row.name) + " does not compute",
+                        "a sliding window of " + std::to_string(config.sliding_window) + " positions",
+                        "--to compact keeps it");
     return row;
   }
   throw input_error(place, "a family that can be written as GGUF (" + known + ")", config.family);

@@ -17,6 +17,7 @@ void write(const ModelConfig& config, Json& out) {
 
 }  // namespace
 
-const Family kLlama = {"llama", "LlamaForCausalLM", 2048, 0, 2, read, write};
+const Family kLlama = {
+    .name = "llama", .architecture = "LlamaForCausalLM", .read = read, .write = write, .default_eos = 2};
 
 }  // namespace pare

@@ -28,11 +28,13 @@ Json shape_config(const std::string& name) {
 // The lists that name every layer are cut, or continued from their beginning.
 void set_layers(Json& config, std::int64_t layers) {
   config["num_hidden_layers"] = layers;
-  const auto found = config.find("layer_types");
-  if (found == config.end() || !found->is_array() || found->empty()) return;
-  Json types = Json::array();
-  for (std::int64_t i = 0; i < layers; ++i) types.push_back((*found)[static_cast<std::size_t>(i) % found->size()]);
-  *found = types;
+  for (const char* key : {"layer_types", "no_rope_layers"}) {
+    const auto found = config.find(key);
+    if (found == config.end() || !found->is_array() || found->empty()) continue;
+    Json list = Json::array();
+    for (std::int64_t i = 0; i < layers; ++i) list.push_back((*found)[static_cast<std::size_t>(i) % found->size()]);
+    *found = list;
+  }
 }
 
 // Copies the tokenizer files; the model must have a row for each of its tokens.

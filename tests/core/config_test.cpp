@@ -88,6 +88,49 @@ TEST(Config, WritingKeepsUnknownKeysAndReadsBack) {
   EXPECT_EQ(parse(write_config(fresh, "float32")).eos_ids, fresh.eos_ids);
 }
 
+// A model without some of its blocks keeps each block's own window and rotary positions.
+TEST(Config, ListsWithAnEntryForEachBlockFollowTheBlocks) {
+  Json source = small_config();
+  source["architectures"] = {"Gemma2ForCausalLM"};
+  source.erase("hidden_act");
+  source["num_hidden_layers"] = 5;
+  source["sliding_window"] = 8;
+  const ModelConfig gemma = with_layers(parse(source), {0, 2, 3});  // of s f s f s
+  EXPECT_EQ(gemma.layer_slides, (std::vector<std::uint8_t>{1, 1, 0}));
+  EXPECT_EQ(parse(write_config(gemma, "float32")).layer_slides, gemma.layer_slides);
+  source["architectures"] = {"SmolLM3ForCausalLM"};
+  const ModelConfig smol = with_layers(parse(source), {3, 4});
+  EXPECT_EQ(smol.layer_rotates, (std::vector<std::uint8_t>{0, 1}));
+  EXPECT_EQ(parse(write_config(smol, "float32")).layer_rotates, smol.layer_rotates);
+  source["architectures"] = {"Qwen2ForCausalLM"};
+  source["use_sliding_window"] = true;
+  source["max_window_layers"] = 3;
+  const ModelConfig qwen = with_layers(parse(source), {1, 3, 4});
+  const Json written = write_config(qwen, "float32");
+  EXPECT_EQ(written["max_window_layers"], 1);
+  EXPECT_EQ(parse(written).layer_slides, (std::vector<std::uint8_t>{0, 1, 1}));
+}
+
+TEST(Config, WindowsAreReadAsTheClassesDo) {
+  const auto parsed = [](const std::string& architecture, const Json& changes) {
+    Json c = small_config();
+    c["architectures"] = {architecture};
+    c.erase("hidden_act");
+    c.update(changes);
+    return parse(c);
+  };
+  EXPECT_EQ(parsed("MistralForCausalLM", Json::object()).window(1), 4096);  // default of the class
+  EXPECT_EQ(parsed("MistralForCausalLM", {{"sliding_window", nullptr}}).window(1), 0);
+  EXPECT_EQ(parsed("MistralForCausalLM", {{"sliding_window", 16}}).window(0), 16);
+  EXPECT_EQ(parsed("Qwen2ForCausalLM", {{"sliding_window", 16}}).window(1), 0);
+  const Json late = {{"use_sliding_window", true}, {"sliding_window", 16}, {"max_window_layers", 1}};
+  EXPECT_EQ(parsed("Qwen2ForCausalLM", late).window(0), 0);
+  EXPECT_EQ(parsed("Qwen2ForCausalLM", late).window(1), 16);
+  EXPECT_EQ(parsed("Phi3ForCausalLM", Json::object()).window(0), 0);
+  EXPECT_EQ(parsed("Gemma2ForCausalLM", Json::object()).window(0), 4096);
+  EXPECT_EQ(parsed("Gemma2ForCausalLM", Json::object()).window(1), 0);
+}
+
 TEST(Config, EndTokensComeFromGenerationFirst) {
   EXPECT_EQ(parse(small_config()).eos_ids, std::vector<std::int64_t>{2});
   EXPECT_EQ(parse_config(small_config(), Json::parse(R"({"eos_token_id":[5,2]})"), "c").eos_ids, (std::vector<std::int64_t>{5, 2}));
@@ -100,10 +143,48 @@ TEST(Config, RefusesWhatItCannotCompute) {
     change(config);
     return error_of([&] { parse(config); });
   };
-  const auto mistral = [](Json& c) { c["architectures"] = {"MistralForCausalLM"}; };
+  const auto family = [](Json& c, const std::string& name) {
+    c["architectures"] = {name + "ForCausalLM"};
+    c.erase("hidden_act");
+  };
+  const auto mistral = [&](Json& c) { family(c, "Mistral"); };
+  const auto long_rope = [](std::size_t shorts, std::size_t longs) {
+    return Json{{"type", "longrope"},
+                {"short_factor", std::vector<double>(shorts, 1.0)},
+                {"long_factor", std::vector<double>(longs, 2.0)}};
+  };
   const std::vector<std::pair<std::function<void(Json&)>, std::string>> cases = {
-      {[](Json& c) { c["architectures"] = {"GPT2LMHeadModel"}; }, "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"},
-      {[](Json& c) { c.erase("architectures"), c["model_type"] = "gemma"; }, "gemma"},
+      {[](Json& c) { c["architectures"] = {"GPT2LMHeadModel"}; },
+       "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"},
+      {[](Json& c) { c["architectures"] = {"GPTNeoXForCausalLM"}; }, "GPTNeoXForCausalLM"},
+      {[](Json& c) { c["architectures"] = {"Gemma3ForConditionalGeneration"}; }, "Gemma3ForConditionalGeneration"},
+      {[](Json& c) { c.erase("architectures"), c["model_type"] = "mamba"; }, "mamba"},
+      {[](Json& c) { c["num_attention_heads"] = 0; }, "num_attention_heads is 0"},
+      {[](Json& c) { c["num_attention_heads"] = -4; }, "num_attention_heads is -4"},
+      {[](Json& c) { c["num_key_value_heads"] = 0; }, "num_key_value_heads is 0"},
+      {[](Json& c) { c["num_key_value_heads"] = -1; }, "num_key_value_heads is -1"},
+      {[](Json& c) { c["head_dim"] = 0; }, "head_dim is 0"},
+      {[](Json& c) { c["head_dim"] = -32; }, "head_dim is -32"},
+      {[](Json& c) { c["intermediate_size"] = 0; }, "intermediate_size is 0"},
+      {[](Json& c) { c["intermediate_size"] = -1; }, "intermediate_size is -1"},
+      {[](Json& c) { c["vocab_size"] = 0; }, "vocab_size is 0"},
+      {[](Json& c) { c["vocab_size"] = -1; }, "vocab_size is -1"},
+      {[](Json& c) { c["num_hidden_layers"] = 0; }, "num_hidden_layers is 0"},
+      {[](Json& c) { c["num_hidden_layers"] = -2; }, "num_hidden_layers is -2"},
+      {[](Json& c) { c["max_position_embeddings"] = -2; }, "max_position_embeddings is -2"},
+      {[](Json& c) { c["hidden_size"] = 1ll << 40; }, "hidden_size"},
+      {[](Json& c) { c["num_attention_heads"] = 1 << 20, c["num_key_value_heads"] = 1 << 20, c["head_dim"] = 1 << 20; },
+       "num_attention_heads times head_dim"},
+      {[](Json& c) { c["rope_theta"] = 0; }, "rope_theta"},
+      {[](Json& c) { c["rope_theta"] = -1e4; }, "rope_theta"},
+      {[](Json& c) {
+         c["rope_scaling"] = {{"rope_type", "dynamic"}, {"factor", 2}};
+       },
+       "dynamic"},
+      {[](Json& c) {
+         c["rope_scaling"] = {{"type", "spiral"}, {"factor", 2}};
+       },
+       "\"spiral\"; supported are default, linear, llama3 and longrope"},
       {[](Json& c) { c.erase("architectures"), c.erase("model_type"); }, "no architecture"},
       {[](Json& c) { c.erase("hidden_size"); }, "hidden_size is missing"},
       {[](Json& c) { c["hidden_size"] = 0; }, "hidden_size is 0"},
@@ -118,17 +199,83 @@ TEST(Config, RefusesWhatItCannotCompute) {
       {[](Json& c) { c["rms_norm_eps"] = -1; }, "rms_norm_eps"},
       {[](Json& c) { c["hidden_act"] = "gelu"; }, "gelu"},
       {[](Json& c) { c["tie_word_embeddings"] = 1; }, "tie_word_embeddings"},
-      {[](Json& c) { c["rope_scaling"] = {{"rope_type", "yarn"}, {"factor", 2}}; }, "yarn"},
-      {[](Json& c) { c["rope_scaling"] = {{"rope_type", "llama3"}}; }, "original_max_position_embeddings is missing"},
-      {[](Json& c) { c["rope_scaling"] = {{"rope_type", "linear"}}; }, "factor is missing"},
+      {[](Json& c) {
+         c["rope_scaling"] = {{"rope_type", "yarn"}, {"factor", 2}};
+       },
+       "yarn"},
+      {[](Json& c) {
+         c["rope_scaling"] = {{"rope_type", "llama3"}};
+       },
+       "original_max_position_embeddings is missing"},
+      {[](Json& c) {
+         c["rope_scaling"] = {{"rope_type", "linear"}};
+       },
+       "factor is missing"},
       {[](Json& c) { c["rope_scaling"] = 4; }, "not an object"},
       {[](Json& c) { c["partial_rotary_factor"] = 0.5; }, "partial_rotary_factor"},
-      {[](Json& c) { c["layer_types"] = {"full_attention", "sliding_attention"}; }, "sliding_attention"},
+      {[](Json& c) {
+         c["layer_types"] = {"full_attention", "sliding_attention"};
+       },
+       "sliding_attention"},
       {[](Json& c) { c["layer_types"] = {"full_attention"}; }, "1 entries for 2 layers"},
       {[](Json& c) { c["eos_token_id"] = "x"; }, "eos_token_id"},
-      {[&](Json& c) { mistral(c), c["max_position_embeddings"] = 8192; }, "by the default of its class"},
-      {[&](Json& c) { mistral(c), c["sliding_window"] = 16; }, "sliding_window is 16"},
-      {[](Json& c) { c["architectures"] = {"Qwen2ForCausalLM"}, c["use_sliding_window"] = true, c["sliding_window"] = 16, c["max_window_layers"] = 1; }, "use_sliding_window"},
+      {[&](Json& c) { mistral(c), c["sliding_window"] = 0; }, "sliding_window is 0"},
+      {[&](Json& c) { mistral(c), c["sliding_window"] = -3; }, "sliding_window is -3"},
+      {[&](Json& c) {
+         family(c, "Qwen2"), c["layer_types"] = {"full_attention", "sliding_attention"};
+       },
+       "does not ask for it"},
+      {[&](Json& c) {
+         family(c, "Qwen2"), c["layer_types"] = {"full_attention", "chunked_attention"};
+       },
+       "chunked_attention"},
+      {[&](Json& c) { family(c, "Qwen3"), c["use_sliding_window"] = true, c["sliding_window"] = -1; },
+       "sliding_window is -1"},
+      {[&](Json& c) { family(c, "Gemma"), c["use_bidirectional_attention"] = true; }, "bidirectional"},
+      {[&](Json& c) { family(c, "Gemma"), c["hidden_activation"] = "relu"; }, "hidden_activation"},
+      {[&](Json& c) { family(c, "Gemma2"), c["query_pre_attn_scalar"] = 0; }, "query_pre_attn_scalar"},
+      {[&](Json& c) { family(c, "Gemma2"), c["attn_logit_softcapping"] = -1; }, "attn_logit_softcapping"},
+      {[&](Json& c) { family(c, "Gemma2"), c["final_logit_softcapping"] = 0; }, "not above 0"},
+      {[&](Json& c) { family(c, "Gemma2"), c["sliding_window"] = nullptr; }, "sliding_window is null"},
+      {[&](Json& c) { family(c, "Gemma3"), c["attn_logit_softcapping"] = 50; }, "does not apply"},
+      {[&](Json& c) { family(c, "Gemma3"), c["rope_local_base_freq"] = 0; }, "rope_local_base_freq"},
+      {[&](Json& c) {
+         family(c, "Gemma3"), c["rope_parameters"] = {{"sliding_attention", {{"rope_type", "linear"}}}};
+       },
+       "supported there is default"},
+      {[&](Json& c) {
+         family(c, "Gemma3"), c["rope_parameters"] = {{"full_attention", {{"rope_type", "ntk"}}}};
+       },
+       "ntk"},
+      {[&](Json& c) { family(c, "Phi3"), c["partial_rotary_factor"] = 0.1; }, "rotates 3 of 32"},
+      {[&](Json& c) { family(c, "Phi3"), c["partial_rotary_factor"] = 2; }, "partial_rotary_factor is 2"},
+      {[&](Json& c) {
+         family(c, "Phi3"), c["rope_scaling"] = {{"type", "longrope"}};
+       },
+       "short_factor is missing"},
+      {[&](Json& c) { family(c, "Phi3"), c["rope_scaling"] = long_rope(15, 16); },
+       "short_factor has 15 entries for 16"},
+      {[&](Json& c) { family(c, "Phi3"), c["rope_scaling"] = long_rope(16, 17); }, "long_factor has 17 entries for 16"},
+      {[&](Json& c) {
+         family(c, "Phi3"), c["rope_scaling"] = long_rope(16, 16), c["rope_scaling"]["long_factor"][3] = 0;
+       },
+       "not a number above 0"},
+      {[&](Json& c) {
+         family(c, "Phi3"), c["rope_scaling"] = long_rope(16, 16), c["original_max_position_embeddings"] = -1;
+       },
+       "original_max_position_embeddings is -1"},
+      {[&](Json& c) { family(c, "Mixtral"), c["num_local_experts"] = 0; }, "num_local_experts is 0"},
+      {[&](Json& c) { family(c, "Mixtral"), c["num_local_experts"] = 1000000000; }, "num_local_experts"},
+      {[&](Json& c) { family(c, "Mixtral"), c["num_local_experts"] = 2, c["num_experts_per_tok"] = 3; },
+       "num_experts_per_tok"},
+      {[&](Json& c) { family(c, "Mixtral"), c["num_local_experts"] = 4096, c["num_hidden_layers"] = 10000; },
+       "experts in all"},
+      {[&](Json& c) { family(c, "Qwen3Moe"), c["mlp_only_layers"] = {0}; }, "mlp_only_layers"},
+      {[&](Json& c) { family(c, "SmolLM3"), c["no_rope_layers"] = {1}; }, "no_rope_layers"},
+      {[&](Json& c) {
+         family(c, "SmolLM3"), c["layer_types"] = {"sliding_attention", "full_attention"};
+       },
+       "sliding_window is missing"},
   };
   for (const auto& [change, expected] : cases) {
     const std::string message = with(change);
@@ -136,9 +283,6 @@ TEST(Config, RefusesWhatItCannotCompute) {
   }
   const std::string all = with([](Json& c) { c.erase("hidden_size"), c["hidden_act"] = "relu", c["rms_norm_eps"] = "x"; });
   EXPECT_TRUE(contains(all, "hidden_size") && contains(all, "relu") && contains(all, "rms_norm_eps")) << all;
-  EXPECT_EQ(with([&](Json& c) { mistral(c), c["sliding_window"] = nullptr; }), "no error");
-  EXPECT_EQ(with([&](Json& c) { mistral(c), c["sliding_window"] = 64; }), "no error");  // as wide as the context
-  EXPECT_EQ(with([](Json& c) { c["architectures"] = {"Qwen2ForCausalLM"}, c["sliding_window"] = 16; }), "no error");
 }
 
 }  // namespace

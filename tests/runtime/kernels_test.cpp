@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <numbers>
 #include <random>
 
 #include "core/error.h"
@@ -331,6 +332,16 @@ TEST_P(KernelsTest, ElementwiseKernelsMatchDoubles) {
       ASSERT_NEAR(gate[i], want, 1e-6 * std::abs(want) + 1e-6) << before[i];
     }
 
+    std::vector<float> tanh_gate = before, capped = before;
+    k.gelu_mul(tanh_gate.data(), w.data(), n);
+    k.soft_cap(capped.data(), 5.0f, n);
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      const double g = before[i], inner = std::sqrt(2 / std::numbers::pi) * (g + 0.044715 * g * g * g);
+      const double want = 0.5 * g * (1 + std::tanh(inner)) * w[i];
+      ASSERT_NEAR(tanh_gate[i], want, 1e-6 * std::abs(want) + 1e-6) << before[i];
+      ASSERT_NEAR(capped[i], 5 * std::tanh(g / 5), 2e-6) << before[i];
+    }
+
     std::vector<float> s(static_cast<std::size_t>(round_up(n, 16)), 1e9f);  // what lies behind n must not count
     std::copy(x.begin(), x.end(), s.begin());
     if (n > 2) s[1] = -300.0f;
@@ -354,6 +365,11 @@ TEST_P(KernelsTest, NanPassesThroughElementwiseKernels) {
   gate[17] = s[17] = std::numeric_limits<float>::quiet_NaN();
   k.rms_norm(gate.data(), up.data(), 1e-5f, 20, out.data());
   EXPECT_TRUE(std::isnan(out[0]));
+  std::vector<float> tanh_gate = gate, capped = gate;
+  k.gelu_mul(tanh_gate.data(), up.data(), 20);
+  EXPECT_TRUE(std::isnan(tanh_gate[17]));
+  k.soft_cap(capped.data(), 30.0f, 20);
+  EXPECT_TRUE(std::isnan(capped[17]));
   k.silu_mul(gate.data(), up.data(), 20);
   EXPECT_TRUE(std::isnan(gate[17]));
   EXPECT_TRUE(std::isnan(k.softmax(s.data(), 20)));

@@ -1,0 +1,259 @@
+// The whole chain on the tiny models of every family: prune, quantize, export, verify, run.
+#include "tests/model/families.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+
+#include "core/compact.h"
+#include "core/context.h"
+#include "core/tokenizer.h"
+#include "distill/student.h"
+#include "model/decoder.h"
+#include "model/logits.h"
+#include "prune/prune.h"
+#include "quantize/quantize.h"
+#include "runtime/engine.h"
+#include "runtime/export.h"
+#include "tests/scratch.h"
+
+namespace pare {
+namespace {
+
+Json run_stage(const Command& command, const Json& given) {
+  Progress progress(true);
+  Context context;
+  context.json = true;
+  context.quiet = true;
+  context.threads = 1;
+  context.progress = &progress;
+  return command.run(Options(command.options, given, "test"), context);
+}
+
+std::vector<float> all_logits(LogitsSource& source, std::span<const std::int32_t> ids) {
+  std::vector<float> logits(ids.size() * static_cast<std::size_t>(source.vocab_size()));
+  source.begin(ids);
+  source.logits(0, static_cast<std::int64_t>(ids.size()), logits.data());
+  return logits;
+}
+
+double largest_difference(const std::vector<float>& a, const std::vector<float>& b) {
+  double largest = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    const double difference = std::abs(static_cast<double>(a[i]) - static_cast<double>(b[i]));
+    if (!(difference <= largest)) largest = difference;  // NaN stays
+  }
+  return largest;
+}
+
+std::string tiny_text() {
+  std::string text;
+  for (int i = 0; i < 300; ++i) text += "the " + std::to_string(i * 7919 % 1000) + " small models run here\n";
+  return text;
+}
+
+const std::string& tiny_tokenizer() {  // of 300 tokens
+  static const std::string json = [] {
+    TokenizerTraining training;
+    training.vocab_size = 300;
+    return train_tokenizer({tiny_text()}, training);
+  }();
+  return json;
+}
+
+// |a - b| over |b| of whole sets of logits.
+double relative_difference(const std::vector<float>& a, const std::vector<float>& b) {
+  double difference = 0, power = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    difference += std::pow(static_cast<double>(a[i]) - static_cast<double>(b[i]), 2);
+    power += std::pow(static_cast<double>(b[i]), 2);
+  }
+  return std::sqrt(difference / power);
+}
+
+class FamilyChain : public ::testing::TestWithParam<std::string> {
+ protected:
+  FamilyChain()
+      : scratch_("chain"), golden_(read_json(testing::golden_families() / (GetParam() + ".json"))) {
+    for (const Json& id : golden_.at("texts").back().at("ids")) ids_.push_back(id.get<std::int32_t>());
+  }
+  fs::path file_of(const fs::path& model) const {
+    Progress progress(true);
+    Context context;
+    context.progress = &progress;
+    ExportOptions options;
+    options.out = model.string() + ".pare";
+    export_compact(Checkpoint(model), options, context);
+    return options.out;
+  }
+  // Logits of the folder by LibTorch and of its file by the runtime; both from the same codes.
+  std::pair<std::vector<float>, std::vector<float>> both(const fs::path& model) const {
+    const auto torch = torch_logits(Checkpoint(model), "cpu");
+    EngineOptions options;
+    options.threads = 1;
+    options.int8_activations = false;
+    const auto runtime = runtime_logits(Engine::open(file_of(model), options));
+    return {all_logits(*torch, ids_), all_logits(*runtime, ids_)};
+  }
+  testing::Scratch scratch_;
+  Json golden_;
+  std::vector<std::int32_t> ids_;
+};
+
+TEST_P(FamilyChain, GptqExportVerifyRun) {
+  const fs::path model = scratch_ / "model", small = scratch_ / "small";
+  testing::make_family_folder(golden_.at("config"), model);
+  const ModelConfig config = Checkpoint(model).config();
+  const Json result = run_stage(quantize_command(),
+                                {{"model", model.string()},
+                                 {"out", small.string()},
+                                 {"codec", "q4"},
+                                 {"random-tokens", true},
+                                 {"samples", 24},
+                                 {"context", std::min<std::int64_t>(48, config.max_position_embeddings)}});
+  EXPECT_LT(result.at("layer_error").get<double>(), result.at("layer_error_before").get<double>());
+  const Checkpoint quantized(small);
+  std::map<CodecKind, int> codecs;
+  for (const TensorSpec& spec : quantized.tensors()) ++codecs[quantized.codec(spec.name).kind];
+  EXPECT_GT(codecs[CodecKind::kQ4], 0);
+
+  const auto [folder, file] = both(small);
+  EXPECT_LT(largest_difference(folder, file), 1e-3) << "the file computes what the folder says";
+  const auto original = torch_logits(Checkpoint(model), "cpu");
+  const double off = relative_difference(folder, all_logits(*original, ids_));
+  EXPECT_GT(off, 0.0);
+  EXPECT_LT(off, 0.5) << "four bits, but the same model";
+  RecordProperty("difference", std::to_string(largest_difference(folder, file) * 1e6));
+
+  const fs::path compact = small.string() + ".pare";
+  EXPECT_TRUE(CompactFile(compact).verify().empty());
+  // As users run it: int8 activations, greedy, from a prompt to beyond any window and LongRoPE's switch.
+  EngineOptions options;
+  options.threads = 2;
+  Session session(Engine::open(compact, options));
+  std::vector<float> row(static_cast<std::size_t>(config.vocab_size));
+  std::vector<std::int32_t> next(ids_.begin(), ids_.begin() + 4);
+  const std::int64_t length = std::min<std::int64_t>(56, config.max_position_embeddings);
+  while (session.position() + static_cast<std::int64_t>(next.size()) <= length) {
+    session.feed(next);
+    session.logits(static_cast<std::int64_t>(next.size()) - 1, 1, row.data());
+    for (const float x : row) ASSERT_TRUE(std::isfinite(x));
+    next = {static_cast<std::int32_t>(std::max_element(row.begin(), row.end()) - row.begin())};
+  }
+  EXPECT_EQ(session.position(), length);
+}
+
+// The methods that change the shape, on a model whose tokenizer can read text; what is left runs in both forwards.
+TEST_P(FamilyChain, PrunedInDepthAndWidthBothForwardsAgree) {
+  const fs::path model = scratch_ / "model";
+  Json json = golden_.at("config");
+  json["vocab_size"] = 300;
+  testing::make_family_folder(json, model);
+  write_text(model / "tokenizer.json", tiny_tokenizer());
+  write_text(scratch_ / "text.txt", tiny_text());
+  const ModelConfig config = Checkpoint(model).config();
+  const auto prune = [&](const std::string& method, const Json& more) {
+    Json given = {{"model", model.string()}, {"out", (scratch_ / method).string()}, {"method", method},
+                  {"text", {(scratch_ / "text.txt").string()}}, {"samples", 6}, {"context", 40}};
+    given.update(more);
+    return run_stage(prune_command(), given);
+  };
+  prune("depth", {{"remove", 1}});
+  prune("wanda", {{"sparsity", 0.25}});
+  std::vector<std::string> methods = {"depth", "wanda"};
+  EXPECT_EQ(Checkpoint(scratch_ / "depth").config().num_layers, config.num_layers - 1);
+  const Json narrower = {{"ffn", 16}, {"multiple-of", 16}};
+  if (config.has_experts()) {
+    try {
+      prune("ffn-width", narrower);
+      ADD_FAILURE() << "experts have no common width to prune";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ExitCode::kUsage);
+      EXPECT_NE(std::string(error.what()).find("experts"), std::string::npos) << error.what();
+    }
+    EXPECT_FALSE(fs::exists(scratch_ / "ffn-width"));
+  } else {
+    prune("ffn-width", narrower);
+    methods.push_back("ffn-width");
+    EXPECT_EQ(Checkpoint(scratch_ / "ffn-width").config().intermediate_size, 16);
+  }
+  for (const std::string& method : methods) {
+    const auto [folder, file] = both(scratch_ / method);
+    EXPECT_LT(largest_difference(folder, file), 1e-3) << method;
+  }
+}
+
+// A Phi-3 without rotary tricks is a Llama whose q, k, v and gate, up stand in one tensor each: what narrows the one
+// must choose the same neurons of the other.
+TEST(FusedFamily, NarrowsLikeSeparateTensors) {
+  const testing::Scratch scratch("fused");
+  Json json = read_json(testing::golden_families() / "phi3_window.json").at("config");
+  json["sliding_window"] = nullptr;
+  json["vocab_size"] = 300;
+  testing::make_family_folder(json, scratch / "fused");
+  const Checkpoint fused(scratch / "fused");
+  json["architectures"] = {"LlamaForCausalLM"};
+  json["model_type"] = "llama";
+  const ModelConfig config = parse_config(json, nullptr, "test");
+  {
+    CheckpointWriter writer(scratch / "apart", config, "float32");
+    for (const TensorSpec& spec : expected_tensors(config)) {
+      const std::size_t row = static_cast<std::size_t>(config.hidden_size);
+      const auto q = static_cast<std::size_t>(config.num_heads * config.head_dim) * row;
+      const auto kv = static_cast<std::size_t>(config.num_kv_heads * config.head_dim) * row;
+      const auto inner = static_cast<std::size_t>(config.intermediate_size) * row;
+      const std::map<std::string, std::tuple<std::string, std::size_t, std::size_t>> parts = {
+          {"self_attn.q_proj", {"self_attn.qkv_proj", 0, q}},     {"self_attn.k_proj", {"self_attn.qkv_proj", q, kv}},
+          {"self_attn.v_proj", {"self_attn.qkv_proj", q + kv, kv}}, {"mlp.gate_proj", {"mlp.gate_up_proj", 0, inner}},
+          {"mlp.up_proj", {"mlp.gate_up_proj", inner, inner}}};
+      const auto part = parts.find(spec.module);
+      if (part == parts.end()) {
+        writer.put(spec.name, fused.read_f32(spec.name).data());
+        continue;
+      }
+      const auto& [module, first, count] = part->second;
+      const auto whole = fused.read_f32("model.layers." + std::to_string(spec.layer) + "." + module + ".weight");
+      ASSERT_LE(first + count, whole.size());
+      writer.put(spec.name, whole.data() + first);
+    }
+    writer.finish();
+  }
+  std::vector<std::int32_t> ids;
+  for (int i = 0; i < 30; ++i) ids.push_back(i * 7 % 64);
+  const auto logits_of = [&](const fs::path& folder) {
+    return all_logits(*torch_logits(Checkpoint(folder), "cpu"), ids);
+  };
+  EXPECT_LT(largest_difference(logits_of(scratch / "fused"), logits_of(scratch / "apart")), 1e-5);
+  std::vector<std::vector<float>> narrow;
+  for (const std::string name : {"fused", "apart"}) {
+    Decoder teacher = load_decoder(Checkpoint(scratch / name), torch::kCPU);
+    Decoder student = cut_student(teacher, {1}, 20);
+    save_decoder(student, "float32", {}, scratch / ("cut-" + name));
+    narrow.push_back(logits_of(scratch / ("cut-" + name)));
+    write_text(scratch / name / "tokenizer.json", tiny_tokenizer());
+    write_text(scratch / "text.txt", tiny_text());
+    run_stage(prune_command(), {{"model", (scratch / name).string()},
+                                {"out", (scratch / ("pruned-" + name)).string()},
+                                {"method", "ffn-width"},
+                                {"ffn", 20},
+                                {"multiple-of", 1},
+                                {"text", {(scratch / "text.txt").string()}},
+                                {"samples", 6},
+                                {"context", 40}});
+    narrow.push_back(logits_of(scratch / ("pruned-" + name)));
+  }
+  for (const int kind : {0, 1}) {
+    const std::vector<float>& of_fused = narrow[static_cast<std::size_t>(kind)];
+    const std::vector<float>& of_apart = narrow[static_cast<std::size_t>(kind + 2)];
+    EXPECT_LT(largest_difference(of_fused, of_apart), 1e-4) << kind;
+    EXPECT_GT(largest_difference(of_fused, logits_of(scratch / "fused")), 1e-2) << kind;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Goldens, FamilyChain, ::testing::ValuesIn(testing::family_names()),
+                         [](const auto& info) { return info.param; });
+
+}  // namespace
+}  // namespace pare

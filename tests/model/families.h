@@ -1,0 +1,56 @@
+// The tiny models of tests/golden/families: folders made from the formula that tests/golden/make_families.py states.
+#pragma once
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "core/config.h"
+#include "core/error.h"
+#include "core/file.h"
+#include "core/safetensors.h"
+
+namespace pare::testing {
+
+inline fs::path golden_families() {
+  return fs::path(PARE_SOURCE_DIR) / "tests/golden/families";
+}
+
+inline std::vector<std::string> family_names() {
+  std::vector<std::string> names;
+  for (const auto& entry : fs::directory_iterator(golden_families()))
+    if (entry.path().extension() == ".json") names.push_back(entry.path().stem().string());
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+inline std::vector<float> formula_values(const TensorSpec& spec, bool adds_one) {
+  std::uint64_t seed = 0xcbf29ce484222325ull;
+  for (const char c : spec.name) seed = (seed ^ static_cast<unsigned char>(c)) * 0x100000001b3ull;
+  std::int64_t count = 1;
+  for (const std::int64_t size : spec.shape) count *= size;
+  std::vector<float> values;
+  for (std::int64_t i = 0; i < count; ++i) {
+    std::uint64_t z = seed + static_cast<std::uint64_t>(i) + 0x9e3779b97f4a7c15ull;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    const auto x = static_cast<float>((z ^ (z >> 31)) >> 52) - 2048.0f;
+    values.push_back(spec.role == TensorRole::kNorm ? (adds_one ? 0.0f : 1.0f) + x / 4096.0f : x / 8192.0f);
+  }
+  return values;
+}
+
+// A folder with config.json as it stands in the golden file.
+inline void make_family_folder(const Json& config, const fs::path& folder) {
+  fs::create_directories(folder);
+  write_text(folder / "config.json", config.dump());
+  const ModelConfig parsed = parse_config(config, nullptr, "golden config");
+  std::vector<TensorDecl> decls;
+  for (const TensorSpec& spec : expected_tensors(parsed)) decls.push_back({spec.name, DType::kF32, spec.shape});
+  SafetensorsWriter writer(folder / "model.safetensors", decls, {{"format", "pt"}});
+  for (const TensorSpec& spec : expected_tensors(parsed))
+    writer.write(std::as_bytes(std::span<const float>(formula_values(spec, parsed.norm_adds_one))));
+  writer.finish();
+}
+
+}  // namespace pare::testing
