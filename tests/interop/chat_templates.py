@@ -26,6 +26,8 @@ from transformers.utils import chat_template_utils
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "golden"))
 from chat_conversations import CONVERSATIONS, SPECIAL, VARIANTS, at_fixed_time  # noqa: E402
 
+GROUPS = {"Llama 3.x": r"llama-?3|llama4", "Qwen 2.5, Qwen 3": r"qwen|qwq", "DeepSeek and its R1 distills": r"deepseek",
+          "Phi 3, 3.5, 4": r"phi", "Gemma 1 to 4": r"gemma", "Mistral": r"mistral|devstral|pixtral", "others": r""}
 PIECE = re.compile(r"\{\{-?|-?\}\}|-?%\}|\{%-?|\w+|\s+|'[^']*'|\"[^\"]*\"|.", re.S)
 
 
@@ -35,6 +37,23 @@ class Endless(Exception):
 
 def endless(*_):
     raise Endless
+
+
+def table_of(rows):
+    """One row a family: templates, texts that are equal, both refuse, refused by pare alone, different."""
+    table = {group: [0] * 5 for group in GROUPS}
+    for row in rows:
+        group = next(name for name, pattern in GROUPS.items() if re.search(pattern, row["template"].lower()))
+        counts = [1, row.get("equal", 0), row.get("both refuse", 0), row.get("refused by pare", 0),
+                  row.get("DIFFERENT", 0) + row.get("ACCEPTED", 0)]
+        table[group] = [a + b for a, b in zip(table[group], counts)]
+    return [[group, *counts] for group, counts in table.items()]
+
+
+def commit():
+    here = pathlib.Path(__file__).resolve().parent
+    git = ["git", "-C", here, "rev-parse", "--short", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
 
 
 def templates_of(path):
@@ -59,8 +78,8 @@ class Comparison:
     def theirs(self, source, variables):
         signal.alarm(10)
         try:
-            # Not the cached form: damaged templates are seen once.
-            return chat_template_utils._cached_compile_jinja_template(source).render(**json.loads(json.dumps(variables)))
+            compiled = chat_template_utils._compile_jinja_template(source)
+            return compiled.render(**json.loads(json.dumps(variables)))
         except Endless:
             return None
         except Exception as problem:
@@ -100,7 +119,8 @@ def main():
                        {**SPECIAL, "messages": messages, "tools": None, "documents": None, **variant})
 
     def report(name, what, kind, got, want):
-        print(f"{kind} {name} ({what})\n  transformers: {want!r:.400}\n  pare: {got.get('text', got.get('error'))!r:.400}")
+        ours = got.get("text", got.get("error"))
+        print(f"{kind} {name} ({what})\n  transformers: {want!r:.400}\n  pare: {ours!r:.400}")
 
     sources = [entry for path in arguments.files for entry in templates_of(path)]
     for name, source in sources:
@@ -113,8 +133,8 @@ def main():
             if kind == "refused by pare":
                 reasons.add(got["error"].split("\n")[0])
         total.update(counts)
-        rows.append({"template": name, "sha256": hashlib.sha256(source.encode()).hexdigest(), **dict(sorted(counts.items())),
-                     **({"reasons": sorted(reasons)} if reasons else {})})
+        rows.append({"template": name, "sha256": hashlib.sha256(source.encode()).hexdigest(),
+                     **dict(sorted(counts.items())), **({"reasons": sorted(reasons)} if reasons else {})})
         for reason in sorted(reasons):
             print(f"refused {name}: {reason}")
     print(f"{len(sources)} templates:", dict(total))
@@ -146,11 +166,15 @@ def main():
         print(f"{arguments.mutate} damaged templates:", dict(mutated))
     failures += mutated["DIFFERENT"] + mutated["ACCEPTED"]
     if arguments.json:
+        damaged = f" --mutate {arguments.mutate} --seed {arguments.seed}" if arguments.mutate else ""
         arguments.json.write_text(json.dumps({
-            "command": "tests/interop/chat_templates.py", "transformers": transformers.__version__,
-            "jinja2": jinja2.__version__, "conversations": len(CONVERSATIONS), "variants": len(VARIANTS),
-            "total": dict(sorted(total.items())), "damaged": dict(sorted(mutated.items())), "seed": arguments.seed,
-            "templates": rows}, indent=1, ensure_ascii=False) + "\n")
+            "command": f"tests/interop/chat_templates.py render_chat TEMPLATES/*.jinja{damaged}", "commit": commit(),
+            "machine": f"transformers {transformers.__version__}, jinja2 {jinja2.__version__}",
+            "conversations": len(CONVERSATIONS), "variants": len(VARIANTS), "total": dict(sorted(total.items())),
+            "damaged": dict(sorted(mutated.items())),
+            "columns": ["family", "published templates", "texts equal", "refused by both", "refused by pare alone",
+                        "different"],
+            "table": table_of(rows), "templates": rows}, indent=1, ensure_ascii=False) + "\n")
     return 1 if failures else 0
 
 
