@@ -26,7 +26,7 @@ from transformers.utils import chat_template_utils
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "golden"))
 from chat_conversations import CONVERSATIONS, SPECIAL, VARIANTS, at_fixed_time  # noqa: E402
 
-GROUPS = {"Llama 3.x": r"llama-?3|llama4", "Qwen 2.5, Qwen 3": r"qwen|qwq", "DeepSeek and its R1 distills": r"deepseek",
+GROUPS = {"Llama 3.x, 4": r"llama-?3|llama4", "Qwen 2.5, Qwen 3": r"qwen|qwq", "DeepSeek and its R1 distills": r"deepseek",
           "Phi 3, 3.5, 4": r"phi", "Gemma 1 to 4": r"gemma", "Mistral": r"mistral|devstral|pixtral", "others": r""}
 PIECE = re.compile(r"\{\{-?|-?\}\}|-?%\}|\{%-?|\w+|\s+|'[^']*'|\"[^\"]*\"|.", re.S)
 
