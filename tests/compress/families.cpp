@@ -1,5 +1,5 @@
 // The whole chain on the tiny models of every family: prune, quantize, export, verify, run.
-#include "tests/model/families.h"
+#include "tests/families.h"
 
 #include <gtest/gtest.h>
 
