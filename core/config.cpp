@@ -108,6 +108,9 @@ ModelConfig parse_config(const Json& config, const Json& generation, const std::
                      " does not read");
   }
   if (reader.intact()) family.read(reader, out);  // lists with an entry per block need sane dimensions
+  if (out.experts.per_token > out.experts.count)  // also where the class's default meets fewer experts
+    reader.problem("num_experts_per_tok is " + std::to_string(out.experts.per_token) + " of " +
+                   std::to_string(out.experts.count) + " experts");
   if (out.experts.count * out.num_layers > kMaxExperts)
     reader.problem(std::to_string(out.experts.count * out.num_layers) + " experts in all, above " +
                    std::to_string(kMaxExperts));
@@ -164,7 +167,7 @@ Json write_config(const ModelConfig& config, const std::string& dtype) {
   out[family->activation_key] = out_activation(config.activation);
   out["tie_word_embeddings"] = config.tie_word_embeddings;
   write_rope(config, *family, out);
-  if (out.contains("layer_types")) out["layer_types"] = layer_types_of(config);
+  if (family->reads_layer_types && out.contains("layer_types")) out["layer_types"] = layer_types_of(config);
   // A model built from dimensions alone has its end tokens only in eos_ids; a saved one keeps what it said.
   if (!config.source.is_object() || !config.source.contains("eos_token_id")) {
     if (config.eos_ids.size() == 1) out["eos_token_id"] = config.eos_ids[0];

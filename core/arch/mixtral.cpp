@@ -6,7 +6,7 @@ namespace {
 
 void read(ConfigReader& reader, ModelConfig& config) {
   config.experts.count = reader.integer("num_local_experts", 8, 1, 4096);
-  config.experts.per_token = reader.integer("num_experts_per_tok", 2, 1, config.experts.count);
+  config.experts.per_token = reader.integer("num_experts_per_tok", 2, 1, 4096);
   config.experts.module = "block_sparse_moe";
   config.experts.gate = "w1";
   config.experts.up = "w3";

@@ -65,7 +65,7 @@ void read_qwen3_moe(ConfigReader& reader, ModelConfig& config) {
   config.intermediate_size = reader.integer("moe_intermediate_size", 768, 1, 1 << 20);
   config.experts.count =
       reader.integer(reader.present("num_experts") ? "num_experts" : "num_local_experts", 128, 1, 4096);
-  config.experts.per_token = reader.integer("num_experts_per_tok", 8, 1, config.experts.count);
+  config.experts.per_token = reader.integer("num_experts_per_tok", 8, 1, 4096);
   config.experts.renormalize = reader.flag("norm_topk_prob", false);
   const bool dense = reader.present("mlp_only_layers") && reader["mlp_only_layers"] != Json::array();
   if (dense || reader.integer("decoder_sparse_step", 1, 1, 1 << 20) != 1)

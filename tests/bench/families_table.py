@@ -21,8 +21,8 @@ FAMILIES = {  # model_type: what users call it
     "qwen3_moe": "Qwen3-MoE"}
 COLUMNS = {  # name: (test program, test)
     "logits by LibTorch": ("test_model", "LibTorchLogitsAreThoseOfTransformers"),
-    "logits by the runtime": ("test_model", "RuntimeLogitsAreThoseOfTransformers"),
-    "cached decoding": ("test_model", "IncrementalDecodingEqualsPrefill"),
+    "logits by the runtime": ("test_runtime", "LogitsAreThoseOfTransformers"),
+    "cached decoding": ("test_runtime", "DecodingInPiecesEqualsPrefill"),
     "saved, reloaded by transformers": None,
     "GPTQ, exported, run": ("test_compress", "GptqExportVerifyRun")}
 
@@ -62,7 +62,7 @@ def main():
         goldens.setdefault(json.loads(path.read_text())["config"]["model_type"], []).append(path.stem)
     with tempfile.TemporaryDirectory() as folder:
         work = pathlib.Path(folder)
-        results = {p: test_results(build, p, work) for p in ("test_model", "test_compress")}
+        results = {p: test_results(build, p, work) for p in ("test_model", "test_runtime", "test_compress")}
         reloaded = reload_results(build, work)
     table, raw = [], {}
     for family, label in FAMILIES.items():

@@ -6,7 +6,7 @@
 #include "core/safetensors.h"
 #include "model/blocks.h"
 #include "model/logits.h"
-#include "tests/model/families.h"
+#include "tests/families.h"
 #include "tests/model/models.h"
 
 namespace pare {

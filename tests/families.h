@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -9,6 +10,7 @@
 #include "core/error.h"
 #include "core/file.h"
 #include "core/safetensors.h"
+#include "eval/logits_source.h"
 
 namespace pare::testing {
 
@@ -51,6 +53,37 @@ inline void make_family_folder(const Json& config, const fs::path& folder) {
   for (const TensorSpec& spec : expected_tensors(parsed))
     writer.write(std::as_bytes(std::span<const float>(formula_values(spec, parsed.norm_adds_one))));
   writer.finish();
+}
+
+struct FamilyText {
+  std::vector<std::int32_t> ids;
+  std::vector<std::int64_t> rows;           // positions whose logits transformers computed
+  std::vector<std::vector<double>> logits;  // [rows][vocab]
+};
+
+inline std::vector<FamilyText> family_texts(const Json& golden) {
+  std::vector<FamilyText> texts;
+  for (const Json& text : golden.at("texts"))
+    texts.push_back({text.at("ids").get<std::vector<std::int32_t>>(), text.at("rows").get<std::vector<std::int64_t>>(),
+                     text.at("logits").get<std::vector<std::vector<double>>>()});
+  return texts;
+}
+
+// NaN stays: it must not pass for a small difference.
+inline double larger(double largest, double difference) {
+  return difference <= largest ? largest : difference;
+}
+
+inline double largest_difference(LogitsSource& source, const FamilyText& text) {
+  source.begin(text.ids);
+  std::vector<float> logits(static_cast<std::size_t>(source.vocab_size()));
+  double largest = 0;
+  for (std::size_t r = 0; r < text.rows.size(); ++r) {
+    source.logits(text.rows[r], 1, logits.data());
+    for (std::size_t i = 0; i < logits.size(); ++i)
+      largest = larger(largest, std::abs(static_cast<double>(logits[i]) - text.logits.at(r).at(i)));
+  }
+  return largest;
 }
 
 }  // namespace pare::testing

@@ -1,0 +1,88 @@
+// Every family in the runtime against transformers, and decoding in pieces against decoding at once.
+#include "tests/families.h"
+
+#include <gtest/gtest.h>
+
+#include "core/context.h"
+#include "runtime/engine.h"
+#include "runtime/export.h"
+#include "runtime/kernels.h"
+#include "tests/scratch.h"
+
+namespace pare {
+namespace {
+
+using testing::FamilyText;
+using testing::family_texts;
+using testing::larger;
+
+class RuntimeFamily : public ::testing::TestWithParam<std::string> {
+ protected:
+  RuntimeFamily()
+      : scratch_("family"), golden_(read_json(testing::golden_families() / (GetParam() + ".json"))) {
+    testing::make_family_folder(golden_.at("config"), scratch_ / "model");
+    Progress progress(true);
+    Context context;
+    context.progress = &progress;
+    ExportOptions options;
+    options.out = scratch_ / "model.pare";
+    options.codec = "f32";
+    export_compact(Checkpoint(scratch_ / "model"), options, context);
+  }
+  std::shared_ptr<const Engine> engine(const std::string& kernels = "", int threads = 1) const {
+    EngineOptions options;
+    options.threads = threads;
+    options.kernels = kernels;
+    options.int8_activations = false;
+    return Engine::open(scratch_ / "model.pare", options);
+  }
+  testing::Scratch scratch_;
+  Json golden_;
+};
+
+TEST_P(RuntimeFamily, LogitsAreThoseOfTransformers) {
+  double largest = 0;
+  for (const std::string& kernels : available_kernels()) {
+    for (const int threads : {1, 2}) {
+      const auto source = runtime_logits(engine(kernels, threads));
+      for (const FamilyText& text : family_texts(golden_)) {
+        const double difference = testing::largest_difference(*source, text);
+        EXPECT_LT(difference, 1e-3) << text.ids.size() << " tokens, " << kernels << ", " << threads << " threads";
+        largest = larger(largest, difference);
+      }
+    }
+  }
+  RecordProperty("difference", std::to_string(largest * 1e6));  // read by tests/bench/families_table.py
+}
+
+// Whatever the pieces in which a text is fed, and also where a sliding window or LongRoPE's switch lies inside it.
+TEST_P(RuntimeFamily, DecodingInPiecesEqualsPrefill) {
+  const auto opened = engine();
+  const auto vocab = static_cast<std::size_t>(opened->config().vocab_size);
+  const FamilyText text = family_texts(golden_).back();
+  const auto count = static_cast<std::int64_t>(text.ids.size());
+  std::vector<float> step(vocab), whole(vocab);
+  double largest = 0;
+  for (const std::int64_t piece : {1, 5}) {
+    Session session(opened), reference(opened);
+    for (std::int64_t at = 0; at < count; at += piece) {
+      const auto n = static_cast<std::size_t>(std::min(piece, count - at));
+      session.feed(std::span(text.ids).subspan(static_cast<std::size_t>(at), n));
+      session.logits(static_cast<std::int64_t>(n) - 1, 1, step.data());
+      reference.reset();
+      reference.feed(std::span(text.ids).first(static_cast<std::size_t>(at) + n));
+      reference.logits(at + static_cast<std::int64_t>(n) - 1, 1, whole.data());
+      ASSERT_GT(std::abs(*std::max_element(whole.begin(), whole.end())), 1e-2f) << "logits were written";
+      for (std::size_t i = 0; i < vocab; ++i)
+        largest = larger(largest, std::abs(static_cast<double>(step[i]) - static_cast<double>(whole[i])));
+      ASSERT_LT(largest, 1e-3) << "position " << at << ", pieces of " << piece;
+    }
+  }
+  RecordProperty("difference", std::to_string(largest * 1e6));
+}
+
+INSTANTIATE_TEST_SUITE_P(Goldens, RuntimeFamily, ::testing::ValuesIn(testing::family_names()),
+                         [](const auto& golden) { return golden.param; });
+
+}  // namespace
+}  // namespace pare
