@@ -8,6 +8,9 @@
 
 namespace pare::tok {
 
+// True, with `out` of the same length, where `text` has characters that the regular expressions here may not know.
+bool stand_ins_for_new_characters(std::string_view text, std::string& out);
+
 class Regex {
  public:
   // Errors: exit 3 with the place, for syntax PCRE2 refuses or whose meaning differs between the engines.
@@ -20,6 +23,8 @@ class Regex {
   // visit(begin, end) for all matches from left to right; an empty match right behind a match is skipped.
   template <class Visit>
   void for_each(std::string_view text, Visit&& visit) const {
+    std::string known;
+    if (program_ && stand_ins_for_new_characters(text, known)) text = known;
     std::size_t from = 0, begin = 0, end = 0, last_end = std::string_view::npos;
     while (from <= text.size() && find(text, from, begin, end)) {
       if (begin == end && end == last_end) {

@@ -9,6 +9,7 @@
 #include <sstream>
 #include <thread>
 
+#include "core/tokenizer_regex.h"
 #include "core/tokenizer_text.h"
 
 namespace pare {
@@ -75,6 +76,27 @@ INSTANTIATE_TEST_SUITE_P(Fixtures, Golden,
                          ::testing::Values("gpt2", "smollm", "llama3", "qwen2", "llama2", "mistral", "gemma",
                                            "deepseek"),
                          [](const auto& fixture) { return fixture.param; });
+
+// Characters of Unicode 15 to 16 have the category that the reference knows, whatever version PCRE2 has.
+TEST(TokenizerRegex, NewCharactersHaveTheirCategories) {
+  const auto matches = [](const std::string& pattern, const std::string& text) {
+    std::vector<std::string> out;
+    tok::Regex::compile(pattern, "test").for_each(
+        text, [&](std::size_t begin, std::size_t end) { out.push_back(text.substr(begin, end - begin)); });
+    return out;
+  };
+  using Texts = std::vector<std::string>;
+  EXPECT_EQ(matches(R"(\p{L}+)", "plain ascii a\U000140FCb!"), (Texts{"plain", "ascii", "a\U000140FCb"}));
+  EXPECT_EQ(matches(R"([^\s\p{L}]?\p{L}+)", "\U0002EBF0\u2019s"), (Texts{"\U0002EBF0", "\u2019s"}));
+  EXPECT_EQ(matches(R"(\p{N}+)", "x\U0001E5F1\U000116E3y"), (Texts{"\U0001E5F1\U000116E3"}));
+  EXPECT_EQ(matches(R"([\p{Lu}]+)", "\u1C89\u1C8A\uA7CB"), (Texts{"\u1C89", "\uA7CB"}));
+  EXPECT_EQ(matches(R"(\p{M}|\p{P}|\p{S})", "\u0897 \u1B4E \u2427"), (Texts{"\u0897", "\u1B4E", "\u2427"}));
+  EXPECT_EQ(matches(R"(\p{L})", "\u0378\U000143FB\u4E00"), (Texts{"\u4E00"}));  // two that are unassigned still
+  std::string known;
+  EXPECT_FALSE(tok::stand_ins_for_new_characters("abcdefgh\u00e9\u4E00\U0001F600", known));
+  EXPECT_TRUE(tok::stand_ins_for_new_characters("abcdefgh\u4E00\u1C89", known));
+  EXPECT_EQ(known, "abcdefgh\u4E00\uA640");
+}
 
 // The definition: join the pair of lowest rank, leftmost first, until none is left.
 TEST(TokenizerBpe, LongWordsEqualBruteForce) {
