@@ -306,6 +306,12 @@ void Checkpoint::read_f32(std::string_view name, float* out) const {
   else codes(name).unpack(out);
 }
 
+void Checkpoint::read_rows_f32(std::string_view name, std::int64_t first, std::int64_t count, float* out) const {
+  const Source& from = source(name);
+  if (!from.codec.is_float()) throw std::logic_error("rows of codes: " + std::string(name));
+  to_f32(*from.dense, first * from.cols, count * from.cols, out);
+}
+
 std::vector<float> Checkpoint::read_f32(std::string_view name) const {
   const Source& from = source(name);
   std::vector<float> values(static_cast<std::size_t>(from.rows * from.cols));

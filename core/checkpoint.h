@@ -36,6 +36,8 @@ class Checkpoint {
   const TensorView& view(std::string_view name) const;   // float tensors only
   void read_f32(std::string_view name, float* out) const;            // all elements, unpacked
   std::vector<float> read_f32(std::string_view name) const;
+  // Rows [first, first + count) of a float matrix.
+  void read_rows_f32(std::string_view name, std::int64_t first, std::int64_t count, float* out) const;
   std::uint64_t tensor_bytes() const;                    // as stored, scales and packed codes counted, tied once
   void release(std::string_view name) const;             // drop its pages from memory
 
@@ -73,6 +75,8 @@ class CheckpointWriter {
   bool has_piece(const std::string& piece) const;
   // A tensor put earlier, here or before a crash: unpacked codes, or the floats as stored (resume replays with it).
   void read_f32(std::string_view name, float* out) const;
+  // The same for rows [first, first + count), before finish().
+  void read_rows_f32(std::string_view name, std::int64_t first, std::int64_t count, float* out) const;
   // Copies tokenizer, chat template and generation files byte for byte from the original folder.
   void copy_side_files(const fs::path& from);
   void finish();

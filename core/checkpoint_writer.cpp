@@ -185,19 +185,27 @@ struct CheckpointWriter::State {
   }
 
   QuantizedTensor codes(const TensorSpec& spec, const Entry& entry) const {
+    QuantizedTensor tensor = code_rows(spec, entry, 0, spec.shape[0]);
+    entry.file->release(entry.offset, entry.bytes);
+    return tensor;
+  }
+
+  QuantizedTensor code_rows(const TensorSpec& spec, const Entry& entry, std::int64_t first, std::int64_t count) const {
     QuantizedTensor tensor;
     tensor.codec = entry.codec;
-    tensor.rows = spec.shape[0];
+    tensor.rows = count;
     tensor.cols = spec.shape[1];
-    const auto groups = static_cast<std::size_t>(tensor.rows * entry.codec.groups(tensor.cols));
-    tensor.codes.resize(static_cast<std::size_t>(tensor.rows * tensor.cols));
-    tensor.scales.resize(groups);
-    if (entry.codec.kind == CodecKind::kQ4a) tensor.zeros.resize(groups);
+    const auto cols = static_cast<std::size_t>(tensor.cols), all = static_cast<std::size_t>(spec.shape[0]);
+    const auto groups = static_cast<std::size_t>(entry.codec.groups(tensor.cols)), skip = static_cast<std::size_t>(first);
     const std::byte* from = entry.data().data();
-    std::memcpy(tensor.codes.data(), from, tensor.codes.size());
-    std::memcpy(tensor.scales.data(), from + tensor.codes.size(), groups * 2);
-    if (!tensor.zeros.empty()) std::memcpy(tensor.zeros.data(), from + tensor.codes.size() + groups * 2, groups);
-    entry.file->release(entry.offset, entry.bytes);
+    const auto copy = [&](auto& out, std::size_t width, std::size_t element) {  // rows of `width` elements
+      out.resize(static_cast<std::size_t>(count) * width);
+      std::memcpy(out.data(), from + skip * width * element, out.size() * element);
+      from += all * width * element;
+    };
+    copy(tensor.codes, cols, 1);
+    copy(tensor.scales, groups, 2);
+    if (entry.codec.kind == CodecKind::kQ4a) copy(tensor.zeros, groups, 1);
     return tensor;
   }
 
@@ -283,17 +291,22 @@ bool CheckpointWriter::has_piece(const std::string& piece) const {
 }
 
 void CheckpointWriter::read_f32(std::string_view name, float* out) const {
-  const TensorSpec& spec = state_->spec(name);
   if (state_->complete) {
     if (!state_->reader) state_->reader = std::make_unique<Checkpoint>(state_->work);
     return state_->reader->read_f32(name, out);
   }
+  read_rows_f32(name, 0, state_->spec(name).shape[0], out);
+}
+
+void CheckpointWriter::read_rows_f32(std::string_view name, std::int64_t first, std::int64_t count, float* out) const {
+  const TensorSpec& spec = state_->spec(name);
   const auto found = state_->entries.find(name);
-  if (found == state_->entries.end()) throw std::logic_error("CheckpointWriter: " + spec.name + " was not put yet");
+  if (found == state_->entries.end()) throw std::logic_error("CheckpointWriter: " + spec.name + " is not in a piece");
   const Entry& entry = found->second;
-  if (!entry.dense) return state_->codes(spec, entry).unpack(out);
+  if (!entry.dense) return state_->code_rows(spec, entry, first, count).unpack(out);
   const TensorView view{spec.name, state_->dtype, spec.shape, entry.data()};
-  to_f32(view, 0, view.elements(), out);
+  const std::int64_t cols = spec.shape.size() == 2 ? spec.shape[1] : 1;
+  to_f32(view, first * cols, count * cols, out);
 }
 
 void CheckpointWriter::copy_side_files(const fs::path& from) {

@@ -75,6 +75,11 @@ struct Command {
   std::function<StagePlan(const Options&, const PlannedModel& input)> plan = {};
 };
 
+// "4G", "512M", "2.5GiB", "1000000": bytes, units of 1024. Error: exit 2 naming `place`.
+std::uint64_t parse_bytes(const std::string& text, const std::string& place);
+// "2.5 GiB"
+std::string bytes_in_words(std::uint64_t bytes);
+
 // The candidate with the smallest edit distance to `name`, or "" when none is near.
 std::string nearest_name(std::string_view name, const std::vector<std::string>& candidates);
 

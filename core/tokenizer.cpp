@@ -65,6 +65,12 @@ Tokenizer& Tokenizer::operator=(Tokenizer&&) noexcept = default;
 Tokenizer::~Tokenizer() = default;
 
 Tokenizer Tokenizer::from_file(const fs::path& tokenizer_json) {
+  // Older models ship their vocabulary in sentencepiece's binary form alone.
+  const fs::path model = tokenizer_json.parent_path() / "tokenizer.model";
+  const bool asked_for_it = tokenizer_json.filename() == "tokenizer.model";
+  if (asked_for_it || (!fs::exists(tokenizer_json) && fs::exists(model)))
+    throw input_error(tokenizer_json.string(), "a tokenizer.json", "only sentencepiece's tokenizer.model",
+                      "transformers writes the file: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)");
   return from_text(read_text(tokenizer_json), tokenizer_json.string());
 }
 

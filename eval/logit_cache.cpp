@@ -1,7 +1,6 @@
 #include "eval/logit_cache.h"
 
 #include <fcntl.h>
-#include <hdf5.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -15,6 +14,7 @@
 
 #include "core/codec.h"
 #include "core/error.h"
+#include "eval/hdf5_handle.h"
 #include "eval/rows.h"
 
 namespace pare {
@@ -25,46 +25,6 @@ constexpr std::int64_t kVersion = 1;
 constexpr hsize_t kUserBlock = 512;
 constexpr hsize_t kChunkBytes = 256 << 10;
 constexpr std::int64_t kFlushRows = 4096;  // rows buffered before they go to the file
-
-// HDF5 prints its error stack by default; ours says what matters.
-class QuietHdf5 {
- public:
-  QuietHdf5() {
-    H5Eget_auto2(H5E_DEFAULT, &function_, &data_);
-    H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
-  }
-  ~QuietHdf5() { H5Eset_auto2(H5E_DEFAULT, function_, data_); }
-  QuietHdf5(const QuietHdf5&) = delete;
-  QuietHdf5& operator=(const QuietHdf5&) = delete;
-
- private:
-  H5E_auto2_t function_ = nullptr;
-  void* data_ = nullptr;
-};
-
-class Handle {
- public:
-  Handle() = default;
-  Handle(hid_t id, herr_t (*close)(hid_t)) : id_(id), close_(close) {}
-  Handle(Handle&& other) noexcept : id_(std::exchange(other.id_, -1)), close_(other.close_) {}
-  Handle& operator=(Handle&& other) noexcept {
-    std::swap(id_, other.id_);
-    std::swap(close_, other.close_);
-    return *this;
-  }
-  ~Handle() { reset(); }
-  herr_t reset() {
-    const herr_t status = id_ >= 0 ? close_(id_) : 0;
-    id_ = -1;
-    return status;
-  }
-  operator hid_t() const { return id_; }
-  bool valid() const { return id_ >= 0; }
-
- private:
-  hid_t id_ = -1;
-  herr_t (*close_)(hid_t) = nullptr;
-};
 
 // The text in the user block; `file_bytes` 0 while the file is being written.
 std::string user_block(std::uint64_t file_bytes) {
@@ -80,10 +40,10 @@ Error broken(const fs::path& path, const std::string& found) {
 }
 
 std::string text_attribute(hid_t file, const char* name, const fs::path& path) {
-  Handle attribute(H5Aopen(file, name, H5P_DEFAULT), H5Aclose);
+  Hdf5Handle attribute(H5Aopen(file, name, H5P_DEFAULT), H5Aclose);
   if (!attribute.valid()) throw broken(path, std::string("no attribute ") + name);
-  Handle type(H5Aget_type(attribute), H5Tclose);
-  Handle space(H5Aget_space(attribute), H5Sclose);
+  Hdf5Handle type(H5Aget_type(attribute), H5Tclose);
+  Hdf5Handle space(H5Aget_space(attribute), H5Sclose);
   const std::size_t size = type.valid() ? H5Tget_size(type) : 0;
   if (!space.valid() || H5Sget_simple_extent_npoints(space) != 1 || H5Tget_class(type) != H5T_STRING ||
       H5Tis_variable_str(type) != 0 || size == 0 || size > 4096) {
@@ -96,10 +56,10 @@ std::string text_attribute(hid_t file, const char* name, const fs::path& path) {
 }
 
 std::int64_t integer_attribute(hid_t file, const char* name, const fs::path& path) {
-  Handle attribute(H5Aopen(file, name, H5P_DEFAULT), H5Aclose);
+  Hdf5Handle attribute(H5Aopen(file, name, H5P_DEFAULT), H5Aclose);
   if (!attribute.valid()) throw broken(path, std::string("no attribute ") + name);
-  Handle type(H5Aget_type(attribute), H5Tclose);
-  Handle space(H5Aget_space(attribute), H5Sclose);
+  Hdf5Handle type(H5Aget_type(attribute), H5Tclose);
+  Hdf5Handle space(H5Aget_space(attribute), H5Sclose);
   std::int64_t value = 0;
   if (!type.valid() || !space.valid() || H5Sget_simple_extent_npoints(space) != 1 ||
       H5Tget_class(type) != H5T_INTEGER || H5Aread(attribute, H5T_NATIVE_INT64, &value) < 0) {
@@ -109,25 +69,25 @@ std::int64_t integer_attribute(hid_t file, const char* name, const fs::path& pat
 }
 
 void put_text(hid_t file, const char* name, const std::string& value) {
-  Handle type(H5Tcopy(H5T_C_S1), H5Tclose);
+  Hdf5Handle type(H5Tcopy(H5T_C_S1), H5Tclose);
   H5Tset_size(type, std::max<std::size_t>(value.size(), 1));
   H5Tset_strpad(type, H5T_STR_NULLPAD);
-  Handle space(H5Screate(H5S_SCALAR), H5Sclose);
-  Handle attribute(H5Acreate2(file, name, type, space, H5P_DEFAULT, H5P_DEFAULT), H5Aclose);
+  Hdf5Handle space(H5Screate(H5S_SCALAR), H5Sclose);
+  Hdf5Handle attribute(H5Acreate2(file, name, type, space, H5P_DEFAULT, H5P_DEFAULT), H5Aclose);
   std::string padded = value;
   padded.resize(std::max<std::size_t>(value.size(), 1));
   if (H5Awrite(attribute, type, padded.data()) < 0) throw failure(name, "an attribute written", "an HDF5 error");
 }
 
 void put_integer(hid_t file, const char* name, std::int64_t value) {
-  Handle space(H5Screate(H5S_SCALAR), H5Sclose);
-  Handle attribute(H5Acreate2(file, name, H5T_STD_I64LE, space, H5P_DEFAULT, H5P_DEFAULT), H5Aclose);
+  Hdf5Handle space(H5Screate(H5S_SCALAR), H5Sclose);
+  Hdf5Handle attribute(H5Acreate2(file, name, H5T_STD_I64LE, space, H5P_DEFAULT, H5P_DEFAULT), H5Aclose);
   if (H5Awrite(attribute, H5T_NATIVE_INT64, &value) < 0) throw failure(name, "an attribute written", "an HDF5 error");
 }
 
 // One-dimensional (width 0) or [rows, width] dataset that grows by rows.
 struct Column {
-  Handle set;
+  Hdf5Handle set;
   hid_t memory_type = -1;
   hsize_t width = 0, rows = 0;
 
@@ -138,29 +98,29 @@ struct Column {
     const hsize_t row_bytes = H5Tget_size(file_type) * std::max<hsize_t>(width, 1);
     const hsize_t now[2] = {0, width}, most[2] = {H5S_UNLIMITED, width};
     const hsize_t chunk[2] = {std::max<hsize_t>(kChunkBytes / row_bytes, 16), width};
-    Handle space(H5Screate_simple(rank, now, most), H5Sclose);
-    Handle create_list(H5Pcreate(H5P_DATASET_CREATE), H5Pclose);
+    Hdf5Handle space(H5Screate_simple(rank, now, most), H5Sclose);
+    Hdf5Handle create_list(H5Pcreate(H5P_DATASET_CREATE), H5Pclose);
     H5Pset_chunk(create_list, rank, chunk);
     H5Pset_fill_time(create_list, H5D_FILL_TIME_NEVER);
     if (deflate) {
       H5Pset_shuffle(create_list);
       H5Pset_deflate(create_list, 1);
     }
-    Handle access(H5Pcreate(H5P_DATASET_ACCESS), H5Pclose);
+    Hdf5Handle access(H5Pcreate(H5P_DATASET_ACCESS), H5Pclose);
     H5Pset_chunk_cache(access, 101, std::max<hsize_t>(4 * chunk[0] * row_bytes, 1 << 20), 1.0);
-    set = Handle(H5Dcreate2(file, name, file_type, space, H5P_DEFAULT, create_list, access), H5Dclose);
+    set = Hdf5Handle(H5Dcreate2(file, name, file_type, space, H5P_DEFAULT, create_list, access), H5Dclose);
     if (!set.valid()) throw failure(name, "a dataset created", "an HDF5 error");
   }
 
   void open(hid_t file, const char* name, hid_t memory, hsize_t columns, const fs::path& path) {
     memory_type = memory;
     width = columns;
-    Handle access(H5Pcreate(H5P_DATASET_ACCESS), H5Pclose);
+    Hdf5Handle access(H5Pcreate(H5P_DATASET_ACCESS), H5Pclose);
     H5Pset_chunk_cache(access, 101, 4 << 20, 0.75);
-    set = Handle(H5Dopen2(file, name, access), H5Dclose);
+    set = Hdf5Handle(H5Dopen2(file, name, access), H5Dclose);
     if (!set.valid()) throw broken(path, std::string("no dataset ") + name);
-    Handle type(H5Dget_type(set), H5Tclose);
-    Handle space(H5Dget_space(set), H5Sclose);
+    Hdf5Handle type(H5Dget_type(set), H5Tclose);
+    Hdf5Handle space(H5Dget_space(set), H5Sclose);
     hsize_t size[2] = {0, 0};
     const int rank = width ? 2 : 1;
     if (!type.valid() || !space.valid() || H5Tget_class(type) != H5Tget_class(memory) ||
@@ -176,8 +136,8 @@ struct Column {
     const int rank = width ? 2 : 1;
     const hsize_t size[2] = {rows + count, width}, start[2] = {rows, 0}, block[2] = {count, width};
     bool good = H5Dset_extent(set, size) >= 0;
-    Handle file_space(H5Dget_space(set), H5Sclose);
-    Handle memory_space(H5Screate_simple(rank, block, nullptr), H5Sclose);
+    Hdf5Handle file_space(H5Dget_space(set), H5Sclose);
+    Hdf5Handle memory_space(H5Screate_simple(rank, block, nullptr), H5Sclose);
     good = good && H5Sselect_hyperslab(file_space, H5S_SELECT_SET, start, nullptr, block, nullptr) >= 0 &&
            H5Dwrite(set, memory_type, memory_space, file_space, H5P_DEFAULT, values) >= 0;
     if (!good) throw failure(path.string(), "cache rows written", "an HDF5 error (disk full?)");
@@ -188,8 +148,8 @@ struct Column {
     if (count == 0) return;
     const int rank = width ? 2 : 1;
     const hsize_t start[2] = {first, 0}, block[2] = {count, width};
-    Handle file_space(H5Dget_space(set), H5Sclose);
-    Handle memory_space(H5Screate_simple(rank, block, nullptr), H5Sclose);
+    Hdf5Handle file_space(H5Dget_space(set), H5Sclose);
+    Hdf5Handle memory_space(H5Screate_simple(rank, block, nullptr), H5Sclose);
     if (!file_space.valid() || H5Sselect_hyperslab(file_space, H5S_SELECT_SET, start, nullptr, block, nullptr) < 0 ||
         H5Dread(set, memory_type, memory_space, file_space, H5P_DEFAULT, values) < 0) {
       throw broken(path, "rows that cannot be read");
@@ -202,7 +162,7 @@ struct Column {
 struct LogitCacheWriter::State {
   fs::path path, partial;
   LogitCacheInfo info;
-  Handle file;
+  Hdf5Handle file;
   Column ids, window_end, index, log_prob, log_sum_exp, target;
   // Buffered rows of the current and earlier windows.
   std::vector<std::int32_t> pending_ids;
@@ -250,12 +210,12 @@ LogitCacheWriter::LogitCacheWriter(const fs::path& path, LogitCacheInfo info) : 
   info.top_k = std::min(info.top_k, info.vocab_size);
   s.info = std::move(info);
   const QuietHdf5 quiet;
-  Handle create_list(H5Pcreate(H5P_FILE_CREATE), H5Pclose);
+  Hdf5Handle create_list(H5Pcreate(H5P_FILE_CREATE), H5Pclose);
   H5Pset_userblock(create_list, kUserBlock);
-  Handle access(H5Pcreate(H5P_FILE_ACCESS), H5Pclose);
+  Hdf5Handle access(H5Pcreate(H5P_FILE_ACCESS), H5Pclose);
   H5Pset_libver_bounds(access, H5F_LIBVER_V18, H5F_LIBVER_V110);
   H5Pset_fclose_degree(access, H5F_CLOSE_STRONG);
-  s.file = Handle(H5Fcreate(s.partial.c_str(), H5F_ACC_TRUNC, create_list, access), H5Fclose);
+  s.file = Hdf5Handle(H5Fcreate(s.partial.c_str(), H5F_ACC_TRUNC, create_list, access), H5Fclose);
   if (!s.file.valid()) throw failure(path.string(), "a cache file created", "not writable");
   put_text(s.file, "magic", kMagic);
   put_integer(s.file, "version", kVersion);
@@ -385,7 +345,7 @@ void LogitCacheWriter::finish() {
 struct LogitCacheReader::State {
   fs::path path;
   LogitCacheInfo info;
-  Handle file;
+  Hdf5Handle file;
   Column ids, window_end, index, log_prob, log_sum_exp, target;
   std::vector<std::uint64_t> ends;
 };
@@ -427,9 +387,9 @@ LogitCacheReader::LogitCacheReader(const fs::path& path) : state_(std::make_uniq
   s.path = path;
   check_user_block(path);
   const QuietHdf5 quiet;
-  Handle access(H5Pcreate(H5P_FILE_ACCESS), H5Pclose);
+  Hdf5Handle access(H5Pcreate(H5P_FILE_ACCESS), H5Pclose);
   H5Pset_fclose_degree(access, H5F_CLOSE_STRONG);
-  s.file = Handle(H5Fopen(path.c_str(), H5F_ACC_RDONLY, access), H5Fclose);
+  s.file = Hdf5Handle(H5Fopen(path.c_str(), H5F_ACC_RDONLY, access), H5Fclose);
   if (!s.file.valid()) throw broken(path, "not readable as HDF5");
   if (text_attribute(s.file, "magic", path) != kMagic) throw broken(path, "another magic attribute");
   if (integer_attribute(s.file, "version", path) != kVersion) throw broken(path, "another version");

@@ -8,8 +8,8 @@
 
 #include "core/corpus.h"
 #include "core/error.h"
+#include "model/activations.h"
 #include "model/decoder.h"
-#include "model/sweep.h"
 #include "model/threads.h"
 
 namespace pare {
@@ -76,22 +76,26 @@ class Walk {
   using Advance = torch::Tensor (*)(DecoderBlock&, const torch::Tensor&, const RopeTables&);
 
   void embed(BlockVisitor& visitor);
-  void advance(DecoderBlock& block, std::vector<float>& stream, Advance step);
+  void advance(DecoderBlock& block, Activations& stream, Advance step);
   void leave_attention(DecoderBlock& block, int layer, BlockVisitor& visitor);
-  void visit(DecoderBlock& block, std::vector<BlockLinear>& linears, int layer, BlockVisitor& visitor);
-  void push_weights(DecoderBlock& block, std::span<BlockLinear> linears);
+  void visit(DecoderBlock& block, int layer, BlockVisitor& visitor);
+  // Runs work(linears) for the linears of a step with their original weights, then the block computes with what it left.
+  template <class Work>
+  void with_linears(DecoderBlock& block, int layer, Step step, const Work& work);
   InputStatistics statistics(DecoderBlock& block, Step step, std::int64_t columns);
   void count_routes(DecoderBlock& block);
   torch::Tensor expert_input(DecoderBlock& block, Step step, const torch::Tensor& hidden, bool all_tokens,
                              WindowRows& rows);
   void cap_first_tokens(std::vector<float>& inputs, std::vector<float>* paired, std::span<const WindowRows> windows,
                         std::int64_t columns);
-  double drift() const;
+  double drift();
 
-  torch::Tensor hidden(const std::vector<float>& stream, std::int64_t window) const {
-    return torch::from_blob(const_cast<float*>(stream.data()) + window * window_size_,
-                            {1, windows_.length, config_.hidden_size}, torch::kFloat)
-        .to(device_);
+  torch::Tensor hidden(Activations& stream, std::int64_t window) const {
+    const std::vector<std::int64_t> shape = {1, windows_.length, config_.hidden_size};
+    if (float* values = stream.in_memory(window)) return torch::from_blob(values, shape, torch::kFloat).to(device_);
+    torch::Tensor values = torch::empty(shape, torch::kFloat);
+    stream.read(window, values.data_ptr<float>());
+    return values.to(device_);
   }
   static void store(const torch::Tensor& tensor, float* out) {
     const torch::Tensor values = tensor.to(torch::kCPU, torch::kFloat).contiguous();
@@ -124,35 +128,39 @@ class Walk {
   int threads_, sum_threads_;
   std::int64_t window_size_;
   RopeTables rope_;
-  std::vector<float> original_, compressed_;  // hidden states [windows * length * hidden]
-  std::vector<std::vector<float>> original_weights_, weights_;  // of the linears of the block
+  Activations original_, compressed_;  // hidden states [windows][length * hidden]
   std::vector<std::int64_t> expert_tokens_;  // of the block: tokens that chose each expert
   DecoderBlock reference_{nullptr};  // the block with original weights, where both streams advance in step
 };
 
 void Walk::embed(BlockVisitor& visitor) {
-  const torch::NoGradGuard no_grad;
-  torch::Tensor table = load_tensor(checkpoint_, "model.embed_tokens.weight", torch::kCPU);
-  const auto look_up = [&](std::vector<float>& stream) {
-    stream.resize(static_cast<std::size_t>(windows_.count * window_size_));
-    const float* rows = table.data_ptr<float>();
+  const auto look_up = [&](Activations& stream, bool compressed) {
+    stream = Activations(windows_.count, window_size_, options_.spill);
     const auto scale = static_cast<float>(config_.embedding_scale);
-    for (std::size_t t = 0; t < windows_.ids.size(); ++t) {
-      const float* row = rows + windows_.ids[t] * config_.hidden_size;
-      std::transform(row, row + config_.hidden_size, stream.data() + static_cast<std::int64_t>(t) * config_.hidden_size,
-                     [scale](float x) { return x * scale; });
+    std::vector<float> window(static_cast<std::size_t>(window_size_));
+    for (std::int64_t w = 0; w < windows_.count; ++w) {
+      for (std::int64_t t = 0; t < windows_.length; ++t) {
+        const std::int64_t id = windows_.ids[static_cast<std::size_t>(w * windows_.length + t)];
+        const auto row = std::span(window).subspan(static_cast<std::size_t>(t * config_.hidden_size),
+                                                   static_cast<std::size_t>(config_.hidden_size));
+        checkpoint_.read_rows_f32("model.embed_tokens.weight", id, 1, row.data());
+        if (compressed) visitor.embedding(id, row);
+        for (float& x : row) x *= scale;
+      }
+      stream.write(w, window.data());
     }
   };
-  if (options_.original_stream || options_.cross) look_up(original_);
-  visitor.embedding({table.data_ptr<float>(), static_cast<std::size_t>(table.numel())});
-  look_up(compressed_);
+  if (options_.original_stream || options_.cross) look_up(original_, false);
+  look_up(compressed_, true);
+  checkpoint_.release("model.embed_tokens.weight");
 }
 
-void Walk::advance(DecoderBlock& block, std::vector<float>& stream, Advance step) {
+void Walk::advance(DecoderBlock& block, Activations& stream, Advance step) {
   if (stream.empty()) return;
   for (std::int64_t first = 0; first < windows_.count; first += kShardWindows) {
     each_window(first, std::min(first + kShardWindows, windows_.count), [&](std::int64_t w) {
-      store(step(block, hidden(stream, w), rope_), stream.data() + w * window_size_);
+      const torch::Tensor next = step(block, hidden(stream, w), rope_).to(torch::kCPU, torch::kFloat).contiguous();
+      stream.write(w, next.data_ptr<float>());
     });
   }
 }
@@ -223,9 +231,8 @@ InputStatistics Walk::statistics(DecoderBlock& block, Step step, std::int64_t co
     result.all_tokens = result.tokens < options_.expert_tokens;
   }
   result.mean_square.assign(static_cast<std::size_t>(columns), 0.0);
-  const std::size_t square = static_cast<std::size_t>(columns * columns);
-  if (options_.hessian) result.hessian.assign(square, 0.0);
-  if (options_.cross) result.cross.assign(square, 0.0);
+  if (options_.hessian) result.hessian = SquareMatrix(columns, options_.widest_double);
+  if (options_.cross) result.cross = SquareMatrix(columns, options_.widest_double);
   std::vector<float> inputs, paired;
   for (std::int64_t first = 0; first < windows_.count; first += kShardWindows) {
     const std::int64_t last = std::min(first + kShardWindows, windows_.count);
@@ -251,7 +258,7 @@ InputStatistics Walk::statistics(DecoderBlock& block, Step step, std::int64_t co
       rows += added[w].count;
     }
     if (options_.hessian) {
-      add_gram(inputs.data(), inputs.data(), rows, columns, result.hessian.data(), sum_threads_);
+      result.hessian.visit([&](auto* sum) { add_gram(inputs.data(), inputs.data(), rows, columns, sum, sum_threads_); });
     } else {
       for (std::int64_t t = 0; t < rows; ++t) {
         const float* x = inputs.data() + t * columns;
@@ -260,14 +267,21 @@ InputStatistics Walk::statistics(DecoderBlock& block, Step step, std::int64_t co
         }
       }
     }
-    if (options_.cross) add_gram(paired.data(), inputs.data(), rows, columns, result.cross.data(), sum_threads_);
+    if (options_.cross) {
+      result.cross.visit([&](auto* sum) { add_gram(paired.data(), inputs.data(), rows, columns, sum, sum_threads_); });
+    }
   }
   const double scale = 1.0 / static_cast<double>(all);
   for (double& value : result.mean_square) value *= scale;
-  for (double& value : result.hessian) value *= scale;
-  for (double& value : result.cross) value *= scale;
+  for (SquareMatrix* matrix : {&result.hessian, &result.cross}) {
+    if (matrix->empty()) continue;
+    matrix->visit([&](auto* values) {
+      using Value = std::remove_reference_t<decltype(*values)>;
+      for (std::int64_t i = 0; i < columns * columns; ++i) values[i] = static_cast<Value>(static_cast<double>(values[i]) * scale);
+    });
+  }
   if (options_.hessian) {
-    mirror_upper(result.hessian.data(), columns);
+    result.hessian.visit([&](auto* values) { mirror_upper(values, columns); });
     for (std::int64_t j = 0; j < columns; ++j) {
       result.mean_square[static_cast<std::size_t>(j)] = result.hessian[static_cast<std::size_t>(j * columns + j)];
     }
@@ -275,11 +289,25 @@ InputStatistics Walk::statistics(DecoderBlock& block, Step step, std::int64_t co
   return result;
 }
 
-void Walk::push_weights(DecoderBlock& block, std::span<BlockLinear> linears) {
+template <class Work>
+void Walk::with_linears(DecoderBlock& block, int layer, Step step, const Work& work) {
   const torch::NoGradGuard no_grad;
-  for (BlockLinear& linear : linears) {
-    block->weight(linear.module)
-        .copy_(torch::from_blob(linear.weight.data(), {linear.rows, linear.cols}, torch::kFloat));
+  std::vector<BlockLinear> linears;
+  std::vector<std::vector<float>> originals;
+  std::vector<torch::Tensor> weights;  // the block's own on the CPU
+  for (const std::string& module : stage_modules(config_, step.stage, step.expert)) {
+    const std::string name = "model.layers." + std::to_string(layer) + "." + module + ".weight";
+    torch::Tensor weight = block->weight(module).detach().to(torch::kCPU).contiguous();
+    originals.push_back(checkpoint_.read_f32(name));
+    checkpoint_.release(name);
+    linears.push_back({name, module, weight.size(0), weight.size(1), originals.back(),
+                       {weight.data_ptr<float>(), static_cast<std::size_t>(weight.numel())}});
+    weights.push_back(std::move(weight));
+  }
+  work(std::span(linears));
+  for (std::size_t i = 0; i < linears.size(); ++i) {
+    torch::Tensor there = block->weight(linears[i].module);
+    if (there.data_ptr() != weights[i].data_ptr()) there.copy_(weights[i]);
   }
 }
 
@@ -292,30 +320,29 @@ void Walk::leave_attention(DecoderBlock& block, int layer, BlockVisitor& visitor
   visitor.routed(layer, expert_tokens_);
 }
 
-void Walk::visit(DecoderBlock& block, std::vector<BlockLinear>& linears, int layer, BlockVisitor& visitor) {
-  std::size_t next = 0;
+void Walk::visit(DecoderBlock& block, int layer, BlockVisitor& visitor) {
   for (const Step step : steps_of(config_)) {
     if (step.stage == BlockStage::kGateUp && step.expert <= 0) leave_attention(block, layer, visitor);
-    const std::span<BlockLinear> own =
-        std::span(linears).subspan(next, stage_modules(config_, step.stage, step.expert).size());
-    next += own.size();
-    if (context_.progress) context_.progress->update(layer, own.front().module + ": inputs");
-    const InputStatistics input = statistics(block, step, own.front().cols);
-    if (context_.progress) context_.progress->update(layer, own.front().module + ": weights");
+    const std::string module = stage_modules(config_, step.stage, step.expert).front();
+    if (context_.progress) context_.progress->update(layer, module + ": inputs");
+    const InputStatistics input = statistics(block, step, block->weight(module).size(1));
+    if (context_.progress) context_.progress->update(layer, module + ": weights");
     throw_if_interrupted("calibration", "the same command continues with the block that was not finished");
-    visitor.compress(layer, step.stage, own, input);
-    push_weights(block, own);
+    with_linears(block, layer, step,
+                 [&](std::span<BlockLinear> linears) { visitor.compress(layer, step.stage, linears, input); });
   }
 }
 
-double Walk::drift() const {
+double Walk::drift() {
   if (original_.empty()) return 0;
   double difference = 0, energy = 0;
+  std::vector<float> original(static_cast<std::size_t>(window_size_)), compressed(original.size());
   for (std::int64_t w = 0; w < windows_.count; ++w) {
+    original_.read(w, original.data());
+    compressed_.read(w, compressed.data());
     double window_difference = 0, window_energy = 0;
-    for (std::int64_t i = w * window_size_; i < (w + 1) * window_size_; ++i) {
-      const double value = static_cast<double>(original_[static_cast<std::size_t>(i)]);
-      const double other = static_cast<double>(compressed_[static_cast<std::size_t>(i)]);
+    for (std::size_t i = 0; i < original.size(); ++i) {
+      const double value = static_cast<double>(original[i]), other = static_cast<double>(compressed[i]);
       window_difference += (other - value) * (other - value);
       window_energy += value * value;
     }
@@ -328,27 +355,16 @@ double Walk::drift() const {
 void Walk::run(BlockVisitor& visitor) {
   const SingleThreadedTorch single;  // parallelism is over windows
   rope_ = rope_tables(config_, windows_.length, device_);
+  if (!options_.spill.empty() && context_.progress) {
+    const double bytes = static_cast<double>(windows_.count * window_size_) * 4 * (options_.original_stream ? 2 : 1);
+    char text[96];
+    std::snprintf(text, sizeof text, "Activations (%.2f GB) go to an HDF5 file in ", bytes / 1e9);
+    context_.progress->note(text + options_.spill.string());
+  }
   embed(visitor);
   if (context_.progress) context_.progress->begin("blocks", config_.num_layers);
   for (int layer = 0; layer < config_.num_layers; ++layer) {
     DecoderBlock block = load_block(checkpoint_, layer, device_);
-    original_weights_.clear();
-    weights_.clear();
-    std::vector<BlockLinear> linears;
-    for (const Step step : steps_of(config_)) {
-      for (const std::string& module : stage_modules(config_, step.stage, step.expert)) {
-        const torch::Tensor weight = block->weight(module).detach().to(torch::kCPU).contiguous();
-        const float* values = weight.data_ptr<float>();
-        original_weights_.emplace_back(values, values + weight.numel());
-        weights_.push_back(original_weights_.back());
-        linears.push_back({"model.layers." + std::to_string(layer) + "." + module + ".weight", module, weight.size(0),
-                           weight.size(1), {}, {}});
-      }
-    }
-    for (std::size_t i = 0; i < linears.size(); ++i) {
-      linears[i].original = original_weights_[i];
-      linears[i].weight = weights_[i];
-    }
     if (options_.cross) {
       reference_ = load_block(checkpoint_, layer, device_);
     } else {
@@ -358,11 +374,12 @@ void Walk::run(BlockVisitor& visitor) {
     visitor.begin_block(layer);
     if (visitor.finished(layer)) {
       if (context_.progress) context_.progress->update(layer, "replayed");
-      visitor.restore(layer, linears);
-      push_weights(block, linears);
+      for (const Step step : steps_of(config_)) {
+        with_linears(block, layer, step, [&](std::span<BlockLinear> linears) { visitor.restore(layer, linears); });
+      }
       leave_attention(block, layer, visitor);
     } else {
-      visit(block, linears, layer, visitor);
+      visit(block, layer, visitor);
     }
     advance(block, compressed_, past_mlp);
     if (options_.cross) advance(reference_, original_, past_mlp);
@@ -478,13 +495,16 @@ std::uint64_t walk_peak_bytes(const ModelConfig& config, std::int64_t windows, s
   const std::uint64_t streams = options.original_stream || options.cross ? 2 : 1;
   const auto attention = static_cast<std::uint64_t>(config.num_heads * config.head_dim) * 2 +
                          static_cast<std::uint64_t>(config.num_kv_heads * config.head_dim) * 2;
-  const auto inner = static_cast<std::uint64_t>(config.intermediate_size * std::max<std::int64_t>(1, config.experts.count));
-  const std::uint64_t block = hidden * (attention + 3 * inner) * 4;
+  const auto inner = static_cast<std::uint64_t>(config.intermediate_size);
+  const auto experts = static_cast<std::uint64_t>(std::max<std::int64_t>(1, config.experts.count));
+  const std::uint64_t block = hidden * (attention + 3 * inner * experts) * 4;
+  const std::uint64_t originals = hidden * std::max(attention, 2 * inner) * 4;
   const std::uint64_t inputs = static_cast<std::uint64_t>(std::min(windows, kShardWindows) * length) * wide * 4;
-  const std::uint64_t embedding = static_cast<std::uint64_t>(config.vocab_size) * hidden * 4;
-  const std::uint64_t walking = block * (options.cross ? 4 : 3) + inputs * (options.cross ? 4 : 2) +
-                                (options.hessian ? wide * wide * 8 * (options.cross ? 2 : 1) : 0);
-  return streams * tokens * hidden * 4 + std::max(embedding, walking);
+  const std::uint64_t square = wide * wide * (static_cast<std::int64_t>(wide) > options.widest_double ? 4 : 8);
+  const std::uint64_t walking =
+      block * (options.cross ? 2 : 1) + std::max(originals, 2 * inputs * (options.cross ? 2 : 1)) +
+      (options.hessian ? square * (options.cross ? 2 : 1) : 0);
+  return (options.spill.empty() ? streams * tokens * hidden * 4 : 0) + walking;
 }
 
 }  // namespace pare

@@ -12,6 +12,7 @@
 #include "core/checkpoint.h"
 #include "core/context.h"
 #include "core/tokenizer.h"
+#include "model/sweep.h"
 
 namespace pare {
 
@@ -47,8 +48,8 @@ struct InputStatistics {
   std::int64_t expert = -1;         // whose, else -1; then `tokens` are those that chose it
   bool all_tokens = false;          // the fallback for an expert that too few chose
   std::vector<double> mean_square;  // [columns] E[w x_j^2]: the diagonal of the Hessian
-  std::vector<double> hessian;      // [columns * columns] E[w x x^T], row-major, symmetric; empty unless asked for
-  std::vector<double> cross;        // [columns * columns] E[w x_original x^T]; empty unless asked for
+  SquareMatrix hessian;             // [columns * columns] E[w x x^T], symmetric; empty unless asked for
+  SquareMatrix cross;               // [columns * columns] E[w x_original x^T]; empty unless asked for
 };
 
 // One linear of the block. Writing `weight` replaces it in the compressed stream.
@@ -63,11 +64,12 @@ struct BlockLinear {
 class BlockVisitor {
  public:
   virtual ~BlockVisitor() = default;
-  // Before the first block: [vocab * hidden] of the compressed stream, may be changed in place.
-  virtual void embedding(std::span<float> weight) {}
-  // True: this block was finished by an earlier run; `restore` then fills in its weights and `compress` is not called.
+  // Before the first block: the embedding [hidden] of token `id` in the compressed stream, may be changed in place.
+  virtual void embedding(std::int64_t id, std::span<float> row) {}
+  // True: this block was finished by an earlier run; `restore` then fills in its weights, for the linears that share an
+  // input at a time, and `compress` is not called.
   virtual bool finished(int layer) { return false; }
-  virtual void restore(int layer, std::span<BlockLinear> all_linears) {}
+  virtual void restore(int layer, std::span<BlockLinear> linears) {}
   virtual void begin_block(int layer) {}
   // Of a block with experts: how many tokens chose each. Also called for a block that is restored.
   virtual void routed(int layer, std::span<const std::int64_t> tokens) {}
@@ -86,6 +88,8 @@ struct WalkOptions {
   bool cross = false;            // needs hessian
   std::int64_t expert_tokens = kExpertTokens;  // see InputStatistics; at least 1
   bool original_stream = true;   // false: drift is 0 and half of the activation memory is saved
+  fs::path spill;                // folder for activations in HDF5 files; empty: they stay in memory
+  std::int64_t widest_double = kWidestDouble;  // statistics of wider inputs are kept in float32
 };
 
 // Statistics are float32 products over fixed shards of windows, added in double in a fixed order: the same bits at any
@@ -100,7 +104,8 @@ std::string expert_summary(std::span<const std::int64_t> tokens, std::int64_t le
 // Errors: exit 2 for a name that is no device, exit 5 for a device that this build or machine does not have.
 void require_device(const std::string& name);
 
-// Peak memory of a walk: activations + one block + statistics, in bytes; from the config alone.
+// Peak anonymous memory of a walk: activations unless they are spilled, one block, the originals and the statistics of
+// one input, in bytes; from the config alone.
 std::uint64_t walk_peak_bytes(const ModelConfig& config, std::int64_t windows, std::int64_t length,
                               const WalkOptions& options);
 

@@ -15,7 +15,7 @@ namespace {
 
 using F16 = float __attribute__((vector_size(64)));
 using F16u = float __attribute__((vector_size(64), aligned(4), may_alias));
-using I16 = std::int32_t __attribute__((vector_size(64)));
+using U16 = std::uint32_t __attribute__((vector_size(64)));
 using U16 = std::uint32_t __attribute__((vector_size(64)));
 using H16 = std::uint16_t __attribute__((vector_size(32)));
 using H16u = std::uint16_t __attribute__((vector_size(32), aligned(2), may_alias));
@@ -75,7 +75,8 @@ INLINE F16 exp16(const F16& x) {
   p = p * r + 1.66666657e-1f;
   p = p * r + 0.5f;
   p = p * (r * r) + r + 1.0f;
-  const I16 power = (reinterpret_cast<I16>(t) - reinterpret_cast<I16>(magic) + 127) << 23;
+  // Unsigned: with NaN the difference wraps.
+  const U16 power = (reinterpret_cast<U16>(t) - reinterpret_cast<U16>(magic) + 127u) << 23;
   const F16 e = p * reinterpret_cast<F16>(power);
   return x < set(-87.0f) ? set(0.0f) : e;
 }

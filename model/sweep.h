@@ -4,23 +4,63 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <span>
+#include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace pare {
 
 // sum [cols * cols] += a^T b for float a, b [rows, cols] (row-major): products in float32 over at most 512 rows, added
-// to the doubles. With a == b only entries (i, j) with i / 32 <= j / 32 are written: call mirror_upper at the end.
-void add_gram(const float* a, const float* b, std::int64_t rows, std::int64_t cols, double* sum, int threads);
+// to the sums. With a == b only entries (i, j) with i / 32 <= j / 32 are written: call mirror_upper at the end.
+// T: double or float, here and below.
+template <class T>
+void add_gram(const float* a, const float* b, std::int64_t rows, std::int64_t cols, T* sum, int threads);
 // h[j][i] = h[i][j] for i < j.
-void mirror_upper(double* h, std::int64_t n);
+template <class T>
+void mirror_upper(T* h, std::int64_t n);
+
+// [n * n] row-major, in double up to `widest_double` columns and in float above: half the memory. With a damping of 1 %
+// of the mean diagonal, entries good to 1e-7 give the same codes.
+inline constexpr std::int64_t kWidestDouble = 8192;
+class SquareMatrix {
+ public:
+  SquareMatrix() = default;
+  SquareMatrix(std::int64_t n, std::int64_t widest_double) {
+    (n > widest_double ? single_.resize(static_cast<std::size_t>(n * n)) : double_.resize(static_cast<std::size_t>(n * n)));
+  }
+  explicit SquareMatrix(std::vector<double> values) : double_(std::move(values)) {}
+  bool empty() const { return double_.empty() && single_.empty(); }
+  bool single() const { return !single_.empty(); }
+  double operator[](std::size_t at) const { return single() ? static_cast<double>(single_[at]) : double_[at]; }
+  bool operator==(const SquareMatrix&) const = default;
+  // `work(pointer to the first element)` for the type that the matrix has.
+  template <class Work>
+  decltype(auto) visit(Work&& work) const {
+    return single() ? work(single_.data()) : work(double_.data());
+  }
+  template <class Work>
+  decltype(auto) visit(Work&& work) {
+    return single() ? work(single_.data()) : work(double_.data());
+  }
+  // Not for a matrix of floats.
+  const std::vector<double>& doubles() const {
+    if (single()) throw std::logic_error("a matrix of floats");
+    return double_;
+  }
+
+ private:
+  std::vector<double> double_;
+  std::vector<float> single_;
+};
 
 // The factor of a damped Hessian in visiting order: (H + damping * mean diag * I)^-1 = U^T U with U upper triangular.
 struct SweepFactor {
   std::int64_t columns = 0;
   std::vector<std::int64_t> order;  // visiting position -> column as stored
-  std::vector<double> u;            // [columns * columns] row-major in visiting order; zero below the diagonal
+  SquareMatrix u;                   // in visiting order; zero below the diagonal
   std::vector<std::uint8_t> dead;   // [columns] as stored: the input was zero on every token
   double damping = 0;               // the factor that succeeded
 };
@@ -31,9 +71,10 @@ struct FactorOptions {
 };
 
 // hessian: [n * n] symmetric. With J the reversal and J H J = M M^T, R = J M J is upper with H = R R^T, so U = R^-1:
-// one Cholesky and one triangular inverse, no explicit inverse of H. Dead columns get diagonal 1.
+// one Cholesky and one triangular inverse, both in place and in the Hessian's own precision, scaled to a mean diagonal of
+// 1; no explicit inverse of H. Dead columns get diagonal 1.
 // Errors: exit 1 naming `place` when the Hessian holds NaN or infinity, or stays indefinite at damping 10.
-SweepFactor factor_hessian(std::span<const double> hessian, std::int64_t n, const FactorOptions& options,
+SweepFactor factor_hessian(const SquareMatrix& hessian, std::int64_t n, const FactorOptions& options,
                            const std::string& place, int threads);
 
 // Rows [first, first + count) of a weight matrix, handled together.
@@ -59,7 +100,14 @@ inline constexpr std::int64_t kSweepBlock = 128;
 void sweep_columns(const float* weight, std::int64_t rows, const SweepFactor& factor, SweepRule& rule, int threads);
 
 // Per row: d H d^T for d = a - b, float a, b [rows, cols]. The exact layer error is the sum.
-std::vector<double> row_errors(const float* a, const float* b, std::int64_t rows, std::int64_t cols,
-                               const double* hessian, int threads);
+template <class T>
+std::vector<double> row_errors(const float* a, const float* b, std::int64_t rows, std::int64_t cols, const T* hessian,
+                               int threads);
+
+// H d for every row of d = a - b, 32 rows at a time: `use` sees a tile's products [cols * kSweepRows], row r of the tile
+// at [j * kSweepRows + r]. Called from several threads for different tiles.
+template <class T>
+void row_products(const float* a, const float* b, std::int64_t rows, std::int64_t cols, const T* hessian, int threads,
+                  const std::function<void(RowTile, const double*)>& use);
 
 }  // namespace pare

@@ -81,9 +81,9 @@ class WandaVisitor : public BlockVisitor {
 
   bool finished(int layer) override { return writer_.has_piece(block_piece(layer)); }
 
-  void restore(int layer, std::span<BlockLinear> all_linears) override {
+  void restore(int layer, std::span<BlockLinear> linears) override {
     const SafetensorsFile masks(mask_file(layer));
-    for (BlockLinear& linear : all_linears) {
+    for (BlockLinear& linear : linears) {
       const TensorView* view = masks.find(linear.name);
       if (view == nullptr || view->data.size() != linear.weight.size())
         throw failure(mask_file(layer).string(), "the mask of " + linear.name, "none or one of another size",

@@ -1,6 +1,7 @@
 // Removing MLP neurons, the same number in every block: HF configs know one intermediate_size.
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <map>
 
 #include "core/error.h"
@@ -55,10 +56,12 @@ class WidthVisitor : public BlockVisitor {
 
   bool finished(int layer) override { return writer_.has_piece(block_piece(layer)); }
 
-  void restore(int layer, std::span<BlockLinear> all_linears) override {
-    current_ = load(layer);
-    for (BlockLinear& linear : all_linears)
-      if (linear.module == "mlp.down_proj") spread(current_, linear);
+  void restore(int layer, std::span<BlockLinear> linears) override {
+    for (BlockLinear& linear : linears) {
+      if (linear.module != "mlp.down_proj") continue;
+      current_ = load(layer);
+      spread(current_, linear);
+    }
   }
 
   void compress(int layer, BlockStage stage, std::span<BlockLinear> linears, const InputStatistics& input) override {
@@ -71,13 +74,13 @@ class WidthVisitor : public BlockVisitor {
         neuron_importance(down.original.data(), input.mean_square.data(), down.rows, down.cols), width_);
     block.down = take_columns(down.original.data(), down.rows, down.cols, block.kept);
     if (correct_) {
-      block.error_plain = relative_error(down.original.data(), block.down.data(), input.hessian.data(), down.rows,
+      block.error_plain = relative_error(down.original.data(), block.down.data(), input.hessian.doubles().data(), down.rows,
                                          down.cols, block.kept);
       block.down =
-          corrected_down(down.original.data(), input.hessian.data(), down.rows, down.cols, block.kept, damping_);
+          corrected_down(down.original.data(), input.hessian.doubles().data(), down.rows, down.cols, block.kept, damping_);
       round_to(job_.dtype, block.down);
       check_finite(block.down.data(), block.down.size(), down.name + " (corrected)");
-      block.error = relative_error(down.original.data(), block.down.data(), input.hessian.data(), down.rows, down.cols,
+      block.error = relative_error(down.original.data(), block.down.data(), input.hessian.doubles().data(), down.rows, down.cols,
                                    block.kept);
       // Rounding to 16 bits may cost what a tiny correction gained: the plain columns are exact, so keep those.
       if (block.error > block.error_plain) {
@@ -179,6 +182,7 @@ WalkOptions walk_options(const Options& options) {
   WalkOptions walk;
   walk.device = options.get<std::string>("device");
   walk.hessian = !options.get<bool>("no-correction");
+  walk.widest_double = std::numeric_limits<std::int64_t>::max();  // the refit solves in double
   return walk;
 }
 

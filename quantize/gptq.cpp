@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include <omp.h>
-
 #include "quantize/scales.h"
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -20,6 +18,10 @@ PARE_CLONES void add_scaled(double* sum, const double* values, double factor, st
 #pragma omp simd
   for (std::int64_t i = 0; i < n; ++i) sum[i] += factor * values[i];
 }
+PARE_CLONES void add_scaled(double* sum, const float* values, double factor, std::int64_t n) {
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) sum[i] += factor * static_cast<double>(values[i]);
+}
 
 // One row: codes, scales and zeros of the row, g = H d for d = w - dequantized.
 struct Row {
@@ -33,10 +35,12 @@ struct Row {
 
   int zero(std::int64_t group) const { return zeros ? zeros[group] : 0; }
 
-  bool move_codes(const double* hessian, double* g) {
+  template <class T>
+  bool move_codes(const T* hessian, double* g) {
     bool moved = false;
     for (std::int64_t j = 0; j < cols; ++j) {
-      const double scale = static_cast<double>(f16_to_f32(scales[j / size])), curvature = hessian[j * cols + j];
+      const double scale = static_cast<double>(f16_to_f32(scales[j / size])),
+                   curvature = static_cast<double>(hessian[j * cols + j]);
       if (!(scale > 0 && curvature > 0) || (keep_zeros && weight[j] == 0.0f)) continue;
       const double wanted = static_cast<double>(codes[j]) + g[j] / (scale * curvature);
       const double step =
@@ -49,7 +53,8 @@ struct Row {
     return moved;
   }
 
-  bool move_scales(const double* hessian, double* g) {
+  template <class T>
+  bool move_scales(const T* hessian, double* g) {
     bool moved = false;
     for (std::int64_t group = 0; group < cols / size; ++group) {
       const std::int64_t begin = group * size, end = begin + size;
@@ -59,7 +64,7 @@ struct Row {
         if (q == 0) continue;
         slope += q * g[i];
         double inner = 0;
-        for (std::int64_t j = begin; j < end; ++j) inner += hessian[i * cols + j] * (codes[j] - zero(group));
+        for (std::int64_t j = begin; j < end; ++j) inner += static_cast<double>(hessian[i * cols + j]) * (codes[j] - zero(group));
         curvature += q * inner;
       }
       if (!(curvature > 0)) continue;
@@ -118,7 +123,8 @@ class NearestRule : public SweepRule {
 
 }  // namespace
 
-GptqResult gptq(const float* weight, const QuantizedTensor& nearest, const double* hessian, const SweepFactor& factor,
+template <class T>
+GptqResult gptq(const float* weight, const QuantizedTensor& nearest, const T* hessian, const SweepFactor& factor,
                 bool keep_zeros, int threads) {
   const std::int64_t rows = nearest.rows, cols = nearest.cols;
   GptqResult result;
@@ -144,34 +150,34 @@ GptqResult gptq(const float* weight, const QuantizedTensor& nearest, const doubl
   return result;
 }
 
-double polish(const float* weight, QuantizedTensor& tensor, const double* hessian, bool keep_zeros, int passes,
-              int threads) {
+template <class T>
+double polish(const float* weight, QuantizedTensor& tensor, const T* hessian, bool keep_zeros, int passes, int threads) {
   const std::int64_t rows = tensor.rows, cols = tensor.cols, groups = tensor.codec.groups(cols);
   const QuantizedTensor before = tensor;
   std::vector<float> unpacked(static_cast<std::size_t>(rows * cols));
   before.unpack(unpacked.data());
-  const std::vector<double> old_errors = row_errors(weight, unpacked.data(), rows, cols, hessian, threads);
-#pragma omp parallel num_threads(threads > 0 ? threads : omp_get_num_procs())
-  {
+  std::vector<double> old_errors(static_cast<std::size_t>(rows), 0.0);
+  row_products(weight, unpacked.data(), rows, cols, hessian, threads, [&](RowTile tile, const double* products) {
     std::vector<double> g(static_cast<std::size_t>(cols));
-#pragma omp for schedule(dynamic)
-    for (std::int64_t r = 0; r < rows; ++r) {
+    for (std::int64_t i = 0; i < tile.count; ++i) {
+      const std::int64_t r = tile.first + i;
       Row row{tensor.codes.data() + r * cols, tensor.scales.data() + r * groups,
               tensor.zeros.empty() ? nullptr : tensor.zeros.data() + r * groups, weight + r * cols, cols, cols / groups,
               code_range(tensor.codec.kind), keep_zeros};
-      std::fill(g.begin(), g.end(), 0.0);
+      double error = 0;
       for (std::int64_t j = 0; j < cols; ++j) {
-        const std::int64_t at = r * cols + j;
-        const double d = static_cast<double>(weight[at]) - static_cast<double>(unpacked[static_cast<std::size_t>(at)]);
-        if (d != 0) add_scaled(g.data(), hessian + j * cols, d, cols);
+        const std::size_t at = static_cast<std::size_t>(r * cols + j);
+        g[static_cast<std::size_t>(j)] = products[j * kSweepRows + i];
+        error += (static_cast<double>(weight[at]) - static_cast<double>(unpacked[at])) * g[static_cast<std::size_t>(j)];
       }
+      old_errors[static_cast<std::size_t>(r)] = std::max(0.0, error);
       for (int pass = 0; pass < passes; ++pass) {
         const bool codes_moved = row.move_codes(hessian, g.data());
         const bool scales_moved = row.move_scales(hessian, g.data());
         if (!codes_moved && !scales_moved) break;
       }
     }
-  }
+  });
   tensor.unpack(unpacked.data());
   const std::vector<double> errors = row_errors(weight, unpacked.data(), rows, cols, hessian, threads);
   double sum = 0;
@@ -184,6 +190,11 @@ double polish(const float* weight, QuantizedTensor& tensor, const double* hessia
   }
   return sum;
 }
+
+template GptqResult gptq(const float*, const QuantizedTensor&, const double*, const SweepFactor&, bool, int);
+template GptqResult gptq(const float*, const QuantizedTensor&, const float*, const SweepFactor&, bool, int);
+template double polish(const float*, QuantizedTensor&, const double*, bool, int, int);
+template double polish(const float*, QuantizedTensor&, const float*, bool, int, int);
 
 bool is_pruned(std::span<const float> weight) {
   const auto zeros = std::count(weight.begin(), weight.end(), 0.0f);

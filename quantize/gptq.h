@@ -21,14 +21,16 @@ struct GptqResult {
 // weight: [rows * cols]. nearest: scales, zeros and nearest codes of `weight`, kept as the grid. hessian: [cols *
 // cols], undamped. keep_zeros: weights that are exactly 0 stay exactly 0 (a pruned matrix); the others compensate for
 // them.
-GptqResult gptq(const float* weight, const QuantizedTensor& nearest, const double* hessian, const SweepFactor& factor,
+// T: double or float, here and below.
+template <class T>
+GptqResult gptq(const float* weight, const QuantizedTensor& nearest, const T* hessian, const SweepFactor& factor,
                 bool keep_zeros, int threads);
 
 // Coordinate descent on codes and scales after the sweep (QuantEase, Behdin et al. 2023, for the codes; least squares,
 // rounded to f16, for the scales): every accepted step lowers d^T H d of its row. Zeros of a pruned matrix stay. Rows
 // whose exact error did not fall keep what they had. Returns the exact error of all rows.
-double polish(const float* weight, QuantizedTensor& tensor, const double* hessian, bool keep_zeros, int passes,
-              int threads);
+template <class T>
+double polish(const float* weight, QuantizedTensor& tensor, const T* hessian, bool keep_zeros, int passes, int threads);
 
 // True when at least 5 % of the matrix is exactly 0: it was pruned.
 bool is_pruned(std::span<const float> weight);

@@ -14,7 +14,23 @@ namespace {
 std::string piece_name(int layer) { return "block " + std::to_string(layer); }
 fs::path rows_file(const fs::path& rows, int layer) { return rows / ("block-" + std::to_string(layer) + ".json"); }
 
+constexpr std::int64_t kFloatsAtATime = std::int64_t{1} << 24;  // 64 MiB
+
 double total(const std::vector<double>& values) { return std::accumulate(values.begin(), values.end(), 0.0); }
+
+// [groups][size * size]; empty where groups are too wide for that objective.
+std::vector<double> diagonal_blocks(const InputStatistics& input, std::int64_t size) {
+  std::vector<double> blocks;
+  if (size > kBlockObjectiveLimit) return blocks;
+  blocks.reserve(static_cast<std::size_t>(input.columns * size));
+  input.hessian.visit([&](const auto* hessian) {
+    for (std::int64_t i = 0; i < input.columns; ++i) {
+      const auto* row = hessian + i * input.columns + i / size * size;
+      blocks.insert(blocks.end(), row, row + size);
+    }
+  });
+  return blocks;
+}
 
 class Quantizer : public BlockVisitor {
  public:
@@ -22,7 +38,9 @@ class Quantizer : public BlockVisitor {
     for (const TensorPlan& tensor : job.plan) plan_[tensor.spec.name] = &tensor;
   }
 
-  void embedding(std::span<float> weight) override { job_.writer.read_f32("model.embed_tokens.weight", weight.data()); }
+  void embedding(std::int64_t id, std::span<float> row) override {
+    job_.writer.read_rows_f32("model.embed_tokens.weight", id, 1, row.data());
+  }
   bool finished(int layer) override { return job_.writer.has_piece(piece_name(layer)); }
   void restore(int layer, std::span<BlockLinear> linears) override {
     for (BlockLinear& linear : linears) job_.writer.read_f32(linear.name, linear.weight.data());
@@ -82,8 +100,7 @@ class Quantizer : public BlockVisitor {
     for (const TensorPlan& tensor : job_.plan) {
       if (tensor.spec.layer != layer || !tensor.codec) continue;
       throw_if_interrupted(tensor.spec.name, "the same command continues with this block");
-      codes_.emplace(tensor.spec.name, nearest(tensor, job_.model.read_f32(tensor.spec.name).data()));
-      job_.model.release(tensor.spec.name);
+      codes_.emplace(tensor.spec.name, nearest(tensor));
       rows_.push_back({{"name", tensor.spec.name}, {"codec", tensor.codec->name()}});
     }
     end_block(layer, 0);
@@ -95,22 +112,48 @@ class Quantizer : public BlockVisitor {
                          spec.name);
   }
 
-  QuantizedTensor nearest(const TensorPlan& tensor, const float* values) const {
+  // On the weights alone, some rows at a time: embeddings are the largest tensors of many models.
+  QuantizedTensor nearest(const TensorPlan& tensor) const {
     const ScaleRule rule = job_.method == QuantizeMethod::kAbsmax ? ScaleRule::kAbsmax : ScaleRule::kSearched;
-    return round_to_nearest(values, tensor.spec.shape[0], tensor.spec.shape[1], *tensor.codec, rule, {},
-                            tensor.spec.name, job_.threads);
+    const std::int64_t rows = tensor.spec.shape[0], cols = tensor.spec.shape[1];
+    const std::int64_t step = std::max<std::int64_t>(1, kFloatsAtATime / cols);
+    QuantizedTensor out;
+    out.codec = *tensor.codec;
+    out.rows = rows;
+    out.cols = cols;
+    out.codes.reserve(static_cast<std::size_t>(rows * cols));
+    std::vector<float> values(static_cast<std::size_t>(std::min(step, rows) * cols));
+    for (std::int64_t first = 0; first < rows; first += step) {
+      const std::int64_t count = std::min(step, rows - first);
+      job_.model.read_rows_f32(tensor.spec.name, first, count, values.data());
+      try {
+        const QuantizedTensor part =
+            round_to_nearest(values.data(), count, cols, *tensor.codec, rule, {}, tensor.spec.name, job_.threads);
+        out.codes.insert(out.codes.end(), part.codes.begin(), part.codes.end());
+        out.scales.insert(out.scales.end(), part.scales.begin(), part.scales.end());
+        out.zeros.insert(out.zeros.end(), part.zeros.begin(), part.zeros.end());
+      } catch (const Error&) {
+        require_finite(tensor.spec);  // names the row in the whole tensor
+        throw;
+      }
+    }
+    job_.model.release(tensor.spec.name);
+    return out;
   }
 
  private:
   QuantizedTensor quantize(const BlockLinear& linear, const Codec& codec, const InputStatistics& input,
                            const std::optional<SweepFactor>& factor) {
     const float* weight = linear.original.data();
-    const Importance importance{input.hessian.data(), input.mean_square.data()};
+    const std::vector<double> blocks = diagonal_blocks(input, linear.cols / codec.groups(linear.cols));
+    const Importance importance{blocks.empty() ? nullptr : blocks.data(), input.mean_square.data(), true};
     Json row = {{"name", linear.name}, {"codec", codec.name()}, {"rows", linear.rows}, {"columns", linear.cols}};
     const auto error_of = [&](const QuantizedTensor& codes) {
       std::vector<float> unpacked(linear.original.size());
       codes.unpack(unpacked.data());
-      return total(row_errors(weight, unpacked.data(), linear.rows, linear.cols, input.hessian.data(), job_.threads));
+      return input.hessian.visit([&](const auto* hessian) {
+        return total(row_errors(weight, unpacked.data(), linear.rows, linear.cols, hessian, job_.threads));
+      });
     };
     const bool searched = job_.method != QuantizeMethod::kAbsmax;
     QuantizedTensor codes =
@@ -118,16 +161,17 @@ class Quantizer : public BlockVisitor {
                          importance, linear.name, job_.threads);
     if (job_.method == QuantizeMethod::kGptq) {
       const bool pruned = is_pruned(linear.original);
-      GptqResult result = gptq(weight, codes, input.hessian.data(), *factor, pruned, job_.threads);
+      GptqResult result = input.hessian.visit(
+          [&](const auto* hessian) { return gptq(weight, codes, hessian, *factor, pruned, job_.threads); });
       if (result.nearest_rows == linear.rows && result.nearest_error > 0) {
         throw failure(linear.name, "a column sweep that improves on nearest codes",
                       "none of " + std::to_string(linear.rows) + " rows improved",
                       "more calibration text, or --method rtn");
       }
       row["before"] = result.nearest_error;
-      row["after"] = job_.polish > 0
-                         ? polish(weight, result.tensor, input.hessian.data(), pruned, job_.polish, job_.threads)
-                         : result.error;
+      row["after"] = job_.polish == 0 ? result.error : input.hessian.visit([&](const auto* hessian) {
+        return polish(weight, result.tensor, hessian, pruned, job_.polish, job_.threads);
+      });
       row["sweep"] = result.sweep_error;
       row["rows_kept_nearest"] = result.nearest_rows;
       row["damping"] = factor->damping;
@@ -180,12 +224,11 @@ void quantize_layers(const QuantizeJob& job, Context& context) {
   fs::create_directories(job.rows);
   for (const TensorPlan& tensor : job.plan) {
     if (tensor.spec.layer >= 0 || job.writer.has(tensor.spec.name)) continue;
-    const std::vector<float> values = job.model.read_f32(tensor.spec.name);
     if (tensor.codec) {
-      job.writer.put_codes(tensor.spec.name, quantizer.nearest(tensor, values.data()));
+      job.writer.put_codes(tensor.spec.name, quantizer.nearest(tensor));
     } else {
       quantizer.require_finite(tensor.spec);
-      job.writer.put(tensor.spec.name, values.data());
+      job.writer.put(tensor.spec.name, job.model.read_f32(tensor.spec.name).data());
     }
     job.model.release(tensor.spec.name);
   }
@@ -199,6 +242,7 @@ void quantize_layers(const QuantizeJob& job, Context& context) {
     walk.threads = job.threads;
     walk.hessian = true;
     walk.expert_tokens = job.expert_tokens;
+    walk.spill = job.spill;
     walk_blocks(job.model, job.windows, walk, context, quantizer);
     return;
   }

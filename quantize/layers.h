@@ -26,6 +26,7 @@ struct QuantizeJob {
   std::string device = "cpu";
   int threads = 0;
   std::int64_t expert_tokens = kExpertTokens;  // an expert that fewer tokens chose is calibrated on all
+  fs::path spill;             // folder for activations that do not fit into memory; empty: they do
 };
 
 // Writes every tensor of the model into the writer: the embedding, one durable piece per block, the rest. Skips what is

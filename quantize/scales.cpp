@@ -244,7 +244,7 @@ QuantizedTensor round_to_nearest(const float* weight, std::int64_t rows, std::in
   {
     Group g;
     g.size = size;
-    g.stride = cols;
+    g.stride = importance.blocks_only ? size : cols;
     g.w.resize(static_cast<std::size_t>(size * kLanes));
     g.v.resize(g.w.size());
     g.offsets.resize(g.w.size());
@@ -264,7 +264,7 @@ QuantizedTensor round_to_nearest(const float* weight, std::int64_t rows, std::in
           }
         }
         const bool block = importance.hessian && size <= kBlockObjectiveLimit;
-        g.block = block ? importance.hessian + begin * cols + begin : nullptr;
+        g.block = block ? importance.hessian + begin * g.stride + (importance.blocks_only ? 0 : begin) : nullptr;
         g.diagonal = importance.mean_square ? importance.mean_square + begin : nullptr;
         prepare(g);
         Best best;

@@ -18,6 +18,7 @@ enum class ScaleRule {
 struct Importance {
   const double* hessian = nullptr;      // [cols * cols]
   const double* mean_square = nullptr;  // [cols]
+  bool blocks_only = false;             // hessian: the groups' diagonal blocks alone, [groups][size * size]
 };
 inline constexpr std::int64_t kBlockObjectiveLimit = 128;
 

@@ -137,6 +137,54 @@ Sizes sizes_of(const std::vector<TensorPlan>& plan, const std::string& dtype) {
   return sizes;
 }
 
+// Peak anonymous memory of the run; `spill`: with the activations in a file, which is what --max-ram asks for.
+struct Memory {
+  std::uint64_t peak = 0, unspilled = 0;
+  bool spill = false;
+};
+
+Memory memory_of(const Options& options, const ModelConfig& config, const std::vector<TensorPlan>& tensors) {
+  const std::uint64_t base = std::uint64_t{256} << 20;  // libraries, tokenizer, tiles of all threads
+  std::uint64_t outside = 0, linear = 0, codes = 0, factor = 0;
+  for (const TensorPlan& tensor : tensors) {
+    const std::uint64_t count = elements(tensor.spec);
+    if (tensor.spec.layer < 0) {
+      outside = std::max(outside, count * (tensor.codec ? 1 : 4));
+      continue;
+    }
+    if (!tensor.codec) continue;
+    if (tensor.spec.layer == 0) codes += count;
+    linear = std::max(linear, count);
+    const auto columns = static_cast<std::uint64_t>(tensor.spec.shape[1]);
+    factor = std::max(factor, columns * columns * (tensor.spec.shape[1] > kWidestDouble ? 4 : 8));
+  }
+  // Codes of the block so far; of one linear its floats, and codes before, after and while they are polished.
+  const std::uint64_t work = codes + linear * 7;
+  WalkOptions walk;
+  walk.hessian = true;
+  const auto samples = options.get<std::int64_t>("samples"), context = context_of(options, config);
+  if (method_of(options) != QuantizeMethod::kGptq) factor = 0;
+  const auto peak = [&] {
+    const std::uint64_t walking = calibrated(options) ? walk_peak_bytes(config, samples, context, walk) + factor : 0;
+    return base + std::max(outside, walking + work);
+  };
+  Memory memory{peak(), peak(), false};
+  if (!options.has("max-ram")) return memory;
+  const std::uint64_t limit = parse_bytes(options.get<std::string>("max-ram"), "--max-ram");
+  if (memory.peak <= limit) return memory;
+  if (calibrated(options)) {
+    walk.spill = "file";
+    memory.peak = peak();
+    memory.spill = true;
+  }
+  if (memory.peak > limit) {
+    throw Error(ExitCode::kResources, "--max-ram " + options.get<std::string>("max-ram"),
+                bytes_in_words(memory.peak) + (memory.spill ? " with the activations in a file" : ""), bytes_in_words(limit),
+                calibrated(options) ? "raise --max-ram, or use --method rtn without text" : "raise --max-ram");
+  }
+  return memory;
+}
+
 StagePlan plan(const Options& options, const PlannedModel& input) {
   const std::vector<TensorPlan> tensors = check(options, input);
   const fs::path out = options.get<std::string>("out");
@@ -147,13 +195,9 @@ StagePlan plan(const Options& options, const PlannedModel& input) {
   const ModelConfig& config = input.config;
   const auto samples = options.get<std::int64_t>("samples"), context = context_of(options, config);
   std::vector<std::string> notes = fallback_notes(tensors);
-  WalkOptions walk;
-  walk.hessian = true;
-  std::uint64_t peak = 64u << 20;
   double operations = 0, block_parameters = 0;
-  std::uint64_t widest = 0, largest = 0;
+  std::uint64_t widest = 0;
   for (const TensorPlan& tensor : tensors) {
-    largest = std::max(largest, elements(tensor.spec));
     if (tensor.spec.role != TensorRole::kLinear) continue;
     const auto count = static_cast<double>(elements(tensor.spec));
     widest = std::max(widest, static_cast<std::uint64_t>(tensor.spec.shape[1]));
@@ -168,15 +212,18 @@ StagePlan plan(const Options& options, const PlannedModel& input) {
     const auto tokens = static_cast<double>(samples * context);
     operations += tokens * 2.0 * 3.0 * block_parameters;  // the original once, the compressed stream twice
     operations += tokens * static_cast<double>(widest) * block_parameters / static_cast<double>(widest);
-    peak += walk_peak_bytes(config, samples, context, walk) + 3 * 8 * widest * widest;
     if (tokens < 4.0 * static_cast<double>(widest)) {
       notes.push_back("few calibration tokens: " + std::to_string(samples * context) + " for inputs of width " +
                       std::to_string(widest));
     }
   }
-  peak += largest * 9;
+  const Memory memory = memory_of(options, config, tensors);
+  if (memory.spill) {
+    notes.push_back("activations of the calibration windows go to an HDF5 file: with them in memory the peak would be " +
+                    bytes_in_words(memory.unspilled));
+  }
   const Sizes sizes = sizes_of(tensors, input.dtype);
-  StagePlan plan{1.0 + operations / (1.2e10 * omp_get_num_procs()), peak, sizes.folder, std::move(notes), input};
+  StagePlan plan{1.0 + operations / (1.2e10 * omp_get_num_procs()), memory.peak, sizes.folder, std::move(notes), input};
   plan.result.quantized =
       std::any_of(tensors.begin(), tensors.end(), [](const TensorPlan& t) { return t.codec.has_value(); });
   plan.result.compact_bytes = sizes.compact;
@@ -308,6 +355,7 @@ Json run(const Options& options, Context& context) {
   refuse_codes(model);
   const PlannedModel planned = planned_model(model);
   const std::vector<TensorPlan> tensors = check(options, planned);
+  const bool spill = memory_of(options, model.config(), tensors).spill;
   FolderTransaction folder(options.get<std::string>("out"));
   Json linears;
   const std::string& dtype = planned.dtype;
@@ -316,7 +364,7 @@ Json run(const Options& options, Context& context) {
     for (const std::string& note : fallback_notes(tensors)) context.progress->note(note);
     CalibrationWindows windows = calibration(options, model, context.seed);
     Json said = options.resolved();
-    for (const char* key : {"model", "out", "text", "split"}) said.erase(key);  // by content: input and windows
+    for (const char* key : {"model", "out", "text", "split", "max-ram"}) said.erase(key);  // by content: input and windows
     Json manifest = {{"stage", "quantize"}, {"version", kManifestVersion}, {"input", model.content_hash()},
                      {"dtype", dtype},      {"windows", windows.hash()},   {"options", said}};
     linears = claim(folder.work(), manifest, context);
@@ -332,7 +380,8 @@ Json run(const Options& options, Context& context) {
                             options.get<int>("polish"),
                             options.get<std::string>("device"),
                             context.threads,
-                            options.get<std::int64_t>("expert-tokens")};
+                            options.get<std::int64_t>("expert-tokens"),
+                            spill ? folder.work() : fs::path()};
       quantize_layers(job, context);
       linears = collect_rows(model.config(), job.rows);
     }
@@ -425,6 +474,9 @@ Command quantize_command() {
        .minimum = 1,
        .maximum = 1e9},
       {.name = "device", .help = "cpu, cuda or cuda:N for the calibration passes", .default_value = "cpu"},
+      {.name = "max-ram",
+       .help = "memory to stay below, such as 4G: activations go to a file where they do not fit; refused (exit 5) where "
+               "that is not enough"},
   };
   command.run = run;
   command.plan = plan;

@@ -1,13 +1,13 @@
-// `pare run`: continues a text with a compact file.
+// `pare run`: continues a text with a compact file; chat.cpp has --chat.
 #include <fmt/format.h>
 
-#include <algorithm>
 #include <chrono>
 #include <cstdio>
 
 #include "core/error.h"
 #include "runtime/engine.h"
 #include "runtime/verbs/cli.h"
+#include "runtime/verbs/generate.h"
 
 namespace pare {
 namespace {
@@ -57,83 +57,39 @@ Json run(const Options& options, Context& context) {
   sampling.seed = context.seed;
   Sampler sampler(sampling);
 
+  if (options.get<bool>("chat")) {
+    refuse_unused(options, {"ignore-eos"}, "with --chat", "pare run");
+    return run_chat(engine, sampler, options, context);
+  }
+  refuse_unused(options, {"system"}, "without --chat", "pare run");
+
   const std::string prompt = options.get<std::string>("prompt");
   std::string note;
   const std::vector<std::int32_t> ids = prompt_ids(*engine, prompt, note);
   const double load_seconds = seconds_since(start);
   if (!note.empty() && !context.quiet) std::fprintf(stderr, "%s\n", note.c_str());
 
-  const auto limit = options.get<std::int64_t>("tokens");
-  const bool ignore_eos = options.get<bool>("ignore-eos");
-  const std::vector<std::int64_t>& ends = engine->config().eos_ids;
+  std::vector<std::int64_t> ends = engine->config().eos_ids;
+  if (options.get<bool>("ignore-eos")) ends.clear();
   Session session(engine);
   StreamDecoder decoder(engine->tokenizer());
   // The decoder sees the prompt too: a leading space of the continuation belongs to the text.
   for (const std::int32_t id : ids) decoder.push(id);
-
-  std::string text;
-  const auto emit = [&](const std::string& piece) {
-    text += piece;
-    if (context.json || piece.empty()) return;
-    std::fwrite(piece.data(), 1, piece.size(), stdout);
-    std::fflush(stdout);
-  };
-
-  std::vector<float> logits(static_cast<std::size_t>(engine->config().vocab_size));
-  std::vector<std::int32_t> made;
-  const char* stop = "length";
-  const auto prefill_start = Clock::now();
-  session.feed(ids);
-  double prefill_seconds = 0, first_token_seconds = 0;
-  Clock::time_point decode_start = Clock::now();
-  std::int64_t rows = static_cast<std::int64_t>(ids.size());
-  while (static_cast<std::int64_t>(made.size()) < limit) {
-    throw_if_interrupted("run", "");
-    session.logits(rows - 1, 1, logits.data());
-    const std::int32_t id = sampler(logits);
-    if (made.empty()) {
-      prefill_seconds = seconds_since(prefill_start);
-      first_token_seconds = seconds_since(start);
-      decode_start = Clock::now();
-    }
-    if (!ignore_eos && std::find(ends.begin(), ends.end(), id) != ends.end()) {
-      stop = "eos";
-      break;
-    }
-    made.push_back(id);
-    emit(decoder.push(id));
-    if (static_cast<std::int64_t>(made.size()) == limit) break;
-    if (session.position() >= engine->config().max_position_embeddings) {
-      stop = "context";
-      break;
-    }
-    session.feed({&id, 1});
-    rows = 1;
-  }
-  const double decode_seconds = seconds_since(decode_start);
-  emit(decoder.finish());
-  if (!context.json) std::fputs("\n", stdout);
-  std::fflush(stdout);
-
-  const double decoded = static_cast<double>(session.position()) - static_cast<double>(ids.size());
-  const double prefill_rate = prefill_seconds > 0 ? static_cast<double>(ids.size()) / prefill_seconds : 0;
-  const double decode_rate = decoded > 0 ? decoded / decode_seconds : 0;
-  if (!context.quiet) {
-    std::fprintf(stderr,
-                 "%zu prompt tokens at %.1f tokens/s; %zu new tokens at %.1f tokens/s (stopped: %s); first token after "
-                 "%.3f s, of it %.3f s opening; %s, %d threads, %s activations\n",
-                 ids.size(), prefill_rate, made.size(), decode_rate, stop, first_token_seconds, load_seconds,
-                 engine->options().kernels.c_str(), engine->options().threads,
-                 engine->options().int8_activations ? "int8" : "float");
-  }
+  const double before_seconds = seconds_since(start);
+  const Generation made = generate(session, *engine, sampler, decoder, ids, options.get<std::int64_t>("tokens"), ends,
+                                   [&](const std::string& piece) { print_piece(context, piece); });
+  print_piece(context, "\n");
+  const double first_token_seconds = made.ids.empty() ? 0 : before_seconds + made.prefill_seconds;
+  print_speed(made, *engine, context,
+              fmt::format("first token after {:.3f} s, of it {:.3f} s opening", first_token_seconds, load_seconds));
   Json result;
-  result["text"] = text;
+  result["text"] = made.text;
   result["prompt"] = prompt;
   result["prompt_ids"] = ids;
-  result["ids"] = made;
-  result["stop"] = stop;
-  result["prefill_tokens_per_second"] = prefill_rate;
-  result["decode_tokens_per_second"] = decode_rate;
+  result["ids"] = made.ids;
+  result["stop"] = made.stop;
+  result["prefill_tokens_per_second"] = prefill_rate(made);
+  result["decode_tokens_per_second"] = decode_rate(made);
   result["time_to_first_token_seconds"] = first_token_seconds;
   result["open_seconds"] = load_seconds;
   result["kernels"] = engine->options().kernels;
@@ -148,14 +104,19 @@ Json run(const Options& options, Context& context) {
 Command run_command() {
   Command command;
   command.name = "run";
-  command.summary = "Continue a text with a compact file";
+  command.summary = "Continue a text with a compact file, or talk to it";
   command.options = {
       {.name = "model", .type = OptionType::kPath, .help = "compact file", .required = true, .positional = true},
       {.name = "prompt",
        .type = OptionType::kText,
-       .help = "text to continue; empty: start from the begin token",
+       .help = "text to continue; empty: start from the begin token (with --chat: a message; empty: lines of stdin)",
        .default_value = "",
        .short_name = "p"},
+      {.name = "chat",
+       .type = OptionType::kFlag,
+       .help = "a conversation in the form of the model's chat template",
+       .default_value = false},
+      {.name = "system", .type = OptionType::kText, .help = "system message that begins the conversation"},
       {.name = "tokens",
        .type = OptionType::kInteger,
        .help = "new tokens at most",

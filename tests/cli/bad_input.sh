@@ -211,6 +211,23 @@ printf '\x55' | dd of="$IN/flip.pare" bs=1 seek=$((size / 2)) conv=notrunc 2>/de
 refuse "one byte changed: verify" 3 "flip.pare|hash|differ" "$PARE" verify "$IN/flip.pare"
 refuse "a folder is no compact file: run" 3 "." "$PARE" run "$T/good" -p x -n 2
 refuse "text is no compact file: run" 3 "text.txt" "$PARE" run "$TEXT" -p x -n 2
+refuse "no chat template: run --chat" 3 "chat template.*found none" "$PARE" run "$T/good.pare" --chat -p x
+refuse "system message without chat: run" 2 "--system has no use without --chat" "$PARE" run "$T/good.pare" -p x --system s
+refuse "end tokens ignored in a chat: run" 2 "--ignore-eos has no use" "$PARE" run "$T/good.pare" --chat --ignore-eos
+template() { # NAME TEMPLATE: the model with it, exported to T/NAME.pare
+  rm -rf "$T/talks"; cp -r "$T/good" "$T/talks"
+  printf '%s' "$2" > "$T/talks/chat_template.jinja"
+  accept "export with a chat template" "$PARE" export "$T/talks" --to compact --codec q8 --out "$T/$1.pare"
+}
+template broken '{{ messages'
+refuse "broken chat template" 3 "chat_template.jinja: line 1" "$PARE" run "$T/broken.pare" --chat -p x
+template reads $'hi\n{% include "/etc/passwd" %}'
+refuse "chat template that reads a file" 3 "chat_template.jinja: line 2.*include" "$EDGE" run "$T/reads.pare" --chat -p x
+template endless '{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}'
+refuse "chat template without end" 3 "more than 10000000 steps" "$PARE" run "$T/endless.pare" --chat -p x
+template talks '{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}'
+accept "two turns of a chat" bash -c "printf 'one\ntwo\n' | '$EDGE' run '$T/talks.pare' --chat --json -n 3 > '$T/turns.json'"
+grep -q '"prompt": *"\[user\]one\[assistant\].*\[user\]two' "$T/turns.json" || { echo "FAILED the chat forgot its first turn"; FAILED=$((FAILED + 1)); }
 cp "$T/good.pare" "$T/exists.pare"
 OUT="$T/out"
 refuse "export over an existing file" 2 "exist" "$PARE" export "$T/good" --to compact --codec f32 --out "$T/exists.pare"

@@ -1,9 +1,12 @@
 // Broken and unsupported tokenizer.json: always an error that names the place, never a crash.
 #include <gtest/gtest.h>
 
+#include <fstream>
+
 #include "core/error.h"
 #include "core/tokenizer.h"
 #include "core/tokenizer_regex.h"
+#include "tests/scratch.h"
 
 namespace pare {
 namespace {
@@ -28,9 +31,26 @@ std::string message_of(const std::string& text) {
 }
 std::string message_of(const Json& json) { return message_of(json.dump()); }
 
-testing::AssertionResult contains(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos ? testing::AssertionSuccess()
-                                              : testing::AssertionFailure() << "\"" << part << "\" is not in: " << text;
+::testing::AssertionResult contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos ? ::testing::AssertionSuccess()
+                                              : ::testing::AssertionFailure() << "\"" << part << "\" is not in: " << text;
+}
+
+TEST(TokenizerErrors, SentencepieceFilesAloneAreNamed) {
+  const testing::Scratch scratch;
+  std::ofstream(scratch / "tokenizer.model") << "\n\x0f";
+  for (const char* name : {"tokenizer.json", "tokenizer.model"}) {
+    try {
+      Tokenizer::from_file(scratch / name);
+      ADD_FAILURE() << name;
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ExitCode::kInput);
+      EXPECT_TRUE(contains(error.what(), "only sentencepiece's tokenizer.model")) << name;
+      EXPECT_TRUE(contains(error.what(), "save_pretrained")) << name;
+    }
+  }
+  std::ofstream(scratch / "tokenizer.json") << minimal().dump();  // beside it, the file that can be read is read
+  EXPECT_EQ(Tokenizer::from_file(scratch / "tokenizer.json").id("ab"), 2);
 }
 
 TEST(TokenizerErrors, TheMinimalFileLoads) {

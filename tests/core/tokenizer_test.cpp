@@ -72,7 +72,8 @@ TEST_P(Golden, StreamingDecodesAnyIds) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Fixtures, Golden,
-                         ::testing::Values("gpt2", "smollm", "llama3", "qwen2", "llama2", "mistral", "gemma"),
+                         ::testing::Values("gpt2", "smollm", "llama3", "qwen2", "llama2", "mistral", "gemma",
+                                           "deepseek"),
                          [](const auto& fixture) { return fixture.param; });
 
 // The definition: join the pair of lowest rank, leftmost first, until none is left.

@@ -78,11 +78,12 @@ VARIANTS = {
     "gemma": (False, dict(normalizer={"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
                           pre_tokenizer=split(" ", "MergedWithPrevious", literal=True), post_processor=BOS,
                           decoder={"type": "Sequence", "decoders": SPM_DECODER["decoders"][:3]})),
+    # Stands in for DeepSeek-V3's file: digits, CJK runs and the rest are split apart, one after the other.
+    "deepseek": (True, dict(pre_tokenizer=seq(split(r"\p{N}{1,3}"), split(r"[一-龥぀-ゟ゠-ヿ]+"), split(DEEPSEEK), BYTES))),
 }
 EXTRA = {
     "cl100k": (True, dict(pre_tokenizer=seq(split(CL100K, "Removed", True), BYTES))),
     "o200k": (True, dict(pre_tokenizer=seq(split(O200K), BYTES), ignore_merges=True)),
-    "deepseek": (True, dict(pre_tokenizer=seq(split(r"\p{N}{1,3}"), split(r"[一-龥぀-ゟ゠-ヿ]+"), split(DEEPSEEK), BYTES))),
     "prefix": (True, dict(pre_tokenizer=dict(GPT2, add_prefix_space=True))),
     "contiguous": (True, dict(pre_tokenizer=seq(split(r"\s|\p{L}", "Contiguous"), BYTES))),
     "previous": (True, dict(pre_tokenizer=seq(split(r"[ \n]", "MergedWithPrevious"), BYTES))),

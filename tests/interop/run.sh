@@ -36,4 +36,10 @@ check "families" "$PYTHON" "$HERE/families.py" "$BUILD"
 check "trained tokenizer" "$PYTHON" "$HERE/tokenizers_train.py" "$BUILD/pare" "$ROOT/README.md" --vocab-size 600
 check "tokenizers" "$PYTHON" "$HERE/tokenizers_fuzz.py" "$BUILD/pare" "$ROOT"/tests/golden/tokenizers/*.json \
   "$ROOT/examples/teacher/tokenizer.json" --count 1000
+if [ -n "${PARE_CHAT_TEMPLATES:-}" ]; then
+  check "chat templates" "$PYTHON" "$HERE/chat_templates.py" "$BUILD/tests/render_chat" "$PARE_CHAT_TEMPLATES"/*.jinja \
+    --mutate 500
+else
+  echo "SKIPPED chat templates: name a folder of published *.jinja files in PARE_CHAT_TEMPLATES"
+fi
 exit $FAILED

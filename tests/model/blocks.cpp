@@ -127,7 +127,7 @@ TEST_F(BlocksTest, StatisticsAreSumsOverTheModelsOwnInputs) {
   for (const auto& [key, input] : plain.statistics) {
     EXPECT_EQ(input.tokens, 11 * 19);
     const torch::Tensor expected = sums[key] / static_cast<double>(input.tokens);
-    const torch::Tensor found = torch::tensor(input.hessian, torch::kDouble).view({input.columns, input.columns});
+    const torch::Tensor found = torch::tensor(input.hessian.doubles(), torch::kDouble).view({input.columns, input.columns});
     EXPECT_LT((found - expected).abs().max().item<double>(), 1e-5 * expected.abs().max().item<double>());
     EXPECT_TRUE(torch::equal(found, found.t()));
     for (std::int64_t j = 0; j < input.columns; ++j) {
@@ -175,8 +175,8 @@ TEST_F(BlocksTest, ReplacedWeightsReachEveryLaterInput) {
     const auto as_matrix = [&](const std::vector<double>& values) {
       return torch::tensor(values, torch::kDouble).view({input.columns, input.columns}) * static_cast<double>(input.tokens);
     };
-    EXPECT_LT((as_matrix(input.hessian) - own[key]).abs().max().item<double>(), 1e-4 * own[key].abs().max().item<double>());
-    EXPECT_LT((as_matrix(input.cross) - cross[key]).abs().max().item<double>(), 1e-4 * own[key].abs().max().item<double>());
+    EXPECT_LT((as_matrix(input.hessian.doubles()) - own[key]).abs().max().item<double>(), 1e-4 * own[key].abs().max().item<double>());
+    EXPECT_LT((as_matrix(input.cross.doubles()) - cross[key]).abs().max().item<double>(), 1e-4 * own[key].abs().max().item<double>());
   }
   EXPECT_GT(changed.drifts.back(), 0.01);
 }
@@ -196,6 +196,40 @@ TEST_F(BlocksTest, SameBitsAtAnyThreadCount) {
   const Recorder three = walk(folder_, windows, with_hessian(3), Recorder(true));
   for (const auto& [key, input] : one.statistics) EXPECT_EQ(input.hessian, three.statistics.at(key).hessian);
   EXPECT_EQ(one.drifts, three.drifts);
+}
+
+TEST_F(BlocksTest, ActivationsInAFileChangeNoBitAndLeaveNothing) {
+  const CalibrationWindows windows = random_windows(80, 19, 16, 8);
+  const Recorder memory = walk(folder_, windows, with_hessian(2), Recorder(true));
+  const fs::path folder = folder_ / "spill";
+  fs::create_directories(folder);
+  WalkOptions options = with_hessian(2);
+  options.spill = folder;
+  const Recorder file = walk(folder_, windows, options, Recorder(true));
+  for (const auto& [key, input] : memory.statistics) EXPECT_EQ(input.hessian, file.statistics.at(key).hessian);
+  EXPECT_EQ(memory.drifts, file.drifts);
+  EXPECT_TRUE(fs::is_empty(folder));
+  options.spill = folder_ / "nowhere";
+  EXPECT_THROW(walk(folder_, windows, options, Recorder()), Error);
+}
+
+TEST_F(BlocksTest, WideInputsHaveStatisticsInFloats) {
+  const CalibrationWindows windows = random_windows(80, 11, 19, 5);
+  const Recorder exact = walk(folder_, windows, with_hessian(2), Recorder());
+  WalkOptions options = with_hessian(2);
+  options.widest_double = 32;
+  const Recorder found = walk(folder_, windows, options, Recorder());
+  int narrow = 0;
+  for (const auto& [key, input] : found.statistics) {
+    EXPECT_EQ(input.hessian.single(), input.columns > 32);
+    narrow += input.hessian.single() ? 1 : 0;
+    double largest = 0;
+    for (double value : exact.statistics.at(key).mean_square) largest = std::max(largest, value);
+    for (std::size_t i = 0; i < static_cast<std::size_t>(input.columns * input.columns); ++i) {
+      ASSERT_NEAR(input.hessian[i], exact.statistics.at(key).hessian[i], 1e-6 * largest);
+    }
+  }
+  EXPECT_GT(narrow, 0);
 }
 
 TEST_F(BlocksTest, TheFirstTokenIsCapped) {

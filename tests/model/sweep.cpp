@@ -80,7 +80,7 @@ TEST(Factor, InverseOfTheDampedHessianIsUTransposedU) {
   for (bool ordered : {false, true}) {
     const std::int64_t n = 150;
     std::vector<double> h = random_hessian(random, n, 400);
-    const SweepFactor factor = factor_hessian(h, n, {0.01, ordered}, "h", 2);
+    const SweepFactor factor = factor_hessian(SquareMatrix(h), n, {0.01, ordered}, "h", 2);
     EXPECT_EQ(factor.damping, 0.01);
     Eigen::MatrixXd damped(n, n), u(n, n);
     double mean = 0;
@@ -104,26 +104,99 @@ TEST(Factor, InverseOfTheDampedHessianIsUTransposedU) {
   }
 }
 
+// Several block columns of the inversion, the last of them ragged, in both precisions.
+TEST(Factor, FloatsGiveNearlyTheFactorOfDoubles) {
+  std::mt19937_64 random(4);
+  const std::int64_t n = 333;
+  const std::vector<float> x = normal(random, 900 * n);
+  SquareMatrix wide(n, n), narrow(n, n - 1);
+  ASSERT_FALSE(wide.single());
+  ASSERT_TRUE(narrow.single());
+  for (SquareMatrix* matrix : {&wide, &narrow}) {
+    matrix->visit([&](auto* sum) {
+      add_gram(x.data(), x.data(), 900, n, sum, 2);
+      mirror_upper(sum, n);
+    });
+  }
+  const SweepFactor exact = factor_hessian(wide, n, {0.01, true}, "h", 2), near = factor_hessian(narrow, n, {0.01, true}, "h", 1);
+  EXPECT_TRUE(near.u.single());
+  EXPECT_EQ(exact.order, near.order);
+  Eigen::MatrixXd damped(n, n), u(n, n);
+  double difference = 0, size = 0, mean = 0;
+  for (std::int64_t i = 0; i < n; ++i) mean += wide[static_cast<std::size_t>(i * n + i)] / static_cast<double>(n);
+  for (std::int64_t i = 0; i < n; ++i) {
+    for (std::int64_t j = 0; j < n; ++j) {
+      const std::size_t at = static_cast<std::size_t>(i * n + j);
+      u(i, j) = exact.u[at];
+      damped(i, j) = wide[static_cast<std::size_t>(exact.order[static_cast<std::size_t>(i)] * n +
+                                                   exact.order[static_cast<std::size_t>(j)])];
+      difference += (exact.u[at] - near.u[at]) * (exact.u[at] - near.u[at]);
+      size += exact.u[at] * exact.u[at];
+    }
+    damped(i, i) += 0.01 * mean;
+  }
+  EXPECT_LT((damped * u.transpose() * u - Eigen::MatrixXd::Identity(n, n)).norm(), 1e-9 * std::sqrt(static_cast<double>(n)));
+  EXPECT_LT(std::sqrt(difference / size), 1e-4);
+}
+
+TEST(Rows, ProductsAndErrorsEqualBruteForceInBothPrecisions) {
+  std::mt19937_64 random(5);
+  const std::int64_t rows = 37, n = 35;
+  const std::vector<float> a = normal(random, rows * n), b = normal(random, rows * n);
+  const std::vector<double> h = random_hessian(random, n, 90);
+  const std::vector<float> narrow(h.begin(), h.end());
+  std::vector<double> found(static_cast<std::size_t>(rows * n)), found_narrow = found;
+  const auto into = [&](std::vector<double>& out) {
+    return [&out, n](RowTile tile, const double* products) {
+      for (std::int64_t r = 0; r < tile.count; ++r) {
+        for (std::int64_t j = 0; j < n; ++j) {
+          out[static_cast<std::size_t>((tile.first + r) * n + j)] = products[j * kSweepRows + r];
+        }
+      }
+    };
+  };
+  row_products(a.data(), b.data(), rows, n, h.data(), 2, into(found));
+  row_products(a.data(), b.data(), rows, n, narrow.data(), 2, into(found_narrow));
+  const std::vector<double> errors = row_errors(a.data(), b.data(), rows, n, h.data(), 1);
+  const std::vector<double> errors_narrow = row_errors(a.data(), b.data(), rows, n, narrow.data(), 1);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    double error = 0;
+    for (std::int64_t i = 0; i < n; ++i) {
+      double sum = 0;
+      for (std::int64_t j = 0; j < n; ++j) {
+        const std::size_t at = static_cast<std::size_t>(r * n + j);
+        sum += h[static_cast<std::size_t>(i * n + j)] * (static_cast<double>(a[at]) - static_cast<double>(b[at]));
+      }
+      const std::size_t at = static_cast<std::size_t>(r * n + i);
+      ASSERT_NEAR(found[at], sum, 1e-9 * (1 + std::fabs(sum)));
+      ASSERT_NEAR(found_narrow[at], sum, 1e-3);
+      error += sum * (static_cast<double>(a[at]) - static_cast<double>(b[at]));
+    }
+    EXPECT_NEAR(errors[static_cast<std::size_t>(r)], error, 1e-9 * error);
+    EXPECT_NEAR(errors_narrow[static_cast<std::size_t>(r)], error, 1e-4 * error);
+  }
+}
+
 TEST(Factor, DampingGrowsUntilTheHessianIsDefinite) {
   // Indefinite as statistics can become through rounding, here grossly: eigenvalues 3.5 and -1.5.
   const std::vector<double> h = {1, 2.5, 2.5, 1};
-  const SweepFactor factor = factor_hessian(h, 2, {0.01, true}, "h", 1);
+  const SweepFactor factor = factor_hessian(SquareMatrix(h), 2, {0.01, true}, "h", 1);
   EXPECT_NEAR(factor.damping, 10.0, 1e-9);
   const std::vector<double> hopeless = {1, 200, 200, 1};
-  EXPECT_THROW(factor_hessian(hopeless, 2, {0.01, true}, "h", 1), Error);
+  EXPECT_THROW(factor_hessian(SquareMatrix(hopeless), 2, {0.01, true}, "h", 1), Error);
   const std::vector<double> nan = {1, NAN, NAN, 1};
-  EXPECT_THROW(factor_hessian(nan, 2, {0.01, true}, "h", 1), Error);
+  EXPECT_THROW(factor_hessian(SquareMatrix(nan), 2, {0.01, true}, "h", 1), Error);
 }
 
 TEST(Factor, DeadColumnsAreMarkedAndTouchNothing) {
   const std::vector<double> h = {2, 0, 1, 0, 0, 0, 1, 0, 3};
-  const SweepFactor factor = factor_hessian(h, 3, {0.01, true}, "h", 1);
+  const SweepFactor factor = factor_hessian(SquareMatrix(h), 3, {0.01, true}, "h", 1);
   EXPECT_EQ(factor.dead, (std::vector<std::uint8_t>{0, 1, 0}));
   EXPECT_EQ(factor.order, (std::vector<std::int64_t>{2, 0, 1}));
   EXPECT_EQ(factor.u[0 * 3 + 2], 0.0);
   EXPECT_EQ(factor.u[1 * 3 + 2], 0.0);
   const std::vector<double> nothing(9, 0.0);
-  EXPECT_EQ(factor_hessian(nothing, 3, {0.01, true}, "h", 1).dead, (std::vector<std::uint8_t>{1, 1, 1}));
+  EXPECT_EQ(factor_hessian(SquareMatrix(nothing), 3, {0.01, true}, "h", 1).dead, (std::vector<std::uint8_t>{1, 1, 1}));
 }
 
 // Rounds to a grid of step 0.25 and records what it saw.
@@ -191,7 +264,7 @@ TEST(Sweep, EqualsTheLiteralAlgorithm) {
         for (std::int64_t j = 0; j < n; ++j) h[static_cast<std::size_t>(dead * n + j)] = h[static_cast<std::size_t>(j * n + dead)] = 0;
       }
       const std::vector<float> weight = normal(random, rows * n);
-      const SweepFactor factor = factor_hessian(h, n, {0.01, ordered}, "h", 2);
+      const SweepFactor factor = factor_hessian(SquareMatrix(h), n, {0.01, ordered}, "h", 2);
       GridRule rule;
       rule.cols = n;
       rule.out.resize(weight.size());

@@ -97,7 +97,7 @@ TEST(Gptq, EqualsTheLiteralAlgorithmCodeForCode) {
     const QuantizedTensor nearest = round_to_nearest(w.data(), c.rows, c.cols, Codec::parse(c.codec, "t"),
                                                      ScaleRule::kSearched, {h.data(), diag.data()}, "w", 2);
     for (bool ordered : {true, false}) {
-      const SweepFactor factor = factor_hessian(h, c.cols, {0.01, ordered}, "w", 2);
+      const SweepFactor factor = factor_hessian(SquareMatrix(h), c.cols, {0.01, ordered}, "w", 2);
       const GptqResult result = gptq(w.data(), nearest, h.data(), factor, c.pruned, 2);
       const std::vector<std::int8_t> literal = literal_gptq(w, nearest, h, factor.order, c.pruned);
       double nearest_error = 0, literal_error = 0, best_error = 0;
@@ -135,7 +135,7 @@ TEST(Gptq, PrunedWeightsStayExactlyZeroAndTheRestCompensates) {
     const std::vector<double> h = random_hessian(random, 128, 400);
     const QuantizedTensor nearest = round_to_nearest(w.data(), 30, 128, Codec::parse(codec, "t"), ScaleRule::kSearched,
                                                      {h.data(), nullptr}, "w", 1);
-    const SweepFactor factor = factor_hessian(h, 128, {}, "w", 1);
+    const SweepFactor factor = factor_hessian(SquareMatrix(h), 128, {}, "w", 1);
     const GptqResult result = gptq(w.data(), nearest, h.data(), factor, true, 1);
     std::vector<float> back(w.size());
     result.tensor.unpack(back.data());
@@ -165,7 +165,7 @@ TEST(Gptq, LiesBetweenTheExhaustiveOptimumAndNearest) {
     }
     const QuantizedTensor nearest =
         round_to_nearest(w.data(), 1, 32, Codec::parse("q4", "t"), ScaleRule::kAbsmax, {}, "w", 1);
-    const SweepFactor factor = factor_hessian(h, 32, {1e-6, true}, "w", 1);
+    const SweepFactor factor = factor_hessian(SquareMatrix(h), 32, {1e-6, true}, "w", 1);
     const GptqResult result = gptq(w.data(), nearest, h.data(), factor, false, 1);
     const double scale = static_cast<double>(f16_to_f32(nearest.scales[0]));
     double best = std::numeric_limits<double>::infinity();
@@ -199,7 +199,7 @@ TEST(Polish, EndsWhereNoSingleCodeCanBeImproved) {
       h[static_cast<std::size_t>(7 * cols + j)] = h[static_cast<std::size_t>(j * cols + 7)] = 0;
     const QuantizedTensor nearest = round_to_nearest(w.data(), rows, cols, Codec::parse(codec, "t"),
                                                      ScaleRule::kSearched, {h.data(), nullptr}, "w", 1);
-    GptqResult result = gptq(w.data(), nearest, h.data(), factor_hessian(h, cols, {}, "w", 1), true, 1);
+    GptqResult result = gptq(w.data(), nearest, h.data(), factor_hessian(SquareMatrix(h), cols, {}, "w", 1), true, 1);
     QuantizedTensor twice = result.tensor;
     const double error = polish(w.data(), result.tensor, h.data(), true, 100, 2);
     EXPECT_LT(error, result.error) << codec;
@@ -242,8 +242,8 @@ TEST(Gptq, SameBitsAtAnyThreadCount) {
   const std::vector<double> h = random_hessian(random, 160, 400);
   const QuantizedTensor nearest =
       round_to_nearest(w.data(), 100, 160, Codec::parse("q4", "t"), ScaleRule::kSearched, {h.data(), nullptr}, "w", 1);
-  const GptqResult one = gptq(w.data(), nearest, h.data(), factor_hessian(h, 160, {}, "w", 1), false, 1);
-  const GptqResult three = gptq(w.data(), nearest, h.data(), factor_hessian(h, 160, {}, "w", 3), false, 3);
+  const GptqResult one = gptq(w.data(), nearest, h.data(), factor_hessian(SquareMatrix(h), 160, {}, "w", 1), false, 1);
+  const GptqResult three = gptq(w.data(), nearest, h.data(), factor_hessian(SquareMatrix(h), 160, {}, "w", 3), false, 3);
   EXPECT_EQ(one.tensor.codes, three.tensor.codes);
   EXPECT_EQ(one.error, three.error);
 }

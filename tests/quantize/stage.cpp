@@ -203,6 +203,44 @@ TEST(QuantizeStage, RefusalsNameTheProblemAndLeaveNothing) {
   EXPECT_FALSE(fs::exists(scratch / "twice.partial"));
 }
 
+TEST(QuantizeStage, MaxRamMovesActivationsToAFileOrRefuses) {
+  ScratchFolder scratch;
+  write_tiny(scratch / "in", tiny_config());
+  Json given = {{"model", (scratch / "in").string()}, {"out", (scratch / "out").string()}, {"random-tokens", true},
+                {"samples", 200}, {"context", 64}};
+  const Command command = quantize_command();
+  const auto planned = [&] {
+    return command.plan(Options(command.options, given, "test"), planned_model(Checkpoint(scratch / "in")));
+  };
+  const StagePlan roomy = planned();
+  given["max-ram"] = std::to_string(roomy.peak_bytes);
+  EXPECT_EQ(planned().peak_bytes, roomy.peak_bytes);
+  const std::uint64_t activations = 2 * 200 * 64 * 64 * 4;
+  given["max-ram"] = std::to_string(roomy.peak_bytes - activations);
+  const StagePlan tight = planned();
+  EXPECT_EQ(tight.peak_bytes, roomy.peak_bytes - activations);
+  EXPECT_NE(std::find_if(tight.notes.begin(), tight.notes.end(),
+                         [](const std::string& note) { return note.find("HDF5") != std::string::npos; }),
+            tight.notes.end());
+  given["samples"] = 40;
+  given["max-ram"] = std::to_string(roomy.peak_bytes - activations);
+  run_quantize(given);
+  const auto weights = [&] { return hash_file(scratch / "out" / "model.safetensors") + hash_file(scratch / "out" / "codes.pare"); };
+  const std::string spilled = weights();
+  fs::remove_all(scratch / "out");
+  given.erase("max-ram");
+  run_quantize(given);
+  EXPECT_EQ(weights(), spilled);
+
+  given["out"] = (scratch / "no").string();
+  given["max-ram"] = "100M";
+  EXPECT_EQ(refused(given).code(), ExitCode::kResources);
+  given["max-ram"] = "much";
+  EXPECT_EQ(refused(given).code(), ExitCode::kUsage);
+  EXPECT_FALSE(fs::exists(scratch / "no"));
+  EXPECT_FALSE(fs::exists(scratch / "no.partial"));
+}
+
 TEST(QuantizeStage, AnotherCommandDoesNotContinueAnUnfinishedRun) {
   ScratchFolder scratch;
   const std::string in = (scratch / "in").string(), out = (scratch / "out").string();

@@ -1,0 +1,112 @@
+// `pare run --chat`: every turn is rendered from the whole conversation, as the model's template asks; what the
+// session already holds is not computed again.
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <ctime>
+#include <iostream>
+
+#include "core/chat_template.h"
+#include "core/error.h"
+#include "runtime/verbs/generate.h"
+
+namespace pare {
+namespace {
+
+std::tm local_time() {
+  const std::time_t seconds = std::time(nullptr);
+  std::tm now{};
+  localtime_r(&seconds, &now);
+  return now;
+}
+
+Json message(const char* role, const std::string& content) { return {{"role", role}, {"content", content}}; }
+
+class Chat {
+ public:
+  Chat(const std::shared_ptr<const Engine>& engine, Sampler& sampler, const Options& options, Context& context)
+      : engine_(*engine),
+        template_(ChatTemplate::find([&](const std::string& name) { return engine_.file().embedded(name); },
+                                     engine_.file().path().string())),
+        sampler_(sampler),
+        context_(context),
+        session_(engine),
+        limit_(options.get<std::int64_t>("tokens")),
+        ends_(engine_.config().eos_ids) {
+    // Some models end a turn with a token that only the tokenizer's configuration names.
+    if (const std::int32_t id = engine_.tokenizer().id(template_.special_token("eos_token")); id >= 0)
+      ends_.push_back(id);
+    if (options.has("system")) messages_.push_back(message("system", options.get<std::string>("system")));
+  }
+
+  void turn(const std::string& text) {
+    messages_.push_back(message("user", text));
+    const std::string prompt = template_.render(messages_, true, local_time());
+    // The template writes the special tokens itself, the one that begins a text too.
+    const std::vector<std::int32_t> ids = engine_.tokenizer().encode(prompt, false, true);
+    if (ids.empty()) throw input_error("chat", "a conversation that gives at least one token", "none");
+    const std::int64_t room = engine_.config().max_position_embeddings;
+    if (static_cast<std::int64_t>(ids.size()) > room)
+      throw input_error("chat", fmt::format("a conversation of at most {} tokens", room),
+                        std::to_string(ids.size()), "begin a new one");
+    std::size_t reused = held_.size();
+    if (reused >= ids.size() || !std::equal(held_.begin(), held_.end(), ids.begin())) {
+      session_.reset();
+      reused = 0;
+    }
+    StreamDecoder decoder(engine_.tokenizer());
+    for (const std::int32_t id : ids) decoder.push(id);
+    const Generation made =
+        generate(session_, engine_, sampler_, decoder, std::span(ids).subspan(reused), limit_, ends_,
+                 [this](const std::string& piece) { print_piece(context_, piece); });
+    print_piece(context_, "\n");
+    held_ = ids;
+    held_.insert(held_.end(), made.ids.begin(), made.ids.begin() + static_cast<std::ptrdiff_t>(made.decoded));
+    messages_.push_back(message("assistant", made.text));
+    print_speed(made, engine_, context_, fmt::format("{} tokens kept from before", reused));
+    turns_.push_back({{"prompt", prompt},
+                      {"prompt_ids", ids},
+                      {"reused_tokens", reused},
+                      {"text", made.text},
+                      {"ids", made.ids},
+                      {"stop", made.stop}});
+  }
+
+  Json result() const { return {{"messages", messages_}, {"turns", turns_}, {"seed", context_.seed}}; }
+
+ private:
+  const Engine& engine_;
+  const ChatTemplate template_;
+  Sampler& sampler_;
+  Context& context_;
+  Session session_;
+  const std::int64_t limit_;
+  std::vector<std::int64_t> ends_;
+  std::vector<std::int32_t> held_;  // what the session has been fed
+  Json messages_ = Json::array(), turns_ = Json::array();
+};
+
+}  // namespace
+
+Json run_chat(const std::shared_ptr<const Engine>& engine, Sampler& sampler, const Options& options, Context& context) {
+  Chat chat(engine, sampler, options, context);
+  if (const std::string prompt = options.get<std::string>("prompt"); !prompt.empty()) {
+    chat.turn(prompt);
+    return chat.result();
+  }
+  const bool ask = isatty(0) != 0 && !context.quiet;
+  if (ask) std::fputs("one line a turn; end with Ctrl-D\n", stderr);
+  std::string line;
+  while (ask && std::fputs("> ", stderr), std::getline(std::cin, line)) {
+    throw_if_interrupted("run", "");
+    if (!line.empty() && line.back() == '\r') line.pop_back();
+    if (!line.empty()) chat.turn(line);
+  }
+  throw_if_interrupted("run", "");
+  if (ask) std::fputs("\n", stderr);
+  return chat.result();
+}
+
+}  // namespace pare
