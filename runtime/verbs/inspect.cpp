@@ -150,8 +150,10 @@ std::string human(const Json& result) {
     }
   }
   text += "\n" + table(result["tensors"]);
-  if (result.contains("report") && !result["report"].empty())
-    text += "\n\nreport\n" + Report::from_json(result["report"], "report").table();
+  if (!result.contains("report") || result["report"].empty()) return text;
+  const Json& report = result["report"];  // of a whole run: the rows beside its key
+  const Json& rows = report.is_object() && report.contains("rows") ? report["rows"] : report;
+  text += "\n\nreport\n" + Report::from_json(rows, "report").table();
   return text;
 }
 

@@ -9,6 +9,7 @@
 #include "core/compact.h"
 #include "core/corpus.h"
 #include "fake_tools.h"
+#include "runtime/verbs/cli.h"
 #include "tiny_model.h"
 
 namespace pare {
@@ -64,6 +65,10 @@ TEST_F(RealRun, DefaultRecipeGivesAFileThatComputesWhatTheFolderSays) {
   EXPECT_LT(figure("compact file", "bits_per_weight"), 12);
   EXPECT_DOUBLE_EQ(figure("compact file", "file_bytes"),
                    static_cast<double>(fs::file_size(scratch.path() / "out/model.pare")));
+  const Command inspect = inspect_command();  // reads the run's rows out of the file
+  const Json seen =
+      inspect.run(Options(inspect.options, {{"path", (scratch.path() / "out/model.pare").string()}}, "test"), context);
+  EXPECT_FALSE(seen.at("report").at("rows").empty());
   // Codes in the file are those of the folder.
   const Checkpoint folder_model(scratch.path() / "out/model");
   for (const auto& tensor : file.tensors())
