@@ -33,6 +33,15 @@ chat::Pairs special_tokens(const Json& config, const Json& map) {
   return out;
 }
 
+using FileText = std::function<std::optional<std::string>(const std::string&)>;
+
+Json json_file(const FileText& file, const std::string& name, const std::string& place) {
+  const auto text = file(name);
+  Json json = text ? parse_json(*text, place + ": " + name) : Json::object();
+  if (!json.is_object()) throw input_error(place + ": " + name, "a JSON object", json.type_name());
+  return json;
+}
+
 std::string named_template(const Json& list, const std::string& place) {
   std::string names;
   for (const Json& entry : list) {
@@ -48,33 +57,27 @@ std::string named_template(const Json& list, const std::string& place) {
 
 }  // namespace
 
-ChatTemplate ChatTemplate::find(const std::function<std::optional<std::string>(const std::string&)>& file,
-                                const std::string& place) {
-  const auto json_file = [&](const std::string& name) {
-    const auto text = file(name);
-    const Json json = text ? parse_json(*text, place + ": " + name) : Json::object();
-    if (!json.is_object()) throw input_error(place + ": " + name, "a JSON object", json.type_name());
-    return json;
-  };
-  const std::string config_place = place + ": tokenizer_config.json";
-  const Json config = json_file("tokenizer_config.json");
+std::optional<ChatTemplate::Source> ChatTemplate::source(const FileText& file, const std::string& place) {
+  if (auto text = file("chat_template.jinja")) return Source{std::move(*text), place + ": chat_template.jinja"};
+  const Json config = json_file(file, "tokenizer_config.json", place);
+  if (!config.contains("chat_template") || config["chat_template"].is_null()) return std::nullopt;
+  const Json& given = config["chat_template"];
+  const std::string there = place + ": tokenizer_config.json: chat_template";
+  if (given.is_string()) return Source{given.get<std::string>(), there};
+  if (given.is_array()) return Source{named_template(given, there), there};
+  throw input_error(there, "a text or a list of named templates", given.type_name());
+}
 
-  std::string source_place = place + ": chat_template.jinja";
-  std::optional<std::string> source = file("chat_template.jinja");
-  if (!source && config.contains("chat_template") && !config["chat_template"].is_null()) {
-    const Json& given = config["chat_template"];
-    source_place = config_place + ": chat_template";
-    if (given.is_string()) source = given.get<std::string>();
-    else if (given.is_array()) source = named_template(given, source_place);
-    else throw input_error(source_place, "a text or a list of named templates", given.type_name());
-  }
-  if (!source)
+ChatTemplate ChatTemplate::find(const FileText& file, const std::string& place) {
+  const std::optional<Source> found = source(file, place);
+  if (!found)
     throw input_error(place, "a chat template (chat_template.jinja, or chat_template in tokenizer_config.json)", "none",
                       "models that were not tuned for chat have none; run it without --chat");
   auto program = std::make_shared<chat::Program>();
-  program->body = chat::parse(*source, source_place);
-  program->place = source_place;
-  program->special_tokens = special_tokens(config, json_file("special_tokens_map.json"));
+  program->body = chat::parse(found->text, found->place);
+  program->place = found->place;
+  program->special_tokens = special_tokens(json_file(file, "tokenizer_config.json", place),
+                                           json_file(file, "special_tokens_map.json", place));
   ChatTemplate out;
   out.program_ = std::move(program);
   return out;

@@ -26,6 +26,12 @@ class ChatTemplate {
   static ChatTemplate find(const std::function<std::optional<std::string>(const std::string&)>& file,
                            const std::string& place);
   static ChatTemplate parse(std::string_view source, const std::string& place);
+  // The text that find() takes and the place it stands at; nothing where the model has no template.
+  struct Source {
+    std::string text, place;
+  };
+  static std::optional<Source> source(const std::function<std::optional<std::string>(const std::string&)>& file,
+                                      const std::string& place);
 
   // messages: [{"role", "content", ...}]; `more` adds or replaces variables (bos_token, tools, enable_thinking, ...).
   // `now`: what strftime_now() prints. Errors: exit 3 with the line of the template, also where the template itself

@@ -58,7 +58,9 @@ class Bytes {
   std::string text_;
 };
 
-std::uint64_t aligned(std::uint64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+std::uint64_t aligned(std::uint64_t bytes) {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
 
 float minimum(const QuantizedTensor& tensor, std::size_t group) {
   return -static_cast<float>(tensor.zeros[group]) * f16_to_f32(tensor.scales[group]);
@@ -68,12 +70,18 @@ float minimum(const QuantizedTensor& tensor, std::size_t group) {
 
 const char* ggml_type_name(GgmlType type) {
   switch (type) {
-    case GgmlType::kF32: return "F32";
-    case GgmlType::kF16: return "F16";
-    case GgmlType::kQ4_0: return "Q4_0";
-    case GgmlType::kQ4_1: return "Q4_1";
-    case GgmlType::kQ8_0: return "Q8_0";
-    case GgmlType::kBF16: return "BF16";
+    case GgmlType::kF32:
+      return "F32";
+    case GgmlType::kF16:
+      return "F16";
+    case GgmlType::kQ4_0:
+      return "Q4_0";
+    case GgmlType::kQ4_1:
+      return "Q4_1";
+    case GgmlType::kQ8_0:
+      return "Q8_0";
+    case GgmlType::kBF16:
+      return "BF16";
   }
   throw std::logic_error("ggml type");
 }
@@ -85,11 +93,17 @@ std::int64_t ggml_block_values(GgmlType type) {
 std::uint64_t ggml_bytes(GgmlType type, std::int64_t values) {
   const auto blocks = static_cast<std::uint64_t>(values / ggml_block_values(type));
   switch (type) {
-    case GgmlType::kF32: return blocks * 4;
-    case GgmlType::kF16: case GgmlType::kBF16: return blocks * 2;
-    case GgmlType::kQ4_0: return blocks * 18;
-    case GgmlType::kQ4_1: return blocks * 20;
-    case GgmlType::kQ8_0: return blocks * 34;
+    case GgmlType::kF32:
+      return blocks * 4;
+    case GgmlType::kF16:
+    case GgmlType::kBF16:
+      return blocks * 2;
+    case GgmlType::kQ4_0:
+      return blocks * 18;
+    case GgmlType::kQ4_1:
+      return blocks * 20;
+    case GgmlType::kQ8_0:
+      return blocks * 34;
   }
   throw std::logic_error("ggml type");
 }
@@ -148,7 +162,8 @@ void GgufWriter::write(std::span<const std::byte> bytes) {
 }
 
 void GgufWriter::finish() {
-  if (current_ != tensors_.size()) throw std::logic_error("GgufWriter: bytes of " + tensors_[current_].name + " are missing");
+  if (current_ != tensors_.size())
+    throw std::logic_error("GgufWriter: bytes of " + tensors_[current_].name + " are missing");
   file_.commit();
 }
 

@@ -17,12 +17,12 @@ using GgufValue = std::variant<std::uint32_t, std::int32_t, float, bool, std::st
                                std::vector<std::int32_t>, std::vector<float>>;
 
 enum class GgmlType : std::uint32_t { kF32 = 0, kF16 = 1, kQ4_0 = 2, kQ4_1 = 3, kQ8_0 = 8, kBF16 = 30 };
-const char* ggml_type_name(GgmlType type);            // "Q4_0"
-std::int64_t ggml_block_values(GgmlType type);        // values of a block: 1 or 32
+const char* ggml_type_name(GgmlType type);      // "Q4_0"
+std::int64_t ggml_block_values(GgmlType type);  // values of a block: 1 or 32
 std::uint64_t ggml_bytes(GgmlType type, std::int64_t values);
 
 struct GgufTensor {
-  std::string name;                 // at most 63 bytes
+  std::string name;  // at most 63 bytes
   GgmlType type;
   std::vector<std::int64_t> shape;  // row-major as everywhere here: [rows, columns]; the file holds it reversed
   std::uint64_t bytes() const;

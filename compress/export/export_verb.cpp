@@ -19,7 +19,7 @@ Json run_gguf(const Options& options, Context& context) {
                       "remove it or choose another --out");
   const Checkpoint checkpoint(options.get<std::string>("model"));
   const GgufPlan plan = plan_gguf(checkpoint, chosen);
-  export_gguf(checkpoint, chosen, context);
+  export_gguf(checkpoint, plan, chosen.out, context);
   context.print(context.report.table());
   return {{"out", chosen.out.string()},
           {"file_bytes", fs::file_size(chosen.out)},

@@ -1,6 +1,7 @@
 #include "compress/export/gguf_export.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <map>
 
@@ -33,23 +34,27 @@ const Architecture& architecture(const ModelConfig& config, const std::string& p
           "heads x head_dim equal to hidden_size, which llama.cpp's " + std::string(row.name) + " takes for granted",
           std::to_string(config.num_heads * config.head_dim) + " and " + std::to_string(config.hidden_size));
     if (config.sliding_window > 0 && config.sliding_window < config.max_position_embeddings)
-      throw input_error(place,
-                        "attention without a window, which llama.cpp's " + std::string(row.name) + " does not compute",
-                        "a sliding window of " + std::to_string(config.sliding_window) + " positions",
-                        "--to compact keeps it");
+      throw input_error(
+          place, "attention without a window, which llama.cpp's " + std::string(row.name) + " does not compute",
+          "a sliding window of " + std::to_string(config.sliding_window) + " positions", "--to compact keeps it");
     return row;
   }
   throw input_error(place, "a family that can be written as GGUF (" + known + ")", config.family);
 }
 
 std::string gguf_name(const TensorSpec& spec, const std::string& place) {
-  static const std::map<std::string, std::string, std::less<>> names = {
-      {"embed_tokens", "token_embd"},           {"norm", "output_norm"},
-      {"lm_head", "output"},                    {"input_layernorm", "attn_norm"},
-      {"self_attn.q_proj", "attn_q"},           {"self_attn.k_proj", "attn_k"},
-      {"self_attn.v_proj", "attn_v"},           {"self_attn.o_proj", "attn_output"},
-      {"post_attention_layernorm", "ffn_norm"}, {"mlp.gate_proj", "ffn_gate"},
-      {"mlp.up_proj", "ffn_up"},                {"mlp.down_proj", "ffn_down"}};
+  static const std::map<std::string, std::string, std::less<>> names = {{"embed_tokens", "token_embd"},
+                                                                        {"norm", "output_norm"},
+                                                                        {"lm_head", "output"},
+                                                                        {"input_layernorm", "attn_norm"},
+                                                                        {"self_attn.q_proj", "attn_q"},
+                                                                        {"self_attn.k_proj", "attn_k"},
+                                                                        {"self_attn.v_proj", "attn_v"},
+                                                                        {"self_attn.o_proj", "attn_output"},
+                                                                        {"post_attention_layernorm", "ffn_norm"},
+                                                                        {"mlp.gate_proj", "ffn_gate"},
+                                                                        {"mlp.up_proj", "ffn_up"},
+                                                                        {"mlp.down_proj", "ffn_down"}};
   const auto found = names.find(spec.module);
   if (found == names.end()) throw input_error(place, "a tensor that llama.cpp has a name for", spec.name);
   const std::string block = spec.layer < 0 ? "" : "blk." + std::to_string(spec.layer) + ".";
@@ -84,12 +89,18 @@ Codec wanted_codec(const std::string& name) {
 // llama.cpp: llama_ftype, the type of most matrices.
 std::uint32_t file_type(GgmlType type) {
   switch (type) {
-    case GgmlType::kF32: return 0;
-    case GgmlType::kF16: return 1;
-    case GgmlType::kQ4_0: return 2;
-    case GgmlType::kQ4_1: return 3;
-    case GgmlType::kQ8_0: return 7;
-    case GgmlType::kBF16: return 32;
+    case GgmlType::kF32:
+      return 0;
+    case GgmlType::kF16:
+      return 1;
+    case GgmlType::kQ4_0:
+      return 2;
+    case GgmlType::kQ4_1:
+      return 3;
+    case GgmlType::kQ8_0:
+      return 7;
+    case GgmlType::kBF16:
+      return 32;
   }
   throw std::logic_error("ggml type");
 }
@@ -157,6 +168,12 @@ class TensorWriter {
   // values_ -> row_
   void convert(const GgufTensor& target, const std::string& source) {
     const auto columns = static_cast<std::int64_t>(values_.size());
+    for (const float value : values_) {
+      if (std::isfinite(target.type == GgmlType::kF16 ? f16_to_f32(f32_to_f16(value)) : value)) continue;
+      throw input_error("tensor " + source,
+                        std::string("finite values that ") + ggml_type_name(target.type) + " can hold",
+                        std::to_string(value), std::isfinite(value) ? "choose bf16 or f32" : "the model is damaged");
+    }
     if (target.type == GgmlType::kF32) {
       std::memcpy(row_.data(), values_.data(), values_.size() * 4);
     } else if (target.type == GgmlType::kF16 || target.type == GgmlType::kBF16) {
@@ -220,7 +237,8 @@ GgufPlan plan_gguf(const Checkpoint& checkpoint, const GgufOptions& options) {
     if (checkpoint.is_quantized(spec.name)) {
       const Codec codec = checkpoint.codec(spec.name);
       type = block_type(codec.kind);
-      if (spec.shape[1] % 32 != 0) obstacle = "rows of " + std::to_string(spec.shape[1]) + " are no whole blocks of 32";
+      if (spec.shape[1] % 32 != 0)
+        obstacle = "rows of " + std::to_string(spec.shape[1]) + " are no whole blocks of 32";
       else if (codec.kind == CodecKind::kQ4a && !minima_are_halves(checkpoint.codes(spec.name)))
         obstacle = "zero x scale is no half, which Q4_1 needs";
     } else if (spec.shape.size() == 2) {
@@ -261,14 +279,13 @@ GgufPlan plan_gguf(const Checkpoint& checkpoint, const GgufOptions& options) {
   return plan;
 }
 
-void export_gguf(const Checkpoint& checkpoint, const GgufOptions& options, Context& context) {
-  const GgufPlan plan = plan_gguf(checkpoint, options);
+void export_gguf(const Checkpoint& checkpoint, const GgufPlan& plan, const fs::path& path, Context& context) {
   for (const std::string& note : plan.notes) context.progress->note(note);
-  GgufWriter out(options.out, plan.metadata, plan.tensors);
+  GgufWriter out(path, plan.metadata, plan.tensors);
   TensorWriter tensors(checkpoint, architecture(checkpoint.config(), checkpoint.folder().string()), out);
-  context.progress->begin("export " + options.out.filename().string(), static_cast<std::int64_t>(plan.tensors.size()));
+  context.progress->begin("export " + path.filename().string(), static_cast<std::int64_t>(plan.tensors.size()));
   for (std::size_t i = 0; i < plan.tensors.size(); ++i) {
-    throw_if_interrupted(options.out.string(), "nothing was written; run the same command again");
+    throw_if_interrupted(path.string(), "nothing was written; run the same command again");
     if (plan.sources[i].empty()) {
       const std::vector<float> divisors = rope_divisors(checkpoint.config());
       out.write(std::as_bytes(std::span(divisors)));
@@ -279,8 +296,12 @@ void export_gguf(const Checkpoint& checkpoint, const GgufOptions& options, Conte
   }
   out.finish();
   context.progress->end();
-  context.report.add({.stage = "gguf", .metric = "file_bytes", .before = {},
-                      .after = static_cast<double>(fs::file_size(options.out)), .unit = "bytes", .standard_error = {}});
+  context.report.add({.stage = "gguf",
+                      .metric = "file_bytes",
+                      .before = {},
+                      .after = static_cast<double>(fs::file_size(path)),
+                      .unit = "bytes",
+                      .standard_error = {}});
 }
 
 }  // namespace pare

@@ -31,7 +31,8 @@ GgufPlan plan_gguf(const Checkpoint& checkpoint, const GgufOptions& options);
 
 // Codes: q4 of any group -> Q4_0, q8 and q8c -> Q8_0, q4a -> Q4_1 where every minimum is a half. Query and key rows
 // change places as llama.cpp's rotary embedding wants for the Llama family.
-void export_gguf(const Checkpoint& checkpoint, const GgufOptions& options, Context& context);
+// Errors: exit 3 at a value that is not finite, or too large for the type that it is written in.
+void export_gguf(const Checkpoint& checkpoint, const GgufPlan& plan, const fs::path& out, Context& context);
 
 // tokenizer.ggml.* keys of tokenizer.json, in gguf_tokenizer.cpp. Notes say where llama.cpp differs on rare input.
 std::vector<std::pair<std::string, GgufValue>> gguf_tokenizer(const fs::path& folder, const ModelConfig& config,

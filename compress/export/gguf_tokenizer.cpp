@@ -3,6 +3,7 @@
 #include <map>
 
 #include "compress/export/gguf_export.h"
+#include "core/chat_template.h"
 #include "core/error.h"
 #include "core/tokenizer.h"
 
@@ -77,14 +78,6 @@ std::vector<std::pair<std::string, std::string>> merges_of(const Json& model) {
 
 bool is_byte_piece(const std::string& piece) {
   return piece.size() == 6 && piece.starts_with("<0x") && piece.back() == '>';
-}
-
-std::string chat_template(const fs::path& folder) {
-  if (fs::is_regular_file(folder / "chat_template.jinja")) return read_text(folder / "chat_template.jinja");
-  if (!fs::is_regular_file(folder / "tokenizer_config.json")) return "";
-  const Json config = read_json(folder / "tokenizer_config.json");
-  const auto found = config.find("chat_template");
-  return found != config.end() && found->is_string() ? found->get<std::string>() : std::string();
 }
 
 }  // namespace
@@ -169,7 +162,12 @@ std::vector<std::pair<std::string, GgufValue>> gguf_tokenizer(const fs::path& fo
     throw input_error(place, "a post-processor that adds at most one token before and one after the text", "more");
   out.emplace_back("tokenizer.ggml.add_bos_token", !prefix.empty());
   out.emplace_back("tokenizer.ggml.add_eos_token", dressed.size() > prefix.size() + bare.size());
-  if (const std::string text = chat_template(folder); !text.empty()) out.emplace_back("tokenizer.chat_template", text);
+  const auto file = [&](const std::string& name) -> std::optional<std::string> {
+    if (!fs::is_regular_file(folder / name)) return std::nullopt;
+    return read_text(folder / name);
+  };
+  if (const auto chat = ChatTemplate::source(file, folder.string()))
+    out.emplace_back("tokenizer.chat_template", chat->text);
   return out;
 }
 

@@ -7,10 +7,12 @@
 #include "core/chat_template.h"
 #include "core/error.h"
 #include "model_folder.h"
+#include "tests/chat_moment.h"
 
 namespace pare {
 namespace {
 
+using testing::chat_moment;
 using testing::contains;
 using testing::error_of;
 
@@ -18,22 +20,9 @@ const Json& golden() {
   static const Json json = read_json(fs::path(PARE_SOURCE_DIR) / "tests/golden/chat.json");
   return json;
 }
-// The moment that the goldens know: Saturday, 4 July 2026, 15:05:09.
-std::tm moment() {
-  std::tm now{};
-  now.tm_year = 126;
-  now.tm_mon = 6;
-  now.tm_mday = 4;
-  now.tm_hour = 15;
-  now.tm_min = 5;
-  now.tm_sec = 9;
-  now.tm_wday = 6;
-  now.tm_yday = 184;
-  return now;
-}
 std::string render(const std::string& source, const Json& variables = Json::object()) {
   return ChatTemplate::parse(source, "t.jinja")
-      .render(variables.value("messages", Json::array()), variables.value("add_generation_prompt", false), moment(),
+      .render(variables.value("messages", Json::array()), variables.value("add_generation_prompt", false), chat_moment(),
               variables);
 }
 std::string refusal(const std::string& source, const Json& variables = Json::object()) {
@@ -52,7 +41,7 @@ TEST(ChatTemplate, FamiliesAreRenderedAsTransformersRendersThem) {
         const Json& messages = golden()["conversations"][conversation];
         const Json& wanted = row["texts"][answers[i].get<std::size_t>()];
         const auto run = [&] {
-          return chat.render(messages, variables["add_generation_prompt"].get<bool>(), moment(), variables);
+          return chat.render(messages, variables["add_generation_prompt"].get<bool>(), chat_moment(), variables);
         };
         if (wanted.is_null()) {
           ++errors;
@@ -145,7 +134,7 @@ std::function<std::optional<std::string>(const std::string&)> files(std::map<std
 TEST(ChatTemplate, IsFoundInTheFilesOfAModel) {
   const Json one = Json::array({{{"role", "user"}, {"content", "hi"}}});
   const auto rendered = [&](std::map<std::string, std::string> held) {
-    return ChatTemplate::find(files(std::move(held)), "m").render(one, true, moment());
+    return ChatTemplate::find(files(std::move(held)), "m").render(one, true, chat_moment());
   };
   const std::string config = R"({"bos_token": {"content": "<s>", "lstrip": false}, "eos_token": "</s>",
     "pad_token": null, "chat_template":

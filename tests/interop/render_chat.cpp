@@ -4,17 +4,10 @@
 
 #include "core/chat_template.h"
 #include "core/error.h"
+#include "tests/chat_moment.h"
 
 int main() {
-  std::tm now{};  // Saturday, 4 July 2026, 15:05:09
-  now.tm_year = 126;
-  now.tm_mon = 6;
-  now.tm_mday = 4;
-  now.tm_hour = 15;
-  now.tm_min = 5;
-  now.tm_sec = 9;
-  now.tm_wday = 6;
-  now.tm_yday = 184;
+  const std::tm now = pare::testing::chat_moment();
   for (std::string line; std::getline(std::cin, line);) {
     pare::Json answer;
     try {
