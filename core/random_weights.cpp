@@ -1,5 +1,7 @@
 #include "core/random_weights.h"
 
+#include <xxhash.h>
+
 #include <algorithm>
 #include <cmath>
 #include <numbers>
@@ -22,9 +24,7 @@ std::uint64_t mix(std::uint64_t z) {
 }
 
 std::uint64_t stream_of(std::uint64_t seed, std::string_view name) {
-  std::uint64_t hash = 0xcbf29ce484222325u;  // FNV-1a
-  for (const char c : name) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
-  return mix(hash ^ mix(seed + 0x9e3779b97f4a7c15u));
+  return XXH3_64bits_withSeed(name.data(), name.size(), seed);
 }
 
 double deviation(const ModelConfig& config) {

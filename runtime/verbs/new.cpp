@@ -9,6 +9,8 @@
 namespace pare {
 namespace {
 
+constexpr const char* kMark = "random-weights";  // in the work folder of this command
+
 std::string known_shapes() {
   std::string names;
   for (const Shape& shape : shapes()) names += (names.empty() ? "" : ", ") + std::string(shape.name);
@@ -21,8 +23,8 @@ Json shape_config(const std::string& name) {
   std::vector<std::string> names;
   for (const Shape& shape : shapes()) names.emplace_back(shape.name);
   const std::string nearest = nearest_name(name, names);
-  throw usage_error("pare new", "a known shape (" + known_shapes() + ") or the path of a config.json", "\"" + name + "\"",
-                    nearest.empty() ? "" : "did you mean " + nearest + "?");
+  throw usage_error("pare new", "a known shape (" + known_shapes() + ") or the path of a config.json",
+                    "\"" + name + "\"", nearest.empty() ? "" : "did you mean " + nearest + "?");
 }
 
 // The lists that name every layer are cut, or continued from their beginning.
@@ -55,13 +57,22 @@ Json run(const Options& options, Context& context) {
   if (options.has("layers")) set_layers(json, options.get<std::int64_t>("layers"));
   const ModelConfig config = parse_config(json, nullptr, name);
   if (fs::exists(fs::symlink_status(out)))
-    throw usage_error(out.string(), "an output that does not exist yet", "an existing one", "remove it or choose another --out");
+    throw usage_error(out.string(), "an output that does not exist yet", "an existing one",
+                      "remove it or choose another --out");
 
   FolderTransaction folder(out);
+  // What a killed run of this command left is made anew; anything else under that name is not ours to remove.
+  const fs::path mark = folder.work() / kMark;
+  if (!fs::is_empty(folder.work()) && !fs::exists(mark))
+    throw usage_error(folder.work().string(), "no unfinished work of another command", "some",
+                      "remove that folder, or finish the command it belongs to");
+  for (const auto& entry : fs::directory_iterator(folder.work())) fs::remove_all(entry.path());
+  write_text(mark, "");
   try {
     if (tokenizer != "none") take_tokenizer(tokenizer, config, folder.work());
     write_random_model(folder.work(), config, context.seed, context);
     const Checkpoint written(folder.work());
+    fs::remove(mark);
   } catch (...) {
     folder.discard();  // nothing here is worth resuming
     throw;
@@ -80,12 +91,20 @@ Command new_command() {
   command.name = "new";
   command.summary = "Write a model folder of a published shape with random weights, to measure and plan with";
   command.options = {
-      {.name = "shape", .type = OptionType::kText, .help = known_shapes() + ", or a config.json", .required = true,
+      {.name = "shape",
+       .type = OptionType::kText,
+       .help = known_shapes() + ", or a config.json",
+       .required = true,
        .positional = true},
       {.name = "out", .type = OptionType::kPath, .help = "folder to write", .required = true},
-      {.name = "layers", .type = OptionType::kInteger, .help = "decoder blocks instead of the shape's own", .minimum = 1,
+      {.name = "layers",
+       .type = OptionType::kInteger,
+       .help = "decoder blocks instead of the shape's own",
+       .minimum = 1,
        .maximum = 10000},
-      {.name = "tokenizer", .type = OptionType::kPath, .help = "folder to copy the tokenizer from, or none",
+      {.name = "tokenizer",
+       .type = OptionType::kPath,
+       .help = "folder to copy the tokenizer from, or none",
        .default_value = "none"},
   };
   command.run = run;
