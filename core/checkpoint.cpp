@@ -10,12 +10,6 @@
 namespace pare {
 namespace {
 
-std::string shape_text(const std::vector<std::int64_t>& shape) {
-  std::string text = "[";
-  for (std::size_t i = 0; i < shape.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
-  return text + "]";
-}
-
 std::string described(const TensorView& view) { return std::string(dtype_name(view.dtype)) + " " + shape_text(view.shape); }
 
 bool is_float(DType dtype) {

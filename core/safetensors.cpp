@@ -197,6 +197,12 @@ std::int64_t TensorView::elements() const {
   return count;
 }
 
+std::string shape_text(const std::vector<std::int64_t>& shape) {
+  std::string text = "[";
+  for (std::size_t i = 0; i < shape.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
+  return text + "]";
+}
+
 void to_f32(const TensorView& view, std::int64_t first, std::int64_t count, float* out) {
   if (first < 0 || count < 0 || first + count > view.elements())
     throw std::logic_error("to_f32: range outside of " + view.name);

@@ -30,6 +30,8 @@ struct TensorView {
   std::int64_t elements() const;
 };
 
+std::string shape_text(const std::vector<std::int64_t>& shape);  // "[4, 64]"
+
 // F32/F16/BF16/F64 elements [first, first + count) to float, whatever the alignment. Other dtypes: exit 3.
 void to_f32(const TensorView& view, std::int64_t first, std::int64_t count, float* out);
 

@@ -3,15 +3,10 @@
 #include <string>
 
 #include "core/error.h"
+#include "core/safetensors.h"
 
 namespace pare {
 namespace {
-
-std::string shape_text(const std::vector<std::int64_t>& shape) {
-  std::string text = "[";
-  for (std::size_t i = 0; i < shape.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
-  return text + "]";
-}
 
 PackedMatrix view_matrix(const CompactFile& file, const std::string& name, std::int64_t rows, std::int64_t cols) {
   const CompactTensor& tensor = file.tensor(name);

@@ -48,4 +48,16 @@ Json layer_types_of(const ModelConfig& config) {
   return types;
 }
 
+void read_window(ConfigReader& reader, ModelConfig& config, std::int64_t class_default) {
+  const std::int64_t window =
+      reader.mentions("sliding_window") ? reader.integer("sliding_window", 0, 1, 1ll << 40) : class_default;
+  if (window == 0) return;
+  config.sliding_window = window;
+  config.layer_slides.assign(static_cast<std::size_t>(config.num_layers), 1);
+}
+
+Json window_of(const ModelConfig& config) {
+  return config.sliding_window > 0 ? Json(config.sliding_window) : Json(nullptr);
+}
+
 }  // namespace pare

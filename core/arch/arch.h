@@ -44,4 +44,9 @@ const Family* find_family(std::string_view name);
 std::optional<std::vector<std::uint8_t>> read_layer_types(ConfigReader& reader, std::int64_t layers);
 Json layer_types_of(const ModelConfig& config);
 
+// For families whose blocks all slide or none does: sliding_window, `class_default` where the key is missing; null
+// means full attention.
+void read_window(ConfigReader& reader, ModelConfig& config, std::int64_t class_default);
+Json window_of(const ModelConfig& config);
+
 }  // namespace pare

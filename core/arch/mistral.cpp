@@ -5,16 +5,11 @@ namespace pare {
 namespace {
 
 void read(ConfigReader& reader, ModelConfig& config) {
-  // The class default is a window of 4096 when the key is missing; null means full attention.
-  const std::int64_t window =
-      reader.mentions("sliding_window") ? reader.integer("sliding_window", 0, 1, 1ll << 40) : 4096;
-  if (window == 0) return;
-  config.sliding_window = window;
-  config.layer_slides.assign(static_cast<std::size_t>(config.num_layers), 1);
+  read_window(reader, config, 4096);
 }
 
 void write(const ModelConfig& config, Json& out) {
-  out["sliding_window"] = config.sliding_window > 0 ? Json(config.sliding_window) : Json(nullptr);
+  out["sliding_window"] = window_of(config);
 }
 
 }  // namespace

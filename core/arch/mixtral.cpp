@@ -11,16 +11,13 @@ void read(ConfigReader& reader, ModelConfig& config) {
   config.experts.gate = "w1";
   config.experts.up = "w3";
   config.experts.down = "w2";
-  const std::int64_t window = reader.integer("sliding_window", 0, 1, 1ll << 40);
-  if (window == 0) return;
-  config.sliding_window = window;
-  config.layer_slides.assign(static_cast<std::size_t>(config.num_layers), 1);
+  read_window(reader, config, 0);
 }
 
 void write(const ModelConfig& config, Json& out) {
   out["num_local_experts"] = config.experts.count;
   out["num_experts_per_tok"] = config.experts.per_token;
-  out["sliding_window"] = config.sliding_window > 0 ? Json(config.sliding_window) : Json(nullptr);
+  out["sliding_window"] = window_of(config);
 }
 
 }  // namespace

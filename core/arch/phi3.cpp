@@ -7,14 +7,11 @@ namespace {
 
 void read(ConfigReader& reader, ModelConfig& config) {
   config.fused_qkv = config.fused_gate_up = true;
-  const std::int64_t window = reader.integer("sliding_window", 0, 1, 1ll << 40);
-  if (window == 0) return;
-  config.sliding_window = window;
-  config.layer_slides.assign(static_cast<std::size_t>(config.num_layers), 1);
+  read_window(reader, config, 0);
 }
 
 void write(const ModelConfig& config, Json& out) {
-  out["sliding_window"] = config.sliding_window > 0 ? Json(config.sliding_window) : Json(nullptr);
+  out["sliding_window"] = window_of(config);
   if (config.rope_long) out["original_max_position_embeddings"] = config.rope_long->original_max_position;
 }
 

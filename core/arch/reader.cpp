@@ -22,7 +22,8 @@ std::int64_t ConfigReader::integer(const std::string& key, std::optional<std::in
     return 1;
   }
   const Json& value = config_[key];
-  const bool fits = value.is_number_integer() && !(value.is_number_unsigned() && value.get<std::uint64_t>() > (1ull << 62));
+  const bool fits =
+      value.is_number_integer() && !(value.is_number_unsigned() && value.get<std::uint64_t>() > (1ull << 62));
   if (!fits || value.get<std::int64_t>() < minimum || value.get<std::int64_t>() > maximum) {
     problem(key + " is " + shown(value) + ", not a whole number from " + std::to_string(minimum) + " to " +
             std::to_string(maximum));
