@@ -7,6 +7,10 @@
 
 namespace pare {
 
+// At exit the library would once more write files whose closing failed (a full disk), and crash over them (1.10.8).
+// Every handle here is closed by its owner. The call must come before any other of this library.
+inline const herr_t kNoWritesAtExit = H5dont_atexit();
+
 // HDF5 prints its error stack by default; ours says what matters.
 class QuietHdf5 {
  public:
@@ -35,6 +39,7 @@ class Hdf5Handle {
   }
   ~Hdf5Handle() { reset(); }
   herr_t reset() {
+    const QuietHdf5 quiet;
     const herr_t status = id_ >= 0 ? close_(id_) : 0;
     id_ = -1;
     return status;
