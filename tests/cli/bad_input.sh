@@ -182,6 +182,12 @@ fresh
 refuse "write limit: quantize" 1 "write|large|space" bash -c "trap '' XFSZ; ulimit -f 40; exec '$PARE' quantize --model '$IN' --out '$OUT' --text '$TEXT'"
 refuse "write limit: compress" 1 "write|large|space" bash -c "trap '' XFSZ; ulimit -f 40; exec '$PARE' compress --model '$IN' --out '$OUT' --text '$TEXT'"
 refuse "write limit: export" 1 "write|large|space" bash -c "trap '' XFSZ; ulimit -f 40; exec '$PARE' export '$IN' --to compact --codec f32 --out '$OUT'"
+refuse "write limit: export to GGUF" 1 "write|large|space" bash -c "trap '' XFSZ; ulimit -f 40; exec '$PARE' export '$IN' --to gguf --codec f32 --out '$OUT'"
+refuse "write limit: new" 1 "write|large|space" bash -c "trap '' XFSZ; ulimit -f 40; exec '$EDGE' new '$IN/config.json' --out '$OUT'"
+[ ! -e "$OUT.partial" ] || { FAILED=$((FAILED + 1)); echo "FAILED: new left a partial folder behind"; }
+# Weights fit below this limit, the activations that --max-ram sends to a file do not.
+refuse "write limit: activations of quantize" 1 "calibration activations" bash -c "trap '' XFSZ; ulimit -f 8192; exec '$PARE' quantize --model '$IN' --out '$OUT' --random-tokens --samples 4000 --context 64 --max-ram 290M"
+rm -rf "$OUT.partial"
 mkdir "$T/full"
 mkdir "$T/temporary"
 refuse "write limit: eval of a folder" 1 "write|large|space" bash -c "trap '' XFSZ; export TMPDIR='$T/temporary'; ulimit -f 40; exec '$EDGE' eval '$IN' --text '$TEXT'"
@@ -195,6 +201,30 @@ if unshare -rm true 2>/dev/null && unshare -rm mount -t tmpfs -o size=256k none 
 else
   echo "SKIPPED full disk: no permission to mount a tmpfs"
 fi
+
+echo "--- a new folder"
+fresh
+refuse "new: unknown shape" 2 "did you mean Llama-3.2-1B" "$EDGE" new Llama-3.2-1 --out "$OUT"
+refuse "new: empty config" 3 "no architecture" bash -c "echo '{}' > '$T/empty.json'; exec '$EDGE' new '$T/empty.json' --out '$OUT'"
+refuse "new: truncated config" 3 "cut.json" bash -c "head -c 40 '$IN/config.json' > '$T/cut.json'; exec '$EDGE' new '$T/cut.json' --out '$OUT'"
+refuse "new: no layers" 2 "layers" "$EDGE" new "$IN/config.json" --layers 0 --out "$OUT"
+refuse "new: more than the disk holds" 5 "free bytes" "$EDGE" new Mixtral-8x7B --layers 10000 --out "$OUT"
+refuse "new: no tokenizer there" 3 "tokenizer.json" "$EDGE" new "$IN/config.json" --tokenizer "$T/nowhere" --out "$OUT"
+refuse "new: existing output" 2 "does not exist yet" "$EDGE" new "$IN/config.json" --out "$IN"
+OUT="$T/theirs"; mkdir "$OUT.partial"; echo theirs > "$OUT.partial/quantize.json"
+refuse "new: unfinished work of another command" 2 "another command" "$EDGE" new "$IN/config.json" --out "$OUT"
+[ "$(cat "$OUT.partial/quantize.json" 2>/dev/null)" = theirs ] || { FAILED=$((FAILED + 1)); echo "FAILED: new touched another command's work"; }
+rm -rf "$OUT.partial"
+
+echo "--- GGUF"
+fresh
+refuse "GGUF: codec that it has not" 2 "GGUF blocks" "$PARE" export "$IN" --to gguf --codec q4g128 --out "$OUT"
+refuse "GGUF: existing output" 2 "does not exist yet" "$PARE" export "$IN" --to gguf --out "$IN/config.json"
+refuse "GGUF: no tokenizer" 3 "tokenizer.json" bash -c "mkdir '$T/bare'; cp '$IN'/config.json '$IN'/*.safetensors '$T/bare'; exec '$PARE' export '$T/bare' --to gguf --out '$OUT'"
+refuse "GGUF: tokenizer_config.json that is a list" 3 "tokenizer_config.json" bash -c "cp -r '$IN' '$T/listed'; echo '[]' > '$T/listed/tokenizer_config.json'; exec '$PARE' export '$T/listed' --to gguf --out '$OUT'"
+refuse "GGUF by the torch-free program" 2 "compact" "$EDGE" export "$IN" --to gguf --out "$OUT"
+refuse "quantize: no size" 2 "max-ram.*4G" "$PARE" quantize --model "$IN" --out "$OUT" --text "$TEXT" --max-ram 4GB
+refuse "quantize: too little memory" 5 "max-ram" "$PARE" quantize --model "$IN" --out "$OUT" --text "$TEXT" --max-ram 100M
 
 echo "--- compact files"
 fresh
