@@ -182,6 +182,7 @@ Json Pipeline::keyed_options(const Command& stage, const Json& resolved, bool po
   Json keyed = Json::object();
   for (const auto& d : stage.options) {
     if (d.name == "model" || d.name == "out") continue;
+    if (d.name == "max-ram") continue;  // decides where activations stand, not one byte of the result
     const Json& value = resolved.at(d.name);
     if (!is_path_option(d) || value.is_null()) {
       keyed[d.name] = value;
