@@ -62,7 +62,8 @@ std::string check_value(const OptionDecl& decl, Json& value) {
       break;
     case OptionType::kTextList:
       if (value.is_string()) value = Json::array({value});
-      if (!value.is_array() || !std::all_of(value.begin(), value.end(), [](const Json& item) { return item.is_string(); }))
+      if (!value.is_array() ||
+          !std::all_of(value.begin(), value.end(), [](const Json& item) { return item.is_string(); }))
         return "expected a list of texts" + found;
       break;
   }
@@ -116,7 +117,9 @@ Options::Options(const std::vector<OptionDecl>& decls, const Json& given, const 
   throw usage_error(place, "", all, "see --help for the options");
 }
 
-bool Options::changed(std::string_view name) const { return value(name) != defaults_.at(std::string(name)); }
+bool Options::changed(std::string_view name) const {
+  return value(name) != defaults_.at(std::string(name));
+}
 
 void refuse_unused(const Options& options, const std::vector<std::string>& names, const std::string& when,
                    const std::string& place) {
@@ -140,14 +143,16 @@ const Json& Options::value(std::string_view name) const {
 
 std::uint64_t parse_bytes(const std::string& text, const std::string& place) {
   char* end = nullptr;
-  const double number = text.empty() || std::isdigit(static_cast<unsigned char>(text[0])) == 0 ? -1.0
-                                                                                                : std::strtod(text.c_str(), &end);
+  const double number =
+      text.empty() || std::isdigit(static_cast<unsigned char>(text[0])) == 0 ? -1.0 : std::strtod(text.c_str(), &end);
   std::string unit = end ? std::string(end) : "";
   if (unit.ends_with("iB")) unit.resize(unit.size() - 2);
   static constexpr std::string_view kUnits = "KMGT";
-  const std::size_t power = unit.size() == 1 ? kUnits.find(static_cast<char>(std::toupper(unit[0]))) : std::string::npos;
-  const double bytes = unit.empty() ? number : power == std::string_view::npos ? -1.0
-                                                                               : std::ldexp(number, 10 * (static_cast<int>(power) + 1));
+  const std::size_t power =
+      unit.size() == 1 ? kUnits.find(static_cast<char>(std::toupper(unit[0]))) : std::string::npos;
+  const double bytes = unit.empty()                      ? number
+                       : power == std::string_view::npos ? -1.0
+                                                         : std::ldexp(number, 10 * (static_cast<int>(power) + 1));
   if (!(bytes >= 0 && bytes < 1e18)) throw usage_error(place, "a size such as 4G or 512M", "\"" + text + "\"");
   return static_cast<std::uint64_t>(bytes);
 }
@@ -155,8 +160,10 @@ std::uint64_t parse_bytes(const std::string& text, const std::string& place) {
 std::string bytes_in_words(std::uint64_t bytes) {
   char text[32];
   const double value = static_cast<double>(bytes);
-  if (bytes >= std::uint64_t{1} << 30) std::snprintf(text, sizeof text, "%.2f GiB", std::ldexp(value, -30));
-  else std::snprintf(text, sizeof text, "%.0f MiB", std::ldexp(value, -20));
+  if (bytes >= std::uint64_t{1} << 30)
+    std::snprintf(text, sizeof text, "%.2f GiB", std::ldexp(value, -30));
+  else
+    std::snprintf(text, sizeof text, "%.0f MiB", std::ldexp(value, -20));
   return text;
 }
 

@@ -21,6 +21,7 @@ void write_tensors(const fs::path& path, std::span<const ShardTensor> tensors,
                    const std::map<std::string, std::string>& metadata);
 
 // Files of at most `shard_bytes` of tensors (a larger tensor stands alone); Hugging Face's limit is decimal.
-void write_shards(const fs::path& folder, std::span<const ShardTensor> tensors, std::uint64_t shard_bytes = 5'000'000'000);
+void write_shards(const fs::path& folder, std::span<const ShardTensor> tensors,
+                  std::uint64_t shard_bytes = 5'000'000'000);
 
 }  // namespace pare

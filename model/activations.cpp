@@ -46,7 +46,8 @@ Activations::Activations(std::int64_t windows, std::int64_t window_size, const f
   file_->path = folder / ("activations.tmp-" + std::to_string(::getpid()) + "-" + std::to_string(made++) + ".h5");
   file_->file = Hdf5Handle(H5Fcreate(file_->path.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT), H5Fclose);
   const hsize_t shape[2] = {static_cast<hsize_t>(windows), static_cast<hsize_t>(window_size)};
-  const Hdf5Handle space(H5Screate_simple(2, shape, nullptr), H5Sclose), options(H5Pcreate(H5P_DATASET_CREATE), H5Pclose);
+  const Hdf5Handle space(H5Screate_simple(2, shape, nullptr), H5Sclose),
+      options(H5Pcreate(H5P_DATASET_CREATE), H5Pclose);
   H5Pset_fill_time(options, H5D_FILL_TIME_NEVER);
   if (file_->file.valid()) {
     file_->set = Hdf5Handle(

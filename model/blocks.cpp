@@ -20,10 +20,14 @@ constexpr std::int64_t kShardWindows = 8;
 
 torch::Tensor stage_input(DecoderBlock& block, BlockStage stage, const torch::Tensor& hidden, const RopeTables& rope) {
   switch (stage) {
-    case BlockStage::kQkv: return block->attention_input(hidden);
-    case BlockStage::kO: return block->attention_mix(block->attention_input(hidden), rope);
-    case BlockStage::kGateUp: return block->mlp_input(hidden);
-    case BlockStage::kDown: return block->mlp_mix(block->mlp_input(hidden));
+    case BlockStage::kQkv:
+      return block->attention_input(hidden);
+    case BlockStage::kO:
+      return block->attention_mix(block->attention_input(hidden), rope);
+    case BlockStage::kGateUp:
+      return block->mlp_input(hidden);
+    case BlockStage::kDown:
+      return block->mlp_mix(block->mlp_input(hidden));
   }
   throw std::logic_error("block stage");
 }
@@ -66,7 +70,9 @@ class Walk {
         options_(options),
         context_(context),
         device_(parse_device(options.device)),
-        threads_(!device_.is_cpu() ? 1 : options.threads > 0 ? options.threads : omp_get_num_procs()),
+        threads_(!device_.is_cpu()     ? 1
+                 : options.threads > 0 ? options.threads
+                                       : omp_get_num_procs()),
         sum_threads_(options.threads > 0 ? options.threads : omp_get_num_procs()),
         window_size_(windows.length * config_.hidden_size) {}
 
@@ -79,7 +85,8 @@ class Walk {
   void advance(DecoderBlock& block, Activations& stream, Advance step);
   void leave_attention(DecoderBlock& block, int layer, BlockVisitor& visitor);
   void visit(DecoderBlock& block, int layer, BlockVisitor& visitor);
-  // Runs work(linears) for the linears of a step with their original weights, then the block computes with what it left.
+  // Runs work(linears) for the linears of a step with their original weights, then the block computes with what it
+  // left.
   template <class Work>
   void with_linears(DecoderBlock& block, int layer, Step step, const Work& work);
   InputStatistics statistics(DecoderBlock& block, Step step, std::int64_t columns);
@@ -128,9 +135,9 @@ class Walk {
   int threads_, sum_threads_;
   std::int64_t window_size_;
   RopeTables rope_;
-  Activations original_, compressed_;  // hidden states [windows][length * hidden]
+  Activations original_, compressed_;        // hidden states [windows][length * hidden]
   std::vector<std::int64_t> expert_tokens_;  // of the block: tokens that chose each expert
-  DecoderBlock reference_{nullptr};  // the block with original weights, where both streams advance in step
+  DecoderBlock reference_{nullptr};          // the block with original weights, where both streams advance in step
 };
 
 void Walk::embed(BlockVisitor& visitor) {
@@ -166,8 +173,8 @@ void Walk::advance(DecoderBlock& block, Activations& stream, Advance step) {
 }
 
 // Scales row 0 of every window, so that its square counts at most kFirstTokenEnergy times the mean of the others.
-void Walk::cap_first_tokens(std::vector<float>& inputs, std::vector<float>* paired,
-                            std::span<const WindowRows> windows, std::int64_t columns) {
+void Walk::cap_first_tokens(std::vector<float>& inputs, std::vector<float>* paired, std::span<const WindowRows> windows,
+                            std::int64_t columns) {
   if (!windows_.prefixed) return;
   for (std::size_t i = 0; i < windows.size(); ++i) {
     const std::int64_t rows = windows[i].count, w = static_cast<std::int64_t>(i);
@@ -258,7 +265,8 @@ InputStatistics Walk::statistics(DecoderBlock& block, Step step, std::int64_t co
       rows += added[w].count;
     }
     if (options_.hessian) {
-      result.hessian.visit([&](auto* sum) { add_gram(inputs.data(), inputs.data(), rows, columns, sum, sum_threads_); });
+      result.hessian.visit(
+          [&](auto* sum) { add_gram(inputs.data(), inputs.data(), rows, columns, sum, sum_threads_); });
     } else {
       for (std::int64_t t = 0; t < rows; ++t) {
         const float* x = inputs.data() + t * columns;
@@ -277,7 +285,8 @@ InputStatistics Walk::statistics(DecoderBlock& block, Step step, std::int64_t co
     if (matrix->empty()) continue;
     matrix->visit([&](auto* values) {
       using Value = std::remove_reference_t<decltype(*values)>;
-      for (std::int64_t i = 0; i < columns * columns; ++i) values[i] = static_cast<Value>(static_cast<double>(values[i]) * scale);
+      for (std::int64_t i = 0; i < columns * columns; ++i)
+        values[i] = static_cast<Value>(static_cast<double>(values[i]) * scale);
     });
   }
   if (options_.hessian) {
@@ -300,7 +309,11 @@ void Walk::with_linears(DecoderBlock& block, int layer, Step step, const Work& w
     torch::Tensor weight = block->weight(module).detach().to(torch::kCPU).contiguous();
     originals.push_back(checkpoint_.read_f32(name));
     checkpoint_.release(name);
-    linears.push_back({name, module, weight.size(0), weight.size(1), originals.back(),
+    linears.push_back({name,
+                       module,
+                       weight.size(0),
+                       weight.size(1),
+                       originals.back(),
                        {weight.data_ptr<float>(), static_cast<std::size_t>(weight.numel())}});
     weights.push_back(std::move(weight));
   }
@@ -455,7 +468,8 @@ CalibrationWindows sample_windows(const Tokenizer& tokenizer, const std::vector<
   return windows;
 }
 
-CalibrationWindows random_windows(std::int64_t vocab_size, std::int64_t count, std::int64_t length, std::uint64_t seed) {
+CalibrationWindows random_windows(std::int64_t vocab_size, std::int64_t count, std::int64_t length,
+                                  std::uint64_t seed) {
   CalibrationWindows windows;
   windows.count = count;
   windows.length = length;
@@ -484,7 +498,9 @@ void walk_blocks(const Checkpoint& checkpoint, const CalibrationWindows& windows
   Walk(checkpoint, windows, options, context).run(visitor);
 }
 
-void require_device(const std::string& name) { parse_device(name); }
+void require_device(const std::string& name) {
+  parse_device(name);
+}
 
 std::uint64_t walk_peak_bytes(const ModelConfig& config, std::int64_t windows, std::int64_t length,
                               const WalkOptions& options) {
@@ -501,9 +517,9 @@ std::uint64_t walk_peak_bytes(const ModelConfig& config, std::int64_t windows, s
   const std::uint64_t originals = hidden * std::max(attention, 2 * inner) * 4;
   const std::uint64_t inputs = static_cast<std::uint64_t>(std::min(windows, kShardWindows) * length) * wide * 4;
   const std::uint64_t square = wide * wide * (static_cast<std::int64_t>(wide) > options.widest_double ? 4 : 8);
-  const std::uint64_t walking =
-      block * (options.cross ? 2 : 1) + std::max(originals, 2 * inputs * (options.cross ? 2 : 1)) +
-      (options.hessian ? square * (options.cross ? 2 : 1) : 0);
+  const std::uint64_t walking = block * (options.cross ? 2 : 1) +
+                                std::max(originals, 2 * inputs * (options.cross ? 2 : 1)) +
+                                (options.hessian ? square * (options.cross ? 2 : 1) : 0);
   return (options.spill.empty() ? streams * tokens * hidden * 4 : 0) + walking;
 }
 

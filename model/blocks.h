@@ -54,11 +54,11 @@ struct InputStatistics {
 
 // One linear of the block. Writing `weight` replaces it in the compressed stream.
 struct BlockLinear {
-  std::string name;                // "model.layers.0.self_attn.q_proj.weight"
-  std::string module;              // "self_attn.q_proj"
+  std::string name;    // "model.layers.0.self_attn.q_proj.weight"
+  std::string module;  // "self_attn.q_proj"
   std::int64_t rows = 0, cols = 0;
-  std::span<const float> original; // [rows * cols] as the checkpoint has it
-  std::span<float> weight;         // [rows * cols]
+  std::span<const float> original;  // [rows * cols] as the checkpoint has it
+  std::span<float> weight;          // [rows * cols]
 };
 
 class BlockVisitor {
@@ -83,17 +83,18 @@ inline constexpr std::int64_t kExpertTokens = 128;
 
 struct WalkOptions {
   std::string device = "cpu";
-  int threads = 0;               // 0: all cores
-  bool hessian = false;          // else only mean_square
-  bool cross = false;            // needs hessian
+  int threads = 0;                             // 0: all cores
+  bool hessian = false;                        // else only mean_square
+  bool cross = false;                          // needs hessian
   std::int64_t expert_tokens = kExpertTokens;  // see InputStatistics; at least 1
-  bool original_stream = true;   // false: drift is 0 and half of the activation memory is saved
-  fs::path spill;                // folder for activations in HDF5 files; empty: they stay in memory
+  bool original_stream = true;                 // false: drift is 0 and half of the activation memory is saved
+  fs::path spill;                              // folder for activations in HDF5 files; empty: they stay in memory
   std::int64_t widest_double = kWidestDouble;  // statistics of wider inputs are kept in float32
 };
 
 // Statistics are float32 products over fixed shards of windows, added in double in a fixed order: the same bits at any
-// thread count. The weight of a window's first token is capped at kFirstTokenEnergy times the mean energy of the others.
+// thread count. The weight of a window's first token is capped at kFirstTokenEnergy times the mean energy of the
+// others.
 inline constexpr double kFirstTokenEnergy = 4.0;
 void walk_blocks(const Checkpoint& checkpoint, const CalibrationWindows& windows, const WalkOptions& options,
                  Context& context, BlockVisitor& visitor);

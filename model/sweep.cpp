@@ -24,8 +24,8 @@ namespace {
 
 typedef float Float16 __attribute__((vector_size(64)));
 typedef double Double8 __attribute__((vector_size(64)));
-constexpr std::int64_t kPanel = 32;     // columns per packed panel of the Gram product
-constexpr std::int64_t kGramRows = 512; // float32 accumulation length
+constexpr std::int64_t kPanel = 32;      // columns per packed panel of the Gram product
+constexpr std::int64_t kGramRows = 512;  // float32 accumulation length
 constexpr std::int64_t kLanes = kSweepRows / 8;
 
 // tile[32][32] += sum over t of a[t][i] * b[t][j].
@@ -196,7 +196,9 @@ PARE_CLONES void product_tile(const double* d, const float* h, std::int64_t n, d
   product_tile_body(d, h, n, g);
 }
 
-int resolve_threads(int threads) { return threads > 0 ? threads : omp_get_num_procs(); }
+int resolve_threads(int threads) {
+  return threads > 0 ? threads : omp_get_num_procs();
+}
 
 }  // namespace
 
@@ -239,8 +241,8 @@ using RowMajor = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajo
 template <class T>
 using RowMajorMap = Eigen::Map<RowMajor<T>>;
 
-// m: lower triangular, becomes its inverse in place; what is above the diagonal blocks is not touched. Block columns from
-// the last to the first: below the diagonal block L_kk stands then -inv(rest) * L_rest,k * inv(L_kk).
+// m: lower triangular, becomes its inverse in place; what is above the diagonal blocks is not touched. Block columns
+// from the last to the first: below the diagonal block L_kk stands then -inv(rest) * L_rest,k * inv(L_kk).
 template <class T>
 void invert_lower(RowMajorMap<T>& m, int threads) {
   constexpr std::int64_t kWidth = 64, kHeight = 256;
@@ -367,10 +369,10 @@ void sweep_typed(const float* weight, std::int64_t rows, const SweepFactor& fact
         for (std::int64_t i = first; i < last; ++i) {
           diagonal[static_cast<std::size_t>(i - first)] = static_cast<double>(u[i * n + i]);
         }
-        rule.open_block(tile, std::span(factor.order).subspan(static_cast<std::size_t>(first),
-                                                              static_cast<std::size_t>(last - first)),
-                        std::span(diagonal).first(static_cast<std::size_t>(last - first)),
-                        current.data() + first * kSweepRows);
+        rule.open_block(
+            tile,
+            std::span(factor.order).subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(last - first)),
+            std::span(diagonal).first(static_cast<std::size_t>(last - first)), current.data() + first * kSweepRows);
         for (std::int64_t i = first; i < last; ++i) {
           double* here = current.data() + i * kSweepRows;
           double* error = errors.data() + (i - first) * kSweepRows;
@@ -426,7 +428,8 @@ std::vector<double> row_errors(const float* a, const float* b, std::int64_t rows
   each_tile(a, b, rows, cols, threads, [&](RowTile tile, const double* d) {
     double total[kSweepRows] = {};
     quadratic_tile(d, hessian, cols, total);
-    for (std::int64_t r = 0; r < tile.count; ++r) result[static_cast<std::size_t>(tile.first + r)] = std::max(0.0, total[r]);
+    for (std::int64_t r = 0; r < tile.count; ++r)
+      result[static_cast<std::size_t>(tile.first + r)] = std::max(0.0, total[r]);
   });
   return result;
 }

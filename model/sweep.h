@@ -29,7 +29,8 @@ class SquareMatrix {
  public:
   SquareMatrix() = default;
   SquareMatrix(std::int64_t n, std::int64_t widest_double) {
-    (n > widest_double ? single_.resize(static_cast<std::size_t>(n * n)) : double_.resize(static_cast<std::size_t>(n * n)));
+    (n > widest_double ? single_.resize(static_cast<std::size_t>(n * n))
+                       : double_.resize(static_cast<std::size_t>(n * n)));
   }
   explicit SquareMatrix(std::vector<double> values) : double_(std::move(values)) {}
   bool empty() const { return double_.empty() && single_.empty(); }
@@ -66,14 +67,14 @@ struct SweepFactor {
 };
 
 struct FactorOptions {
-  double damping = 0.01;            // of the mean diagonal; multiplied by 10 after a failed factorisation
-  bool activation_order = true;     // descending diagonal; ties by column
+  double damping = 0.01;         // of the mean diagonal; multiplied by 10 after a failed factorisation
+  bool activation_order = true;  // descending diagonal; ties by column
 };
 
 // hessian: [n * n] symmetric. With J the reversal and J H J = M M^T, R = J M J is upper with H = R R^T, so U = R^-1:
-// one Cholesky and one triangular inverse, both in place and in the Hessian's own precision, scaled to a mean diagonal of
-// 1; no explicit inverse of H. Dead columns get diagonal 1.
-// Errors: exit 1 naming `place` when the Hessian holds NaN or infinity, or stays indefinite at damping 10.
+// one Cholesky and one triangular inverse, both in place and in the Hessian's own precision, scaled to a mean diagonal
+// of 1; no explicit inverse of H. Dead columns get diagonal 1. Errors: exit 1 naming `place` when the Hessian holds NaN
+// or infinity, or stays indefinite at damping 10.
 SweepFactor factor_hessian(const SquareMatrix& hessian, std::int64_t n, const FactorOptions& options,
                            const std::string& place, int threads);
 
@@ -104,8 +105,8 @@ template <class T>
 std::vector<double> row_errors(const float* a, const float* b, std::int64_t rows, std::int64_t cols, const T* hessian,
                                int threads);
 
-// H d for every row of d = a - b, 32 rows at a time: `use` sees a tile's products [cols * kSweepRows], row r of the tile
-// at [j * kSweepRows + r]. Called from several threads for different tiles.
+// H d for every row of d = a - b, 32 rows at a time: `use` sees a tile's products [cols * kSweepRows], row r of the
+// tile at [j * kSweepRows + r]. Called from several threads for different tiles.
 template <class T>
 void row_products(const float* a, const float* b, std::int64_t rows, std::int64_t cols, const T* hessian, int threads,
                   const std::function<void(RowTile, const double*)>& use);

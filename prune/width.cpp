@@ -50,7 +50,9 @@ void round_to(const std::string& dtype, std::vector<float>& values) {
 class WidthVisitor : public BlockVisitor {
  public:
   WidthVisitor(PruneJob& job, CheckpointWriter& writer)
-      : job_(job), writer_(writer), width_(target_width(job.model.config(), job.options)),
+      : job_(job),
+        writer_(writer),
+        width_(target_width(job.model.config(), job.options)),
         correct_(!job.options.get<bool>("no-correction")),
         damping_(job.options.get_or<double>("damping", kDefaultDamping)) {}
 
@@ -65,23 +67,22 @@ class WidthVisitor : public BlockVisitor {
   }
 
   void compress(int layer, BlockStage stage, std::span<BlockLinear> linears, const InputStatistics& input) override {
-    for (const BlockLinear& linear : linears)
-      check_finite(linear.original.data(), linear.original.size(), linear.name);
+    for (const BlockLinear& linear : linears) check_finite(linear.original.data(), linear.original.size(), linear.name);
     if (stage != BlockStage::kDown) return;
     BlockLinear& down = linears[0];
     Block block;
-    block.kept = most_important(
-        neuron_importance(down.original.data(), input.mean_square.data(), down.rows, down.cols), width_);
+    block.kept =
+        most_important(neuron_importance(down.original.data(), input.mean_square.data(), down.rows, down.cols), width_);
     block.down = take_columns(down.original.data(), down.rows, down.cols, block.kept);
     if (correct_) {
-      block.error_plain = relative_error(down.original.data(), block.down.data(), input.hessian.doubles().data(), down.rows,
-                                         down.cols, block.kept);
-      block.down =
-          corrected_down(down.original.data(), input.hessian.doubles().data(), down.rows, down.cols, block.kept, damping_);
+      block.error_plain = relative_error(down.original.data(), block.down.data(), input.hessian.doubles().data(),
+                                         down.rows, down.cols, block.kept);
+      block.down = corrected_down(down.original.data(), input.hessian.doubles().data(), down.rows, down.cols,
+                                  block.kept, damping_);
       round_to(job_.dtype, block.down);
       check_finite(block.down.data(), block.down.size(), down.name + " (corrected)");
-      block.error = relative_error(down.original.data(), block.down.data(), input.hessian.doubles().data(), down.rows, down.cols,
-                                   block.kept);
+      block.error = relative_error(down.original.data(), block.down.data(), input.hessian.doubles().data(), down.rows,
+                                   down.cols, block.kept);
       // Rounding to 16 bits may cost what a tiny correction gained: the plain columns are exact, so keep those.
       if (block.error > block.error_plain) {
         block.down = take_columns(down.original.data(), down.rows, down.cols, block.kept);
@@ -96,8 +97,8 @@ class WidthVisitor : public BlockVisitor {
     if (correct_)
       job_.context.report.add({"prune", "down_proj error of block " + std::to_string(layer) + " by correction",
                                current_.error_plain, current_.error, "relative", std::nullopt});
-    job_.context.report.add({"prune", "drift after block " + std::to_string(layer), std::nullopt, drift, "relative",
-                             std::nullopt});
+    job_.context.report.add(
+        {"prune", "drift after block " + std::to_string(layer), std::nullopt, drift, "relative", std::nullopt});
     if (finished(layer)) return;
     save(layer, current_);
     writer_.begin_piece(block_piece(layer));
@@ -206,13 +207,22 @@ std::uint64_t peak(const ModelConfig& config, const Options& options) {
       walk.hessian ? 8 * (k * k + (n - k) * k + 4 * n * static_cast<std::uint64_t>(config.hidden_size)) : 0;
   return walk_peak_bytes(config, options.get<std::int64_t>("samples"), window_length(config, options), walk) + solve;
 }
-double passes(const ModelConfig&, const Options&) { return 3; }
+double passes(const ModelConfig&, const Options&) {
+  return 3;
+}
 
 }  // namespace
 
 PruneMethod ffn_width_method() {
-  return {"ffn-width", "remove the MLP neurons that matter least, the same number in every block", true, {"ffn"},
-          {"multiple-of", "no-correction", "damping"}, narrower, run, peak, passes};
+  return {"ffn-width",
+          "remove the MLP neurons that matter least, the same number in every block",
+          true,
+          {"ffn"},
+          {"multiple-of", "no-correction", "damping"},
+          narrower,
+          run,
+          peak,
+          passes};
 }
 
 }  // namespace pare

@@ -64,7 +64,8 @@ struct Row {
         if (q == 0) continue;
         slope += q * g[i];
         double inner = 0;
-        for (std::int64_t j = begin; j < end; ++j) inner += static_cast<double>(hessian[i * cols + j]) * (codes[j] - zero(group));
+        for (std::int64_t j = begin; j < end; ++j)
+          inner += static_cast<double>(hessian[i * cols + j]) * (codes[j] - zero(group));
         curvature += q * inner;
       }
       if (!(curvature > 0)) continue;
@@ -103,9 +104,9 @@ class NearestRule : public SweepRule {
       const int zero = tensor_.zeros.empty() ? 0 : tensor_.zeros[group];
       double offset = 0;
       if (scale > 0 && !(keep_zeros_ && weight_[row * tensor_.cols + column] == 0.0f)) {
-        offset = std::nearbyint(std::clamp(current[r] / static_cast<double>(scale),
-                                           static_cast<double>(range_.low - zero),
-                                           static_cast<double>(range_.high - zero)));
+        offset =
+            std::nearbyint(std::clamp(current[r] / static_cast<double>(scale), static_cast<double>(range_.low - zero),
+                                      static_cast<double>(range_.high - zero)));
       }
       tensor_.codes[static_cast<std::size_t>(row * tensor_.cols + column)] =
           static_cast<std::int8_t>(static_cast<int>(offset) + zero);
@@ -151,7 +152,8 @@ GptqResult gptq(const float* weight, const QuantizedTensor& nearest, const T* he
 }
 
 template <class T>
-double polish(const float* weight, QuantizedTensor& tensor, const T* hessian, bool keep_zeros, int passes, int threads) {
+double polish(const float* weight, QuantizedTensor& tensor, const T* hessian, bool keep_zeros, int passes,
+              int threads) {
   const std::int64_t rows = tensor.rows, cols = tensor.cols, groups = tensor.codec.groups(cols);
   const QuantizedTensor before = tensor;
   std::vector<float> unpacked(static_cast<std::size_t>(rows * cols));
@@ -161,9 +163,14 @@ double polish(const float* weight, QuantizedTensor& tensor, const T* hessian, bo
     std::vector<double> g(static_cast<std::size_t>(cols));
     for (std::int64_t i = 0; i < tile.count; ++i) {
       const std::int64_t r = tile.first + i;
-      Row row{tensor.codes.data() + r * cols, tensor.scales.data() + r * groups,
-              tensor.zeros.empty() ? nullptr : tensor.zeros.data() + r * groups, weight + r * cols, cols, cols / groups,
-              code_range(tensor.codec.kind), keep_zeros};
+      Row row{tensor.codes.data() + r * cols,
+              tensor.scales.data() + r * groups,
+              tensor.zeros.empty() ? nullptr : tensor.zeros.data() + r * groups,
+              weight + r * cols,
+              cols,
+              cols / groups,
+              code_range(tensor.codec.kind),
+              keep_zeros};
       double error = 0;
       for (std::int64_t j = 0; j < cols; ++j) {
         const std::size_t at = static_cast<std::size_t>(r * cols + j);

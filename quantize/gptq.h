@@ -12,9 +12,9 @@ namespace pare {
 
 struct GptqResult {
   QuantizedTensor tensor;
-  double nearest_error = 0;     // tr(dW H dW^T) of the nearest codes under the same scales
-  double sweep_error = 0;       // ... of the sweep's codes
-  double error = 0;             // ... of `tensor`: per row the better of the two, so never above nearest_error
+  double nearest_error = 0;       // tr(dW H dW^T) of the nearest codes under the same scales
+  double sweep_error = 0;         // ... of the sweep's codes
+  double error = 0;               // ... of `tensor`: per row the better of the two, so never above nearest_error
   std::int64_t nearest_rows = 0;  // rows that kept the nearest codes because the sweep's were worse
 };
 

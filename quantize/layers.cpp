@@ -11,12 +11,18 @@
 namespace pare {
 namespace {
 
-std::string piece_name(int layer) { return "block " + std::to_string(layer); }
-fs::path rows_file(const fs::path& rows, int layer) { return rows / ("block-" + std::to_string(layer) + ".json"); }
+std::string piece_name(int layer) {
+  return "block " + std::to_string(layer);
+}
+fs::path rows_file(const fs::path& rows, int layer) {
+  return rows / ("block-" + std::to_string(layer) + ".json");
+}
 
 constexpr std::int64_t kFloatsAtATime = std::int64_t{1} << 24;  // 64 MiB
 
-double total(const std::vector<double>& values) { return std::accumulate(values.begin(), values.end(), 0.0); }
+double total(const std::vector<double>& values) {
+  return std::accumulate(values.begin(), values.end(), 0.0);
+}
 
 // [groups][size * size]; empty where groups are too wide for that objective.
 std::vector<double> diagonal_blocks(const InputStatistics& input, std::int64_t size) {

@@ -46,10 +46,10 @@ void refuse_codes(const Checkpoint& model) {
     if (model.is_quantized(spec.name)) quantized.push_back(spec.name + " as " + model.codec(spec.name).name());
   }
   if (quantized.empty()) return;
-  throw input_error(model.folder().string(), "float weights",
-                    quantized.front() +
-                        (quantized.size() > 1 ? " and " + std::to_string(quantized.size() - 1) + " more" : ""),
-                    "quantize the original: codes cannot be rounded again without loss");
+  throw input_error(
+      model.folder().string(), "float weights",
+      quantized.front() + (quantized.size() > 1 ? " and " + std::to_string(quantized.size() - 1) + " more" : ""),
+      "quantize the original: codes cannot be rounded again without loss");
 }
 
 void refuse_unused_options(const Options& options, const ModelConfig& config) {
@@ -82,8 +82,7 @@ std::vector<TensorPlan> check(const Options& options, const PlannedModel& model)
   refuse_unused_options(options, model.config);
   const auto text = texts(options, "text");
   if (method_of(options) == QuantizeMethod::kGptq && !calibrated(options)) {
-    throw usage_error("--method gptq", "calibration text", "none",
-                      "--text FILE, or --method rtn, which does without");
+    throw usage_error("--method gptq", "calibration text", "none", "--text FILE, or --method rtn, which does without");
   }
   for (const std::string& path : text) {
     if (!fs::exists(path)) throw input_error(path, "a text file or folder", "nothing there");
@@ -94,8 +93,9 @@ std::vector<TensorPlan> check(const Options& options, const PlannedModel& model)
   }
   const std::int64_t context = context_of(options, model.config);
   if (context > model.config.max_position_embeddings) {
-    throw usage_error("--context", "at most the model's " + std::to_string(model.config.max_position_embeddings) +
-                      " positions", std::to_string(context));
+    throw usage_error("--context",
+                      "at most the model's " + std::to_string(model.config.max_position_embeddings) + " positions",
+                      std::to_string(context));
   }
   require_device(options.get<std::string>("device"));
   std::vector<TensorPlan> tensors = plan_codecs(model.config, policy_of(options));
@@ -179,7 +179,8 @@ Memory memory_of(const Options& options, const ModelConfig& config, const std::v
   }
   if (memory.peak > limit) {
     throw Error(ExitCode::kResources, "--max-ram " + options.get<std::string>("max-ram"),
-                bytes_in_words(memory.peak) + (memory.spill ? " with the activations in a file" : ""), bytes_in_words(limit),
+                bytes_in_words(memory.peak) + (memory.spill ? " with the activations in a file" : ""),
+                bytes_in_words(limit),
                 calibrated(options) ? "raise --max-ram, or use --method rtn without text" : "raise --max-ram");
   }
   return memory;
@@ -204,7 +205,7 @@ StagePlan plan(const Options& options, const PlannedModel& input) {
     block_parameters += count;
     if (!tensor.codec) continue;
     const double group = static_cast<double>(tensor.spec.shape[1] / tensor.codec->groups(tensor.spec.shape[1]));
-    operations += count * 45.0 * std::min(group, 128.0);                     // scale search
+    operations += count * 45.0 * std::min(group, 128.0);  // scale search
     if (calibrated(options))
       operations += count * 8.0 * static_cast<double>(tensor.spec.shape[1]);  // sweep, errors, polish
   }
@@ -219,8 +220,9 @@ StagePlan plan(const Options& options, const PlannedModel& input) {
   }
   const Memory memory = memory_of(options, config, tensors);
   if (memory.spill) {
-    notes.push_back("activations of the calibration windows go to an HDF5 file: with them in memory the peak would be " +
-                    bytes_in_words(memory.unspilled));
+    notes.push_back(
+        "activations of the calibration windows go to an HDF5 file: with them in memory the peak would be " +
+        bytes_in_words(memory.unspilled));
   }
   const Sizes sizes = sizes_of(tensors, input.dtype);
   StagePlan plan{1.0 + operations / (1.2e10 * omp_get_num_procs()), memory.peak, sizes.folder, std::move(notes), input};
@@ -323,9 +325,12 @@ Json report(const Options& options, const std::vector<TensorPlan>& tensors, cons
   }
   for (const Json* row : routed) {
     const auto tokens = row->at("expert_tokens").get<std::vector<std::int64_t>>();
-    rows.add({"quantize", "fewest tokens of an expert, " + row->at("name").get<std::string>(), {},
+    rows.add({"quantize",
+              "fewest tokens of an expert, " + row->at("name").get<std::string>(),
+              {},
               static_cast<double>(*std::min_element(tokens.begin(), tokens.end())),
-              expert_summary(tokens, row->at("least").get<std::int64_t>()), {}});
+              expert_summary(tokens, row->at("least").get<std::int64_t>()),
+              {}});
   }
   if (swept > 0) {
     rows.add({"quantize",
@@ -364,7 +369,8 @@ Json run(const Options& options, Context& context) {
     for (const std::string& note : fallback_notes(tensors)) context.progress->note(note);
     CalibrationWindows windows = calibration(options, model, context.seed);
     Json said = options.resolved();
-    for (const char* key : {"model", "out", "text", "split", "max-ram"}) said.erase(key);  // by content: input and windows
+    for (const char* key : {"model", "out", "text", "split", "max-ram"})
+      said.erase(key);  // by content: input and windows
     Json manifest = {{"stage", "quantize"}, {"version", kManifestVersion}, {"input", model.content_hash()},
                      {"dtype", dtype},      {"windows", windows.hash()},   {"options", said}};
     linears = claim(folder.work(), manifest, context);
@@ -475,8 +481,9 @@ Command quantize_command() {
        .maximum = 1e9},
       {.name = "device", .help = "cpu, cuda or cuda:N for the calibration passes", .default_value = "cpu"},
       {.name = "max-ram",
-       .help = "memory to stay below, such as 4G: activations go to a file where they do not fit; refused (exit 5) where "
-               "that is not enough"},
+       .help =
+           "memory to stay below, such as 4G: activations go to a file where they do not fit; refused (exit 5) where "
+           "that is not enough"},
   };
   command.run = run;
   command.plan = plan;

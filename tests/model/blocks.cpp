@@ -127,11 +127,13 @@ TEST_F(BlocksTest, StatisticsAreSumsOverTheModelsOwnInputs) {
   for (const auto& [key, input] : plain.statistics) {
     EXPECT_EQ(input.tokens, 11 * 19);
     const torch::Tensor expected = sums[key] / static_cast<double>(input.tokens);
-    const torch::Tensor found = torch::tensor(input.hessian.doubles(), torch::kDouble).view({input.columns, input.columns});
+    const torch::Tensor found =
+        torch::tensor(input.hessian.doubles(), torch::kDouble).view({input.columns, input.columns});
     EXPECT_LT((found - expected).abs().max().item<double>(), 1e-5 * expected.abs().max().item<double>());
     EXPECT_TRUE(torch::equal(found, found.t()));
     for (std::int64_t j = 0; j < input.columns; ++j) {
-      EXPECT_EQ(input.mean_square[static_cast<std::size_t>(j)], input.hessian[static_cast<std::size_t>(j * input.columns + j)]);
+      EXPECT_EQ(input.mean_square[static_cast<std::size_t>(j)],
+                input.hessian[static_cast<std::size_t>(j * input.columns + j)]);
     }
   }
   WalkOptions light;
@@ -150,7 +152,8 @@ TEST_F(BlocksTest, ReplacedWeightsReachEveryLaterInput) {
   WalkOptions options = with_hessian(2);
   options.cross = true;
   const Recorder changed = walk(folder_, windows, options, Recorder(true));
-  Decoder original = load_decoder(Checkpoint(folder_), torch::kCPU), altered = load_decoder(Checkpoint(folder_), torch::kCPU);
+  Decoder original = load_decoder(Checkpoint(folder_), torch::kCPU),
+          altered = load_decoder(Checkpoint(folder_), torch::kCPU);
   {
     const torch::NoGradGuard no_grad;
     for (auto& item : altered->named_parameters()) {
@@ -166,17 +169,21 @@ TEST_F(BlocksTest, ReplacedWeightsReachEveryLaterInput) {
     auto before = stage_inputs(original, ids), after = stage_inputs(altered, ids);
     for (auto& [key, x] : after) {
       const torch::Tensor wide = x.to(torch::kDouble);
-      const torch::Tensor product = torch::mm(wide.t(), wide), mixed = torch::mm(before[key].to(torch::kDouble).t(), wide);
+      const torch::Tensor product = torch::mm(wide.t(), wide),
+                          mixed = torch::mm(before[key].to(torch::kDouble).t(), wide);
       own[key] = own.contains(key) ? own[key] + product : product;
       cross[key] = cross.contains(key) ? cross[key] + mixed : mixed;
     }
   }
   for (const auto& [key, input] : changed.statistics) {
     const auto as_matrix = [&](const std::vector<double>& values) {
-      return torch::tensor(values, torch::kDouble).view({input.columns, input.columns}) * static_cast<double>(input.tokens);
+      return torch::tensor(values, torch::kDouble).view({input.columns, input.columns}) *
+             static_cast<double>(input.tokens);
     };
-    EXPECT_LT((as_matrix(input.hessian.doubles()) - own[key]).abs().max().item<double>(), 1e-4 * own[key].abs().max().item<double>());
-    EXPECT_LT((as_matrix(input.cross.doubles()) - cross[key]).abs().max().item<double>(), 1e-4 * own[key].abs().max().item<double>());
+    EXPECT_LT((as_matrix(input.hessian.doubles()) - own[key]).abs().max().item<double>(),
+              1e-4 * own[key].abs().max().item<double>());
+    EXPECT_LT((as_matrix(input.cross.doubles()) - cross[key]).abs().max().item<double>(),
+              1e-4 * own[key].abs().max().item<double>());
   }
   EXPECT_GT(changed.drifts.back(), 0.01);
 }
@@ -255,14 +262,16 @@ TEST_F(BlocksTest, IdsOutsideTheVocabularyAreRefused) {
 }
 
 TEST(Windows, AreSeededPrefixedAndInsideTheText) {
-  const fs::path tokenizer_file = fs::path(PARE_SOURCE_DIR) / ".." / "shared" / "models" / "stories260K" / "tokenizer.json";
+  const fs::path tokenizer_file =
+      fs::path(PARE_SOURCE_DIR) / ".." / "shared" / "models" / "stories260K" / "tokenizer.json";
   if (!fs::exists(tokenizer_file)) GTEST_SKIP() << "SKIPPED: no stories260K beside the source folder";
   const Tokenizer tokenizer = Tokenizer::from_file(tokenizer_file);
   const fs::path text = fs::temp_directory_path() / ("pare-windows-" + std::to_string(getpid()) + ".txt");
   std::string story;
   for (int i = 0; i < 60; ++i) story += "Once there were " + std::to_string(i) + " little birds. ";
   write_text(text, story);
-  const CalibrationWindows one = sample_windows(tokenizer, {text}, 6, 24, 1), same = sample_windows(tokenizer, {text}, 6, 24, 1);
+  const CalibrationWindows one = sample_windows(tokenizer, {text}, 6, 24, 1),
+                           same = sample_windows(tokenizer, {text}, 6, 24, 1);
   const CalibrationWindows other = sample_windows(tokenizer, {text}, 6, 24, 2);
   EXPECT_EQ(one.ids, same.ids);
   EXPECT_EQ(one.hash(), same.hash());

@@ -118,7 +118,8 @@ TEST(Factor, FloatsGiveNearlyTheFactorOfDoubles) {
       mirror_upper(sum, n);
     });
   }
-  const SweepFactor exact = factor_hessian(wide, n, {0.01, true}, "h", 2), near = factor_hessian(narrow, n, {0.01, true}, "h", 1);
+  const SweepFactor exact = factor_hessian(wide, n, {0.01, true}, "h", 2),
+                    near = factor_hessian(narrow, n, {0.01, true}, "h", 1);
   EXPECT_TRUE(near.u.single());
   EXPECT_EQ(exact.order, near.order);
   Eigen::MatrixXd damped(n, n), u(n, n);
@@ -135,7 +136,8 @@ TEST(Factor, FloatsGiveNearlyTheFactorOfDoubles) {
     }
     damped(i, i) += 0.01 * mean;
   }
-  EXPECT_LT((damped * u.transpose() * u - Eigen::MatrixXd::Identity(n, n)).norm(), 1e-9 * std::sqrt(static_cast<double>(n)));
+  EXPECT_LT((damped * u.transpose() * u - Eigen::MatrixXd::Identity(n, n)).norm(),
+            1e-9 * std::sqrt(static_cast<double>(n)));
   EXPECT_LT(std::sqrt(difference / size), 1e-4);
 }
 
@@ -261,7 +263,8 @@ TEST(Sweep, EqualsTheLiteralAlgorithm) {
       std::vector<double> h = random_hessian(random, n, 2 * n + 3);
       for (std::int64_t dead : {n / 2, n - 1}) {
         if (n < 5) break;
-        for (std::int64_t j = 0; j < n; ++j) h[static_cast<std::size_t>(dead * n + j)] = h[static_cast<std::size_t>(j * n + dead)] = 0;
+        for (std::int64_t j = 0; j < n; ++j)
+          h[static_cast<std::size_t>(dead * n + j)] = h[static_cast<std::size_t>(j * n + dead)] = 0;
       }
       const std::vector<float> weight = normal(random, rows * n);
       const SweepFactor factor = factor_hessian(SquareMatrix(h), n, {0.01, ordered}, "h", 2);
@@ -294,7 +297,8 @@ TEST(RowErrors, AreTheQuadraticForm) {
       for (std::int64_t i = 0; i < n; ++i) {
         for (std::int64_t j = 0; j < n; ++j) {
           const std::size_t left = static_cast<std::size_t>(r * n + i), right = static_cast<std::size_t>(r * n + j);
-          expected += (static_cast<double>(a[left]) - static_cast<double>(b[left])) * h[static_cast<std::size_t>(i * n + j)] *
+          expected += (static_cast<double>(a[left]) - static_cast<double>(b[left])) *
+                      h[static_cast<std::size_t>(i * n + j)] *
                       (static_cast<double>(a[right]) - static_cast<double>(b[right]));
         }
       }

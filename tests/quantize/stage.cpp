@@ -150,8 +150,11 @@ TEST(QuantizeStage, PrunedWeightsStayZero) {
       if (item.value().dim() == 2) item.value().mul_(torch::rand(item.value().sizes()).gt(0.5));
     }
   });
-  run_quantize({{"model", (scratch / "in").string()}, {"out", (scratch / "out").string()}, {"random-tokens", true},
-                {"samples", 8}, {"context", 32}});
+  run_quantize({{"model", (scratch / "in").string()},
+                {"out", (scratch / "out").string()},
+                {"random-tokens", true},
+                {"samples", 8},
+                {"context", 32}});
   const Checkpoint original(scratch / "in"), out(scratch / "out");
   for (const TensorSpec& spec : out.tensors()) {
     if (spec.role != TensorRole::kLinear) continue;
@@ -206,8 +209,11 @@ TEST(QuantizeStage, RefusalsNameTheProblemAndLeaveNothing) {
 TEST(QuantizeStage, MaxRamMovesActivationsToAFileOrRefuses) {
   ScratchFolder scratch;
   write_tiny(scratch / "in", tiny_config());
-  Json given = {{"model", (scratch / "in").string()}, {"out", (scratch / "out").string()}, {"random-tokens", true},
-                {"samples", 200}, {"context", 64}};
+  Json given = {{"model", (scratch / "in").string()},
+                {"out", (scratch / "out").string()},
+                {"random-tokens", true},
+                {"samples", 200},
+                {"context", 64}};
   const Command command = quantize_command();
   const auto planned = [&] {
     return command.plan(Options(command.options, given, "test"), planned_model(Checkpoint(scratch / "in")));
@@ -225,7 +231,9 @@ TEST(QuantizeStage, MaxRamMovesActivationsToAFileOrRefuses) {
   given["samples"] = 40;
   given["max-ram"] = std::to_string(roomy.peak_bytes - activations);
   run_quantize(given);
-  const auto weights = [&] { return hash_file(scratch / "out" / "model.safetensors") + hash_file(scratch / "out" / "codes.pare"); };
+  const auto weights = [&] {
+    return hash_file(scratch / "out" / "model.safetensors") + hash_file(scratch / "out" / "codes.pare");
+  };
   const std::string spilled = weights();
   fs::remove_all(scratch / "out");
   given.erase("max-ram");
