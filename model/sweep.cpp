@@ -26,27 +26,31 @@ typedef float Float16 __attribute__((vector_size(64)));
 typedef double Double8 __attribute__((vector_size(64)));
 constexpr std::int64_t kPanel = 32;      // columns per packed panel of the Gram product
 constexpr std::int64_t kGramRows = 512;  // float32 accumulation length
-constexpr std::int64_t kLanes = kSweepRows / 8;
+constexpr std::int64_t kLanes = 4;  // x 8 rows at a time in registers
 
 // tile[32][32] += sum over t of a[t][i] * b[t][j].
 template <class T>
 PARE_INLINE void gram_tile_body(const float* a, const float* b, std::int64_t rows, T* out, std::int64_t stride,
                                 std::int64_t height, std::int64_t width) {
-  for (std::int64_t i = 0; i < kPanel; i += 4) {
-    Float16 sum[4][2] = {};
+  constexpr int kHeight = 8;
+  for (std::int64_t i = 0; i < kPanel; i += kHeight) {
+    Float16 sum[kHeight][2] = {};
     for (std::int64_t t = 0; t < rows; ++t) {
       Float16 low, high;
       std::memcpy(&low, b + t * kPanel, sizeof low);
       std::memcpy(&high, b + t * kPanel + 16, sizeof high);
       const float* left = a + t * kPanel + i;
-      for (int k = 0; k < 4; ++k) {
+#pragma GCC unroll 8
+      for (int k = 0; k < kHeight; ++k) {
         sum[k][0] += left[k] * low;
         sum[k][1] += left[k] * high;
       }
     }
-    for (int k = 0; k < 4 && i + k < height; ++k) {
+    float product[kHeight][kPanel];
+    std::memcpy(product, sum, sizeof product);
+    for (int k = 0; k < kHeight && i + k < height; ++k) {
       T* line = out + (i + k) * stride;
-      for (std::int64_t j = 0; j < width; ++j) line[j] += static_cast<T>(sum[k][j / 16][j % 16]);
+      for (std::int64_t j = 0; j < width; ++j) line[j] += static_cast<T>(product[k][j]);
     }
   }
 }
@@ -73,127 +77,93 @@ void pack_panels(const float* x, std::int64_t rows, std::int64_t cols, std::vect
   }
 }
 
-// Columns [begin, end) of a tile lose what columns [first, last) were off by: w_j -= sum_k e_k U_kj.
+// Strip by strip: `depth` rows of the matrix by kStrip columns stand packed as [column / 4][row][4], so that rows a power
+// of two apart do not fight for the same cache lines, and serve every row of the tile.
+constexpr std::int64_t kStrip = 64, kDepth = 64;
+
 template <class T>
-PARE_INLINE void compensate_body(double* weights, const double* errors, const T* u, std::int64_t n, std::int64_t first,
-                                 std::int64_t last, std::int64_t begin, std::int64_t end) {
-  std::int64_t j = begin;
-  for (; j + 4 <= end; j += 4) {
-    Double8 sum[4][kLanes] = {};
-    for (std::int64_t k = first; k < last; ++k) {
-      Double8 e[kLanes];
-      std::memcpy(e, errors + (k - first) * kSweepRows, sizeof e);
-      const T* factor = u + k * n + j;
-      for (int c = 0; c < 4; ++c) {
-        for (int v = 0; v < kLanes; ++v) sum[c][v] += static_cast<double>(factor[c]) * e[v];
+PARE_INLINE void subtract_body(double* out, const double* factors, const T* m, std::int64_t n, std::int64_t first,
+                               std::int64_t last, std::int64_t begin, std::int64_t end) {
+  if (last - first == 1) {
+    for (std::int64_t j = begin; j < end; ++j) {
+      const auto factor = static_cast<double>(m[first * n + j]);
+      double* target = out + (j - begin) * kSweepRows;
+      for (std::int64_t r = 0; r < kSweepRows; ++r) target[r] -= factor * factors[r];
+    }
+    return;
+  }
+  alignas(64) double packed[kStrip * kDepth];
+  for (std::int64_t top = first; top < last; top += kDepth) {
+    const std::int64_t depth = std::min(kDepth, last - top);
+    for (std::int64_t left = begin; left < end; left += kStrip) {
+      const std::int64_t width = std::min(kStrip, end - left), quads = (width + 3) / 4;
+      if (width % 4 != 0) std::fill(packed + (quads - 1) * depth * 4, packed + quads * depth * 4, 0.0);
+      for (std::int64_t k = 0; k < depth; ++k) {
+        const T* row = m + (top + k) * n + left;
+        std::int64_t j = 0;
+        for (; j + 4 <= width; j += 4) {
+          for (std::int64_t c = 0; c < 4; ++c) packed[(j * depth) + k * 4 + c] = static_cast<double>(row[j + c]);
+        }
+        for (; j < width; ++j) packed[(j / 4 * depth + k) * 4 + j % 4] = static_cast<double>(row[j]);
       }
-    }
-    for (int c = 0; c < 4; ++c) {
-      Double8 w[kLanes];
-      std::memcpy(w, weights + (j + c) * kSweepRows, sizeof w);
-      for (int v = 0; v < kLanes; ++v) w[v] -= sum[c][v];
-      std::memcpy(weights + (j + c) * kSweepRows, w, sizeof w);
-    }
-  }
-  for (; j < end; ++j) {
-    Double8 sum[kLanes] = {};
-    for (std::int64_t k = first; k < last; ++k) {
-      Double8 e[kLanes];
-      std::memcpy(e, errors + (k - first) * kSweepRows, sizeof e);
-      for (int v = 0; v < kLanes; ++v) sum[v] += static_cast<double>(u[k * n + j]) * e[v];
-    }
-    Double8 w[kLanes];
-    std::memcpy(w, weights + j * kSweepRows, sizeof w);
-    for (int v = 0; v < kLanes; ++v) w[v] -= sum[v];
-    std::memcpy(weights + j * kSweepRows, w, sizeof w);
-  }
-}
-
-PARE_CLONES void compensate(double* weights, const double* errors, const double* u, std::int64_t n, std::int64_t first,
-                            std::int64_t last, std::int64_t begin, std::int64_t end) {
-  compensate_body(weights, errors, u, n, first, last, begin, end);
-}
-PARE_CLONES void compensate(double* weights, const double* errors, const float* u, std::int64_t n, std::int64_t first,
-                            std::int64_t last, std::int64_t begin, std::int64_t end) {
-  compensate_body(weights, errors, u, n, first, last, begin, end);
-}
-
-// total[r] += sum over i in [0, n) of d_i (H_ii d_i + 2 sum_{j > i} H_ij d_j).
-template <class T>
-PARE_INLINE void quadratic_tile_body(const double* d, const T* h, std::int64_t n, double* total) {
-  Double8 sum[kLanes] = {};
-  for (std::int64_t i = 0; i < n; i += 4) {
-    const std::int64_t height = std::min<std::int64_t>(4, n - i);
-    Double8 inner[4][kLanes] = {};
-    // The 4 x 4 corner at half weight for its diagonal, then whole columns.
-    for (std::int64_t a = 0; a < height; ++a) {
-      for (std::int64_t j = i + a; j < i + height; ++j) {
-        const double factor = static_cast<double>(h[(i + a) * n + j]) * (j == i + a ? 0.5 : 1.0);
-        for (int v = 0; v < kLanes; ++v) {
-          Double8 other;
-          std::memcpy(&other, d + j * kSweepRows + v * 8, sizeof other);
-          inner[a][v] += factor * other;
+      for (std::int64_t half = 0; half < kSweepRows; half += kLanes * 8) {
+        for (std::int64_t quad = 0; quad < quads; ++quad) {
+          Double8 sum[4][kLanes] = {};
+          const double* column = packed + quad * depth * 4;
+          const double* factor = factors + (top - first) * kSweepRows + half;
+          for (std::int64_t k = 0; k < depth; ++k, column += 4, factor += kSweepRows) {
+#pragma GCC unroll 4
+            for (int v = 0; v < kLanes; ++v) {
+              Double8 e;
+              std::memcpy(&e, factor + v * 8, sizeof e);
+#pragma GCC unroll 4
+              for (int c = 0; c < 4; ++c) sum[c][v] += column[c] * e;
+            }
+          }
+          const std::int64_t filled = std::min<std::int64_t>(4, width - quad * 4);
+          // Indexed by constants alone, or the sums would live in memory.
+#pragma GCC unroll 4
+          for (int c = 0; c < 4; ++c) {
+            if (c >= filled) break;
+#pragma GCC unroll 4
+            for (int v = 0; v < kLanes; ++v) {
+              double* target = out + (left - begin + quad * 4 + c) * kSweepRows + half + v * 8;
+              Double8 w;
+              std::memcpy(&w, target, sizeof w);
+              w -= sum[c][v];
+              std::memcpy(target, &w, sizeof w);
+            }
+          }
         }
       }
     }
-    for (std::int64_t j = i + 4; j < n; ++j) {
-      Double8 other[kLanes];
-      std::memcpy(other, d + j * kSweepRows, sizeof other);
-      for (int a = 0; a < 4; ++a) {
-        const auto factor = static_cast<double>(h[(i + a) * n + j]);
-        for (int v = 0; v < kLanes; ++v) inner[a][v] += factor * other[v];
-      }
-    }
-    for (std::int64_t a = 0; a < height; ++a) {
-      Double8 own[kLanes];
-      std::memcpy(own, d + (i + a) * kSweepRows, sizeof own);
-      for (int v = 0; v < kLanes; ++v) sum[v] += own[v] * inner[a][v];
-    }
-  }
-  for (int v = 0; v < kLanes; ++v) {
-    for (int r = 0; r < 8; ++r) total[v * 8 + r] += 2.0 * sum[v][r];
   }
 }
-
-PARE_CLONES void quadratic_tile(const double* d, const double* h, std::int64_t n, double* total) {
-  quadratic_tile_body(d, h, n, total);
+// Clones are made of functions, not of templates.
+PARE_CLONES void subtract(double* out, const double* factors, const double* m, std::int64_t n, std::int64_t first,
+                          std::int64_t last, std::int64_t begin, std::int64_t end) {
+  subtract_body(out, factors, m, n, first, last, begin, end);
 }
-PARE_CLONES void quadratic_tile(const double* d, const float* h, std::int64_t n, double* total) {
-  quadratic_tile_body(d, h, n, total);
+PARE_CLONES void subtract(double* out, const double* factors, const float* m, std::int64_t n, std::int64_t first,
+                          std::int64_t last, std::int64_t begin, std::int64_t end) {
+  subtract_body(out, factors, m, n, first, last, begin, end);
 }
 
-// g_i = sum over j of H_ij d_j.
+// total[r] += d H d^T for d [n][kSweepRows]: twice what lies above the diagonal strips, and the strips.
 template <class T>
-PARE_INLINE void product_tile_body(const double* d, const T* h, std::int64_t n, double* g) {
-  for (std::int64_t i = 0; i < n; i += 4) {
-    const std::int64_t height = std::min<std::int64_t>(4, n - i);
-    Double8 inner[4][kLanes] = {};
-    if (height == 4) {
-      for (std::int64_t j = 0; j < n; ++j) {
-        Double8 other[kLanes];
-        std::memcpy(other, d + j * kSweepRows, sizeof other);
-        for (int a = 0; a < 4; ++a) {
-          const auto factor = static_cast<double>(h[(i + a) * n + j]);
-          for (int v = 0; v < kLanes; ++v) inner[a][v] += factor * other[v];
-        }
-      }
-    } else {
-      for (std::int64_t a = 0; a < height; ++a) {
-        for (std::int64_t j = 0; j < n; ++j) {
-          Double8 other[kLanes];
-          std::memcpy(other, d + j * kSweepRows, sizeof other);
-          for (int v = 0; v < kLanes; ++v) inner[a][v] += static_cast<double>(h[(i + a) * n + j]) * other[v];
-        }
-      }
+void quadratic_tile(const double* d, const T* h, std::int64_t n, double* total) {
+  double strip[kStrip * kSweepRows];
+  for (std::int64_t left = 0; left < n; left += kStrip) {
+    const std::int64_t width = std::min(kStrip, n - left);
+    std::fill(strip, strip + width * kSweepRows, 0.0);
+    subtract(strip, d, h, n, 0, left, left, left + width);
+    for (std::int64_t i = 0; i < width * kSweepRows; ++i) strip[i] *= 2;
+    subtract(strip, d + left * kSweepRows, h, n, left, left + width, left, left + width);
+    for (std::int64_t j = 0; j < width; ++j) {
+      for (std::int64_t r = 0; r < kSweepRows; ++r)
+        total[r] -= strip[j * kSweepRows + r] * d[(left + j) * kSweepRows + r];
     }
-    std::memcpy(g + i * kSweepRows, inner, static_cast<std::size_t>(height * kSweepRows) * sizeof(double));
   }
-}
-PARE_CLONES void product_tile(const double* d, const double* h, std::int64_t n, double* g) {
-  product_tile_body(d, h, n, g);
-}
-PARE_CLONES void product_tile(const double* d, const float* h, std::int64_t n, double* g) {
-  product_tile_body(d, h, n, g);
 }
 
 int resolve_threads(int threads) {
@@ -381,9 +351,9 @@ void sweep_typed(const float* weight, std::int64_t rows, const SweepFactor& fact
             error[r] = (here[r] - decided[r]) / diagonal[static_cast<std::size_t>(i - first)];
             here[r] = decided[r];
           }
-          compensate(current.data(), error, u, n, i, i + 1, i + 1, last);
+          subtract(current.data() + (i + 1) * kSweepRows, error, u, n, i, i + 1, i + 1, last);
         }
-        compensate(current.data(), errors.data(), u, n, first, last, last, n);
+        subtract(current.data() + last * kSweepRows, errors.data(), u, n, first, last, last, n);
       }
     }
   }
@@ -436,12 +406,19 @@ std::vector<double> row_errors(const float* a, const float* b, std::int64_t rows
 
 template <class T>
 void row_products(const float* a, const float* b, std::int64_t rows, std::int64_t cols, const T* hessian, int threads,
-                  const std::function<void(RowTile, const double*)>& use) {
+                  const std::function<void(RowTile, std::span<double>)>& use) {
   each_tile(a, b, rows, cols, threads, [&](RowTile tile, const double* d) {
-    std::vector<double> products(static_cast<std::size_t>(cols * kSweepRows));
-    product_tile(d, hessian, cols, products.data());
-    use(tile, products.data());
+    std::vector<double> products(static_cast<std::size_t>(cols * kSweepRows), 0.0);
+    subtract(products.data(), d, hessian, cols, 0, cols, 0, cols);
+    for (double& value : products) value = -value;
+    use(tile, products);
   });
+}
+
+template <class T>
+void subtract_products(double* out, const double* factors, const T* matrix, std::int64_t n, std::int64_t first,
+                       std::int64_t last, std::int64_t begin, std::int64_t end) {
+  subtract(out, factors, matrix, n, first, last, begin, end);
 }
 
 template void add_gram(const float*, const float*, std::int64_t, std::int64_t, double*, int);
@@ -450,9 +427,13 @@ template void mirror_upper(double*, std::int64_t);
 template void mirror_upper(float*, std::int64_t);
 template std::vector<double> row_errors(const float*, const float*, std::int64_t, std::int64_t, const double*, int);
 template std::vector<double> row_errors(const float*, const float*, std::int64_t, std::int64_t, const float*, int);
+template void subtract_products(double*, const double*, const double*, std::int64_t, std::int64_t, std::int64_t,
+                                std::int64_t, std::int64_t);
+template void subtract_products(double*, const double*, const float*, std::int64_t, std::int64_t, std::int64_t,
+                                std::int64_t, std::int64_t);
 template void row_products(const float*, const float*, std::int64_t, std::int64_t, const double*, int,
-                           const std::function<void(RowTile, const double*)>&);
+                           const std::function<void(RowTile, std::span<double>)>&);
 template void row_products(const float*, const float*, std::int64_t, std::int64_t, const float*, int,
-                           const std::function<void(RowTile, const double*)>&);
+                           const std::function<void(RowTile, std::span<double>)>&);
 
 }  // namespace pare

@@ -94,7 +94,7 @@ class SweepRule {
   // current [tile.count]: the compensated weights of `column` (as stored); writes what stands there from now on.
   virtual void decide(RowTile tile, std::int64_t column, const double* current, double* decided) = 0;
 };
-inline constexpr std::int64_t kSweepRows = 32;
+inline constexpr std::int64_t kSweepRows = 64;
 inline constexpr std::int64_t kSweepBlock = 128;
 
 // weight: [rows * cols] row-major, not modified. Frantar et al. 2022 (GPTQ), algorithm 1 with lazy blocks.
@@ -105,10 +105,16 @@ template <class T>
 std::vector<double> row_errors(const float* a, const float* b, std::int64_t rows, std::int64_t cols, const T* hessian,
                                int threads);
 
-// H d for every row of d = a - b, 32 rows at a time: `use` sees a tile's products [cols * kSweepRows], row r of the
-// tile at [j * kSweepRows + r]. Called from several threads for different tiles.
+// H d for every row of d = a - b, kSweepRows rows at a time: `use` may change a tile's products [cols * kSweepRows],
+// row r of the tile at [j * kSweepRows + r]. Called from several threads for different tiles.
 template <class T>
 void row_products(const float* a, const float* b, std::int64_t rows, std::int64_t cols, const T* hessian, int threads,
-                  const std::function<void(RowTile, const double*)>& use);
+                  const std::function<void(RowTile, std::span<double>)>& use);
+
+// Of a tile: out_j -= sum over k in [first, last) of factors_k M_kj, for j in [begin, end).
+// out: [end - begin][kSweepRows], factors: [last - first][kSweepRows], matrix M: [n * n].
+template <class T>
+void subtract_products(double* out, const double* factors, const T* matrix, std::int64_t n, std::int64_t first,
+                       std::int64_t last, std::int64_t begin, std::int64_t end);
 
 }  // namespace pare

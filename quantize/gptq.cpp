@@ -1,6 +1,7 @@
 #include "quantize/gptq.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "quantize/scales.h"
@@ -18,72 +19,186 @@ PARE_CLONES void add_scaled(double* sum, const double* values, double factor, st
 #pragma omp simd
   for (std::int64_t i = 0; i < n; ++i) sum[i] += factor * values[i];
 }
-PARE_CLONES void add_scaled(double* sum, const float* values, double factor, std::int64_t n) {
-#pragma omp simd
-  for (std::int64_t i = 0; i < n; ++i) sum[i] += factor * static_cast<double>(values[i]);
-}
 
-// One row: codes, scales and zeros of the row, g = H d for d = w - dequantized.
-struct Row {
-  std::int8_t* codes;
-  std::uint16_t* scales;
-  const std::uint8_t* zeros;  // null: none
-  const float* weight;
-  std::int64_t cols, size;
-  CodeRange range;
-  bool keep_zeros;
+constexpr std::int64_t kPolishBlock = 128;  // columns whose gradients follow every single move
 
-  int zero(std::int64_t group) const { return zeros ? zeros[group] : 0; }
+// A tile of rows under coordinate descent: g = H d for d = w - dequantized, [cols][kSweepRows]. Inside a block of
+// columns a row's gradients follow every move; the other columns get all of a block's moves in one matrix product.
+template <class T>
+class PolishTile {
+ public:
+  PolishTile(RowTile tile, const float* weight, QuantizedTensor& tensor, const T* hessian, bool keep_zeros,
+             std::span<double> g)
+      : tile_(tile),
+        weight_(weight),
+        tensor_(tensor),
+        hessian_(hessian),
+        keep_zeros_(keep_zeros),
+        g_(g.data()),
+        cols_(tensor.cols),
+        groups_(tensor.codec.groups(tensor.cols)),
+        size_(cols_ / groups_),
+        range_(code_range(tensor.codec.kind)),
+        moves_(static_cast<std::size_t>(kPolishBlock * kSweepRows)),
+        corner_(static_cast<std::size_t>(kPolishBlock * kPolishBlock)) {
+    for (std::int64_t r = 0; r < tile.count; ++r) live_.push_back(r);
+  }
 
-  template <class T>
-  bool move_codes(const T* hessian, double* g) {
+  // One pass over codes, one over scales; false: nothing moved. Rows in which nothing moves are left alone afterwards.
+  bool pass() {
+    moved_.fill(false);
+    for (std::int64_t begin = 0; begin < cols_; begin += kPolishBlock)
+      in_block(begin, std::min(begin + kPolishBlock, cols_), [&](std::int64_t row, double* g, double* moves) {
+        return move_codes(row, begin, std::min(begin + kPolishBlock, cols_), g, moves);
+      });
+    if (size_ > kPolishBlock) {
+      move_wide_scales();
+    } else {
+      const std::int64_t block = kPolishBlock / size_ * size_;
+      for (std::int64_t begin = 0; begin < cols_; begin += block)
+        in_block(begin, std::min(begin + block, cols_), [&](std::int64_t row, double* g, double* moves) {
+          return move_scales(row, begin, std::min(begin + block, cols_), g, moves);
+        });
+    }
+    std::erase_if(live_, [&](std::int64_t r) { return !moved_[static_cast<std::size_t>(r)]; });
+    return !live_.empty();
+  }
+
+ private:
+  double scale(std::int64_t row, std::int64_t group) const {
+    return static_cast<double>(f16_to_f32(tensor_.scales[static_cast<std::size_t>(row * groups_ + group)]));
+  }
+  int zero(std::int64_t row, std::int64_t group) const {
+    return tensor_.zeros.empty() ? 0 : tensor_.zeros[static_cast<std::size_t>(row * groups_ + group)];
+  }
+  std::int8_t* codes(std::int64_t row) { return tensor_.codes.data() + row * cols_; }
+
+  // Runs move(row, gradients of the block, what the dequantized weights of the block change by) for the live rows.
+  template <class Move>
+  void in_block(std::int64_t begin, std::int64_t end, const Move& move) {
+    const std::int64_t width = end - begin;
+    for (std::int64_t i = 0; i < width; ++i) {
+      const T* from = hessian_ + (begin + i) * cols_ + begin;
+      std::copy_n(from, width, corner_.begin() + i * kPolishBlock);
+    }
+    std::fill(moves_.begin(), moves_.end(), 0.0);
+    bool any = false;
+    double g[kPolishBlock], moves[kPolishBlock];
+    for (const std::int64_t r : live_) {
+      for (std::int64_t i = 0; i < width; ++i) g[i] = g_[(begin + i) * kSweepRows + r];
+      std::fill(moves, moves + width, 0.0);
+      if (!move(tile_.first + r, g, moves)) continue;
+      any = moved_[static_cast<std::size_t>(r)] = true;
+      for (std::int64_t i = 0; i < width; ++i) {
+        g_[(begin + i) * kSweepRows + r] = g[i];
+        moves_[static_cast<std::size_t>(i * kSweepRows + r)] = moves[i];
+      }
+    }
+    if (!any) return;
+    subtract_products(g_, moves_.data(), hessian_, cols_, begin, end, 0, begin);
+    subtract_products(g_ + end * kSweepRows, moves_.data(), hessian_, cols_, begin, end, end, cols_);
+  }
+
+  bool move_codes(std::int64_t row, std::int64_t begin, std::int64_t end, double* g, double* moves) {
     bool moved = false;
-    for (std::int64_t j = 0; j < cols; ++j) {
-      const double scale = static_cast<double>(f16_to_f32(scales[j / size])),
-                   curvature = static_cast<double>(hessian[j * cols + j]);
-      if (!(scale > 0 && curvature > 0) || (keep_zeros && weight[j] == 0.0f)) continue;
-      const double wanted = static_cast<double>(codes[j]) + g[j] / (scale * curvature);
+    std::int8_t* code = codes(row) + begin;
+    for (std::int64_t i = 0; i < end - begin; ++i) {
+      const double* line = corner_.data() + i * kPolishBlock;
+      const double step_size = scale(row, (begin + i) / size_), curvature = line[i];
+      if (!(step_size > 0 && curvature > 0) || (keep_zeros_ && weight_[row * cols_ + begin + i] == 0.0f)) continue;
+      const double wanted = static_cast<double>(code[i]) + g[i] / (step_size * curvature);
       const double step =
-          std::nearbyint(std::clamp<double>(wanted, range.low, range.high)) - static_cast<double>(codes[j]);
-      if (step == 0 || 2.0 * step * g[j] <= step * step * scale * curvature * (1 + 1e-9)) continue;
-      codes[j] = static_cast<std::int8_t>(codes[j] + static_cast<int>(step));
-      add_scaled(g, hessian + j * cols, -step * scale, cols);
+          std::nearbyint(std::clamp<double>(wanted, range_.low, range_.high)) - static_cast<double>(code[i]);
+      if (step == 0 || 2.0 * step * g[i] <= step * step * step_size * curvature * (1 + 1e-9)) continue;
+      code[i] = static_cast<std::int8_t>(code[i] + static_cast<int>(step));
+      moves[i] = step * step_size;
+      add_scaled(g, line, -moves[i], end - begin);
       moved = true;
     }
     return moved;
   }
 
-  template <class T>
-  bool move_scales(const T* hessian, double* g) {
+  // The step of a group's scale that lowers the error most, as f16 has it; 0: none does. slope: q g, curvature: q H q.
+  double move_scale(std::int64_t row, std::int64_t group, double slope, double curvature) {
+    if (!(curvature > 0)) return 0;
+    const double now = scale(row, group), wanted = now + slope / curvature;
+    if (!(wanted > 0 && wanted < 65504.0)) return 0;
+    const std::uint16_t bits = f32_to_f16(static_cast<float>(wanted));
+    const double step = static_cast<double>(f16_to_f32(bits)) - now;
+    if (step == 0 || 2.0 * step * slope <= step * step * curvature) return 0;
+    tensor_.scales[static_cast<std::size_t>(row * groups_ + group)] = bits;
+    return step;
+  }
+
+  bool move_scales(std::int64_t row, std::int64_t begin, std::int64_t end, double* g, double* moves) {
     bool moved = false;
-    for (std::int64_t group = 0; group < cols / size; ++group) {
-      const std::int64_t begin = group * size, end = begin + size;
+    double q[kPolishBlock], product[kPolishBlock];
+    for (std::int64_t first = 0; first < end - begin; first += size_) {
+      const std::int64_t group = (begin + first) / size_;
+      const std::int8_t* code = codes(row) + begin + first;
+      for (std::int64_t i = 0; i < size_; ++i) q[i] = code[i] - zero(row, group);
+      std::fill(product, product + (end - begin), 0.0);  // H q over the whole block
+      for (std::int64_t i = 0; i < size_; ++i) {
+        if (q[i] != 0) add_scaled(product, corner_.data() + (first + i) * kPolishBlock, q[i], end - begin);
+      }
       double slope = 0, curvature = 0;
-      for (std::int64_t i = begin; i < end; ++i) {
-        const double q = codes[i] - zero(group);
-        if (q == 0) continue;
-        slope += q * g[i];
-        double inner = 0;
-        for (std::int64_t j = begin; j < end; ++j)
-          inner += static_cast<double>(hessian[i * cols + j]) * (codes[j] - zero(group));
-        curvature += q * inner;
+      for (std::int64_t i = 0; i < size_; ++i) {
+        slope += q[i] * g[first + i];
+        curvature += q[i] * product[first + i];
       }
-      if (!(curvature > 0)) continue;
-      const double scale = static_cast<double>(f16_to_f32(scales[group]));
-      const double wanted = scale + slope / curvature;
-      if (!(wanted > 0 && wanted < 65504.0)) continue;
-      const std::uint16_t bits = f32_to_f16(static_cast<float>(wanted));
-      const double step = static_cast<double>(f16_to_f32(bits)) - scale;
-      if (step == 0 || 2.0 * step * slope <= step * step * curvature) continue;
-      scales[group] = bits;
-      for (std::int64_t i = begin; i < end; ++i) {
-        const double q = codes[i] - zero(group);
-        if (q != 0) add_scaled(g, hessian + i * cols, -step * q, cols);
-      }
+      const double step = move_scale(row, group, slope, curvature);
+      if (step == 0) continue;
+      for (std::int64_t i = 0; i < size_; ++i) moves[first + i] = step * q[i];
+      add_scaled(g, product, -step, end - begin);
       moved = true;
     }
     return moved;
   }
+
+  // Groups wider than a block: those of one number together in all rows.
+  void move_wide_scales() {
+    std::vector<double> q(static_cast<std::size_t>(size_ * kSweepRows)),
+        product(static_cast<std::size_t>(cols_ * kSweepRows));  // - H q
+    for (std::int64_t group = 0; group < groups_; ++group) {
+      const std::int64_t begin = group * size_;
+      std::fill(q.begin(), q.end(), 0.0);
+      std::fill(product.begin(), product.end(), 0.0);
+      for (const std::int64_t r : live_) {
+        const std::int8_t* code = codes(tile_.first + r) + begin;
+        const int base = zero(tile_.first + r, group);
+        for (std::int64_t i = 0; i < size_; ++i) q[static_cast<std::size_t>(i * kSweepRows + r)] = code[i] - base;
+      }
+      subtract_products(product.data(), q.data(), hessian_, cols_, begin, begin + size_, 0, cols_);
+      double slope[kSweepRows] = {}, curvature[kSweepRows] = {}, step[kSweepRows] = {};
+      for (std::int64_t i = 0; i < size_; ++i) {
+        for (std::int64_t r = 0; r < kSweepRows; ++r) {
+          const double value = q[static_cast<std::size_t>(i * kSweepRows + r)];
+          slope[r] += value * g_[(begin + i) * kSweepRows + r];
+          curvature[r] -= value * product[static_cast<std::size_t>((begin + i) * kSweepRows + r)];
+        }
+      }
+      for (const std::int64_t r : live_) {
+        step[r] = move_scale(tile_.first + r, group, slope[r], curvature[r]);
+        if (step[r] != 0) moved_[static_cast<std::size_t>(r)] = true;
+      }
+      for (std::int64_t j = 0; j < cols_; ++j) {
+        for (std::int64_t r = 0; r < kSweepRows; ++r)
+          g_[j * kSweepRows + r] += step[r] * product[static_cast<std::size_t>(j * kSweepRows + r)];
+      }
+    }
+  }
+
+  RowTile tile_;
+  const float* weight_;
+  QuantizedTensor& tensor_;
+  const T* hessian_;
+  bool keep_zeros_;
+  double* g_;
+  std::int64_t cols_, groups_, size_;
+  CodeRange range_;
+  std::vector<double> moves_, corner_;  // [block][kSweepRows], [block][block]
+  std::vector<std::int64_t> live_;      // rows of the tile
+  std::array<bool, kSweepRows> moved_{};
 };
 
 class NearestRule : public SweepRule {
@@ -159,30 +274,19 @@ double polish(const float* weight, QuantizedTensor& tensor, const T* hessian, bo
   std::vector<float> unpacked(static_cast<std::size_t>(rows * cols));
   before.unpack(unpacked.data());
   std::vector<double> old_errors(static_cast<std::size_t>(rows), 0.0);
-  row_products(weight, unpacked.data(), rows, cols, hessian, threads, [&](RowTile tile, const double* products) {
-    std::vector<double> g(static_cast<std::size_t>(cols));
+  row_products(weight, unpacked.data(), rows, cols, hessian, threads, [&](RowTile tile, std::span<double> products) {
     for (std::int64_t i = 0; i < tile.count; ++i) {
       const std::int64_t r = tile.first + i;
-      Row row{tensor.codes.data() + r * cols,
-              tensor.scales.data() + r * groups,
-              tensor.zeros.empty() ? nullptr : tensor.zeros.data() + r * groups,
-              weight + r * cols,
-              cols,
-              cols / groups,
-              code_range(tensor.codec.kind),
-              keep_zeros};
       double error = 0;
       for (std::int64_t j = 0; j < cols; ++j) {
         const std::size_t at = static_cast<std::size_t>(r * cols + j);
-        g[static_cast<std::size_t>(j)] = products[j * kSweepRows + i];
-        error += (static_cast<double>(weight[at]) - static_cast<double>(unpacked[at])) * g[static_cast<std::size_t>(j)];
+        error += (static_cast<double>(weight[at]) - static_cast<double>(unpacked[at])) *
+                 products[static_cast<std::size_t>(j * kSweepRows + i)];
       }
       old_errors[static_cast<std::size_t>(r)] = std::max(0.0, error);
-      for (int pass = 0; pass < passes; ++pass) {
-        const bool codes_moved = row.move_codes(hessian, g.data());
-        const bool scales_moved = row.move_scales(hessian, g.data());
-        if (!codes_moved && !scales_moved) break;
-      }
+    }
+    PolishTile<T> polished(tile, weight, tensor, hessian, keep_zeros, products);
+    for (int pass = 0; pass < passes && polished.pass(); ++pass) {
     }
   });
   tensor.unpack(unpacked.data());

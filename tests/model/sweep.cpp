@@ -149,10 +149,10 @@ TEST(Rows, ProductsAndErrorsEqualBruteForceInBothPrecisions) {
   const std::vector<float> narrow(h.begin(), h.end());
   std::vector<double> found(static_cast<std::size_t>(rows * n)), found_narrow = found;
   const auto into = [&](std::vector<double>& out) {
-    return [&out, n](RowTile tile, const double* products) {
+    return [&out, n](RowTile tile, std::span<double> products) {
       for (std::int64_t r = 0; r < tile.count; ++r) {
         for (std::int64_t j = 0; j < n; ++j) {
-          out[static_cast<std::size_t>((tile.first + r) * n + j)] = products[j * kSweepRows + r];
+          out[static_cast<std::size_t>((tile.first + r) * n + j)] = products[static_cast<std::size_t>(j * kSweepRows + r)];
         }
       }
     };

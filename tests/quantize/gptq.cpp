@@ -3,9 +3,9 @@
 #include <gtest/gtest.h>
 
 #include <Eigen/Dense>
+#include <algorithm>
 #include <cmath>
 #include <limits>
-#include <algorithm>
 
 #include "quantize/scales.h"
 #include "tests/quantize/layers.h"
@@ -188,6 +188,80 @@ TEST(Gptq, LiesBetweenTheExhaustiveOptimumAndNearest) {
   EXPECT_GE(sweep_sum, optimum_sum);
 }
 
+// One pass as quantize/gptq.h states it, a row at a time: codes in column order, then scales in group order, with the
+// gradient g = H d taken anew for every decision.
+void literal_pass(const std::vector<float>& w, QuantizedTensor& t, const std::vector<double>& h, bool keep_zeros) {
+  const std::int64_t n = t.cols, groups = t.codec.groups(n), size = n / groups;
+  const CodeRange range = code_range(t.codec.kind);
+  for (std::int64_t r = 0; r < t.rows; ++r) {
+    const auto scale = [&](std::int64_t g) {
+      return static_cast<double>(f16_to_f32(t.scales[static_cast<std::size_t>(r * groups + g)]));
+    };
+    const auto zero = [&](std::int64_t g) {
+      return t.zeros.empty() ? 0 : static_cast<int>(t.zeros[static_cast<std::size_t>(r * groups + g)]);
+    };
+    const auto code = [&](std::int64_t j) -> std::int8_t& { return t.codes[static_cast<std::size_t>(r * n + j)]; };
+    const auto gradient = [&](std::int64_t j) {
+      double sum = 0;
+      for (std::int64_t i = 0; i < n; ++i) {
+        const double value = scale(i / size) * (code(i) - zero(i / size));
+        sum += h[static_cast<std::size_t>(j * n + i)] *
+               (static_cast<double>(w[static_cast<std::size_t>(r * n + i)]) - value);
+      }
+      return sum;
+    };
+    for (std::int64_t j = 0; j < n; ++j) {
+      const double curvature = h[static_cast<std::size_t>(j * n + j)], s = scale(j / size);
+      if (!(s > 0 && curvature > 0) || (keep_zeros && w[static_cast<std::size_t>(r * n + j)] == 0.0f)) continue;
+      const double g = gradient(j);
+      const double step =
+          std::nearbyint(std::clamp<double>(code(j) + g / (s * curvature), range.low, range.high)) - code(j);
+      if (step != 0 && 2 * step * g > step * step * s * curvature * (1 + 1e-9))
+        code(j) = static_cast<std::int8_t>(code(j) + static_cast<int>(step));
+    }
+    for (std::int64_t group = 0; group < groups; ++group) {
+      double slope = 0, curvature = 0;
+      for (std::int64_t i = group * size; i < (group + 1) * size; ++i) {
+        slope += (code(i) - zero(group)) * gradient(i);
+        for (std::int64_t j = group * size; j < (group + 1) * size; ++j)
+          curvature += h[static_cast<std::size_t>(i * n + j)] * (code(i) - zero(group)) * (code(j) - zero(group));
+      }
+      const double wanted = scale(group) + slope / curvature;
+      if (!(curvature > 0) || !(wanted > 0 && wanted < 65504.0)) continue;
+      const std::uint16_t bits = f32_to_f16(static_cast<float>(wanted));
+      const double step = static_cast<double>(f16_to_f32(bits)) - scale(group);
+      if (step != 0 && 2 * step * slope > step * step * curvature)
+        t.scales[static_cast<std::size_t>(r * groups + group)] = bits;
+    }
+  }
+}
+
+TEST(Polish, EqualsTheDescentOfOneRowAtATime) {
+  std::mt19937_64 random(16);
+  // More columns than a block and more rows than a tile; groups of a block, of less and of the whole row.
+  for (const char* codec : {"q4", "q4a", "q4g128", "q8c"}) {
+    const std::int64_t rows = 67, cols = 256;
+    std::vector<float> w = random_weight(random, rows, cols);
+    for (std::size_t i = 0; i < w.size(); i += 7) w[i] = 0.0f;
+    const std::vector<double> h = random_hessian(random, cols, 700);
+    const QuantizedTensor nearest = round_to_nearest(w.data(), rows, cols, Codec::parse(codec, "t"), ScaleRule::kAbsmax,
+                                                     {h.data(), nullptr}, "w", 1);
+    QuantizedTensor found = nearest, wanted = nearest;
+    polish(w.data(), found, h.data(), true, 2, 2);
+    literal_pass(w, wanted, h, true);
+    literal_pass(w, wanted, h, true);
+    std::size_t codes = 0, scales = 0, moved = 0;
+    for (std::size_t i = 0; i < wanted.codes.size(); ++i) {
+      codes += found.codes[i] != wanted.codes[i];
+      moved += wanted.codes[i] != nearest.codes[i];
+    }
+    for (std::size_t i = 0; i < wanted.scales.size(); ++i) scales += found.scales[i] != wanted.scales[i];
+    EXPECT_GT(moved, wanted.codes.size() / 50) << codec;
+    EXPECT_EQ(codes, 0u) << codec;
+    EXPECT_EQ(scales, 0u) << codec;
+  }
+}
+
 TEST(Polish, EndsWhereNoSingleCodeCanBeImproved) {
   std::mt19937_64 random(6);
   for (const char* codec : {"q4", "q4a", "q4g64", "q8"}) {
@@ -243,7 +317,8 @@ TEST(Gptq, SameBitsAtAnyThreadCount) {
   const QuantizedTensor nearest =
       round_to_nearest(w.data(), 100, 160, Codec::parse("q4", "t"), ScaleRule::kSearched, {h.data(), nullptr}, "w", 1);
   const GptqResult one = gptq(w.data(), nearest, h.data(), factor_hessian(SquareMatrix(h), 160, {}, "w", 1), false, 1);
-  const GptqResult three = gptq(w.data(), nearest, h.data(), factor_hessian(SquareMatrix(h), 160, {}, "w", 3), false, 3);
+  const GptqResult three =
+      gptq(w.data(), nearest, h.data(), factor_hessian(SquareMatrix(h), 160, {}, "w", 3), false, 3);
   EXPECT_EQ(one.tensor.codes, three.tensor.codes);
   EXPECT_EQ(one.error, three.error);
 }
