@@ -33,7 +33,7 @@ Choice from_json(const Json& json, const std::string& place) {
 }
 
 std::uint64_t stream_bytes(const ModelConfig& config, std::int64_t windows, std::int64_t length) {
-  return 4 * static_cast<std::uint64_t>(windows) * static_cast<std::uint64_t>(length) *
+  return 4 * static_cast<std::uint64_t>(group_tokens(windows, length)) *
          static_cast<std::uint64_t>(config.hidden_size);
 }
 
@@ -47,44 +47,52 @@ int group_size(const ModelConfig& config, std::int64_t windows, std::int64_t len
 class CostMeter {
  public:
   explicit CostMeter(PruneJob& job)
-      : job_(job), device_(parse_device(job.options.get<std::string>("device"))),
-        shards_(window_shards(job.windows, device_)), head_(load_head(job.model, device_)),
+      : job_(job),
+        device_(parse_device(job.options.get<std::string>("device"))),
+        groups_(shard_groups(job.windows, device_)),
+        head_(job.model, device_),
         rope_(rope_tables(job.model.config(), job.windows.length, device_)),
-        group_(group_size(job.model.config(), job.windows.count, job.windows.length)) {
-    original_ = embed_stream(job.model, shards_, device_);
-    for (int layer = 0; layer < job.model.config().num_layers; ++layer) step(layer, {&original_});
-  }
+        side_by_side_(group_size(job.model.config(), job.windows.count, job.windows.length)) {}
 
   Choice measure(const std::vector<int>& alive, int round, int rounds) {
-    Choice choice;
     const auto count = static_cast<int>(alive.size());
-    job_.context.progress->begin("depth " + std::to_string(round + 1) + "/" + std::to_string(rounds), count);
-    Stream prefix = embed_stream(job_.model, shards_, device_);
-    for (int first = 0; first < count; first += group_) {
-      const int end = std::min(first + group_, count);
-      std::vector<Stream> candidates;
-      candidates.reserve(static_cast<std::size_t>(end - first));
-      for (int at = first; at < count; ++at) {
-        std::vector<Stream*> moving;
-        for (Stream& stream : candidates) moving.push_back(&stream);
-        if (at < end) {
-          candidates.push_back(prefix);  // skips block `at`
-          moving.push_back(&prefix);
+    job_.context.progress->begin("depth " + std::to_string(round + 1) + "/" + std::to_string(rounds),
+                                 count * static_cast<std::int64_t>(groups_.size()));
+    std::vector<WindowFigures> figures(alive.size());
+    std::int64_t done = 0;
+    for (const auto& shards : groups_) {
+      Stream original = embed_stream(job_.model, shards, device_), prefix = original;
+      for (int layer = 0; layer < job_.model.config().num_layers; ++layer) step(layer, {&original});
+      for (int first = 0; first < count; first += side_by_side_) {
+        const int end = std::min(first + side_by_side_, count);
+        std::vector<Stream> candidates;
+        candidates.reserve(static_cast<std::size_t>(end - first));
+        for (int at = first; at < count; ++at) {
+          std::vector<Stream*> moving;
+          for (Stream& stream : candidates) moving.push_back(&stream);
+          if (at < end) {
+            candidates.push_back(prefix);  // skips block `at`
+            moving.push_back(&prefix);
+          }
+          step(alive[static_cast<std::size_t>(at)], moving);
         }
-        step(alive[static_cast<std::size_t>(at)], moving);
+        std::vector<const Stream*> others;
+        for (const Stream& stream : candidates) others.push_back(&stream);
+        const auto measured = compare_streams(original, head_, others, head_, shards, device_, job_.context.threads);
+        for (int at = first; at < end; ++at)
+          figures[static_cast<std::size_t>(at)].append(measured[static_cast<std::size_t>(at - first)]);
+        job_.context.progress->update(done + end);
       }
-      std::vector<const Stream*> others;
-      for (const Stream& stream : candidates) others.push_back(&stream);
-      const auto results =
-          compare_streams(original_, head_, others, head_, shards_, device_, job_.context.threads);
-      for (int at = first; at < end; ++at) {
-        choice.candidates.push_back(alive[static_cast<std::size_t>(at)]);
-        choice.costs.push_back(results[static_cast<std::size_t>(at - first)].kl);
-        choice.errors.push_back(results[static_cast<std::size_t>(at - first)].kl_error);
-      }
-      job_.context.progress->update(end);
+      done += count;
     }
     job_.context.progress->end();
+    Choice choice;
+    choice.candidates = alive;
+    for (const WindowFigures& candidate : figures) {
+      const Divergence divergence = candidate.divergence();
+      choice.costs.push_back(divergence.kl);
+      choice.errors.push_back(divergence.kl_error);
+    }
     const auto best = std::min_element(choice.costs.begin(), choice.costs.end());  // of equal ones the first
     choice.block = choice.candidates[static_cast<std::size_t>(best - choice.costs.begin())];
     return choice;
@@ -98,11 +106,10 @@ class CostMeter {
 
   PruneJob& job_;
   torch::Device device_;
-  std::vector<torch::Tensor> shards_;
+  std::vector<std::vector<torch::Tensor>> groups_;
   Head head_;
   RopeTables rope_;
-  int group_;
-  Stream original_;
+  int side_by_side_;
 };
 
 ModelConfig shorter(const ModelConfig& config, const Options& options) {
@@ -168,11 +175,11 @@ void run(PruneJob& job) {
   writer.finish();
 }
 
-std::uint64_t peak(const ModelConfig& config, const Options& options) {
+std::uint64_t peak(const ModelConfig& config, const Options& options, const fs::path&) {
   const auto samples = options.get<std::int64_t>("samples"), length = window_length(config, options);
   const std::uint64_t streams = static_cast<std::uint64_t>(
-      std::min<std::int64_t>(group_size(config, samples, length), config.num_layers) + 2);
-  return streams * stream_bytes(config, samples, length);
+      std::min<std::int64_t>(group_size(config, samples, length), config.num_layers));
+  return compare_peak_bytes(config, samples, length) + streams * stream_bytes(config, samples, length);
 }
 
 double passes(const ModelConfig& config, const Options& options) {

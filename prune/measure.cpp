@@ -16,7 +16,8 @@ namespace {
 using torch::Tensor;
 
 constexpr std::int64_t kShardTokens = 2048;
-constexpr std::int64_t kLogitElements = std::int64_t{1} << 21;  // per chunk and thread: 16 MiB in double
+constexpr std::int64_t kSlice = 2048;  // ids whose logits are held at a time
+constexpr std::int64_t kRows = 512;    // positions of a window likewise: 8 MiB in double
 
 // Sum and sum of squares of per-window means.
 struct Spread {
@@ -32,11 +33,26 @@ struct Spread {
   }
 };
 
-Tensor log_probabilities(const Tensor& hidden, const Head& head) {  // [rows, width] -> [rows, vocab], double
-  const Tensor inverse = torch::rsqrt(hidden.square().mean(-1, true) + head.eps);
-  Tensor logits = torch::matmul(hidden * inverse * head.norm, head.weight.t()).to(torch::kDouble);
-  if (head.softcap > 0) logits = torch::tanh(logits / head.softcap) * head.softcap;
-  return torch::log_softmax(logits, -1);
+// Softmax over slices that arrive one after the other: sum of exp(logit - largest so far), [rows, 1].
+struct Partition {
+  Tensor largest, sum;
+  // What earlier sums are multiplied by; afterwards `weights` holds exp(logits - largest).
+  Tensor add(const Tensor& logits, Tensor& weights) {
+    const Tensor peak = logits.amax(1, true);
+    const Tensor next = largest.defined() ? torch::maximum(largest, peak) : peak;
+    weights = (logits - next).exp();
+    const Tensor factor = largest.defined() ? (largest - next).exp() : torch::zeros_like(next);
+    sum = largest.defined() ? sum * factor + weights.sum(1, true) : weights.sum(1, true);
+    largest = next;
+    return factor;
+  }
+  Tensor log() const { return largest + sum.log(); }
+};
+
+// Logits at the target where it lies in the slice, else 0.
+Tensor at_target(const Tensor& logits, const Tensor& target, std::int64_t first) {
+  const Tensor inside = target.ge(first).logical_and(target.lt(first + logits.size(1)));
+  return logits.gather(1, (target - first).clamp(0, logits.size(1) - 1)) * inside;
 }
 
 }  // namespace
@@ -84,13 +100,36 @@ std::vector<Tensor> window_shards(const CalibrationWindows& windows, const torch
   return shards;
 }
 
+std::vector<std::vector<Tensor>> shard_groups(const CalibrationWindows& windows, const torch::Device& device) {
+  std::vector<std::vector<Tensor>> groups;
+  std::int64_t tokens = kGroupTokens;
+  for (const Tensor& shard : window_shards(windows, device)) {
+    if (tokens + shard.numel() > kGroupTokens) {
+      groups.emplace_back();
+      tokens = 0;
+    }
+    tokens += shard.numel();
+    groups.back().push_back(shard);
+  }
+  return groups;
+}
+
+std::int64_t group_tokens(std::int64_t windows, std::int64_t length) {
+  return std::min(windows * length, std::max({length, kGroupTokens}));
+}
+
 Stream embed_stream(const Checkpoint& model, const std::vector<Tensor>& shards, const torch::Device& device) {
-  const torch::NoGradGuard no_grad;
-  const Tensor table = load_tensor(model, "model.embed_tokens.weight", device);
+  const std::int64_t width = model.config().hidden_size;
   Stream stream;
-  for (const Tensor& ids : shards)
-    stream.push_back(table.index_select(0, ids.reshape({-1})).reshape({ids.size(0), ids.size(1), -1}) *
-                     model.config().embedding_scale);
+  for (const Tensor& shard : shards) {
+    const Tensor ids = shard.to(torch::kCPU).contiguous();
+    Tensor hidden = torch::empty({ids.size(0), ids.size(1), width}, torch::kFloat);
+    for (std::int64_t i = 0; i < ids.numel(); ++i)
+      model.read_rows_f32("model.embed_tokens.weight", ids.data_ptr<std::int64_t>()[i], 1,
+                          hidden.data_ptr<float>() + i * width);
+    stream.push_back(hidden.mul_(model.config().embedding_scale).to(device));
+  }
+  model.release("model.embed_tokens.weight");
   return stream;
 }
 
@@ -105,81 +144,138 @@ void advance(DecoderBlock& block, const RopeTables& rope, const std::vector<Stre
   });
 }
 
-Head load_head(const Checkpoint& model, const torch::Device& device) {
-  const bool tied = model.config().tie_word_embeddings;
-  return {norm_factor(model.config(), load_tensor(model, "model.norm.weight", device)),
-          load_tensor(model, tied ? "model.embed_tokens.weight" : "lm_head.weight", device),
-          model.config().rms_norm_eps, model.config().final_softcap};
+Head::Head(const Checkpoint& model, const torch::Device& device)
+    : model_(&model),
+      name_(model.config().tie_word_embeddings ? "model.embed_tokens.weight" : "lm_head.weight"),
+      norm_(norm_factor(model.config(), load_tensor(model, "model.norm.weight", device))) {
+  if (!device.is_cpu()) resident_ = load_tensor(model, name_, device);
 }
 
-std::vector<Divergence> compare_streams(const Stream& original, const Head& original_head,
-                                        const std::vector<const Stream*>& others, const Head& other_head,
-                                        const std::vector<Tensor>& shards, const torch::Device& device, int threads) {
-  struct Sums {  // of one window
-    double original_loss = 0;
-    std::vector<double> kl, loss;
+Tensor Head::normed(const Tensor& hidden) const {
+  return hidden * torch::rsqrt(hidden.square().mean(-1, true) + model_->config().rms_norm_eps) * norm_;
+}
+
+Tensor Head::logits(const Tensor& normed, std::int64_t first, std::int64_t count) const {
+  Tensor rows;
+  if (resident_.defined()) {
+    rows = resident_.narrow(0, first, count);
+  } else {
+    rows = torch::empty({count, model_->config().hidden_size}, torch::kFloat);
+    model_->read_rows_f32(name_, first, count, rows.data_ptr<float>());
+  }
+  Tensor logits = torch::matmul(normed, rows.t()).to(torch::kDouble);
+  const double cap = model_->config().final_softcap;
+  return cap > 0 ? torch::tanh(logits / cap) * cap : logits;
+}
+
+void WindowFigures::append(const WindowFigures& more) {
+  kl.insert(kl.end(), more.kl.begin(), more.kl.end());
+  loss.insert(loss.end(), more.loss.begin(), more.loss.end());
+  original_loss.insert(original_loss.end(), more.original_loss.begin(), more.original_loss.end());
+}
+
+Divergence WindowFigures::divergence() const {
+  const auto spread = [](const std::vector<double>& values) {
+    Spread sums;
+    for (const double value : values) sums.add(value);
+    return sums;
   };
+  const auto n = static_cast<double>(kl.size());
+  const Spread k = spread(kl), l = spread(loss), o = spread(original_loss);
+  return {k.mean(n), k.error(n), l.mean(n), l.error(n), o.mean(n), o.error(n)};
+}
+
+std::vector<WindowFigures> compare_streams(const Stream& original, const Head& original_head,
+                                           const std::vector<const Stream*>& others, const Head& other_head,
+                                           const std::vector<Tensor>& shards, const torch::Device& device,
+                                           int threads) {
   std::vector<std::pair<std::size_t, std::int64_t>> windows;  // shard, window in it
   for (std::size_t s = 0; s < shards.size(); ++s)
     for (std::int64_t w = 0; w < shards[s].size(0); ++w) windows.emplace_back(s, w);
-  std::vector<Sums> sums(windows.size());
-  const std::int64_t step = std::max<std::int64_t>(1, kLogitElements / original_head.weight.size(0));
+  std::vector<WindowFigures> result(others.size());
+  for (WindowFigures& figures : result)
+    for (std::vector<double>* list : {&figures.kl, &figures.loss, &figures.original_loss}) list->resize(windows.size());
+  const std::int64_t vocab = original_head.vocab_size();
   for_each_shard(device, threads, windows.size(), [&](std::size_t i) {
-    throw_if_interrupted("prune", "run the same command again");
     const auto [s, w] = windows[i];
-    Sums& out = sums[i];
-    out.kl.assign(others.size(), 0.0);
-    out.loss.assign(others.size(), 0.0);
     const std::int64_t scored = shards[s].size(1) - 1;
-    for (std::int64_t first = 0; first < scored; first += step) {
-      const std::int64_t count = std::min(step, scored - first);
-      const Tensor target = shards[s][w].narrow(0, first + 1, count).unsqueeze(1);
-      const Tensor log_p = log_probabilities(original[s][w].narrow(0, first, count), original_head);
-      const Tensor p = log_p.exp();
-      out.original_loss -= log_p.gather(1, target).sum().item<double>() / static_cast<double>(scored);
-      for (std::size_t k = 0; k < others.size(); ++k) {
-        const Tensor log_q = log_probabilities((*others[k])[s][w].narrow(0, first, count), other_head);
-        out.kl[k] += (p * (log_p - log_q)).sum().item<double>() / static_cast<double>(scored);
-        out.loss[k] -= log_q.gather(1, target).sum().item<double>() / static_cast<double>(scored);
+    for (std::int64_t top = 0; top < scored; top += kRows) {
+      throw_if_interrupted("prune", "run the same command again");
+      const std::int64_t count = std::min(kRows, scored - top);
+      const Tensor target = shards[s][w].narrow(0, top + 1, count).unsqueeze(1);
+      const Tensor hidden = original_head.normed(original[s][w].narrow(0, top, count));
+      Partition p;
+      Tensor wanted = torch::zeros({count, 1}, hidden.options().dtype(torch::kDouble));
+      struct Other {
+        Tensor hidden, wanted, cross;  // cross: sum of exp(log p - largest) (logit of p - logit of q)
+        Partition q;
+      };
+      std::vector<Other> rest;
+      for (const Stream* stream : others)
+        rest.push_back({other_head.normed((*stream)[s][w].narrow(0, top, count)), torch::zeros_like(wanted),
+                        torch::zeros_like(wanted), {}});
+      for (std::int64_t first = 0; first < vocab; first += kSlice) {
+        const std::int64_t width = std::min(kSlice, vocab - first);
+        const Tensor a = original_head.logits(hidden, first, width);
+        Tensor weights, unused;
+        const Tensor factor = p.add(a, weights);
+        wanted += at_target(a, target, first);
+        for (Other& other : rest) {
+          const Tensor b = other_head.logits(other.hidden, first, width);
+          other.cross = other.cross * factor + (weights * (a - b)).sum(1, true);
+          other.q.add(b, unused);
+          other.wanted += at_target(b, target, first);
+        }
+      }
+      const auto mean = [scored](const Tensor& x) { return x.sum().item<double>() / static_cast<double>(scored); };
+      for (std::size_t k = 0; k < rest.size(); ++k) {
+        result[k].kl[i] += mean(rest[k].cross / p.sum - p.log() + rest[k].q.log());
+        result[k].loss[i] += mean(rest[k].q.log() - rest[k].wanted);
+        result[k].original_loss[i] += mean(p.log() - wanted);
       }
     }
   });
-  std::vector<Divergence> result(others.size());
-  const auto n = static_cast<double>(sums.size());
-  for (std::size_t k = 0; k < others.size(); ++k) {
-    Spread kl, loss, original_loss;
-    for (const Sums& window : sums) {
-      kl.add(window.kl[k]);
-      loss.add(window.loss[k]);
-      original_loss.add(window.original_loss);
-    }
-    result[k] = {kl.mean(n),   kl.error(n),           loss.mean(n),
-                 loss.error(n), original_loss.mean(n), original_loss.error(n)};
-  }
   return result;
 }
 
 Divergence compare_models(const Checkpoint& original, const Checkpoint& other, const CalibrationWindows& windows,
                           const torch::Device& device, Context& context) {
-  const std::vector<Tensor> shards = window_shards(windows, device);
-  Stream streams[2];
-  int done = 0;
   const Checkpoint* models[2] = {&original, &other};
-  context.progress->begin("measure", original.config().num_layers + other.config().num_layers);
-  for (int side = 0; side < 2; ++side) {
-    const ModelConfig& config = models[side]->config();
-    const RopeTables rope = rope_tables(config, windows.length, device);
-    streams[side] = embed_stream(*models[side], shards, device);
-    for (int layer = 0; layer < config.num_layers; ++layer) {
-      DecoderBlock block = load_block(*models[side], layer, device);
-      advance(block, rope, {&streams[side]}, device, context.threads);
-      context.progress->update(++done);
+  const Head heads[2] = {Head(original, device), Head(other, device)};
+  const auto groups = shard_groups(windows, device);
+  int done = 0;
+  context.progress->begin("measure", static_cast<std::int64_t>(groups.size()) *
+                                         (original.config().num_layers + other.config().num_layers));
+  WindowFigures figures;
+  for (const auto& shards : groups) {
+    Stream streams[2];
+    for (int side = 0; side < 2; ++side) {
+      const ModelConfig& config = models[side]->config();
+      const RopeTables rope = rope_tables(config, windows.length, device);
+      streams[side] = embed_stream(*models[side], shards, device);
+      for (int layer = 0; layer < config.num_layers; ++layer) {
+        DecoderBlock block = load_block(*models[side], layer, device);
+        advance(block, rope, {&streams[side]}, device, context.threads);
+        context.progress->update(++done);
+      }
     }
+    figures.append(
+        compare_streams(streams[0], heads[0], {&streams[1]}, heads[1], shards, device, context.threads)[0]);
   }
-  const Divergence result = compare_streams(streams[0], load_head(original, device), {&streams[1]},
-                                            load_head(other, device), shards, device, context.threads)[0];
   context.progress->end();
-  return result;
+  return figures.divergence();
+}
+
+std::uint64_t compare_peak_bytes(const ModelConfig& config, std::int64_t windows, std::int64_t length) {
+  const auto tokens = static_cast<std::uint64_t>(group_tokens(windows, length));
+  const auto threads = static_cast<std::uint64_t>(std::max(1u, std::thread::hardware_concurrency()));
+  const auto hidden = static_cast<std::uint64_t>(config.hidden_size);
+  WalkOptions none;
+  none.original_stream = false;
+  // Two streams; beside them a block and what it works with, or slices of both heads and of their logits.
+  const std::uint64_t slices = threads * static_cast<std::uint64_t>(std::min(kSlice, config.vocab_size)) *
+                               (2 * 4 * hidden + 8 * 8 * static_cast<std::uint64_t>(std::min(kRows, length)));
+  return 2 * 4 * tokens * hidden + std::max(walk_peak_bytes(config, 0, length, none), slices);
 }
 
 }  // namespace pare

@@ -21,6 +21,7 @@ struct PruneJob {
   CalibrationWindows windows;  // empty when the run has no --text
   fs::path work, state;
   std::string dtype;           // storage of the float tensors: as in the input
+  fs::path spill;              // folder for the walk's activations; empty: they stay in memory
 };
 
 struct PruneMethod {
@@ -33,8 +34,9 @@ struct PruneMethod {
   ModelConfig (*result)(const ModelConfig& config, const Options& options) = nullptr;
   // Writes every tensor and finishes the folder in job.work; resumes from what an earlier run left there.
   void (*run)(PruneJob& job) = nullptr;
-  // Bytes on top of one block's weights, and forward passes over the calibration text.
-  std::uint64_t (*peak_bytes)(const ModelConfig& config, const Options& options) = nullptr;
+  // Peak anonymous bytes (activations in memory or, with `spill`, in a file where the method walks), and forward passes
+  // over the calibration text.
+  std::uint64_t (*peak_bytes)(const ModelConfig& config, const Options& options, const fs::path& spill) = nullptr;
   double (*passes)(const ModelConfig& config, const Options& options) = nullptr;
 };
 
@@ -56,6 +58,8 @@ void check_finite(const float* values, std::size_t count, const std::string& pla
 // Name of a tensor in decoder block `layer`: ("mlp.up_proj.weight", 3) -> "model.layers.3.mlp.up_proj.weight".
 std::string block_tensor(int layer, const std::string& inside);
 std::string block_piece(int layer);  // name of the durable piece that holds the block
+// Float32 bytes of one block's weights.
+std::uint64_t block_bytes(const ModelConfig& config);
 // Embedding, final norm and head as they are, as one piece.
 void copy_outer_tensors(const PruneJob& job, CheckpointWriter& writer);
 

@@ -71,6 +71,9 @@ std::vector<OptionDecl> option_table() {
        .help = "tokens per calibration window (default: 512, or all of the model's positions where it has fewer)",
        .minimum = 2},
       {.name = "device", .type = OptionType::kText, .help = "cpu, cuda or cuda:N", .default_value = "cpu"},
+      {.name = "max-ram",
+       .help = "memory to stay below, such as 4G: activations go to a file where they do not fit; refused (exit 5) "
+               "where that is not enough"},
   };
 }
 
@@ -148,7 +151,7 @@ void check_text(const Options& options, const ModelConfig& config) {
 // The work folder belongs to one set of options, one input and one choice of windows.
 void claim_work_folder(const PruneJob& job) {
   Json options = job.options.resolved();
-  for (const char* key : {"model", "out", "text", "split"}) options.erase(key);  // by content below
+  for (const char* key : {"model", "out", "text", "split", "max-ram"}) options.erase(key);  // by content below
   const Json manifest = {{"version", kManifestVersion},
                          {"options", options},
                          {"seed", job.context.seed},
@@ -249,6 +252,37 @@ Json finish(PruneJob& job, const PruneMethod& method) {
   return summary;
 }
 
+// Peak anonymous memory of the run; `spill`: with the activations in a file, which is what --max-ram asks for.
+struct Memory {
+  std::uint64_t peak = 0, unspilled = 0;
+  bool spill = false;
+};
+
+Memory memory_of(const PruneMethod& method, const ModelConfig& config, const Options& options) {
+  const std::uint64_t base = std::uint64_t{192} << 20;  // libraries, tokenizer
+  const auto peak = [&](const fs::path& spill) {
+    std::uint64_t bytes = std::max(method.peak_bytes(config, options, spill),  // or an outer tensor being copied
+                                   4 * static_cast<std::uint64_t>(config.vocab_size * config.hidden_size));
+    if (!text_paths(options).empty())
+      bytes = std::max(bytes, compare_peak_bytes(config, options.get<std::int64_t>("samples"),
+                                                 window_length(config, options)));
+    return base + bytes;
+  };
+  Memory memory{peak({}), peak({}), false};
+  if (!options.has("max-ram")) return memory;
+  const std::uint64_t limit = parse_bytes(options.get<std::string>("max-ram"), "--max-ram");
+  if (memory.peak <= limit) return memory;
+  if (const std::uint64_t spilled = peak("file"); spilled < memory.peak) {
+    memory.peak = spilled;
+    memory.spill = true;
+  }
+  if (memory.peak > limit)
+    throw Error(ExitCode::kResources, "--max-ram " + options.get<std::string>("max-ram"),
+                bytes_in_words(memory.peak) + (memory.spill ? " with the activations in a file" : ""),
+                bytes_in_words(limit), "raise --max-ram");
+  return memory;
+}
+
 Json run(const Options& options, Context& context) {
   const PruneMethod& method = method_of(options);
   check_options(method, options);
@@ -257,9 +291,11 @@ Json run(const Options& options, Context& context) {
   check_text(options, model.config());
   method.result(model.config(), options);
   parse_device(options.get<std::string>("device"));
+  const bool spill = memory_of(method, model.config(), options).spill;
   FolderTransaction folder(options.get<std::string>("out"));
 
-  PruneJob job{model, options, context, {}, folder.work(), folder.work() / kState, planned_model(model).dtype};
+  PruneJob job{model, options, context, {}, folder.work(), folder.work() / kState, planned_model(model).dtype,
+               spill ? folder.work() / kState : fs::path()};
   const auto texts = text_paths(options);
   try {
     if (!texts.empty())
@@ -313,18 +349,10 @@ StagePlan plan(const Options& options, const PlannedModel& input) {
   const ModelConfig& config = input.config;
   const ModelConfig result = method.result(config, options);
   const auto parameters = static_cast<std::uint64_t>(parameter_count(config));
-  const auto outer = static_cast<std::uint64_t>(config.vocab_size * config.hidden_size) *
-                     (config.tie_word_embeddings ? 1u : 2u);
-  const std::uint64_t block =
-      (parameters - std::min(parameters, outer)) / static_cast<std::uint64_t>(config.num_layers);
   const bool text = !text_paths(options).empty();
   const auto samples = static_cast<std::uint64_t>(options.get<std::int64_t>("samples"));
   const auto length = static_cast<std::uint64_t>(window_length(config, options));
-  // Original, pruned copy and masks of one block; or both models' embedding and head while measuring.
-  std::uint64_t peak = method.peak_bytes(config, options) + 3 * 4 * block;
-  if (text)
-    peak = std::max(
-        peak, 2 * 4 * outer + 4 * block + 2 * 4 * samples * length * static_cast<std::uint64_t>(config.hidden_size));
+  const Memory memory = memory_of(method, config, options);
   // 2 flop per parameter and token, at 20 GFLOP/s a core; the measurement is two more passes with two heads.
   const double flop = text ? 2.0 * static_cast<double>(parameters) * static_cast<double>(samples * length) *
                                  (method.passes(config, options) + 3)
@@ -335,7 +363,11 @@ StagePlan plan(const Options& options, const PlannedModel& input) {
       options.has("ffn") && result.intermediate_size != options.get<std::int64_t>("ffn"))
     notes.push_back("--ffn rounded up to " + std::to_string(result.intermediate_size));
   if (!text) notes.push_back("no --text: the result is not measured");
-  return {flop / (2e10 * cores) + static_cast<double>(parameters) * 1e-8, peak,
+  if (memory.spill)
+    notes.push_back(
+        "activations of the calibration windows go to an HDF5 file: with them in memory the peak would be " +
+        bytes_in_words(memory.unspilled));
+  return {flop / (2e10 * cores) + static_cast<double>(parameters) * 1e-8, memory.peak,
           static_cast<std::uint64_t>(parameter_count(result)) * dtype_bytes(input.dtype), std::move(notes),
           planned_model(result, input.dtype)};
 }
@@ -368,6 +400,17 @@ std::vector<float> read_finite(const Checkpoint& model, const std::string& name)
 
 std::string block_tensor(int layer, const std::string& inside) {
   return "model.layers." + std::to_string(layer) + "." + inside;
+}
+
+std::uint64_t block_bytes(const ModelConfig& config) {
+  std::uint64_t bytes = 0;
+  for (const TensorSpec& spec : expected_tensors(config)) {
+    if (spec.layer != 0) continue;
+    std::uint64_t count = 4;
+    for (const std::int64_t size : spec.shape) count *= static_cast<std::uint64_t>(size);
+    bytes += count;
+  }
+  return bytes;
 }
 
 std::string block_piece(int layer) { return "block-" + std::to_string(layer); }

@@ -139,27 +139,32 @@ class WandaVisitor : public BlockVisitor {
   std::map<std::string, std::vector<std::uint8_t>> masks_;
 };
 
-WalkOptions walk_options(const Options& options, const Context* context) {
+WalkOptions walk_options(const Options& options, const fs::path& spill) {
   WalkOptions walk;
   walk.device = options.get<std::string>("device");
-  if (context != nullptr) walk.threads = context->threads;
+  walk.spill = spill;
   return walk;
 }
 
 void run_wanda(PruneJob& job) {
   CheckpointWriter writer(job.work, job.model.config(), job.dtype);
   WandaVisitor visitor(job, writer);
-  walk_blocks(job.model, job.windows, walk_options(job.options, &job.context), job.context, visitor);
+  WalkOptions walk = walk_options(job.options, job.spill);
+  walk.threads = job.context.threads;
+  walk_blocks(job.model, job.windows, walk, job.context, visitor);
   copy_outer_tensors(job, writer);
   writer.copy_side_files(job.model.folder());
   writer.finish();
 }
 
-std::uint64_t wanda_peak(const ModelConfig& config, const Options& options) {
+std::uint64_t wanda_peak(const ModelConfig& config, const Options& options, const fs::path& spill) {
+  // Beside the walk: the block as pruned, its masks, and scores of one matrix in double.
   return walk_peak_bytes(config, options.get<std::int64_t>("samples"), window_length(config, options),
-                         walk_options(options, nullptr));
+                         walk_options(options, spill)) +
+         block_bytes(config) * 9 / 4;
 }
-std::uint64_t no_peak(const ModelConfig&, const Options&) { return 0; }
+// Original, pruned copy and scores of one block.
+std::uint64_t block_peak(const ModelConfig& config, const Options&, const fs::path&) { return 4 * block_bytes(config); }
 double no_passes(const ModelConfig&, const Options&) { return 0; }
 double walk_passes(const ModelConfig&, const Options&) { return 3; }  // original, statistics, compressed
 
@@ -167,7 +172,7 @@ double walk_passes(const ModelConfig&, const Options&) { return 3; }  // origina
 
 PruneMethod magnitude_method() {
   return {"magnitude", "zero the smallest weights of each matrix", false, {"sparsity", "pattern"}, {}, same_shape,
-          [](PruneJob& job) { run_without_text(job, false); }, no_peak, no_passes};
+          [](PruneJob& job) { run_without_text(job, false); }, block_peak, no_passes};
 }
 PruneMethod wanda_method() {
   return {"wanda", "zero the weights with the smallest |w| * input norm of each row", true, {"sparsity", "pattern"}, {},
@@ -175,7 +180,7 @@ PruneMethod wanda_method() {
 }
 PruneMethod random_method() {
   return {"random", "zero weights of each row at random: the null to compare with", false, {"sparsity", "pattern"}, {},
-          same_shape, [](PruneJob& job) { run_without_text(job, true); }, no_peak, no_passes};
+          same_shape, [](PruneJob& job) { run_without_text(job, true); }, block_peak, no_passes};
 }
 
 }  // namespace pare

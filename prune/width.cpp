@@ -179,8 +179,9 @@ class WidthVisitor : public BlockVisitor {
   Block current_;
 };
 
-WalkOptions walk_options(const Options& options) {
+WalkOptions walk_options(const Options& options, const fs::path& spill) {
   WalkOptions walk;
+  walk.spill = spill;
   walk.device = options.get<std::string>("device");
   walk.hessian = !options.get<bool>("no-correction");
   walk.widest_double = std::numeric_limits<std::int64_t>::max();  // the refit solves in double
@@ -190,7 +191,7 @@ WalkOptions walk_options(const Options& options) {
 void run(PruneJob& job) {
   CheckpointWriter writer(job.work, narrower(job.model.config(), job.options), job.dtype);
   WidthVisitor visitor(job, writer);
-  WalkOptions walk = walk_options(job.options);
+  WalkOptions walk = walk_options(job.options, job.spill);
   walk.threads = job.context.threads;
   walk_blocks(job.model, job.windows, walk, job.context, visitor);
   copy_outer_tensors(job, writer);
@@ -198,8 +199,8 @@ void run(PruneJob& job) {
   writer.finish();
 }
 
-std::uint64_t peak(const ModelConfig& config, const Options& options) {
-  const WalkOptions walk = walk_options(options);
+std::uint64_t peak(const ModelConfig& config, const Options& options, const fs::path& spill) {
+  const WalkOptions walk = walk_options(options, spill);
   const auto n = static_cast<std::uint64_t>(config.intermediate_size);
   const auto k = static_cast<std::uint64_t>(target_width(config, options));
   // Beside the walk: H_SS in double and W, W' and their products in the correction.

@@ -224,6 +224,7 @@ refuse "GGUF: no tokenizer" 3 "tokenizer.json" bash -c "mkdir '$T/bare'; cp '$IN
 refuse "GGUF: tokenizer_config.json that is a list" 3 "tokenizer_config.json" bash -c "cp -r '$IN' '$T/listed'; echo '[]' > '$T/listed/tokenizer_config.json'; exec '$PARE' export '$T/listed' --to gguf --out '$OUT'"
 refuse "GGUF by the torch-free program" 2 "compact" "$EDGE" export "$IN" --to gguf --out "$OUT"
 refuse "quantize: no size" 2 "max-ram.*4G" "$PARE" quantize --model "$IN" --out "$OUT" --text "$TEXT" --max-ram 4GB
+refuse "prune: too little memory" 5 "max-ram" "$PARE" prune --method wanda --sparsity 0.5 --model "$IN" --out "$OUT" --text "$TEXT" --max-ram 100M
 refuse "quantize: too little memory" 5 "max-ram" "$PARE" quantize --model "$IN" --out "$OUT" --text "$TEXT" --max-ram 100M
 
 echo "--- compact files"

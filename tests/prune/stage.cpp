@@ -339,6 +339,45 @@ TEST(PruneStage, RefusesAQuantizedFolder) {
   EXPECT_FALSE(fs::exists(folder / "out.partial"));
 }
 
+TEST(PruneStage, MaxRamMovesActivationsToAFileOrRefuses) {
+  const Folder folder("max-ram");
+  make_model(folder / "m");
+  for (const char* method : {"wanda", "ffn-width"}) {
+    Json given = with_text(base(folder / "m", folder / "out", method), folder / "text.txt");
+    if (std::string(method) == "wanda") given["sparsity"] = 0.5;
+    else given["ffn"] = 64;
+    given["samples"] = 400;  // more than the measurement holds at a time
+    given["context"] = 64;
+    const Command command = prune_command();
+    const auto planned = [&] {
+      return command.plan(Options(command.options, given, "test"), planned_model(Checkpoint(folder / "m")));
+    };
+    const StagePlan roomy = planned();
+    given["max-ram"] = std::to_string(roomy.peak_bytes);
+    EXPECT_EQ(planned().peak_bytes, roomy.peak_bytes);
+    given["max-ram"] = std::to_string(roomy.peak_bytes - 1);
+    const StagePlan tight = planned();
+    EXPECT_LT(tight.peak_bytes, roomy.peak_bytes);
+    EXPECT_NE(std::find_if(tight.notes.begin(), tight.notes.end(),
+                           [](const std::string& note) { return note.find("HDF5") != std::string::npos; }),
+              tight.notes.end());
+    given["max-ram"] = "100M";
+    EXPECT_EQ(failing_code(given), ExitCode::kResources);
+    given["max-ram"] = "much";
+    EXPECT_EQ(failing_code(given), ExitCode::kUsage);
+    EXPECT_FALSE(fs::exists(folder / "out.partial"));
+
+    given["max-ram"] = std::to_string(roomy.peak_bytes - 1);
+    run_prune(given);
+    const std::string spilled = hash_file(folder / "out" / "model.safetensors");
+    fs::remove_all(folder / "out");
+    given.erase("max-ram");
+    run_prune(given);
+    EXPECT_EQ(hash_file(folder / "out" / "model.safetensors"), spilled);
+    fs::remove_all(folder / "out");
+  }
+}
+
 TEST(PruneStage, PlanAgreesWithWhatIsWritten) {
   const Folder folder("plan");
   make_model(folder / "m", {.dtype = "bfloat16"});
