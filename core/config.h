@@ -94,6 +94,7 @@ struct TensorSpec {
   TensorRole role;
   int layer = -1;                   // decoder block, -1 outside the blocks
   std::string module;               // inside the block: "self_attn.q_proj", "input_layernorm"; else "embed_tokens", "norm", "lm_head"
+  std::int64_t expert = -1;         // whose, in a block with experts
 };
 
 // config.json (transformers 4 and 5 spelling) -> ModelConfig through the arch table. `generation` may be null.

@@ -48,6 +48,7 @@ std::vector<TensorSpec> expected_tensors(const ModelConfig& config) {
         linear(expert + experts.gate, inner, hidden, false);
         linear(expert + experts.up, inner, hidden, false);
         linear(expert + experts.down, hidden, inner, false);
+        for (std::size_t i = specs.size() - 3; i < specs.size(); ++i) specs[i].expert = e;
       }
     } else if (config.fused_gate_up) {
       linear("mlp.gate_up_proj", 2 * inner, hidden, config.mlp_bias);

@@ -10,6 +10,7 @@
 #include "core/error.h"
 #include "model/activations.h"
 #include "model/decoder.h"
+#include "model/fused.h"
 #include "model/threads.h"
 
 namespace pare {
@@ -37,7 +38,6 @@ torch::Tensor past_attention(DecoderBlock& block, const torch::Tensor& hidden, c
 }
 
 torch::Tensor past_mlp(DecoderBlock& block, const torch::Tensor& hidden, const RopeTables& rope) {
-  if (block->has_experts()) return block->expert_output(hidden, block->mlp_input(hidden));
   return block->mlp_output(hidden, stage_input(block, BlockStage::kDown, hidden, rope));
 }
 
@@ -47,13 +47,7 @@ struct Step {
   std::int64_t expert = -1;
 };
 
-std::vector<Step> steps_of(const ModelConfig& config) {
-  std::vector<Step> steps = {{BlockStage::kQkv}, {BlockStage::kO}};
-  if (!config.has_experts()) steps.insert(steps.end(), {{BlockStage::kGateUp}, {BlockStage::kDown}});
-  for (std::int64_t e = 0; e < config.experts.count; ++e)
-    steps.insert(steps.end(), {{BlockStage::kGateUp, e}, {BlockStage::kDown, e}});
-  return steps;
-}
+constexpr BlockStage kAttention[] = {BlockStage::kQkv, BlockStage::kO}, kMlp[] = {BlockStage::kGateUp, BlockStage::kDown};
 
 // Rows that one window adds to a shard's inputs.
 struct WindowRows {
@@ -84,7 +78,10 @@ class Walk {
   void embed(BlockVisitor& visitor);
   void advance(DecoderBlock& block, Activations& stream, Advance step);
   void leave_attention(DecoderBlock& block, int layer, BlockVisitor& visitor);
-  void visit(DecoderBlock& block, int layer, BlockVisitor& visitor);
+  // Carries a stream past the experts, one of them resident at a time; work(expert) may change its weights first.
+  template <class Work>
+  void through_experts(DecoderBlock& block, Activations& stream, const Work& work);
+  void visit(DecoderBlock& block, int layer, Step step, BlockVisitor& visitor);
   // Runs work(linears) for the linears of a step with their original weights, then the block computes with what it
   // left.
   template <class Work>
@@ -136,6 +133,7 @@ class Walk {
   std::int64_t window_size_;
   RopeTables rope_;
   Activations original_, compressed_;        // hidden states [windows][length * hidden]
+  Activations expert_sums_;                  // what the experts so far add to one of them
   std::vector<std::int64_t> expert_tokens_;  // of the block: tokens that chose each expert
   DecoderBlock reference_{nullptr};          // the block with original weights, where both streams advance in step
 };
@@ -311,6 +309,7 @@ void Walk::with_linears(DecoderBlock& block, int layer, Step step, const Work& w
     checkpoint_.release(name);
     linears.push_back({name,
                        module,
+                       step.expert,
                        weight.size(0),
                        weight.size(1),
                        originals.back(),
@@ -333,17 +332,37 @@ void Walk::leave_attention(DecoderBlock& block, int layer, BlockVisitor& visitor
   visitor.routed(layer, expert_tokens_);
 }
 
-void Walk::visit(DecoderBlock& block, int layer, BlockVisitor& visitor) {
-  for (const Step step : steps_of(config_)) {
-    if (step.stage == BlockStage::kGateUp && step.expert <= 0) leave_attention(block, layer, visitor);
-    const std::string module = stage_modules(config_, step.stage, step.expert).front();
-    if (context_.progress) context_.progress->update(layer, module + ": inputs");
-    const InputStatistics input = statistics(block, step, block->weight(module).size(1));
-    if (context_.progress) context_.progress->update(layer, module + ": weights");
-    throw_if_interrupted("calibration", "the same command continues with the block that was not finished");
-    with_linears(block, layer, step,
-                 [&](std::span<BlockLinear> linears) { visitor.compress(layer, step.stage, linears, input); });
+template <class Work>
+void Walk::through_experts(DecoderBlock& block, Activations& stream, const Work& work) {
+  if (stream.empty()) return;
+  if (expert_sums_.empty()) expert_sums_ = Activations(windows_.count, window_size_, options_.spill);
+  for (std::int64_t expert = 0; expert < config_.experts.count; ++expert) {
+    load_expert(checkpoint_, block, expert, device_);
+    work(expert);
+    for (std::int64_t first = 0; first < windows_.count; first += kShardWindows) {
+      each_window(first, std::min(first + kShardWindows, windows_.count), [&](std::int64_t w) {
+        const torch::Tensor state = hidden(stream, w), normed = block->mlp_input(state);
+        const torch::Tensor before =
+            expert == 0 ? torch::zeros_like(state) : hidden(expert_sums_, w);
+        const torch::Tensor sum = block->add_expert(before.view({-1, config_.hidden_size}), normed,
+                                                    block->expert_shares(normed), expert);
+        const torch::Tensor next = expert + 1 < config_.experts.count ? sum : residual_add(state, sum.view(state.sizes()));
+        const torch::Tensor values = next.to(torch::kCPU, torch::kFloat).contiguous();
+        (expert + 1 < config_.experts.count ? expert_sums_ : stream).write(w, values.data_ptr<float>());
+      });
+    }
+    drop_expert(block, config_, expert);
   }
+}
+
+void Walk::visit(DecoderBlock& block, int layer, Step step, BlockVisitor& visitor) {
+  const std::string module = stage_modules(config_, step.stage, step.expert).front();
+  if (context_.progress) context_.progress->update(layer, module + ": inputs");
+  const InputStatistics input = statistics(block, step, block->weight(module).size(1));
+  if (context_.progress) context_.progress->update(layer, module + ": weights");
+  throw_if_interrupted("calibration", "the same command continues with the block that was not finished");
+  with_linears(block, layer, step,
+               [&](std::span<BlockLinear> linears) { visitor.compress(layer, step.stage, linears, input); });
 }
 
 double Walk::drift() {
@@ -377,24 +396,32 @@ void Walk::run(BlockVisitor& visitor) {
   embed(visitor);
   if (context_.progress) context_.progress->begin("blocks", config_.num_layers);
   for (int layer = 0; layer < config_.num_layers; ++layer) {
-    DecoderBlock block = load_block(checkpoint_, layer, device_);
+    DecoderBlock block = load_block(checkpoint_, layer, device_, false);
     if (options_.cross) {
       reference_ = load_block(checkpoint_, layer, device_);
     } else {
       advance(block, original_, past_attention);
-      advance(block, original_, past_mlp);
+      if (config_.has_experts()) through_experts(block, original_, [](std::int64_t) {});
+      else advance(block, original_, past_mlp);
     }
     visitor.begin_block(layer);
-    if (visitor.finished(layer)) {
-      if (context_.progress) context_.progress->update(layer, "replayed");
-      for (const Step step : steps_of(config_)) {
-        with_linears(block, layer, step, [&](std::span<BlockLinear> linears) { visitor.restore(layer, linears); });
-      }
-      leave_attention(block, layer, visitor);
+    const bool finished = visitor.finished(layer);
+    if (finished && context_.progress) context_.progress->update(layer, "replayed");
+    const auto step = [&](Step step) {
+      if (!finished) return visit(block, layer, step, visitor);
+      with_linears(block, layer, step, [&](std::span<BlockLinear> linears) { visitor.restore(layer, linears); });
+    };
+    for (const BlockStage stage : kAttention) step({stage});
+    leave_attention(block, layer, visitor);
+    if (config_.has_experts()) {
+      through_experts(block, compressed_, [&](std::int64_t expert) {
+        for (const BlockStage stage : kMlp) step({stage, expert});
+        if (!finished) visitor.end_expert(layer, expert);
+      });
     } else {
-      visit(block, layer, visitor);
+      for (const BlockStage stage : kMlp) step({stage});
+      advance(block, compressed_, past_mlp);
     }
-    advance(block, compressed_, past_mlp);
     if (options_.cross) advance(reference_, original_, past_mlp);
     visitor.end_block(layer, drift());
     if (context_.progress) context_.progress->update(layer + 1);
@@ -508,12 +535,11 @@ std::uint64_t walk_peak_bytes(const ModelConfig& config, std::int64_t windows, s
   const auto wide = static_cast<std::uint64_t>(
       std::max({config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim}));
   const auto tokens = static_cast<std::uint64_t>(windows * length);
-  const std::uint64_t streams = options.original_stream || options.cross ? 2 : 1;
+  const std::uint64_t streams = (options.original_stream || options.cross ? 2 : 1) + (config.has_experts() ? 1 : 0);
   const auto attention = static_cast<std::uint64_t>(config.num_heads * config.head_dim) * 2 +
                          static_cast<std::uint64_t>(config.num_kv_heads * config.head_dim) * 2;
   const auto inner = static_cast<std::uint64_t>(config.intermediate_size);
-  const auto experts = static_cast<std::uint64_t>(std::max<std::int64_t>(1, config.experts.count));
-  const std::uint64_t block = hidden * (attention + 3 * inner * experts) * 4;
+  const std::uint64_t block = hidden * (attention + 3 * inner) * 4;  // one expert of several
   const std::uint64_t originals = hidden * std::max(attention, 2 * inner) * 4;
   const std::uint64_t inputs = static_cast<std::uint64_t>(std::min(windows, kShardWindows) * length) * wide * 4;
   const std::uint64_t square = wide * wide * (static_cast<std::int64_t>(wide) > options.widest_double ? 4 : 8);

@@ -1,4 +1,4 @@
-// The block walk: one decoder block's weights resident, calibration activations carried from block to block, once
+// The block walk: one decoder block's weights resident (of experts one), calibration activations carried from block to block, once
 // through the original weights and once through the weights as compressed so far. Shared by prune and quantize.
 // No LibTorch types here.
 #pragma once
@@ -56,6 +56,7 @@ struct InputStatistics {
 struct BlockLinear {
   std::string name;    // "model.layers.0.self_attn.q_proj.weight"
   std::string module;  // "self_attn.q_proj"
+  std::int64_t expert = -1;  // whose, in a model with experts
   std::int64_t rows = 0, cols = 0;
   std::span<const float> original;  // [rows * cols] as the checkpoint has it
   std::span<float> weight;          // [rows * cols]
@@ -75,6 +76,8 @@ class BlockVisitor {
   virtual void routed(int layer, std::span<const std::int64_t> tokens) {}
   // Called in stage order with the linears that share the input; may replace their weights.
   virtual void compress(int layer, BlockStage stage, std::span<BlockLinear> linears, const InputStatistics& input) = 0;
+  // After the linears of one expert of a block that is not restored; they are not needed any more.
+  virtual void end_expert(int layer, std::int64_t expert) {}
   // drift: mean square of (compressed - original) hidden state after the block over the mean square of the original.
   virtual void end_block(int layer, double drift) {}
 };

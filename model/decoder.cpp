@@ -63,7 +63,8 @@ RopeTables rope_tables(const ModelConfig& config, std::int64_t positions, const 
   return tables;
 }
 
-DecoderBlockImpl::DecoderBlockImpl(const ModelConfig& config, int layer) : config_(config), layer_(layer) {
+DecoderBlockImpl::DecoderBlockImpl(const ModelConfig& config, int layer, bool experts)
+    : config_(config), layer_(layer) {
   const std::int64_t h = config.hidden_size, f = config.intermediate_size;
   const std::int64_t q = config.num_heads * config.head_dim, kv = config.num_kv_heads * config.head_dim;
   if (config.fused_qkv) {
@@ -80,9 +81,9 @@ DecoderBlockImpl::DecoderBlockImpl(const ModelConfig& config, int layer) : confi
         add_parameter(*this, names.module + ".gate.weight", matrix(names.count, h));
     for (std::int64_t e = 0; e < names.count; ++e) {
       const std::string expert = names.module + ".experts." + std::to_string(e) + ".";
-      experts_.push_back({add_linear(expert + names.gate, f, h, false).weight,
-                          add_linear(expert + names.up, f, h, false).weight,
-                          add_linear(expert + names.down, h, f, false).weight});
+      const std::int64_t inner = experts ? f : 0, outer = experts ? h : 0;
+      experts_.push_back({add_weight(expert + names.gate, inner, outer), add_weight(expert + names.up, inner, outer),
+                          add_weight(expert + names.down, outer, inner)});
     }
   } else {
     if (config.fused_gate_up) {
@@ -108,10 +109,13 @@ DecoderBlockImpl::DecoderBlockImpl(const ModelConfig& config, int layer) : confi
 
 DecoderBlockImpl::Linear DecoderBlockImpl::add_linear(const std::string& module, std::int64_t out, std::int64_t in,
                                                       bool bias) {
-  Linear linear{add_parameter(*this, module + ".weight", matrix(out, in)), Tensor()};
+  Linear linear{add_weight(module, out, in), Tensor()};
   if (bias) linear.bias = add_parameter(*this, module + ".bias", torch::zeros({out}));
-  modules_[module] = linear.weight;
   return linear;
+}
+
+Tensor DecoderBlockImpl::add_weight(const std::string& module, std::int64_t out, std::int64_t in) {
+  return modules_[module] = add_parameter(*this, module + ".weight", matrix(out, in));
 }
 
 Tensor DecoderBlockImpl::add_norm(const std::string& module, std::int64_t width) {
@@ -200,17 +204,20 @@ Tensor DecoderBlockImpl::expert_mix(const Tensor& rows, std::int64_t expert) {
   return gated(project(rows, torch::cat({e.gate, e.up}, 0), Tensor()));
 }
 
+Tensor DecoderBlockImpl::add_expert(const Tensor& sum, const Tensor& normed, const Tensor& shares,
+                                    std::int64_t expert) {
+  const Tensor share = shares.select(1, expert);
+  const Tensor rows = share.detach().nonzero().squeeze(1);
+  if (rows.numel() == 0) return sum;
+  const Tensor x = normed.reshape({-1, config_.hidden_size}).index_select(0, rows);
+  const Tensor out = project(expert_mix(x, expert), experts_[static_cast<std::size_t>(expert)].down, {});
+  return sum.index_add(0, rows, (out * share.index_select(0, rows).unsqueeze(1)).to(sum.scalar_type()));
+}
+
 Tensor DecoderBlockImpl::expert_output(const Tensor& hidden, const Tensor& normed) {
-  const Tensor x = normed.reshape({-1, config_.hidden_size});
   const Tensor shares = expert_shares(normed);
-  Tensor sum = torch::zeros({x.size(0), config_.hidden_size}, hidden.options());
-  for (std::int64_t e = 0; e < config_.experts.count; ++e) {
-    const Tensor share = shares.select(1, e);
-    const Tensor rows = share.detach().nonzero().squeeze(1);
-    if (rows.numel() == 0) continue;
-    const Tensor out = project(expert_mix(x.index_select(0, rows), e), experts_[static_cast<std::size_t>(e)].down, {});
-    sum = sum.index_add(0, rows, (out * share.index_select(0, rows).unsqueeze(1)).to(hidden.scalar_type()));
-  }
+  Tensor sum = torch::zeros({shares.size(0), config_.hidden_size}, hidden.options());
+  for (std::int64_t e = 0; e < config_.experts.count; ++e) sum = add_expert(sum, normed, shares, e);
   return residual_add(hidden, sum.view(hidden.sizes()));
 }
 

@@ -27,7 +27,8 @@ RopeTables rope_tables(const ModelConfig& config, std::int64_t positions, const 
 // One decoder block. Parameter names are the Hugging Face names inside the block: "self_attn.q_proj.weight", ...
 class DecoderBlockImpl : public torch::nn::Module {
  public:
-  DecoderBlockImpl(const ModelConfig& config, int layer);
+  // experts = false: their weights are [0, 0] until load_expert.
+  DecoderBlockImpl(const ModelConfig& config, int layer, bool experts = true);
   // hidden [batch, positions, hidden_size] -> same shape; causal over positions 0..n-1.
   torch::Tensor forward(const torch::Tensor& hidden, const RopeTables& rope);
 
@@ -46,6 +47,10 @@ class DecoderBlockImpl : public torch::nn::Module {
   // What each token's output of each expert is multiplied by [tokens, experts]; 0 where the expert is not chosen.
   torch::Tensor expert_shares(const torch::Tensor& normed);
   torch::Tensor expert_mix(const torch::Tensor& rows, std::int64_t expert);  // act(gate) * up of rows [n, hidden_size]
+  // sum [tokens, hidden_size] + what this expert adds for the tokens that chose it; all of them added to hidden are
+  // expert_output.
+  torch::Tensor add_expert(const torch::Tensor& sum, const torch::Tensor& normed, const torch::Tensor& shares,
+                           std::int64_t expert);
 
   torch::Tensor weight(const std::string& module) const;  // "self_attn.q_proj" -> the parameter itself
   int layer() const { return layer_; }
@@ -62,6 +67,7 @@ class DecoderBlockImpl : public torch::nn::Module {
     torch::Tensor gate, up, down;
   };
   Linear add_linear(const std::string& module, std::int64_t out, std::int64_t in, bool bias);
+  torch::Tensor add_weight(const std::string& module, std::int64_t out, std::int64_t in);
   torch::Tensor add_norm(const std::string& module, std::int64_t width);
   torch::Tensor norm(const torch::Tensor& x, const torch::Tensor& weight);  // -> the products' dtype
   torch::Tensor project_packed(const torch::Tensor& x, const std::vector<Linear>& parts);
@@ -113,8 +119,11 @@ void initialize(Decoder& decoder, std::uint64_t seed);
 
 // Float32 module from a checkpoint (codes are unpacked), every tensor used exactly once.
 Decoder load_decoder(const Checkpoint& checkpoint, const torch::Device& device);
-// One block only: bounded memory for the block walk.
-DecoderBlock load_block(const Checkpoint& checkpoint, int layer, const torch::Device& device);
+// One block only: bounded memory for the block walk. experts = false: without their weights, which load_expert puts in
+// and drop_expert takes out.
+DecoderBlock load_block(const Checkpoint& checkpoint, int layer, const torch::Device& device, bool experts = true);
+void load_expert(const Checkpoint& checkpoint, DecoderBlock& block, std::int64_t expert, const torch::Device& device);
+void drop_expert(DecoderBlock& block, const ModelConfig& config, std::int64_t expert);
 // What RMSNorm multiplies by: the weight, or 1 + weight.
 torch::Tensor norm_factor(const ModelConfig& config, const torch::Tensor& weight);
 torch::Tensor load_tensor(const Checkpoint& checkpoint, const std::string& name, const torch::Device& device);

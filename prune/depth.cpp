@@ -100,8 +100,7 @@ class CostMeter {
 
  private:
   void step(int layer, const std::vector<Stream*>& streams) {
-    DecoderBlock block = load_block(job_.model, layer, device_);
-    advance(block, rope_, streams, device_, job_.context.threads);
+    advance(job_.model, layer, rope_, streams, device_, job_.context.threads);
   }
 
   PruneJob& job_;
@@ -177,8 +176,8 @@ void run(PruneJob& job) {
 
 std::uint64_t peak(const ModelConfig& config, const Options& options, const fs::path&) {
   const auto samples = options.get<std::int64_t>("samples"), length = window_length(config, options);
-  const std::uint64_t streams = static_cast<std::uint64_t>(
-      std::min<std::int64_t>(group_size(config, samples, length), config.num_layers));
+  const std::uint64_t streams = (config.has_experts() ? 2 : 1) * static_cast<std::uint64_t>(std::min<std::int64_t>(
+      group_size(config, samples, length), config.num_layers));
   return compare_peak_bytes(config, samples, length) + streams * stream_bytes(config, samples, length);
 }
 

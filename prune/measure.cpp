@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "core/error.h"
+#include "model/fused.h"
 #include "model/threads.h"
 
 namespace pare {
@@ -133,15 +134,33 @@ Stream embed_stream(const Checkpoint& model, const std::vector<Tensor>& shards, 
   return stream;
 }
 
-void advance(DecoderBlock& block, const RopeTables& rope, const std::vector<Stream*>& streams,
+void advance(const Checkpoint& model, int layer, const RopeTables& rope, const std::vector<Stream*>& streams,
              const torch::Device& device, int threads) {
   if (streams.empty()) return;
+  DecoderBlock block = load_block(model, layer, device, false);
+  const ModelConfig& config = model.config();
   const std::size_t shards = streams[0]->size();
-  for_each_shard(device, threads, streams.size() * shards, [&](std::size_t i) {
-    throw_if_interrupted("prune", "run the same command again");
-    Tensor& hidden = (*streams[i / shards])[i % shards];
-    hidden = block->forward(hidden, rope);
+  const auto each = [&](const std::function<void(Tensor&, std::size_t)>& work) {
+    for_each_shard(device, threads, streams.size() * shards, [&](std::size_t i) {
+      throw_if_interrupted("prune", "run the same command again");
+      work((*streams[i / shards])[i % shards], i);
+    });
+  };
+  if (!config.has_experts()) return each([&](Tensor& hidden, std::size_t) { hidden = block->forward(hidden, rope); });
+  std::vector<Tensor> sums(streams.size() * shards);  // of what the experts so far add
+  each([&](Tensor& hidden, std::size_t i) {
+    hidden = block->attention_output(hidden, block->attention_mix(block->attention_input(hidden), rope));
+    sums[i] = torch::zeros({hidden.size(0) * hidden.size(1), config.hidden_size}, hidden.options());
   });
+  for (std::int64_t expert = 0; expert < config.experts.count; ++expert) {
+    load_expert(model, block, expert, device);
+    each([&](Tensor& hidden, std::size_t i) {
+      const Tensor normed = block->mlp_input(hidden);
+      sums[i] = block->add_expert(sums[i], normed, block->expert_shares(normed), expert);
+    });
+    drop_expert(block, config, expert);
+  }
+  each([&](Tensor& hidden, std::size_t i) { hidden = residual_add(hidden, sums[i].view(hidden.sizes())); });
 }
 
 Head::Head(const Checkpoint& model, const torch::Device& device)
@@ -254,8 +273,7 @@ Divergence compare_models(const Checkpoint& original, const Checkpoint& other, c
       const RopeTables rope = rope_tables(config, windows.length, device);
       streams[side] = embed_stream(*models[side], shards, device);
       for (int layer = 0; layer < config.num_layers; ++layer) {
-        DecoderBlock block = load_block(*models[side], layer, device);
-        advance(block, rope, {&streams[side]}, device, context.threads);
+        advance(*models[side], layer, rope, {&streams[side]}, device, context.threads);
         context.progress->update(++done);
       }
     }
@@ -275,7 +293,7 @@ std::uint64_t compare_peak_bytes(const ModelConfig& config, std::int64_t windows
   // Two streams; beside them a block and what it works with, or slices of both heads and of their logits.
   const std::uint64_t slices = threads * static_cast<std::uint64_t>(std::min(kSlice, config.vocab_size)) *
                                (2 * 4 * hidden + 8 * 8 * static_cast<std::uint64_t>(std::min(kRows, length)));
-  return 2 * 4 * tokens * hidden + std::max(walk_peak_bytes(config, 0, length, none), slices);
+  return (config.has_experts() ? 3 : 2) * 4 * tokens * hidden + std::max(walk_peak_bytes(config, 0, length, none), slices);
 }
 
 }  // namespace pare

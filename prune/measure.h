@@ -30,8 +30,8 @@ std::int64_t group_tokens(std::int64_t windows, std::int64_t length);  // of the
 using Stream = std::vector<torch::Tensor>;
 
 Stream embed_stream(const Checkpoint& model, const std::vector<torch::Tensor>& shards, const torch::Device& device);
-// Applies a block to all shards of several streams.
-void advance(DecoderBlock& block, const RopeTables& rope, const std::vector<Stream*>& streams,
+// Carries several streams past a block; of experts one is resident at a time.
+void advance(const Checkpoint& model, int layer, const RopeTables& rope, const std::vector<Stream*>& streams,
              const torch::Device& device, int threads);
 
 // Final norm and head of a model; the rows of the head are read where they are needed, on other devices than the CPU

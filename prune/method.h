@@ -57,8 +57,9 @@ std::vector<float> read_finite(const Checkpoint& model, const std::string& name)
 void check_finite(const float* values, std::size_t count, const std::string& place);
 // Name of a tensor in decoder block `layer`: ("mlp.up_proj.weight", 3) -> "model.layers.3.mlp.up_proj.weight".
 std::string block_tensor(int layer, const std::string& inside);
-std::string block_piece(int layer);  // name of the durable piece that holds the block
-// Float32 bytes of one block's weights.
+std::string block_piece(int layer);  // name of the durable piece that holds the block, written after its experts'
+std::string expert_piece(int layer, std::int64_t expert);
+// Float32 bytes of one block's weights, or of the largest part of it that is handled at a time.
 std::uint64_t block_bytes(const ModelConfig& config);
 // Embedding, final norm and head as they are, as one piece.
 void copy_outer_tensors(const PruneJob& job, CheckpointWriter& writer);

@@ -403,17 +403,21 @@ std::string block_tensor(int layer, const std::string& inside) {
 }
 
 std::uint64_t block_bytes(const ModelConfig& config) {
-  std::uint64_t bytes = 0;
+  std::map<std::int64_t, std::uint64_t> bytes;  // by expert, -1: what is common to all
   for (const TensorSpec& spec : expected_tensors(config)) {
     if (spec.layer != 0) continue;
     std::uint64_t count = 4;
     for (const std::int64_t size : spec.shape) count *= static_cast<std::uint64_t>(size);
-    bytes += count;
+    bytes[spec.expert] += count;
   }
-  return bytes;
+  return bytes[-1] + (config.has_experts() ? bytes[0] : 0);
 }
 
 std::string block_piece(int layer) { return "block-" + std::to_string(layer); }
+
+std::string expert_piece(int layer, std::int64_t expert) {
+  return block_piece(layer) + "-expert-" + std::to_string(expert);
+}
 
 void copy_outer_tensors(const PruneJob& job, CheckpointWriter& writer) {
   const std::string piece = "outer";

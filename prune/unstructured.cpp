@@ -28,12 +28,12 @@ ModelConfig same_shape(const ModelConfig& config, const Options& options) {
   return config;
 }
 
-// Puts one block: `pruned` weights where there are some, everything else as it is.
-void put_block(const PruneJob& job, CheckpointWriter& writer, int layer,
+// Puts one block, or of it one expert: `pruned` weights where there are some, everything else as it is.
+void put_piece(const PruneJob& job, CheckpointWriter& writer, int layer, std::int64_t expert,
                const std::map<std::string, std::vector<float>>& pruned) {
-  writer.begin_piece(block_piece(layer));
+  writer.begin_piece(expert < 0 ? block_piece(layer) : expert_piece(layer, expert));
   for (const TensorSpec& spec : job.model.tensors()) {
-    if (spec.layer != layer) continue;
+    if (spec.layer != layer || spec.expert != expert) continue;
     const auto found = pruned.find(spec.name);
     if (found != pruned.end()) writer.put(spec.name, found->second.data());
     else writer.put(spec.name, read_finite(job.model, spec.name).data());
@@ -50,10 +50,15 @@ void run_without_text(PruneJob& job, bool random) {
   job.context.progress->begin("prune", layers);
   for (int layer = 0; layer < layers; ++layer) {
     throw_if_interrupted("prune", "run the same command again");
-    if (!writer.has_piece(block_piece(layer))) {
+    const std::int64_t experts = job.model.config().experts.count;
+    // The experts first: the block's own piece says that all of it is there.
+    for (std::int64_t expert = experts - 1; expert >= -1; --expert) {
+      if (writer.has_piece(block_piece(layer))) break;
+      if (expert >= 0 && writer.has_piece(expert_piece(layer, expert))) continue;
       std::map<std::string, std::vector<float>> pruned;
       for (const TensorSpec& spec : job.model.tensors()) {
         if (spec.layer != layer || spec.role != TensorRole::kLinear) continue;
+        if (spec.expert != expert) continue;
         std::vector<float> weights = read_finite(job.model, spec.name);
         const std::int64_t rows = spec.shape[0], cols = spec.shape[1];
         const auto scores = random ? random_scores(job.context.seed, spec.name, rows, cols)
@@ -62,7 +67,7 @@ void run_without_text(PruneJob& job, bool random) {
                    weights.data());
         pruned.emplace(spec.name, std::move(weights));
       }
-      put_block(job, writer, layer, pruned);
+      put_piece(job, writer, layer, expert, pruned);
     }
     job.context.progress->update(layer + 1);
   }
@@ -82,11 +87,12 @@ class WandaVisitor : public BlockVisitor {
   bool finished(int layer) override { return writer_.has_piece(block_piece(layer)); }
 
   void restore(int layer, std::span<BlockLinear> linears) override {
-    const SafetensorsFile masks(mask_file(layer));
+    const fs::path file = mask_file(layer, linears[0].expert);
+    const SafetensorsFile masks(file);
     for (BlockLinear& linear : linears) {
       const TensorView* view = masks.find(linear.name);
       if (view == nullptr || view->data.size() != linear.weight.size())
-        throw failure(mask_file(layer).string(), "the mask of " + linear.name, "none or one of another size",
+        throw failure(file.string(), "the mask of " + linear.name, "none or one of another size",
                       "remove " + job_.work.string() + " and run again");
       for (std::size_t i = 0; i < linear.weight.size(); ++i)
         linear.weight[i] = view->data[i] == std::byte{0} ? 0.0f : linear.original[i];
@@ -102,8 +108,8 @@ class WandaVisitor : public BlockVisitor {
       const auto keep = keep_mask(scores.data(), linear.rows, linear.cols, sparsity_, Scope::kRow);
       std::copy(linear.original.begin(), linear.original.end(), linear.weight.begin());
       apply_mask(keep, linear.weight.data());
-      pruned_[linear.name].assign(linear.weight.begin(), linear.weight.end());
-      masks_[linear.name] = keep;
+      pruned_[linear.expert][linear.name].assign(linear.weight.begin(), linear.weight.end());
+      masks_[linear.expert][linear.name] = keep;
     }
   }
 
@@ -113,30 +119,37 @@ class WandaVisitor : public BlockVisitor {
                              expert_summary(tokens, kExpertTokens), std::nullopt});
   }
 
+  void end_expert(int layer, std::int64_t expert) override { put(layer, expert); }
+
   void end_block(int layer, double drift) override {
-    if (!finished(layer)) {
-      std::vector<TensorDecl> decls;
-      for (const auto& [name, keep] : masks_)
-        decls.push_back({name, DType::kU8, {static_cast<std::int64_t>(keep.size())}});
-      SafetensorsWriter file(mask_file(layer), decls, {});
-      for (const auto& [name, keep] : masks_) file.write(std::as_bytes(std::span(keep)));
-      file.finish();
-      put_block(job_, writer_, layer, pruned_);
-    }
-    pruned_.clear();
-    masks_.clear();
+    if (!finished(layer)) put(layer, -1);
     job_.context.report.add({"prune", "drift after block " + std::to_string(layer), std::nullopt, drift, "relative",
                              std::nullopt});
   }
 
  private:
-  fs::path mask_file(int layer) const { return job_.state / (block_piece(layer) + ".masks"); }
+  fs::path mask_file(int layer, std::int64_t expert) const {
+    return job_.state / ((expert < 0 ? block_piece(layer) : expert_piece(layer, expert)) + ".masks");
+  }
+
+  void put(int layer, std::int64_t expert) {
+    std::vector<TensorDecl> decls;
+    const auto& masks = masks_[expert];
+    for (const auto& [name, keep] : masks)
+      decls.push_back({name, DType::kU8, {static_cast<std::int64_t>(keep.size())}});
+    SafetensorsWriter file(mask_file(layer, expert), decls, {});
+    for (const auto& [name, keep] : masks) file.write(std::as_bytes(std::span(keep)));
+    file.finish();
+    put_piece(job_, writer_, layer, expert, pruned_[expert]);
+    pruned_.erase(expert);
+    masks_.erase(expert);
+  }
 
   PruneJob& job_;
   CheckpointWriter& writer_;
   Sparsity sparsity_;
-  std::map<std::string, std::vector<float>> pruned_;
-  std::map<std::string, std::vector<std::uint8_t>> masks_;
+  std::map<std::int64_t, std::map<std::string, std::vector<float>>> pruned_;  // by expert, -1: of the whole block
+  std::map<std::int64_t, std::map<std::string, std::vector<std::uint8_t>>> masks_;
 };
 
 WalkOptions walk_options(const Options& options, const fs::path& spill) {

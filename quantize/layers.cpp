@@ -11,8 +11,9 @@
 namespace pare {
 namespace {
 
-std::string piece_name(int layer) {
-  return "block " + std::to_string(layer);
+// The block's own piece comes after those of its experts: with it, all of the block is there.
+std::string piece_name(int layer, std::int64_t expert = -1) {
+  return "block " + std::to_string(layer) + (expert < 0 ? "" : " expert " + std::to_string(expert));
 }
 fs::path rows_file(const fs::path& rows, int layer) {
   return rows / ("block-" + std::to_string(layer) + ".json");
@@ -88,27 +89,24 @@ class Quantizer : public BlockVisitor {
       context_.progress->note("Block " + std::to_string(layer) + ": " + block_summary(drift));
     }
     write_text(rows_file(job_.rows, layer), rows_.dump());
-    job_.writer.begin_piece(piece_name(layer));
-    for (const TensorPlan& tensor : job_.plan) {
-      if (tensor.spec.layer != layer) continue;
-      if (tensor.codec) {
-        job_.writer.put_codes(tensor.spec.name, codes_.at(tensor.spec.name));
-      } else {
-        job_.writer.put(tensor.spec.name, job_.model.read_f32(tensor.spec.name).data());
-      }
-    }
-    job_.writer.end_piece();
+    put_piece(layer, -1);
   }
+
+  void end_expert(int layer, std::int64_t expert) override { put_piece(layer, expert); }
 
   // One block on its weights alone.
   void without_calibration(int layer) {
     begin_block(layer);
+    std::int64_t expert = -1;
     for (const TensorPlan& tensor : job_.plan) {
       if (tensor.spec.layer != layer || !tensor.codec) continue;
       throw_if_interrupted(tensor.spec.name, "the same command continues with this block");
+      if (expert >= 0 && tensor.spec.expert != expert) put_piece(layer, expert);
+      expert = tensor.spec.expert;
       codes_.emplace(tensor.spec.name, nearest(tensor));
       rows_.push_back({{"name", tensor.spec.name}, {"codec", tensor.codec->name()}});
     }
+    if (expert >= 0) put_piece(layer, expert);
     end_block(layer, 0);
   }
 
@@ -148,6 +146,21 @@ class Quantizer : public BlockVisitor {
   }
 
  private:
+  // What the block has outside its experts, or one of them; its codes are not needed afterwards.
+  void put_piece(int layer, std::int64_t expert) {
+    job_.writer.begin_piece(piece_name(layer, expert));
+    for (const TensorPlan& tensor : job_.plan) {
+      if (tensor.spec.layer != layer || tensor.spec.expert != expert) continue;
+      if (tensor.codec) {
+        job_.writer.put_codes(tensor.spec.name, codes_.at(tensor.spec.name));
+        codes_.erase(tensor.spec.name);
+      } else {
+        job_.writer.put(tensor.spec.name, job_.model.read_f32(tensor.spec.name).data());
+      }
+    }
+    job_.writer.end_piece();
+  }
+
   QuantizedTensor quantize(const BlockLinear& linear, const Codec& codec, const InputStatistics& input,
                            const std::optional<SweepFactor>& factor) {
     const float* weight = linear.original.data();

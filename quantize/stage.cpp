@@ -153,7 +153,7 @@ Memory memory_of(const Options& options, const ModelConfig& config, const std::v
       continue;
     }
     if (!tensor.codec) continue;
-    if (tensor.spec.layer == 0) codes += count;
+    if (tensor.spec.layer == 0 && tensor.spec.expert <= 0) codes += count;  // of several experts one at a time
     linear = std::max(linear, count);
     const auto columns = static_cast<std::uint64_t>(tensor.spec.shape[1]);
     factor = std::max(factor, columns * columns * (tensor.spec.shape[1] > kWidestDouble ? 4 : 8));
