@@ -61,6 +61,10 @@ std::vector<OptionDecl> option_table() {
        .type = OptionType::kTextList,
        .help = "calibration text: .txt or .jsonl files, or folders of them"},
       {.name = "split", .help = "separator between documents of .txt files, such as <|endoftext|>"},
+      {.name = "random-tokens",
+       .type = OptionType::kFlag,
+       .help = "calibrate on uniform random tokens instead of text",
+       .default_value = false},
       {.name = "samples",
        .type = OptionType::kInteger,
        .help = "calibration windows",
@@ -95,6 +99,10 @@ std::vector<fs::path> text_paths(const Options& options) {
   return paths;
 }
 
+bool calibrated(const Options& options) {
+  return !text_paths(options).empty() || options.get<bool>("random-tokens");
+}
+
 // Options that belong to other methods are refused rather than ignored.
 void check_options(const PruneMethod& method, const Options& options) {
   std::vector<std::string> problems;
@@ -116,10 +124,14 @@ void check_options(const PruneMethod& method, const Options& options) {
   if (is_set(options, "no-correction") && is_set(options, "damping"))
     problems.push_back("has no use for --damping with --no-correction");
   const bool text = !text_paths(options).empty();
-  if (!text)
-    for (const char* name : {"split", "samples", "context", "device"})
-      if (options.changed(name)) problems.push_back("has no use for --" + std::string(name) + " without --text");
-  if (method.needs_text && !text) problems.push_back("needs calibration text: --text FILE");
+  if (!text && options.changed("split")) problems.push_back("has no use for --split without --text");
+  if (!calibrated(options))
+    for (const char* name : {"samples", "context", "device"})
+      if (options.changed(name))
+        problems.push_back("has no use for --" + std::string(name) + " without --text or --random-tokens");
+  if (text && options.get<bool>("random-tokens")) problems.push_back("takes --text or --random-tokens, not both");
+  if (method.needs_text && !calibrated(options))
+    problems.push_back("needs calibration text: --text FILE (or --random-tokens)");
   if (problems.empty()) return;
   std::string all;
   for (const std::string& problem : problems) all += (all.empty() ? "" : "; ") + problem;
@@ -136,16 +148,16 @@ void check_model(const Checkpoint& model) {
 void check_text(const Options& options, const ModelConfig& config) {
   const auto paths = text_paths(options);
   const fs::path tokenizer = fs::path(options.get<std::string>("model")) / "tokenizer.json";
+  const std::int64_t length = window_length(config, options);
+  if (calibrated(options) && length > config.max_position_embeddings)
+    throw usage_error("--context", "at most the model's " + std::to_string(config.max_position_embeddings) +
+                                       " positions", std::to_string(length));
   if (paths.empty()) return;
   for (const fs::path& path : paths)
     if (!fs::exists(path)) throw input_error(path.string(), "a text file or folder", "nothing there");
   if (!fs::exists(tokenizer))
     throw input_error(tokenizer.string(), "the model's tokenizer", "nothing there",
                       "calibration text has to be turned into tokens");
-  const std::int64_t length = window_length(config, options);
-  if (length > config.max_position_embeddings)
-    throw usage_error("--context", "at most the model's " + std::to_string(config.max_position_embeddings) +
-                                       " positions", std::to_string(length));
 }
 
 // The work folder belongs to one set of options, one input and one choice of windows.
@@ -263,7 +275,7 @@ Memory memory_of(const PruneMethod& method, const ModelConfig& config, const Opt
   const auto peak = [&](const fs::path& spill) {
     std::uint64_t bytes = std::max(method.peak_bytes(config, options, spill),  // or an outer tensor being copied
                                    4 * static_cast<std::uint64_t>(config.vocab_size * config.hidden_size));
-    if (!text_paths(options).empty())
+    if (calibrated(options))
       bytes = std::max(bytes, compare_peak_bytes(config, options.get<std::int64_t>("samples"),
                                                  window_length(config, options)));
     return base + bytes;
@@ -298,7 +310,10 @@ Json run(const Options& options, Context& context) {
                spill ? folder.work() / kState : fs::path()};
   const auto texts = text_paths(options);
   try {
-    if (!texts.empty())
+    if (options.get<bool>("random-tokens"))
+      job.windows = random_windows(model.config().vocab_size, options.get<std::int64_t>("samples"),
+                                   window_length(model.config(), options), context.seed);
+    else if (!texts.empty())
       job.windows =
           sample_windows(Tokenizer::from_file(model.folder() / "tokenizer.json"), texts,
                          options.get<std::int64_t>("samples"), window_length(model.config(), options), context.seed,
@@ -349,7 +364,7 @@ StagePlan plan(const Options& options, const PlannedModel& input) {
   const ModelConfig& config = input.config;
   const ModelConfig result = method.result(config, options);
   const auto parameters = static_cast<std::uint64_t>(parameter_count(config));
-  const bool text = !text_paths(options).empty();
+  const bool text = calibrated(options);
   const auto samples = static_cast<std::uint64_t>(options.get<std::int64_t>("samples"));
   const auto length = static_cast<std::uint64_t>(window_length(config, options));
   const Memory memory = memory_of(method, config, options);

@@ -339,6 +339,28 @@ TEST(PruneStage, RefusesAQuantizedFolder) {
   EXPECT_FALSE(fs::exists(folder / "out.partial"));
 }
 
+TEST(PruneStage, RandomTokensCalibrateAModelWithoutATokenizer) {
+  const Folder folder("random-tokens");
+  make_model(folder / "m");
+  fs::remove(folder / "m" / "tokenizer.json");
+  Json given = base(folder / "m", folder / "out", "wanda");
+  given["pattern"] = "2:4";
+  EXPECT_EQ(failing_code(given), ExitCode::kUsage);
+  given["random-tokens"] = true;
+  given["samples"] = 6;
+  given["context"] = 32;
+  const auto outcome = run_prune(given);
+  EXPECT_GT(outcome.after("calibration mean_kl"), 0.0);
+  EXPECT_NEAR(outcome.after("sparsity of all block linears"), 0.5, 1e-9);
+  given["out"] = (folder / "again").string();
+  given["context"] = 1 << 20;
+  EXPECT_EQ(failing_code(given), ExitCode::kUsage);
+  given["context"] = 32;
+  given["text"] = {(folder / "text.txt").string()};
+  EXPECT_EQ(failing_code(given), ExitCode::kUsage);
+  EXPECT_FALSE(fs::exists(folder / "again.partial"));
+}
+
 TEST(PruneStage, MaxRamMovesActivationsToAFileOrRefuses) {
   const Folder folder("max-ram");
   make_model(folder / "m");
