@@ -14,7 +14,9 @@
 namespace pare::tok {
 
 // The numbers of sentencepiece_model.proto.
-enum class PieceType : std::int32_t { kNormal = 1, kUnknown = 2, kControl = 3, kUserDefined = 4, kUnused = 5, kByte = 6 };
+enum class PieceType : std::int32_t {
+  kNormal = 1, kUnknown = 2, kControl = 3, kUserDefined = 4, kUnused = 5, kByte = 6
+};
 enum class SpmModelType : std::int32_t { kUnigram = 1, kBpe = 2, kWord = 3, kChar = 4 };
 
 struct SpmPiece {
