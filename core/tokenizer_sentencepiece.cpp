@@ -1,31 +1,51 @@
-// The only file that sees libsentencepiece. The library reads pieces, scores and ids; what it is handed was checked
+// A tokenizer.model through libsentencepiece. The library reads pieces, scores and ids; what it is handed was checked
 // before, because it ends the process on some inputs.
 #include "core/tokenizer_sentencepiece.h"
 
 #include "core/error.h"
-#include "core/tokenizer_text.h"
 
-#ifdef PARE_HAVE_SENTENCEPIECE
-#include <sentencepiece_processor.h>
+#ifdef PARE_SENTENCEPIECE_MODULE
+#include <dlfcn.h>
+
+#include "core/sentencepiece/library.h"
 #endif
 
 namespace pare::tok {
-
-#ifndef PARE_HAVE_SENTENCEPIECE
-
-bool reads_sentencepiece() { return false; }
-
-SpmModel read_spm_model(const fs::path& file) {
-  throw input_error(file.string(), "a tokenizer.json", "only sentencepiece's tokenizer.model",
-                    "this program was built without libsentencepiece: install libsentencepiece-dev and build again, or "
-                    "let transformers write the file: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)");
-}
-
-#else
-
 namespace {
 
+const char* const kOtherWays =
+    "or let transformers write the file: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)";
+
+#ifdef PARE_SENTENCEPIECE_MODULE
+
 constexpr std::size_t kMaxModelBytes = std::size_t{1} << 28;  // the largest in use have 5 MB
+
+struct Module {
+  PareSpmRead* read = nullptr;
+  std::string problem;
+};
+
+// The module stands beside the program, or where it was built.
+const Module& module() {
+  static const Module opened = [] {
+    Module out;
+#ifdef PARE_SANITIZED  // a sanitizer's run time refuses scopes of their own
+    const int flags = RTLD_NOW | RTLD_LOCAL;
+#else
+    const int flags = RTLD_NOW | RTLD_LOCAL | RTLD_DEEPBIND;
+#endif
+    const fs::path built = PARE_SENTENCEPIECE_MODULE;
+    std::error_code ignored;
+    const fs::path beside = fs::read_symlink("/proc/self/exe", ignored).parent_path() / built.filename();
+    void* handle = fs::exists(beside, ignored) ? dlopen(beside.c_str(), flags) : nullptr;
+    if (!handle) handle = dlopen(built.c_str(), flags);
+    if (handle) out.read = reinterpret_cast<PareSpmRead*>(dlsym(handle, "pare_sentencepiece_read"));
+    if (!out.read)
+      if (const char* why = dlerror()) out.problem = why;
+    return out;
+  }();
+  return opened;
+}
 
 const char* name_of(SpmModelType type) {
   switch (type) {
@@ -46,59 +66,99 @@ void refuse_other_kinds(const SpmSpec& spec, const std::string& place) {
   if (spec.charsmap_bytes > 0)
     throw input_error(place + ": normalizer_spec.precompiled_charsmap", "no normalization rules (identity)",
                       "the rules \"" + spec.normalizer_name + "\", " + std::to_string(spec.charsmap_bytes) + " bytes",
-                      "such a model's ids would differ; rules compiled by sentencepiece are not executed");
+                      "rules compiled by sentencepiece are not executed, and without them the ids would differ");
   if (spec.denormalizer_bytes > 0)
     throw input_error(place + ": denormalizer_spec.precompiled_charsmap", "none",
                       std::to_string(spec.denormalizer_bytes) + " bytes");
   if (!spec.escape_whitespaces) throw input_error(place + ": normalizer_spec.escape_whitespaces", "true", "false");
 }
 
-std::string_view as_text(std::span<const std::byte> bytes) {
-  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+struct Received {
+  SpmModel model;
+  std::vector<std::int32_t> kinds;
+  std::string problem;
+  bool complete = false;
+};
+
+Received ask_library(std::string_view bytes) {
+  Received out;
+  PareSpmSink sink;
+  sink.self = &out;
+  sink.piece = [](void* self, const char* text, std::size_t size, float score, std::int32_t kind) {
+    auto& to = *static_cast<Received*>(self);
+    to.model.pieces.push_back({std::string(text, size), score, PieceType::kNormal});
+    to.kinds.push_back(kind);
+  };
+  sink.ids = [](void* self, std::int32_t bos, std::int32_t eos) {
+    auto& to = *static_cast<Received*>(self);
+    to.model.bos = bos;
+    to.model.eos = eos;
+    to.complete = true;
+  };
+  sink.problem = [](void* self, const char* text, std::size_t size) {
+    static_cast<Received*>(self)->problem = std::string(text, size);
+  };
+  module().read(bytes.data(), bytes.size(), &sink);
+  return out;
 }
+
+std::int32_t kind_of(PieceType type) {
+  switch (type) {
+    case PieceType::kUnknown: return kPareSpmUnknown;
+    case PieceType::kControl: return kPareSpmControl;
+    case PieceType::kByte: return kPareSpmByte;
+    case PieceType::kUnused: return kPareSpmUnused;
+    default: return 0;
+  }
+}
+
+#endif
 
 }  // namespace
 
-bool reads_sentencepiece() { return true; }
+#ifndef PARE_SENTENCEPIECE_MODULE
+
+bool reads_sentencepiece() { return false; }
+
+SpmModel read_spm_model(const fs::path& file) {
+  throw input_error(file.string(), "a tokenizer.json", "only sentencepiece's tokenizer.model",
+                    std::string("this program was built without libsentencepiece: install libsentencepiece-dev and "
+                                "build again, ") + kOtherWays);
+}
+
+#else
+
+bool reads_sentencepiece() { return module().read != nullptr; }
 
 SpmModel read_spm_model(const fs::path& file) {
   const std::string place = file.string();
   const MappedFile mapped(file);
-  const std::string_view bytes = as_text(mapped.bytes());
+  const std::string_view bytes(reinterpret_cast<const char*>(mapped.bytes().data()), mapped.bytes().size());
   if (bytes.size() > kMaxModelBytes)
     throw input_error(place, "at most " + std::to_string(kMaxModelBytes) + " bytes", std::to_string(bytes.size()));
   const SpmSpec spec = read_spm_spec(bytes, place);
   refuse_other_kinds(spec, place);
+  if (!module().read)
+    throw input_error(place, "a tokenizer.json", "only sentencepiece's tokenizer.model, and " + module().problem,
+                      std::string("install libsentencepiece-dev and build again, ") + kOtherWays);
 
-  const auto refuse = [&](const std::string& why) -> Error {
-    return input_error(place, "a model that libsentencepiece accepts", why);
+  Received got = ask_library(bytes);
+  const auto refuse = [&](const std::string& why) {
+    throw input_error(place, "a model that libsentencepiece accepts", why);
   };
-  sentencepiece::SentencePieceProcessor library;
-  try {
-    if (const auto status = library.LoadFromSerializedProto(bytes); !status.ok()) throw refuse(status.ToString());
-  } catch (const Error&) {
-    throw;
-  } catch (const std::exception& problem) {
-    throw refuse(problem.what());
+  if (!got.complete) refuse(got.problem);
+  SpmModel model = std::move(got.model);
+  if (model.pieces.size() != spec.types.size())
+    refuse("another number of pieces: " + std::to_string(model.pieces.size()));
+  for (std::size_t id = 0; id < spec.types.size(); ++id) {
+    model.pieces[id].type = spec.types[id];
+    if (got.kinds[id] != kind_of(spec.types[id])) refuse("another type of piece " + std::to_string(id));
+    // The library looks the unknown piece up by name; its type says which it is whatever it is called.
+    if (spec.types[id] == PieceType::kUnknown) model.unknown = static_cast<std::int32_t>(id);
   }
-
-  SpmModel model;
-  const int count = library.GetPieceSize();
-  if (count < 0 || static_cast<std::size_t>(count) != spec.types.size())
-    throw refuse("another number of pieces: " + std::to_string(count));
-  model.pieces.reserve(spec.types.size());
-  for (int id = 0; id < count; ++id) {
-    const PieceType type = spec.types[static_cast<std::size_t>(id)];
-    if (library.IsUnknown(id) != (type == PieceType::kUnknown) ||
-        library.IsControl(id) != (type == PieceType::kControl) || library.IsByte(id) != (type == PieceType::kByte) ||
-        library.IsUnused(id) != (type == PieceType::kUnused))
-      throw refuse("another type of piece " + std::to_string(id));
-    model.pieces.push_back({library.IdToPiece(id), library.GetScore(id), type});
-  }
-  model.unknown = library.unk_id();
-  model.bos = library.bos_id();
-  model.eos = library.eos_id();
-  model.pad = library.pad_id();
+  const auto size = static_cast<std::int32_t>(model.pieces.size());
+  if (model.unknown < 0) refuse("no unknown piece");
+  if (model.bos >= size || model.eos >= size) refuse("ids outside the vocabulary");
   model.byte_fallback = spec.byte_fallback;
   model.add_dummy_prefix = spec.add_dummy_prefix;
   model.remove_extra_whitespaces = spec.remove_extra_whitespaces;

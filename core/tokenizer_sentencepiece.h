@@ -27,7 +27,7 @@ struct SpmPiece {
 
 struct SpmModel {
   std::vector<SpmPiece> pieces;  // in the order of their ids
-  std::int32_t unknown = -1, bos = -1, eos = -1, pad = -1;
+  std::int32_t unknown = -1, bos = -1, eos = -1;
   bool byte_fallback = false;
   bool add_dummy_prefix = true, remove_extra_whitespaces = true;
 };
@@ -46,7 +46,7 @@ struct SpmSpec {
 // that are empty, too long or not UTF-8, scores that are not numbers, types outside 1..6.
 SpmSpec read_spm_spec(std::string_view bytes, const std::string& place);
 
-// Whether this program was built with libsentencepiece.
+// Whether this program was built with libsentencepiece and finds it.
 bool reads_sentencepiece();
 
 // Errors: exit 3; built without the library, another algorithm than BPE, normalization rules, a broken file.

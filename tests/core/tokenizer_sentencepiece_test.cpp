@@ -40,6 +40,8 @@ std::string piece(const std::string& text, int type, const std::string& score = 
 const auto trainer = [](const std::string& body) { return field(2, body); };
 const auto normalizer = [](const std::string& body) { return field(3, body); };
 
+TEST(SentencepieceModule, IsFoundWhereItWasBuilt) { EXPECT_EQ(tok::reads_sentencepiece(), PARE_HAS_SENTENCEPIECE == 1); }
+
 class Sentencepiece : public ::testing::Test {
  protected:
   void SetUp() override {
@@ -296,6 +298,8 @@ TEST_F(Sentencepiece, DamagedFilesAreRefused) {
   EXPECT_TRUE(refused("at most 1024 bytes"));
   use("llama", nullptr, piece("<second>", 2));  // two unknown pieces
   EXPECT_TRUE(refused("libsentencepiece accepts"));
+  use("llama", nullptr, trainer(std::string("\xea\x02\x03", 3) + "<u>"));  // unk_piece (45) by another name
+  EXPECT_EQ(load().encode("<unk>", false), (Ids{0}));
   use("no_bytes", nullptr, trainer(std::string("\x98\x02\x01", 3)));  // byte_fallback (35) without the 256 pieces
   EXPECT_TRUE(refused("libsentencepiece accepts"));
 }
