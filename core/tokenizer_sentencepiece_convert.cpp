@@ -278,13 +278,13 @@ class Conversion {
       if (type == PieceType::kControl || type == PieceType::kUserDefined)
         put(static_cast<std::int64_t>(id), {{"content", spelled_[id]}}, type == PieceType::kControl || turn);
     }
-    put(model_.unknown, {{"content", unknown()}}, true);
     for (const auto& [id, token] : declared_) put(id, token, false);
     for (const char* key : kNamed) {
       const std::optional<Json> token = neighbours_.named(key);
       if (token && !token->is_null()) put_named(*token);
     }
     for (const Json& token : neighbours_.more()) put_named(token);
+    put_named({{"content", unknown()}});
   }
 
   std::string added_list() const {

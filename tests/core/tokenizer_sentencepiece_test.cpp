@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdio>
 #include <fstream>
 #include <map>
 #include <random>
@@ -232,6 +233,25 @@ TEST_F(Sentencepiece, ControlPiecesAreNeverMadeFromText) {
   const Tokenizer tokenizer = load();
   for (const std::int32_t id : tokenizer.encode("<s>", false, false)) EXPECT_NE(id, 1);
   EXPECT_EQ(tokenizer.encode("<s>", false, true), (Ids{1}));
+}
+
+// Gemma's first files have no piece for the tab; its byte then carries that spelling, with the same id.
+TEST_F(Sentencepiece, GemmasMissingTab) {
+  std::string bytes = piece("<unk>", 2) + piece("<s>", 3) + piece("</s>", 3);
+  for (int byte = 0; byte < 256; ++byte) {
+    char name[8];
+    std::snprintf(name, sizeof name, "<0x%02X>", byte);
+    bytes += piece(name, 6);
+  }
+  for (const char* text : {"a", "\t\t", "\ta"}) bytes += piece(text, 1);
+  use_bytes(bytes + trainer(field(3, 2) + std::string("\x98\x02\x01", 3)) + normalizer(field(3, 0) + field(4, 0)));
+  EXPECT_EQ(load().token(3 + 9), "<0x09>");
+  EXPECT_EQ(load().encode("\t\ta", false), (Ids{12, 12, 259}));
+  put("tokenizer_config.json", {{"tokenizer_class", "GemmaTokenizer"}});
+  EXPECT_EQ(load().token(3 + 9), "\t");
+  EXPECT_EQ(load().encode("\t", false), (Ids{12}));
+  EXPECT_EQ(load().encode("\t\t", false), (Ids{260}));  // merges of tabs are possible now
+  EXPECT_EQ(load().decode(load().encode("a\t")), "a\t");
 }
 
 TEST_F(Sentencepiece, TheFileBesideItGoesFirst) {
