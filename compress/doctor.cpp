@@ -11,6 +11,7 @@
 
 #include "compress/compress.h"
 #include "core/file.h"
+#include "core/tokenizer_sentencepiece.h"
 #include "core/version.h"
 #include "runtime/kernels.h"
 
@@ -67,6 +68,7 @@ Command doctor_command() {
         {"lapack", build_setting(config, "LAPACK_INFO")},
         {"cuda_devices", torch::cuda::is_available() ? static_cast<int>(torch::cuda::device_count()) : 0},
         {"hdf5", std::to_string(major) + "." + std::to_string(minor) + "." + std::to_string(release)},
+        {"sentencepiece", tok::reads_sentencepiece() ? "yes" : "no: tokenizer.model cannot be read"},
         {"compiler", __VERSION__},
         {"processor", processor_name()},
         {"cpu_features", cpu_features()},

@@ -276,7 +276,7 @@ void Pipeline::plan_steps(Plan& plan, const std::function<void(const Error&)>& p
   // Text that is not sampled yet is stood in for by a text that every model has: a plan looks at no more than its being
   // there.
   const std::vector<std::string> plan_text =
-      text_exists ? text : std::vector<std::string>{(model_ / "tokenizer.json").string()};
+      text_exists ? text : std::vector<std::string>{(model_ / "config.json").string()};
   for (std::size_t i = 0; i < recipe_.stages.size(); ++i) {
     const Command& stage = command(recipe_.stages[i].name);
     PlanStep s;

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -15,7 +17,8 @@ namespace pare {
 
 class Tokenizer {
  public:
-  // Errors: exit 3 naming the component and key that is broken or not supported.
+  // tokenizer.json, or sentencepiece's binary form: a file *.model, or the tokenizer.model that stands where the
+  // tokenizer.json would. Errors: exit 3 naming the component and key that is broken or not supported.
   static Tokenizer from_file(const fs::path& tokenizer_json);
   static Tokenizer from_json(const Json& json, const std::string& place);
   // tokenizer.json text; faster than from_json for large files.
@@ -42,6 +45,13 @@ class Tokenizer {
   explicit Tokenizer(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };
+
+// A model folder's tokenizer: tokenizer.json, else tokenizer.model (read through libsentencepiece where this program
+// was built with it).
+bool has_tokenizer(const fs::path& folder);
+// As the text of a tokenizer.json; nullopt when the folder has neither file. The text that tokenizer.model becomes is a
+// pure function of the folder's files. Errors: as from_file.
+std::optional<std::string> tokenizer_json_text(const fs::path& folder);
 
 // Streaming decoder: returns the text that has become certain, holding back incomplete UTF-8.
 class StreamDecoder {

@@ -23,6 +23,7 @@ needs=(
   "nlohmann-json3-dev|/usr/include/nlohmann/json.hpp|JSON"
   "libyaml-cpp-dev|/usr/include/yaml-cpp/yaml.h|recipes"
   "libpcre2-dev|/usr/include/pcre2.h|the tokenizer's patterns"
+  "libsentencepiece-dev|/usr/include/sentencepiece_processor.h|tokenizer.model of older models"
   "libutf8proc-dev|/usr/include/utf8proc.h|Unicode normalisation"
   "libxxhash-dev|/usr/include/xxhash.h|hashes"
   "libfmt-dev|/usr/include/fmt/format.h|text formatting"

@@ -5,6 +5,7 @@
 
 #include "core/error.h"
 #include "core/file.h"
+#include "core/tokenizer.h"
 #include "prune/measure.h"
 #include "prune/method.h"
 #include "prune/prune.h"
@@ -147,7 +148,7 @@ void check_model(const Checkpoint& model) {
 
 void check_text(const Options& options, const ModelConfig& config) {
   const auto paths = text_paths(options);
-  const fs::path tokenizer = fs::path(options.get<std::string>("model")) / "tokenizer.json";
+  const fs::path folder = options.get<std::string>("model");
   const std::int64_t length = window_length(config, options);
   if (calibrated(options) && length > config.max_position_embeddings)
     throw usage_error("--context", "at most the model's " + std::to_string(config.max_position_embeddings) +
@@ -155,8 +156,8 @@ void check_text(const Options& options, const ModelConfig& config) {
   if (paths.empty()) return;
   for (const fs::path& path : paths)
     if (!fs::exists(path)) throw input_error(path.string(), "a text file or folder", "nothing there");
-  if (!fs::exists(tokenizer))
-    throw input_error(tokenizer.string(), "the model's tokenizer", "nothing there",
+  if (!has_tokenizer(folder))
+    throw input_error((folder / "tokenizer.json").string(), "the model's tokenizer", "nothing there",
                       "calibration text has to be turned into tokens");
 }
 

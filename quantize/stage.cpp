@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "core/error.h"
+#include "core/tokenizer.h"
 #include "quantize/layers.h"
 #include "quantize/quantize.h"
 
@@ -87,7 +88,7 @@ std::vector<TensorPlan> check(const Options& options, const PlannedModel& model)
   for (const std::string& path : text) {
     if (!fs::exists(path)) throw input_error(path, "a text file or folder", "nothing there");
   }
-  if (!text.empty() && !fs::exists(folder / "tokenizer.json")) {
+  if (!text.empty() && !has_tokenizer(folder)) {
     throw input_error((folder / "tokenizer.json").string(), "the model's tokenizer", "nothing there",
                       "calibration text has to be turned into tokens");
   }

@@ -2,6 +2,8 @@
 
 #include "core/error.h"
 #include "core/fused_rows.h"
+#include "core/tokenizer.h"
+#include "core/tokenizer_sentencepiece.h"
 #include "runtime/round_to_nearest.h"
 
 namespace pare {
@@ -9,6 +11,10 @@ namespace {
 
 constexpr const char* kEmbeddedFiles[] = {"tokenizer.json", "tokenizer_config.json", "generation_config.json",
                                           "special_tokens_map.json", "chat_template.jinja"};
+
+bool tokenizer_readable(const fs::path& folder) {
+  return fs::exists(folder / "tokenizer.json") || tok::reads_sentencepiece();
+}
 
 Codec kept_float(DType dtype) {
   if (dtype == DType::kF16) return {CodecKind::kF16, 0};
@@ -48,8 +54,12 @@ ExportPlan plan_export(const Checkpoint& checkpoint, const ExportOptions& option
     plan.payload_bytes += codec.payload_bytes(spec.shape.size() == 2 ? spec.shape[0] : 1, spec.shape.back());
     plan.tensors.push_back({spec.name, codec, spec.shape});
   }
-  if (!fs::exists(checkpoint.folder() / "tokenizer.json"))
+  if (!has_tokenizer(checkpoint.folder())) {
     plan.notes.push_back("the folder has no tokenizer.json: the file can be measured but not given text");
+  } else if (!tokenizer_readable(checkpoint.folder())) {
+    plan.notes.push_back("the folder has only sentencepiece's tokenizer.model and this program was built without "
+                         "libsentencepiece: the file can be measured but not given text");
+  }
   return plan;
 }
 
@@ -60,6 +70,9 @@ std::unique_ptr<CompactWriter> begin_export(const Checkpoint& checkpoint, const 
   std::map<std::string, std::string> embedded;
   for (const char* name : kEmbeddedFiles)
     if (fs::is_regular_file(checkpoint.folder() / name)) embedded[name] = read_text(checkpoint.folder() / name);
+  // The runtime reads tokenizer.json alone: a tokenizer.model travels as what it means.
+  if (tokenizer_readable(checkpoint.folder()))
+    if (auto text = tokenizer_json_text(checkpoint.folder())) embedded["tokenizer.json"] = std::move(*text);
   embedded["config.json"] = write_config(checkpoint.config(), checkpoint.float_dtype()).dump(2) + "\n";
   if (!options.recipe.empty()) embedded["recipe"] = options.recipe;
 

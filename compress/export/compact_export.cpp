@@ -1,6 +1,8 @@
 #include "compress/export/compact_export.h"
 
 #include "core/error.h"
+#include "core/tokenizer.h"
+#include "core/tokenizer_sentencepiece.h"
 #include "runtime/export.h"
 
 namespace pare {
@@ -20,9 +22,10 @@ std::uint64_t compact_bytes(const PlannedModel& model, const fs::path& folder, c
   std::uint64_t bytes = model.compact_bytes;
   if (codec != "keep" && !model.quantized)
     bytes = static_cast<std::uint64_t>(parameter_count(model.config)) * (codec == "f32" ? 4 : 2);
-  std::error_code ignored;
-  const auto tokenizer = fs::file_size(folder / "tokenizer.json", ignored);
-  return ignored ? bytes : bytes + tokenizer;
+  std::error_code none;
+  const auto tokenizer = fs::file_size(folder / "tokenizer.json", none);
+  if (!none) return bytes + tokenizer;
+  return tok::reads_sentencepiece() ? bytes + tokenizer_json_text(folder).value_or("").size() : bytes;
 }
 
 }  // namespace pare

@@ -86,7 +86,7 @@ std::vector<std::pair<std::string, GgufValue>> gguf_tokenizer(const fs::path& fo
                                                               std::vector<std::string>& notes) {
   const std::string place = (folder / "tokenizer.json").string();
   const Tokenizer tokenizer = Tokenizer::from_file(folder / "tokenizer.json");  // refuses what is malformed
-  const Json json = read_json(folder / "tokenizer.json");
+  const Json json = parse_json(tokenizer_json_text(folder).value(), place);
   const Json& model = json.at("model");
   const bool sentencepiece = model.value("byte_fallback", false);
 

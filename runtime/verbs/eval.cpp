@@ -56,8 +56,7 @@ class Subject {
   std::string hash() const { return engine_ ? engine_->file().file_hash() : folder_->content_hash(); }
   std::optional<std::string> tokenizer_text() const {
     if (engine_) return engine_->file().embedded("tokenizer.json");
-    const fs::path file = path_ / "tokenizer.json";
-    return fs::exists(file) ? std::optional<std::string>(read_text(file)) : std::nullopt;
+    return tokenizer_json_text(path_);
   }
   LogitsSource& logits(const EvalBackend& backend, const std::string& device, Context& context) {
     if (!logits_) logits_ = engine_ ? runtime_logits(engine_) : backend.folder(*folder_, device, context);

@@ -12,7 +12,7 @@ namespace {
 
 Tokenizer open_tokenizer(const fs::path& path) {
   if (fs::is_directory(path)) return Tokenizer::from_file(path / "tokenizer.json");
-  if (path.extension() != ".json" && CompactFile::is_compact(path)) {
+  if (path.extension() != ".json" && path.extension() != ".model" && CompactFile::is_compact(path)) {
     const auto text = CompactFile(path).embedded("tokenizer.json");
     if (!text) throw input_error(path.string(), "a compact file with a tokenizer", "none inside");
     return Tokenizer::from_text(*text, path.string() + ": tokenizer.json");
@@ -137,7 +137,7 @@ Command tokenize_command() {
   command.name = "tokenize";
   command.summary = "Show the tokens and ids of a text, or the text of ids";
   command.options = {
-      {.name = "tokenizer", .type = OptionType::kPath, .help = "model folder, compact file or tokenizer.json",
+      {.name = "tokenizer", .type = OptionType::kPath, .help = "model folder, compact file, tokenizer.json or tokenizer.model",
        .required = true, .positional = true},
       {.name = "text", .type = OptionType::kText, .help = "text to encode"},
       {.name = "file", .type = OptionType::kPath, .help = "file whose text to encode"},

@@ -36,6 +36,13 @@ check "families" "$PYTHON" "$HERE/families.py" "$BUILD"
 check "trained tokenizer" "$PYTHON" "$HERE/tokenizers_train.py" "$BUILD/pare" "$ROOT/README.md" --vocab-size 600
 check "tokenizers" "$PYTHON" "$HERE/tokenizers_fuzz.py" "$BUILD/pare" "$ROOT"/tests/golden/tokenizers/*.json \
   "$ROOT/examples/teacher/tokenizer.json" --count 1000
+if ! "$PYTHON" -c 'import sentencepiece, google.protobuf' 2>/dev/null; then
+  echo "SKIPPED tokenizer.model: $PYTHON has not both of sentencepiece and protobuf"
+elif [ ! -e "$BUILD/pare_sentencepiece.so" ]; then
+  echo "SKIPPED tokenizer.model: built without libsentencepiece"
+else
+  check "tokenizer.model" "$PYTHON" "$HERE/sentencepiece_fuzz.py" "$BUILD/pare" --count 1000
+fi
 if [ -n "${PARE_CHAT_TEMPLATES:-}" ]; then
   check "chat templates" "$PYTHON" "$HERE/chat_templates.py" "$BUILD/tests/render_chat" "$PARE_CHAT_TEMPLATES"/*.jinja \
     --mutate 500

@@ -100,8 +100,8 @@ class Source:
         return bytes(data)
 
 
-def compare(pare, file, count, rng, text, allowed):
-    reference = Tokenizer.from_file(file)
+def compare(pare, file, count, rng, text, allowed, reference=None):
+    reference = reference or Tokenizer.from_file(file)
     reference.no_truncation()
     reference.no_padding()
     source = Source(rng, reference, text, allowed)

@@ -1,6 +1,9 @@
 #include "runtime/export.h"
 
 #include "../core/model_folder.h"
+#include "core/compact.h"
+#include "core/tokenizer.h"
+#include "core/tokenizer_sentencepiece.h"
 #include "runtime/round_to_nearest.h"
 #include "runtime/verbs/cli.h"
 
@@ -119,6 +122,32 @@ TEST_F(ExportTest, TheVerbsWorkTogether) {
   const std::string message = error_of([&] { run(verify_command(), {{"path", (scratch_ / "bad.pare").string()}}); });
   EXPECT_TRUE(message.starts_with("3 ") && contains(message, damaged.name)) << message;
   EXPECT_TRUE(error_of([&] { run(verify_command(), {{"path", (scratch_ / "none").string()}}); }).starts_with("3 "));
+}
+
+// The runtime knows tokenizer.json alone: a folder's tokenizer.model travels as what it means.
+TEST_F(ExportTest, SentencepieceModelsAreEmbeddedAsTokenizerJson) {
+  testing::write_folder(scratch_ / "m", small_config());
+  const fs::path golden = fs::path(PARE_SOURCE_DIR) / "tests/golden/sentencepiece";
+  fs::copy_file(golden / "llama.model", scratch_ / "m" / "tokenizer.model");
+  const std::string model = (scratch_ / "m").string(), out = (scratch_ / "m.pare").string();
+  run(export_command(), {{"model", model}, {"codec", "q8"}, {"out", out}});
+  const auto embedded = CompactFile(out).embedded("tokenizer.json");
+  if (!tok::reads_sentencepiece()) {
+    EXPECT_FALSE(embedded.has_value());
+    EXPECT_TRUE(contains(plan_export(Checkpoint(model), {.out = out, .codec = "q8"}).notes.back(), "libsentencepiece"));
+    GTEST_SKIP() << "SKIPPED: built without libsentencepiece";
+  }
+  ASSERT_TRUE(embedded.has_value());
+  EXPECT_EQ(Tokenizer::from_text(*embedded, "").encode("Hello world"),
+            Tokenizer::from_file(golden / "llama.model").encode("Hello world"));
+  EXPECT_EQ(run(tokenize_command(), {{"tokenizer", out}, {"text", "Hello world"}})["ids"],
+            run(tokenize_command(), {{"tokenizer", model}, {"text", "Hello world"}})["ids"]);
+  EXPECT_TRUE(plan_export(Checkpoint(model), {.out = out, .codec = "q8"}).notes.empty());
+  fs::remove(scratch_ / "m" / "tokenizer.model");  // one that is there and cannot be read stops the export
+  fs::copy_file(golden / "unigram.model", scratch_ / "m" / "tokenizer.model");
+  EXPECT_TRUE(contains(error_of([&] { run(export_command(), {{"model", model}, {"codec", "q8"}, {"out", out + "2"}}); }),
+                       "UNIGRAM"));
+  EXPECT_FALSE(fs::exists(out + "2"));
 }
 
 }  // namespace
