@@ -33,8 +33,11 @@ struct Spread {
 };
 
 Tensor log_probabilities(const Tensor& hidden, const Head& head) {  // [rows, width] -> [rows, vocab], double
-  const Tensor inverse = torch::rsqrt(hidden.square().mean(-1, true) + head.eps);
-  Tensor logits = torch::matmul(hidden * inverse * head.norm, head.weight.t()).to(torch::kDouble);
+  const Tensor centred = head.norm_bias.defined() ? hidden - hidden.mean(-1, true) : hidden;
+  const Tensor inverse = torch::rsqrt(centred.square().mean(-1, true) + head.eps);
+  Tensor normed = centred * inverse * head.norm;
+  if (head.norm_bias.defined()) normed = normed + head.norm_bias;
+  Tensor logits = torch::matmul(normed, head.weight.t()).to(torch::kDouble);
   if (head.softcap > 0) logits = torch::tanh(logits / head.softcap) * head.softcap;
   return torch::log_softmax(logits, -1);
 }
@@ -87,10 +90,16 @@ std::vector<Tensor> window_shards(const CalibrationWindows& windows, const torch
 Stream embed_stream(const Checkpoint& model, const std::vector<Tensor>& shards, const torch::Device& device) {
   const torch::NoGradGuard no_grad;
   const Tensor table = load_tensor(model, "model.embed_tokens.weight", device);
+  Tensor positions;
+  if (model.config().learned_positions) positions = load_tensor(model, "model.embed_positions.weight", device);
   Stream stream;
-  for (const Tensor& ids : shards)
+  for (const Tensor& ids : shards) {
     stream.push_back(table.index_select(0, ids.reshape({-1})).reshape({ids.size(0), ids.size(1), -1}) *
                      model.config().embedding_scale);
+    if (!positions.defined()) continue;
+    require_positions(model.config(), ids.size(1), "calibration windows");
+    stream.back() = stream.back() + positions.narrow(0, 0, ids.size(1));
+  }
   return stream;
 }
 
@@ -108,6 +117,7 @@ void advance(DecoderBlock& block, const RopeTables& rope, const std::vector<Stre
 Head load_head(const Checkpoint& model, const torch::Device& device) {
   const bool tied = model.config().tie_word_embeddings;
   return {norm_factor(model.config(), load_tensor(model, "model.norm.weight", device)),
+          model.config().layer_norm ? load_tensor(model, "model.norm.bias", device) : Tensor(),
           load_tensor(model, tied ? "model.embed_tokens.weight" : "lm_head.weight", device),
           model.config().rms_norm_eps, model.config().final_softcap};
 }

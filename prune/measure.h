@@ -30,7 +30,7 @@ void advance(DecoderBlock& block, const RopeTables& rope, const std::vector<Stre
 
 // Final norm and head of a model.
 struct Head {
-  torch::Tensor norm, weight;  // norm: what RMSNorm multiplies by
+  torch::Tensor norm, norm_bias, weight;  // norm: what RMSNorm multiplies by; with a bias: LayerNorm
   double eps = 1e-6, softcap = 0;
 };
 Head load_head(const Checkpoint& model, const torch::Device& device);
