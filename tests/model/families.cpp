@@ -74,7 +74,9 @@ TEST_P(FamilyGolden, GradientsAgreeWithFloat64) {
     const torch::Tensor a = fast->tensor(spec.name).grad(), b = exact->tensor(spec.name).grad();
     ASSERT_EQ(a.defined(), b.defined()) << spec.name;
     if (!a.defined()) continue;  // an expert that no token chose
-    EXPECT_LT((a.to(torch::kDouble) - b).norm().item<double>(), 2e-4 * b.norm().item<double>() + 1e-6) << spec.name;
+    // A bias of keys that do not rotate moves all scores of a query alike: its gradient is 0, and rounding remains.
+    const double floor = b.norm().item<double>() < 1e-12 ? 1e-5 : 1e-6;
+    EXPECT_LT((a.to(torch::kDouble) - b).norm().item<double>(), 2e-4 * b.norm().item<double>() + floor) << spec.name;
   }
 }
 
