@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <set>
 
 #include "core/compressed_tensors.h"
 #include "core/error.h"
@@ -49,6 +50,7 @@ QuantizedTensor rows_of(const QuantizedTensor& stored, const Placement& place, s
 class Problems {
  public:
   void add(const std::string& text) {
+    if (!known_.insert(text).second) return;  // a stored tensor is asked for by each of its parts
     ++count_;
     if (count_ <= kShown) text_ += (text_.empty() ? "" : "; ") + text;
   }
@@ -61,6 +63,7 @@ class Problems {
 
  private:
   static constexpr std::size_t kShown = 50;
+  std::set<std::string> known_;
   std::size_t count_ = 0;
   std::string text_;
 };
@@ -189,7 +192,8 @@ Checkpoint::Checkpoint(const fs::path& folder) : folder_(folder) {
         continue;
       }
       const std::int64_t groups = codec.groups(source->cols);
-      source->codes = checked(packed, packed->name, DType::kI32, {stored_rows, packed_words(source->cols, codec.bits())}, problems);
+      source->codes = checked(packed, packed->name, DType::kI32,
+                              {stored_rows, packed_words(source->cols, codec.bits())}, problems);
       const TensorView* scale = take(stem + "." + kScaleSuffix);
       const DType scale_type = scale != nullptr && is_float(scale->dtype) ? scale->dtype : DType::kF32;
       source->scales = checked(scale, stem + "." + kScaleSuffix, scale_type, {stored_rows, groups}, problems);

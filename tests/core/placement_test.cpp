@@ -148,6 +148,33 @@ TEST(Placement, NamesWithoutThePrefixAndOldBuffersAreRead) {
   }
 }
 
+// A stored tensor that is damaged is named once, though three of ours are made of it.
+TEST(Placement, DamageIsNamedOnceAndByItsNameInTheFile) {
+  for (const auto& [name, fused] : {std::pair("gpt2", "transformer.h.0.attn.c_attn.weight"),
+                                    std::pair("gpt_neox", "gpt_neox.layers.0.attention.query_key_value.weight")}) {
+    for (const bool missing : {true, false}) {
+      const Scratch scratch;
+      testing::make_family_folder(golden_config(name), scratch / "model");
+      const std::string damaged = fused;
+      rewrite(scratch / "model", [&](std::vector<TensorDecl>& decls, std::vector<std::vector<float>>& values) {
+        for (std::size_t i = 0; i < decls.size(); ++i) {
+          if (decls[i].name != damaged) continue;
+          if (!missing) {  // as many elements in another shape
+            decls[i].shape = {decls[i].shape[0] / 2, decls[i].shape[1] * 2};
+            continue;
+          }
+          decls.erase(decls.begin() + static_cast<std::ptrdiff_t>(i));
+          values.erase(values.begin() + static_cast<std::ptrdiff_t>(i));
+          break;
+        }
+      });
+      const std::string message = error_of([&] { Checkpoint model(scratch / "model"); });
+      EXPECT_TRUE(message.starts_with("3 ") && contains(message, "1 problem: " + damaged) &&
+                  contains(message, missing ? "is missing" : "instead of")) << message;
+    }
+  }
+}
+
 TEST(Placement, CodesComeBackTheVerySame) {
   for (const std::string& name : kPlaced) {
     for (const bool mixed : {false, true}) {  // one codec for q, k and v, or several and floats among them

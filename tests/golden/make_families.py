@@ -192,12 +192,13 @@ CASES = {
                                "activation_function": "gelu_new", "attn_pdrop": 0.1, "embd_pdrop": 0.1,
                                "initializer_range": 0.02, "layer_norm_epsilon": 1e-5, "n_ctx": 64, "resid_pdrop": 0.1,
                                "summary_type": "cls_index", "vocab_size": 64},
-    # GPT-NeoX: parallel and sequential, a quarter and all of each head rotating, without biases, tied; as published.
+    # GPT-NeoX: parallel and sequential, a quarter and all of each head rotating, scaled, without biases, tied; as
+    # published.
     "gpt_neox": lambda: T.GPTNeoXConfig(**base(), tie_word_embeddings=False),
     "gpt_neox_sequential": lambda: T.GPTNeoXConfig(
         **base(num_attention_heads=2, num_hidden_layers=3), use_parallel_residual=False, attention_bias=False,
         tie_word_embeddings=True, layer_norm_eps=1e-4,
-        rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}),
+        rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0, "partial_rotary_factor": 1.0}),
     "gpt_neox_published": lambda: {**base(intermediate_size=128), "architectures": ["GPTNeoXForCausalLM"],
                                    "model_type": "gpt_neox", "hidden_act": "gelu", "initializer_range": 0.02,
                                    "layer_norm_eps": 1e-5, "rotary_emb_base": 1000, "rotary_pct": 0.5,
