@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <set>
 
 #include "core/compressed_tensors.h"
 #include "core/error.h"
+#include "core/placement.h"
 
 namespace pare {
 namespace {
@@ -25,12 +27,30 @@ Codec float_codec(DType dtype) {
 // "model.layers.0.mlp.up_proj.weight" -> "model.layers.0.mlp.up_proj"
 std::string module_of(const std::string& weight) { return weight.substr(0, weight.size() - std::strlen(".weight")); }
 
-// Buffers that older checkpoints carry and transformers ignores too.
-bool is_ignored_buffer(const std::string& name) { return name.ends_with(".rotary_emb.inv_freq"); }
+std::size_t element_size(const TensorView& view) { return static_cast<std::size_t>(dtype_bits(view.dtype)) / 8; }
+
+// Rows of a stored matrix of codes.
+QuantizedTensor rows_of(const QuantizedTensor& stored, const Placement& place, std::int64_t rows) {
+  QuantizedTensor tensor;
+  tensor.codec = stored.codec;
+  tensor.rows = rows;
+  tensor.cols = stored.cols;
+  const auto take = [&](const auto& from, auto& to, std::int64_t width) {
+    for (std::int64_t r = 0; r < rows && !from.empty(); ++r) {
+      const auto begin = from.begin() + static_cast<std::ptrdiff_t>(place.row(r) * width);
+      to.insert(to.end(), begin, begin + static_cast<std::ptrdiff_t>(width));
+    }
+  };
+  take(stored.codes, tensor.codes, stored.cols);
+  take(stored.scales, tensor.scales, stored.codec.groups(stored.cols));
+  take(stored.zeros, tensor.zeros, stored.codec.groups(stored.cols));
+  return tensor;
+}
 
 class Problems {
  public:
   void add(const std::string& text) {
+    if (!known_.insert(text).second) return;  // a stored tensor is asked for by each of its parts
     ++count_;
     if (count_ <= kShown) text_ += (text_.empty() ? "" : "; ") + text;
   }
@@ -43,6 +63,7 @@ class Problems {
 
  private:
   static constexpr std::size_t kShown = 50;
+  std::set<std::string> known_;
   std::size_t count_ = 0;
   std::string text_;
 };
@@ -78,6 +99,8 @@ struct Checkpoint::Source {
   const TensorView* zeros = nullptr;
   bool side = false;  // codes.pare
   std::int64_t rows = 0, cols = 0;
+  TensorSpec spec;
+  std::optional<Placement> place;  // where `dense`, or what is packed, holds this tensor in another way
   std::array<const TensorView*, 4> views() const { return {dense, codes, scales, zeros}; }
 };
 
@@ -133,15 +156,30 @@ Checkpoint::Checkpoint(const fs::path& folder) : folder_(folder) {
     return shards_->find(name);
   };
 
+  const std::string prefix = base_prefix(config_);
+  const bool without_prefix = !prefix.empty() && std::none_of(used.begin(), used.end(), [&](const auto& entry) {
+    return entry.first.starts_with(prefix);
+  });
+  const auto file_place = [&](const TensorSpec& spec) {
+    Placement place = placement(config_, spec).value_or(renamed(spec.name, spec));
+    if (without_prefix && place.name.starts_with(prefix)) place.name = place.name.substr(prefix.size());
+    return place;
+  };
+
   for (const TensorSpec& spec : specs_) {
     auto source = std::make_shared<Source>();
+    source->spec = spec;
     source->rows = spec.shape[0];
     source->cols = spec.shape.size() == 2 ? spec.shape[1] : 1;
-    const TensorView* dense = take(spec.name);
-    const std::string stem = spec.role == TensorRole::kLinear || spec.role == TensorRole::kHead ? module_of(spec.name) : "";
+    const Placement place = file_place(spec);
+    if (rearranged(place, spec)) source->place = place;
+    const TensorView* dense = take(place.name);
+    const bool packable = (spec.role == TensorRole::kLinear || spec.role == TensorRole::kHead) && !place.transposed;
+    const std::string stem = packable ? module_of(place.name) : "";
+    const std::int64_t stored_rows = place.stored_rows();
     const TensorView* packed = stem.empty() ? nullptr : take(stem + "." + kPackedSuffix);
     if (packed != nullptr) {
-      if (dense != nullptr) problems.add(spec.name + " is there as floats and packed");
+      if (dense != nullptr) problems.add(place.name + " is there as floats and packed");
       if (side_codecs.contains(spec.name)) problems.add(spec.name + " is packed and in codes.pare");
       if (!schemes) {
         problems.add(packed->name + " without a quantization_config in config.json");
@@ -154,19 +192,21 @@ Checkpoint::Checkpoint(const fs::path& folder) : folder_(folder) {
         continue;
       }
       const std::int64_t groups = codec.groups(source->cols);
-      source->codes = checked(packed, packed->name, DType::kI32, {source->rows, packed_words(source->cols, codec.bits())}, problems);
+      source->codes = checked(packed, packed->name, DType::kI32,
+                              {stored_rows, packed_words(source->cols, codec.bits())}, problems);
       const TensorView* scale = take(stem + "." + kScaleSuffix);
       const DType scale_type = scale != nullptr && is_float(scale->dtype) ? scale->dtype : DType::kF32;
-      source->scales = checked(scale, stem + "." + kScaleSuffix, scale_type, {source->rows, groups}, problems);
+      source->scales = checked(scale, stem + "." + kScaleSuffix, scale_type, {stored_rows, groups}, problems);
       if (const TensorView* shape = checked(take(stem + "." + kShapeSuffix), stem + "." + kShapeSuffix, DType::kI64, {2}, problems)) {
         std::int64_t sizes[2];
         std::memcpy(sizes, shape->data.data(), sizeof sizes);
-        if (sizes[0] != source->rows || sizes[1] != source->cols)
-          problems.add(shape->name + " says " + shape_text({sizes[0], sizes[1]}) + " instead of " + shape_text(spec.shape));
+        if (sizes[0] != stored_rows || sizes[1] != source->cols)
+          problems.add(shape->name + " says " + shape_text({sizes[0], sizes[1]}) + " instead of " +
+                       shape_text(place.shape));
       }
       if (codec.kind == CodecKind::kQ4a)
         source->zeros = checked(take(stem + "." + kZeroSuffix), stem + "." + kZeroSuffix, DType::kI32,
-                                {packed_words(source->rows, 4), groups}, problems);
+                                {packed_words(stored_rows, 4), groups}, problems);
     } else {
       if (dense == nullptr) {
         if (const auto other = other_source(config_, spec); other && shards_->find(other->name) != nullptr) {
@@ -183,14 +223,14 @@ Checkpoint::Checkpoint(const fs::path& folder) : folder_(folder) {
         }
       }
       if (dense == nullptr) {
-        problems.add(spec.name + " is missing");
+        problems.add(place.name + " is missing");
         continue;
       }
       if (!is_float(dense->dtype)) {
-        problems.add(spec.name + " is " + described(*dense) + ", not F32, F16, BF16 or F64");
+        problems.add(place.name + " is " + described(*dense) + ", not F32, F16, BF16 or F64");
         continue;
       }
-      source->dense = checked(dense, spec.name, dense->dtype, spec.shape, problems);
+      source->dense = checked(dense, place.name, dense->dtype, place.shape, problems);
       source->codec = float_codec(dense->dtype);
       if (const auto side = side_codecs.find(spec.name); side != side_codecs.end()) {
         source->side = true;
@@ -218,8 +258,10 @@ Checkpoint::Checkpoint(const fs::path& folder) : folder_(folder) {
     if (spec_of_.find(name) == spec_of_.end()) problems.add("codes.pare: " + name + " is not a tensor of this model");
   if (side_ && side_used < side_->tensors().size())
     problems.add("codes.pare: " + std::to_string(side_->tensors().size() - side_used) + " tensors are left over");
+  const std::string tied_head = file_place({"lm_head.weight", {config_.vocab_size, config_.hidden_size},
+                                            TensorRole::kHead, -1, "lm_head"}).name;
   for (const auto& [name, was_used] : used) {
-    if (was_used || is_ignored_buffer(name) || (config_.tie_word_embeddings && name == "lm_head.weight")) continue;
+    if (was_used || is_buffer(config_, name) || (config_.tie_word_embeddings && name == tied_head)) continue;
     const TensorView* view = shards_->find(name);
     problems.add(name + " " + described(*view) +
                  (name.ends_with(".weight_g_idx") ? " reorders inputs, which is not supported" : " is left over"));
@@ -265,9 +307,9 @@ QuantizedTensor Checkpoint::codes(std::string_view name) const {
   const std::string place = folder_.string() + ": " + std::string(name);
   QuantizedTensor tensor;
   tensor.codec = from.codec;
-  tensor.rows = from.rows;
+  tensor.rows = from.place && !from.side ? from.place->stored_rows() : from.rows;
   tensor.cols = from.cols;
-  const auto scale_count = static_cast<std::size_t>(from.rows * from.codec.groups(from.cols));
+  const auto scale_count = static_cast<std::size_t>(tensor.rows * from.codec.groups(from.cols));
   tensor.scales.resize(scale_count);
   if (from.side) {
     tensor.codes.resize(from.codes->data.size());
@@ -284,6 +326,7 @@ QuantizedTensor Checkpoint::codes(std::string_view name) const {
     for (std::size_t i = 0; i < scale_count; ++i) tensor.scales[i] = half_scale(scales[i], place);
     if (from.zeros != nullptr) unpack_zero_points(*from.zeros, tensor);
   }
+  if (from.place && !from.side) tensor = rows_of(tensor, *from.place, from.rows);
   tensor.validate(place);
   return tensor;
 }
@@ -291,19 +334,24 @@ QuantizedTensor Checkpoint::codes(std::string_view name) const {
 const TensorView& Checkpoint::view(std::string_view name) const {
   const Source& from = source(name);
   if (!from.codec.is_float()) throw std::logic_error("Checkpoint: " + std::string(name) + " is stored as codes");
+  if (from.place) throw std::logic_error("Checkpoint: " + std::string(name) + " has no bytes of its own");
   return *from.dense;
 }
 
 void Checkpoint::read_f32(std::string_view name, float* out) const {
   const Source& from = source(name);
-  if (from.codec.is_float()) to_f32(*from.dense, 0, from.rows * from.cols, out);
+  if (from.codec.is_float()) read_rows_f32(name, 0, from.rows, out);
   else codes(name).unpack(out);
 }
 
 void Checkpoint::read_rows_f32(std::string_view name, std::int64_t first, std::int64_t count, float* out) const {
   const Source& from = source(name);
   if (!from.codec.is_float()) throw std::logic_error("rows of codes: " + std::string(name));
-  to_f32(*from.dense, first * from.cols, count * from.cols, out);
+  if (!from.place) return to_f32(*from.dense, first * from.cols, count * from.cols, out);
+  const std::size_t size = element_size(*from.dense);
+  std::vector<std::byte> rows(static_cast<std::size_t>(count * from.cols) * size);
+  take_rows_from(*from.place, from.spec, from.dense->data.data(), size, first, count, rows.data());
+  to_f32({from.spec.name, from.dense->dtype, {count, from.cols}, rows}, 0, count * from.cols, out);
 }
 
 std::vector<float> Checkpoint::read_f32(std::string_view name) const {
@@ -317,7 +365,7 @@ std::uint64_t Checkpoint::tensor_bytes() const {
   std::uint64_t bytes = 0;
   for (const auto& [name, from] : sources_) {
     if (from->codec.is_float()) {
-      bytes += from->dense->data.size();
+      bytes += static_cast<std::uint64_t>(from->rows * from->cols) * element_size(*from->dense);
     } else {
       // The unpacked copy of a codes.pare tensor is for other readers and 8-bit storage of 4-bit codes is a
       // convenience: counted is what the codes need.

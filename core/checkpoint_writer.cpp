@@ -8,6 +8,7 @@
 #include "core/checkpoint.h"
 #include "core/compressed_tensors.h"
 #include "core/error.h"
+#include "core/placement.h"
 #include "core/shards.h"
 
 // A piece is a file of its own under <work>/pieces, complete or absent:
@@ -209,6 +210,9 @@ struct CheckpointWriter::State {
     return tensor;
   }
 
+  std::vector<std::byte> stored_floats(const StoredTensor& stored, DType to) const;
+  QuantizedTensor stored_codes(const StoredTensor& stored) const;
+  bool packs(const StoredTensor& stored) const;
   void assemble() const;
 };
 
@@ -314,58 +318,131 @@ void CheckpointWriter::copy_side_files(const fs::path& from) {
     if (fs::is_regular_file(from / name)) copy_file_durably(from / name, state_->work / name);
 }
 
+// The floats of a stored tensor, from those of its parts, in `to`; codes are unpacked.
+std::vector<std::byte> CheckpointWriter::State::stored_floats(const StoredTensor& stored, DType to) const {
+  const auto size = static_cast<std::size_t>(dtype_bits(to)) / 8;
+  std::size_t elements = 1;
+  for (const std::int64_t n : stored.shape) elements *= static_cast<std::size_t>(n);
+  std::vector<std::byte> bytes(elements * size);
+  for (std::size_t i = 0; i < stored.parts.size(); ++i) {
+    const TensorSpec& spec = *stored.parts[i];
+    const Entry& entry = entries.find(spec.name)->second;
+    if (entry.dense && to == dtype) {
+      put_into(stored.places[i], spec, entry.data().data(), size, bytes.data());
+      entry.file->release(entry.offset, entry.bytes);
+      continue;
+    }
+    std::vector<float> values(static_cast<std::size_t>(spec.shape[0] * (spec.shape.size() == 2 ? spec.shape[1] : 1)));
+    if (entry.dense)
+      to_f32({spec.name, dtype, spec.shape, entry.data()}, 0, static_cast<std::int64_t>(values.size()), values.data());
+    else
+      codes(spec, entry).unpack(values.data());
+    put_into(stored.places[i], spec, bytes_of(values).data(), size, bytes.data());
+  }
+  return bytes;
+}
+
+// The codes of all parts, rows where the stored tensor has them.
+QuantizedTensor CheckpointWriter::State::stored_codes(const StoredTensor& stored) const {
+  if (stored.whole()) return codes(*stored.parts[0], entries.find(stored.parts[0]->name)->second);
+  QuantizedTensor joined;
+  for (std::size_t i = 0; i < stored.parts.size(); ++i) {
+    const QuantizedTensor part = codes(*stored.parts[i], entries.find(stored.parts[i]->name)->second);
+    if (i == 0) {
+      joined.codec = part.codec;
+      joined.rows = stored.shape[0];
+      joined.cols = part.cols;
+      joined.codes.resize(static_cast<std::size_t>(joined.rows * joined.cols));
+      joined.scales.resize(static_cast<std::size_t>(joined.rows * joined.codec.groups(joined.cols)));
+    }
+    const auto copy = [&](const auto& from, auto& to, std::int64_t width) {
+      for (std::int64_t r = 0; r < part.rows; ++r)
+        std::copy_n(from.begin() + static_cast<std::ptrdiff_t>(r * width), width,
+                    to.begin() + static_cast<std::ptrdiff_t>(stored.places[i].row(r) * width));
+    };
+    copy(part.codes, joined.codes, joined.cols);
+    copy(part.scales, joined.scales, joined.codec.groups(joined.cols));
+  }
+  return joined;
+}
+
+// Whether compressed-tensors can express the codes of a stored tensor. That form knows Linear modules, by the name that
+// is the tensor's (transformers 5 renames the heads of some families on loading), with one codec for all rows.
+// compressed-tensors 0.20 lays out the packed zero points of asymmetric codes otherwise on loading than on saving (its
+// skeleton expects them unpacked), so transformers refuses such folders.
+bool CheckpointWriter::State::packs(const StoredTensor& stored) const {
+  const TensorSpec& spec = *stored.parts[0];
+  if (stored.transposed || (spec.role != TensorRole::kLinear && spec.role != TensorRole::kHead)) return false;
+  if (spec.role == TensorRole::kHead && stored.name != spec.name) return false;
+  const Entry& first = entries.find(spec.name)->second;
+  if (first.dense || first.codec.kind == CodecKind::kQ4a) return false;
+  return std::all_of(stored.parts.begin(), stored.parts.end(), [&](const TensorSpec* part) {
+    const Entry& entry = entries.find(part->name)->second;
+    return !entry.dense && entry.codec == first.codec;
+  });
+}
+
 void CheckpointWriter::State::assemble() const {
   std::vector<ShardTensor> outputs, side;
   std::map<std::string, Codec> modules;
   std::vector<std::string> ignored;
   Json side_codecs = Json::object();
+  const std::vector<StoredTensor> tensors = stored_tensors(config, specs);
 
-  for (const TensorSpec& spec : specs) {
+  for (const StoredTensor& stored : tensors) {
+    const TensorSpec& spec = *stored.parts[0];
     const Entry& entry = entries.find(spec.name)->second;
-    const bool linear = spec.role == TensorRole::kLinear || spec.role == TensorRole::kHead;
-    const std::string module = spec.name.substr(0, spec.name.rfind('.'));
-    if (entry.dense) {
+    const bool linear = (spec.role == TensorRole::kLinear || spec.role == TensorRole::kHead) && !stored.transposed;
+    const std::string module = stored.name.substr(0, stored.name.rfind('.'));
+    const bool dense = std::all_of(stored.parts.begin(), stored.parts.end(), [&](const TensorSpec* part) {
+      return entries.find(part->name)->second.dense;
+    });
+    if (dense) {
       if (linear) ignored.push_back(module);
-      outputs.push_back({{spec.name, dtype, spec.shape}, [&](SafetensorsWriter& out) {
+      outputs.push_back({{stored.name, dtype, stored.shape}, [&](SafetensorsWriter& out) {
+                           if (!stored.whole()) return out.write(stored_floats(stored, dtype));
                            out.write(entry.data());
                            entry.file->release(entry.offset, entry.bytes);
                          }});
       continue;
     }
-    const std::int64_t rows = spec.shape[0], cols = spec.shape[1], groups = entry.codec.groups(cols);
-    const bool asymmetric = entry.codec.kind == CodecKind::kQ4a;
-    // compressed-tensors 0.20 lays out the packed zero points of asymmetric codes otherwise on loading than on saving
-    // (its skeleton expects them unpacked), so transformers refuses such folders: those codes go to codes.pare.
-    if (linear && !asymmetric) {
+    if (packs(stored)) {
+      const std::int64_t rows = stored.shape[0], cols = stored.shape[1], groups = entry.codec.groups(cols);
       modules.emplace(module, entry.codec);
       outputs.push_back({{module + "." + kPackedSuffix, DType::kI32, {rows, packed_words(cols, entry.codec.bits())}},
-                         [&](SafetensorsWriter& out) { out.write(bytes_of(pack_weight(codes(spec, entry)))); }});
+                         [&](SafetensorsWriter& out) { out.write(bytes_of(pack_weight(stored_codes(stored)))); }});
       outputs.push_back({{module + "." + kScaleSuffix, DType::kF32, {rows, groups}}, [&](SafetensorsWriter& out) {
-                           const QuantizedTensor tensor = codes(spec, entry);
+                           const QuantizedTensor tensor = stored_codes(stored);
                            std::vector<float> scales(tensor.scales.size());
                            std::transform(tensor.scales.begin(), tensor.scales.end(), scales.begin(), f16_to_f32);
                            out.write(bytes_of(scales));
                          }});
       outputs.push_back({{module + "." + kShapeSuffix, DType::kI64, {2}},
-                         [&](SafetensorsWriter& out) { out.write(bytes_of(spec.shape)); }});
-    } else {
-      if (linear) ignored.push_back(module);
-      side_codecs[spec.name] = entry.codec.name();
-      outputs.push_back({{spec.name, DType::kF32, spec.shape}, [&, cols](SafetensorsWriter& out) {
-                           const QuantizedTensor tensor = codes(spec, entry);
-                           std::vector<float> row(static_cast<std::size_t>(cols));
-                           for (std::int64_t r = 0; r < tensor.rows; ++r) {
-                             tensor.unpack_row(r, row.data());
-                             out.write(bytes_of(row));
-                           }
-                         }});
-      side.push_back({{spec.name + ".codes", DType::kI8, {rows, cols}},
-                      [&](SafetensorsWriter& out) { out.write(bytes_of(codes(spec, entry).codes)); }});
-      side.push_back({{spec.name + ".scales", DType::kF16, {rows, groups}},
-                      [&](SafetensorsWriter& out) { out.write(bytes_of(codes(spec, entry).scales)); }});
-      if (asymmetric)
-        side.push_back({{spec.name + ".zeros", DType::kU8, {rows, groups}},
-                        [&](SafetensorsWriter& out) { out.write(bytes_of(codes(spec, entry).zeros)); }});
+                         [&](SafetensorsWriter& out) { out.write(bytes_of(stored.shape)); }});
+      continue;
+    }
+    if (linear) ignored.push_back(module);
+    outputs.push_back({{stored.name, DType::kF32, stored.shape}, [&](SafetensorsWriter& out) {
+                         if (!stored.whole()) return out.write(stored_floats(stored, DType::kF32));
+                         const QuantizedTensor tensor = codes(spec, entry);
+                         std::vector<float> row(static_cast<std::size_t>(tensor.cols));
+                         for (std::int64_t r = 0; r < tensor.rows; ++r) {
+                           tensor.unpack_row(r, row.data());
+                           out.write(bytes_of(row));
+                         }
+                       }});
+    for (const TensorSpec* part : stored.parts) {
+      const Entry& own = entries.find(part->name)->second;
+      if (own.dense) continue;
+      const std::int64_t rows = part->shape[0], cols = part->shape[1], groups = own.codec.groups(cols);
+      side_codecs[part->name] = own.codec.name();
+      side.push_back({{part->name + ".codes", DType::kI8, {rows, cols}},
+                      [this, part, &own](SafetensorsWriter& out) { out.write(bytes_of(codes(*part, own).codes)); }});
+      side.push_back({{part->name + ".scales", DType::kF16, {rows, groups}},
+                      [this, part, &own](SafetensorsWriter& out) { out.write(bytes_of(codes(*part, own).scales)); }});
+      if (own.codec.kind == CodecKind::kQ4a)
+        side.push_back({{part->name + ".zeros", DType::kU8, {rows, groups}},
+                        [this, part, &own](SafetensorsWriter& out) { out.write(bytes_of(codes(*part, own).zeros)); }});
     }
   }
 

@@ -51,17 +51,39 @@ void read_eos(const Json& from, const std::string& where, std::int64_t vocab, Co
 }
 
 std::string out_activation(Activation activation) {
+  if (activation == Activation::kGelu) return "gelu";
   return activation == Activation::kSilu ? "silu" : "gelu_pytorch_tanh";
 }
 
 // Names of transformers' ACT2FN. Gemma 1 says "gelu" and means the tanh form.
 Activation read_activation(ConfigReader& reader, const Family& family) {
   const std::string name = reader.text(family.activation_key, family.default_activation);
+  if (family.plain_gelu) {
+    if (name == "gelu") return Activation::kGelu;
+    if (name == "gelu_new" || name == "gelu_fast" || name == "gelu_pytorch_tanh") return Activation::kGeluTanh;
+    reader.problem(std::string(family.activation_key) + " is \"" + name +
+                   "\"; supported are gelu, gelu_new, gelu_fast and gelu_pytorch_tanh");
+    return Activation::kGelu;
+  }
   if (name == "silu" || name == "swish") return Activation::kSilu;
   if (name == "gelu_pytorch_tanh" || name == "gelu_new" || (name == "gelu" && family.gelu_is_tanh))
     return Activation::kGeluTanh;
   reader.problem(std::string(family.activation_key) + " is \"" + name + "\"; supported are silu and gelu_pytorch_tanh");
   return Activation::kSilu;
+}
+
+// Families that say how wide their heads are and how many of them share a key and value.
+void read_heads(ConfigReader& reader, const Family& family, ModelConfig& out) {
+  const bool class_default = !reader.mentions("num_key_value_heads") && family.default_kv_heads > 0;
+  out.num_kv_heads = reader.integer("num_key_value_heads", class_default ? family.default_kv_heads : out.num_heads, 1,
+                                    kMaxWidth);
+  const bool derived = !reader.present("head_dim") && (family.default_head_dim == 0 || reader.mentions("head_dim"));
+  if (reader.intact() && derived && out.hidden_size % out.num_heads != 0)
+    reader.problem("hidden_size " + std::to_string(out.hidden_size) + " is not divided by num_attention_heads " +
+                   std::to_string(out.num_heads) + " and head_dim is missing");
+  out.head_dim = reader.integer(
+      "head_dim", derived ? std::max<std::int64_t>(1, out.hidden_size / out.num_heads) : family.default_head_dim, 1,
+      kMaxWidth);
 }
 
 }  // namespace
@@ -74,33 +96,38 @@ ModelConfig parse_config(const Json& config, const Json& generation, const std::
   out.family = family.name;
   out.source = config;
   out.vocab_size = reader.integer("vocab_size", std::nullopt, 1, kMaxVocabulary);
-  out.hidden_size = reader.integer("hidden_size", std::nullopt, 1, kMaxWidth);
-  out.intermediate_size = reader.integer("intermediate_size", std::nullopt, 1, kMaxWidth);
-  out.num_layers = reader.integer("num_hidden_layers", std::nullopt, 1, kMaxLayers);
-  out.num_heads = reader.integer("num_attention_heads", std::nullopt, 1, kMaxWidth);
-  const bool class_default = !reader.mentions("num_key_value_heads") && family.default_kv_heads > 0;
-  out.num_kv_heads = reader.integer("num_key_value_heads", class_default ? family.default_kv_heads : out.num_heads, 1,
-                                    kMaxWidth);
-  const bool derived = !reader.present("head_dim") && (family.default_head_dim == 0 || reader.mentions("head_dim"));
-  if (reader.intact() && derived && out.hidden_size % out.num_heads != 0)
-    reader.problem("hidden_size " + std::to_string(out.hidden_size) + " is not divided by num_attention_heads " +
-                   std::to_string(out.num_heads) + " and head_dim is missing");
-  out.head_dim = reader.integer(
-      "head_dim", derived ? std::max<std::int64_t>(1, out.hidden_size / out.num_heads) : family.default_head_dim, 1,
-      kMaxWidth);
+  const FamilyKeys& keys = family.keys;
+  out.hidden_size = reader.integer(keys.hidden, std::nullopt, 1, kMaxWidth);
+  const std::optional<std::int64_t> inner =
+      family.inner_of_hidden > 0 ? std::optional(family.inner_of_hidden * out.hidden_size) : std::nullopt;
+  out.intermediate_size = reader.integer(keys.inner, inner, 1, kMaxWidth);
+  out.num_layers = reader.integer(keys.layers, std::nullopt, 1, kMaxLayers);
+  out.num_heads = reader.integer(keys.heads, std::nullopt, 1, kMaxWidth);
+  if (family.heads_share_width) {
+    out.num_kv_heads = out.num_heads;
+    if (reader.intact() && out.hidden_size % out.num_heads != 0)
+      reader.problem(std::string(keys.hidden) + " " + std::to_string(out.hidden_size) + " is not divided by " +
+                     keys.heads + " " + std::to_string(out.num_heads));
+    out.head_dim = std::max<std::int64_t>(1, out.hidden_size / out.num_heads);
+    if (reader.integer("head_dim", out.head_dim, 1, kMaxWidth) != out.head_dim)
+      reader.problem("head_dim is not " + std::to_string(out.head_dim) + ", the width over the heads, which " +
+                     family.architecture + " computes with");
+  } else {
+    read_heads(reader, family, out);
+  }
   if (reader.intact() && out.head_dim % 2 != 0)
-    reader.problem("head_dim " + std::to_string(out.head_dim) + " is odd: rotary embedding needs pairs");
+    reader.problem("head_dim " + std::to_string(out.head_dim) + " is odd: " +
+                   (family.rotates ? "rotary embedding needs pairs" : "only even ones are supported"));
   if (reader.intact() && out.num_heads % out.num_kv_heads != 0)
     reader.problem("num_attention_heads " + std::to_string(out.num_heads) + " is not a multiple of num_key_value_heads " +
                    std::to_string(out.num_kv_heads));
   if (reader.intact() && out.num_heads * out.head_dim > kMaxWidth)
     reader.problem("num_attention_heads times head_dim is above " + std::to_string(kMaxWidth));
-  out.max_position_embeddings =
-      reader.integer("max_position_embeddings", family.default_max_positions, 1, kMaxPositions);
-  out.rms_norm_eps = reader.number("rms_norm_eps", family.default_rms_eps, 0.0, 1.0);
+  out.max_position_embeddings = reader.integer(keys.positions, family.default_max_positions, 1, kMaxPositions);
+  out.rms_norm_eps = reader.number(keys.epsilon, family.default_rms_eps, 0.0, 1.0);
   out.tie_word_embeddings = reader.flag("tie_word_embeddings", family.default_tied);
   out.activation = read_activation(reader, family);
-  read_rope(reader, family, out);
+  if (family.rotates) read_rope(reader, family, out);
   if (!family.reads_layer_types) {  // the class ignores the list: one that asks for windows is not what it computes
     const auto types = read_layer_types(reader, out.num_layers);
     if (types && std::find(types->begin(), types->end(), 1) != types->end())
@@ -156,17 +183,20 @@ Json write_config(const ModelConfig& config, const std::string& dtype) {
   out["architectures"] = Json::array({family->architecture});
   out["model_type"] = family->name;
   out["vocab_size"] = config.vocab_size;
-  out["hidden_size"] = config.hidden_size;
-  out["intermediate_size"] = config.intermediate_size;
-  out["num_hidden_layers"] = config.num_layers;
-  out["num_attention_heads"] = config.num_heads;
-  out["num_key_value_heads"] = config.num_kv_heads;
-  out["head_dim"] = config.head_dim;
-  out["max_position_embeddings"] = config.max_position_embeddings;
-  out["rms_norm_eps"] = config.rms_norm_eps;
+  const FamilyKeys& keys = family->keys;
+  out[keys.hidden] = config.hidden_size;
+  out[keys.inner] = config.intermediate_size;
+  out[keys.layers] = config.num_layers;
+  out[keys.heads] = config.num_heads;
+  if (!family->heads_share_width) {
+    out["num_key_value_heads"] = config.num_kv_heads;
+    out["head_dim"] = config.head_dim;
+  }
+  out[keys.positions] = config.max_position_embeddings;
+  out[keys.epsilon] = config.rms_norm_eps;
   out[family->activation_key] = out_activation(config.activation);
   out["tie_word_embeddings"] = config.tie_word_embeddings;
-  write_rope(config, *family, out);
+  if (family->rotates) write_rope(config, *family, out);
   if (family->reads_layer_types && out.contains("layer_types")) out["layer_types"] = layer_types_of(config);
   // A model built from dimensions alone has its end tokens only in eos_ids; a saved one keeps what it said.
   if (!config.source.is_object() || !config.source.contains("eos_token_id")) {

@@ -30,7 +30,7 @@ struct LongRope {
 // Which rotary table a block uses. kNone: positions do not enter (NoPE).
 enum class RopeKind { kGlobal, kLocal, kNone };
 
-enum class Activation { kSilu, kGeluTanh };
+enum class Activation { kSilu, kGeluTanh, kGelu };  // kGelu: by erf, in MLPs without a gate
 
 // Mixture of experts in place of the MLP. Every expert is gate, up and down of width `ModelConfig::intermediate_size`.
 struct Experts {
@@ -46,7 +46,7 @@ struct ModelConfig {
   std::int64_t vocab_size = 0, hidden_size = 0, intermediate_size = 0;
   std::int64_t num_layers = 0, num_heads = 0, num_kv_heads = 0, head_dim = 0;
   std::int64_t max_position_embeddings = 0;
-  double rms_norm_eps = 1e-6;
+  double rms_norm_eps = 1e-6;                // of LayerNorm too
   double rope_theta = 10000.0;
   double rope_linear_factor = 1.0;           // f_i / factor
   std::optional<Llama3Rope> rope_llama3;
@@ -62,6 +62,10 @@ struct ModelConfig {
   double embedding_scale = 1;               // embeddings are multiplied by it
   Activation activation = Activation::kSilu;
   bool norm_adds_one = false;                     // RMSNorm multiplies by 1 + weight
+  bool layer_norm = false;                        // LayerNorm with a bias in place of RMSNorm
+  bool learned_positions = false;                 // embeddings get a row of a table added, by their position
+  bool parallel_residual = false;                 // the MLP reads what attention reads, the block's input
+  bool gated_mlp = true;                          // down(act(gate) * up), or down(act(up))
   bool qk_norm = false;                           // RMSNorm over head_dim of each q and k head before the rotation
   bool post_norms = false;                        // RMSNorm also on what attention and MLP add to the residual stream
   bool fused_qkv = false, fused_gate_up = false;  // one tensor for q, k, v (rows in that order); one for gate, up
@@ -85,9 +89,10 @@ struct ModelConfig {
 // follow, in the fields and in `source`.
 ModelConfig with_layers(const ModelConfig& config, const std::vector<int>& kept);
 
-enum class TensorRole { kEmbedding, kHead, kNorm, kLinear, kBias, kRouter };
+// kBias: of linears and of LayerNorm. kPosition: [max_position_embeddings, hidden_size], never quantized.
+enum class TensorRole { kEmbedding, kHead, kNorm, kLinear, kBias, kRouter, kPosition };
 
-// One tensor that a checkpoint of this config has, under its Hugging Face name.
+// One tensor of this config, under the name that most families give it (core/placement.h says where files keep it).
 struct TensorSpec {
   std::string name;                 // "model.layers.0.self_attn.q_proj.weight"
   std::vector<std::int64_t> shape;  // Linear weights are [out, in]
@@ -114,6 +119,8 @@ struct TensorSource {
 };
 std::optional<TensorSource> other_source(const ModelConfig& config, const TensorSpec& spec);
 std::int64_t parameter_count(const ModelConfig& config);  // tied weights once
+// Exit 3 where a sequence is longer than the table of learned positions.
+void require_positions(const ModelConfig& config, std::int64_t positions, const std::string& place);
 
 // inv_freq [rotated() / 2] after scaling, in double. `positions`: length of the sequence, which LongRoPE looks at.
 std::vector<double> rope_frequencies(const ModelConfig& config, RopeKind kind = RopeKind::kGlobal,

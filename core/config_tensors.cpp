@@ -1,5 +1,6 @@
 // Which tensors a model of a given config has.
 #include "core/config.h"
+#include "core/error.h"
 
 namespace pare {
 
@@ -9,10 +10,17 @@ std::vector<TensorSpec> expected_tensors(const ModelConfig& config) {
   const std::int64_t queries = config.num_heads * config.head_dim, keys = config.num_kv_heads * config.head_dim;
   specs.push_back(
       {"model.embed_tokens.weight", {config.vocab_size, hidden}, TensorRole::kEmbedding, -1, "embed_tokens"});
+  if (config.learned_positions)
+    specs.push_back({"model.embed_positions.weight",
+                     {config.max_position_embeddings, hidden},
+                     TensorRole::kPosition,
+                     -1,
+                     "embed_positions"});
   for (int layer = 0; layer < config.num_layers; ++layer) {
     const std::string prefix = "model.layers." + std::to_string(layer) + ".";
     const auto norm = [&](const std::string& module) {
       specs.push_back({prefix + module + ".weight", {hidden}, TensorRole::kNorm, layer, module});
+      if (config.layer_norm) specs.push_back({prefix + module + ".bias", {hidden}, TensorRole::kBias, layer, module});
     };
     const auto linear = [&](const std::string& module, std::int64_t out, std::int64_t in, bool bias) {
       specs.push_back({prefix + module + ".weight", {out, in}, TensorRole::kLinear, layer, module});
@@ -54,12 +62,13 @@ std::vector<TensorSpec> expected_tensors(const ModelConfig& config) {
       linear("mlp.gate_up_proj", 2 * inner, hidden, config.mlp_bias);
       linear("mlp.down_proj", hidden, inner, config.mlp_bias);
     } else {
-      linear("mlp.gate_proj", inner, hidden, config.mlp_bias);
+      if (config.gated_mlp) linear("mlp.gate_proj", inner, hidden, config.mlp_bias);
       linear("mlp.up_proj", inner, hidden, config.mlp_bias);
       linear("mlp.down_proj", hidden, inner, config.mlp_bias);
     }
   }
   specs.push_back({"model.norm.weight", {hidden}, TensorRole::kNorm, -1, "norm"});
+  if (config.layer_norm) specs.push_back({"model.norm.bias", {hidden}, TensorRole::kBias, -1, "norm"});
   if (!config.tie_word_embeddings)
     specs.push_back({"lm_head.weight", {config.vocab_size, hidden}, TensorRole::kHead, -1, "lm_head"});
   return specs;
@@ -77,6 +86,13 @@ std::optional<TensorSource> other_source(const ModelConfig& config, const Tensor
     return TensorSource{prefix + "experts.down_proj", {experts.count, hidden, inner}, expert * hidden * inner};
   const std::int64_t row = expert * 2 * inner + (part == experts.up ? inner : 0);
   return TensorSource{prefix + "experts.gate_up_proj", {experts.count, 2 * inner, hidden}, row * hidden};
+}
+
+void require_positions(const ModelConfig& config, std::int64_t positions, const std::string& place) {
+  if (!config.learned_positions || positions <= config.max_position_embeddings) return;
+  throw input_error(place, "at most " + std::to_string(config.max_position_embeddings) +
+                               " positions, which is what this model has learned",
+                    std::to_string(positions), "split the text into shorter windows (--context)");
 }
 
 std::int64_t parameter_count(const ModelConfig& config) {

@@ -8,6 +8,7 @@
 
 #include "core/codec.h"
 #include "core/error.h"
+#include "core/placement.h"
 #include "core/shards.h"
 
 namespace pare {
@@ -54,8 +55,9 @@ void random_normals(std::uint64_t seed, std::string_view name, std::int64_t firs
 void write_random_model(const fs::path& folder, const ModelConfig& config, std::uint64_t seed, Context& context) {
   const auto spread = static_cast<float>(deviation(config));
   const std::vector<TensorSpec> specs = expected_tensors(config);
+  const std::vector<StoredTensor> stored = stored_tensors(config, specs);
   std::uint64_t bytes = 0;
-  for (const TensorSpec& spec : specs) bytes += TensorDecl{spec.name, DType::kBF16, spec.shape}.bytes();
+  for (const StoredTensor& spec : stored) bytes += TensorDecl{spec.name, DType::kBF16, spec.shape}.bytes();
   std::error_code unknown;
   const fs::space_info space = fs::space(folder, unknown);
   if (!unknown && space.available < bytes + (1 << 20))
@@ -65,10 +67,11 @@ void write_random_model(const fs::path& folder, const ModelConfig& config, std::
   std::vector<float> values(static_cast<std::size_t>(kChunk));
   std::vector<std::uint16_t> halves(values.size());
   std::uint64_t done = 0;
-  const auto write = [&](const TensorSpec& spec, SafetensorsWriter& out) {
+  const auto write = [&](const StoredTensor& spec, SafetensorsWriter& out) {
     const std::int64_t elements = TensorView{spec.name, DType::kBF16, spec.shape, {}}.elements();
-    const bool matrix = spec.role != TensorRole::kNorm && spec.role != TensorRole::kBias;
-    const float constant = spec.role == TensorRole::kNorm && !config.norm_adds_one ? 1.0f : 0.0f;
+    const TensorRole role = spec.parts[0]->role;  // that of all parts
+    const bool matrix = role != TensorRole::kNorm && role != TensorRole::kBias;
+    const float constant = role == TensorRole::kNorm && !config.norm_adds_one ? 1.0f : 0.0f;
     for (std::int64_t first = 0; first < elements; first += kChunk) {
       const std::int64_t count = std::min(kChunk, elements - first);
 #pragma omp parallel for schedule(dynamic)
@@ -87,7 +90,7 @@ void write_random_model(const fs::path& folder, const ModelConfig& config, std::
   };
 
   std::vector<ShardTensor> tensors;
-  for (const TensorSpec& spec : specs)
+  for (const StoredTensor& spec : stored)
     tensors.push_back({{spec.name, DType::kBF16, spec.shape}, [&](SafetensorsWriter& out) { write(spec, out); }});
   context.progress->begin("new", static_cast<std::int64_t>(bytes >> 20));
   write_shards(folder, tensors);

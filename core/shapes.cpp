@@ -93,6 +93,16 @@ constexpr Shape kShapes[] = {
       "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 32768, "sliding_window": null,
       "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "hidden_act": "silu", "tie_word_embeddings": false,
       "bos_token_id": 1, "eos_token_id": 2})"},
+    {"GPT-2", "openai-community/gpt2", R"({
+      "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12,
+      "n_head": 12, "n_positions": 1024, "n_ctx": 1024, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-05,
+      "initializer_range": 0.02, "bos_token_id": 50256, "eos_token_id": 50256})"},
+    {"Pythia-160M", "EleutherAI/pythia-160m", R"({
+      "architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", "vocab_size": 50304, "hidden_size": 768,
+      "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 2048,
+      "hidden_act": "gelu", "layer_norm_eps": 1e-05, "rotary_pct": 0.25, "rotary_emb_base": 10000,
+      "use_parallel_residual": true, "initializer_range": 0.02, "tie_word_embeddings": false, "bos_token_id": 0,
+      "eos_token_id": 0})"},
 };
 
 }  // namespace

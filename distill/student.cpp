@@ -14,7 +14,9 @@ using torch::Tensor;
 std::vector<std::int64_t> strongest_neurons(Decoder& teacher, int layer, std::int64_t keep) {
   const DecoderBlock block = teacher->block(layer);
   Tensor gate, up;
-  if (teacher->config().fused_gate_up) {
+  if (!teacher->config().gated_mlp) {
+    up = block->weight("mlp.up_proj");
+  } else if (teacher->config().fused_gate_up) {
     const auto halves = block->weight("mlp.gate_up_proj").chunk(2, 0);
     gate = halves[0];
     up = halves[1];
@@ -22,10 +24,10 @@ std::vector<std::int64_t> strongest_neurons(Decoder& teacher, int layer, std::in
     gate = block->weight("mlp.gate_proj");
     up = block->weight("mlp.up_proj");
   }
-  const Tensor score = (gate.to(torch::kDouble).norm(2, {1}) * up.to(torch::kDouble).norm(2, {1}) *
-                        block->weight("mlp.down_proj").to(torch::kDouble).norm(2, {0}))
-                           .to(torch::kCPU)
-                           .contiguous();
+  Tensor in = up.to(torch::kDouble).norm(2, {1});
+  if (gate.defined()) in = gate.to(torch::kDouble).norm(2, {1}) * in;
+  const Tensor score =
+      (in * block->weight("mlp.down_proj").to(torch::kDouble).norm(2, {0})).to(torch::kCPU).contiguous();
   std::vector<std::int64_t> order(static_cast<std::size_t>(score.numel()));
   std::iota(order.begin(), order.end(), std::int64_t{0});
   const double* value = score.data_ptr<double>();

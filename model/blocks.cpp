@@ -33,11 +33,18 @@ torch::Tensor stage_input(DecoderBlock& block, BlockStage stage, const torch::Te
   throw std::logic_error("block stage");
 }
 
-torch::Tensor past_attention(DecoderBlock& block, const torch::Tensor& hidden, const RopeTables& rope) {
+torch::Tensor with_attention(DecoderBlock& block, const torch::Tensor& hidden, const RopeTables& rope) {
   return block->attention_output(hidden, stage_input(block, BlockStage::kO, hidden, rope));
 }
 
+// What the MLP's linears compute from: with parallel residuals the block's input still, and attention is added later.
+torch::Tensor past_attention(DecoderBlock& block, const torch::Tensor& hidden, const RopeTables& rope) {
+  return block->parallel_residual() ? hidden : with_attention(block, hidden, rope);
+}
+
 torch::Tensor past_mlp(DecoderBlock& block, const torch::Tensor& hidden, const RopeTables& rope) {
+  if (block->parallel_residual())
+    return block->mlp_output(with_attention(block, hidden, rope), stage_input(block, BlockStage::kDown, hidden, rope));
   return block->mlp_output(hidden, stage_input(block, BlockStage::kDown, hidden, rope));
 }
 
@@ -139,6 +146,13 @@ class Walk {
 };
 
 void Walk::embed(BlockVisitor& visitor) {
+  std::vector<float> positions;  // [length, hidden_size]
+  if (config_.learned_positions) {
+    require_positions(config_, windows_.length, "calibration windows");
+    positions.resize(static_cast<std::size_t>(window_size_));
+    checkpoint_.read_rows_f32("model.embed_positions.weight", 0, windows_.length, positions.data());
+    checkpoint_.release("model.embed_positions.weight");
+  }
   const auto look_up = [&](Activations& stream, bool compressed) {
     stream = Activations(windows_.count, window_size_, options_.spill);
     const auto scale = static_cast<float>(config_.embedding_scale);
@@ -152,6 +166,7 @@ void Walk::embed(BlockVisitor& visitor) {
         if (compressed) visitor.embedding(id, row);
         for (float& x : row) x *= scale;
       }
+      for (std::size_t i = 0; i < positions.size(); ++i) window[i] += positions[i];
       stream.write(w, window.data());
     }
   };
@@ -442,6 +457,7 @@ std::vector<std::string> stage_modules(const ModelConfig& config, BlockStage sta
     case BlockStage::kGateUp:
       if (config.has_experts()) return {prefix + config.experts.gate, prefix + config.experts.up};
       if (config.fused_gate_up) return {"mlp.gate_up_proj"};
+      if (!config.gated_mlp) return {"mlp.up_proj"};
       return {"mlp.gate_proj", "mlp.up_proj"};
     case BlockStage::kDown:
       if (config.has_experts()) return {prefix + config.experts.down};

@@ -50,6 +50,14 @@ Tensor norm_factor(const ModelConfig& config, const Tensor& weight) {
   return config.norm_adds_one ? weight + 1 : weight;
 }
 
+// LayerNorm is RMSNorm of the differences from the mean, plus a bias: so it has the same kernels.
+Tensor apply_norm(const ModelConfig& config, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                  torch::ScalarType out) {
+  const Tensor factor = norm_factor(config, weight);
+  if (!bias.defined()) return rms_norm(x, factor, config.rms_norm_eps, out);
+  return (rms_norm(x - x.mean(-1, true), factor, config.rms_norm_eps, x.scalar_type()) + bias).to(out);
+}
+
 RopeTables rope_tables(const ModelConfig& config, std::int64_t positions, const torch::Device& device) {
   RopeTables tables;
   fill_tables(config, RopeKind::kGlobal, positions, device, tables.cos, tables.sin);
@@ -88,22 +96,25 @@ DecoderBlockImpl::DecoderBlockImpl(const ModelConfig& config, int layer, bool ex
   } else {
     if (config.fused_gate_up) {
       gate_up_ = {add_linear("mlp.gate_up_proj", 2 * f, h, config.mlp_bias)};
+    } else if (!config.gated_mlp) {
+      gate_up_ = {add_linear("mlp.up_proj", f, h, config.mlp_bias)};
     } else {
       gate_up_ = {add_linear("mlp.gate_proj", f, h, config.mlp_bias), add_linear("mlp.up_proj", f, h, config.mlp_bias)};
     }
     down_ = add_linear("mlp.down_proj", h, f, config.mlp_bias);
   }
-  attention_norm_ = add_norm("input_layernorm", h);
+  const bool bias = config.layer_norm;
+  attention_norm_ = add_norm("input_layernorm", h, bias);
   if (config.post_norms) {
-    post_attention_norm_ = add_norm("post_attention_layernorm", h);
-    mlp_norm_ = add_norm("pre_feedforward_layernorm", h);
-    post_mlp_norm_ = add_norm("post_feedforward_layernorm", h);
+    post_attention_norm_ = add_norm("post_attention_layernorm", h, bias);
+    mlp_norm_ = add_norm("pre_feedforward_layernorm", h, bias);
+    post_mlp_norm_ = add_norm("post_feedforward_layernorm", h, bias);
   } else {
-    mlp_norm_ = add_norm("post_attention_layernorm", h);
+    mlp_norm_ = add_norm("post_attention_layernorm", h, bias);
   }
   if (config.qk_norm) {
-    q_norm_ = add_norm("self_attn.q_norm", config.head_dim);
-    k_norm_ = add_norm("self_attn.k_norm", config.head_dim);
+    q_norm_ = add_norm("self_attn.q_norm", config.head_dim, false);
+    k_norm_ = add_norm("self_attn.k_norm", config.head_dim, false);
   }
 }
 
@@ -118,18 +129,22 @@ Tensor DecoderBlockImpl::add_weight(const std::string& module, std::int64_t out,
   return modules_[module] = add_parameter(*this, module + ".weight", matrix(out, in));
 }
 
-Tensor DecoderBlockImpl::add_norm(const std::string& module, std::int64_t width) {
+DecoderBlockImpl::Norm DecoderBlockImpl::add_norm(const std::string& module, std::int64_t width, bool bias) {
   const Tensor start = config_.norm_adds_one ? torch::zeros({width}) : torch::ones({width});
-  return modules_[module] = add_parameter(*this, module + ".weight", start);
+  Norm norm{add_parameter(*this, module + ".weight", start), Tensor()};
+  if (bias) norm.bias = add_parameter(*this, module + ".bias", torch::zeros({width}));
+  modules_[module] = norm.weight;
+  return norm;
 }
 
 torch::ScalarType DecoderBlockImpl::matmul_dtype() const {
-  return attention_norm_.scalar_type() == torch::kFloat ? matmul_dtype_ : attention_norm_.scalar_type();
+  const auto own = attention_norm_.weight.scalar_type();
+  return own == torch::kFloat ? matmul_dtype_ : own;
 }
 
-Tensor DecoderBlockImpl::norm(const Tensor& x, const Tensor& weight) {
+Tensor DecoderBlockImpl::norm(const Tensor& x, const Norm& norm) {
   const Tensor exact = x.scalar_type() == torch::kBFloat16 ? x.to(torch::kFloat) : x;
-  return rms_norm(exact, norm_factor(config_, weight), config_.rms_norm_eps, matmul_dtype());
+  return apply_norm(config_, exact, norm.weight, norm.bias, matmul_dtype());
 }
 
 // The rows of several projections as one product; the gradient is split again by cat's own backward.
@@ -143,12 +158,13 @@ Tensor DecoderBlockImpl::project_packed(const Tensor& x, const std::vector<Linea
   return project(x, torch::cat(weights, 0), biases.empty() ? Tensor() : torch::cat(biases, 0));
 }
 
-Tensor DecoderBlockImpl::gated(const Tensor& gate_up) {
+Tensor DecoderBlockImpl::activated(const Tensor& gate_up) {
+  if (!config_.gated_mlp) return torch::gelu(gate_up, config_.activation == Activation::kGelu ? "none" : "tanh");
   return config_.activation == Activation::kSilu ? swiglu(gate_up) : gelu_gated(gate_up);
 }
 
-Tensor DecoderBlockImpl::add(const Tensor& hidden, const Tensor& delta, const Tensor& post_norm) {
-  return residual_add(hidden, post_norm.defined() ? norm(delta, post_norm) : delta);
+Tensor DecoderBlockImpl::add(const Tensor& hidden, const Tensor& delta, const Norm& post_norm) {
+  return residual_add(hidden, post_norm.weight.defined() ? norm(delta, post_norm) : delta);
 }
 
 Tensor DecoderBlockImpl::attention_input(const Tensor& hidden) {
@@ -183,7 +199,7 @@ Tensor DecoderBlockImpl::mlp_input(const Tensor& hidden) {
 }
 
 Tensor DecoderBlockImpl::mlp_mix(const Tensor& normed) {
-  return gated(project_packed(normed, gate_up_));
+  return activated(project_packed(normed, gate_up_));
 }
 
 Tensor DecoderBlockImpl::mlp_output(const Tensor& hidden, const Tensor& mix) {
@@ -201,7 +217,7 @@ Tensor DecoderBlockImpl::expert_shares(const Tensor& normed) {
 
 Tensor DecoderBlockImpl::expert_mix(const Tensor& rows, std::int64_t expert) {
   const Expert& e = experts_[static_cast<std::size_t>(expert)];
-  return gated(project(rows, torch::cat({e.gate, e.up}, 0), Tensor()));
+  return activated(project(rows, torch::cat({e.gate, e.up}, 0), Tensor()));
 }
 
 Tensor DecoderBlockImpl::add_expert(const Tensor& sum, const Tensor& normed, const Tensor& shares,
@@ -223,7 +239,7 @@ Tensor DecoderBlockImpl::expert_output(const Tensor& hidden, const Tensor& norme
 
 Tensor DecoderBlockImpl::forward(const Tensor& hidden, const RopeTables& rope) {
   const Tensor middle = attention_output(hidden, attention_mix(attention_input(hidden), rope));
-  const Tensor normed = mlp_input(middle);
+  const Tensor normed = mlp_input(config_.parallel_residual ? hidden : middle);
   return experts_.empty() ? mlp_output(middle, mlp_mix(normed)) : expert_output(middle, normed);
 }
 
@@ -237,6 +253,9 @@ Tensor DecoderBlockImpl::weight(const std::string& module) const {
 DecoderImpl::DecoderImpl(ModelConfig config) : config_(std::move(config)) {
   embed_ = add_parameter(*this, "model.embed_tokens.weight", matrix(config_.vocab_size, config_.hidden_size));
   const auto model = named_children()["model"];
+  if (config_.learned_positions)
+    positions_ = add_parameter(*this, "model.embed_positions.weight",
+                               matrix(config_.max_position_embeddings, config_.hidden_size));
   const auto layers = model->register_module("layers", std::make_shared<LevelImpl>());
   for (int i = 0; i < config_.num_layers; ++i) {
     blocks_.emplace_back(config_, i);
@@ -245,6 +264,7 @@ DecoderImpl::DecoderImpl(ModelConfig config) : config_(std::move(config)) {
   norm_ =
       add_parameter(*this, "model.norm.weight",
                     config_.norm_adds_one ? torch::zeros({config_.hidden_size}) : torch::ones({config_.hidden_size}));
+  if (config_.layer_norm) norm_bias_ = add_parameter(*this, "model.norm.bias", torch::zeros({config_.hidden_size}));
   if (!config_.tie_word_embeddings)
     lm_head_ = add_parameter(*this, "lm_head.weight", matrix(config_.vocab_size, config_.hidden_size));
   for (const auto& item : named_parameters()) by_name_[item.key()] = item.value();
@@ -252,12 +272,16 @@ DecoderImpl::DecoderImpl(ModelConfig config) : config_(std::move(config)) {
 
 Tensor DecoderImpl::embed(const Tensor& ids) {
   const Tensor rows = torch::embedding(embed_, ids);
+  if (positions_.defined()) {
+    require_positions(config_, ids.size(1), "decoder");
+    return rows + positions_.narrow(0, 0, ids.size(1));
+  }
   return config_.embedding_scale == 1 ? rows : rows * config_.embedding_scale;
 }
 
 Tensor DecoderImpl::final_norm(const Tensor& hidden) {
   const auto dtype = norm_.scalar_type() == torch::kFloat ? matmul_dtype_ : norm_.scalar_type();
-  return rms_norm(hidden, norm_factor(config_, norm_), config_.rms_norm_eps, dtype);
+  return apply_norm(config_, hidden, norm_, norm_bias_, dtype);
 }
 
 Tensor DecoderImpl::head_weight() const { return lm_head_.defined() ? lm_head_ : embed_; }

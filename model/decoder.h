@@ -37,11 +37,13 @@ class DecoderBlockImpl : public torch::nn::Module {
   torch::Tensor attention_input(const torch::Tensor& hidden);                            // input_layernorm(hidden): q, k, v
   torch::Tensor attention_mix(const torch::Tensor& normed, const RopeTables& rope);      // softmax(q k) v, input of o_proj
   torch::Tensor attention_output(const torch::Tensor& hidden, const torch::Tensor& mix); // hidden + o_proj(mix)
-  torch::Tensor mlp_input(const torch::Tensor& hidden);                                  // post_attention_layernorm: gate, up
+  // post_attention_layernorm: gate, up. `hidden` is attention's output, or with parallel residuals the block's input.
+  torch::Tensor mlp_input(const torch::Tensor& hidden);
   torch::Tensor mlp_mix(const torch::Tensor& normed);                                    // act(gate) * up, input of down_proj
   torch::Tensor mlp_output(const torch::Tensor& hidden, const torch::Tensor& mix);       // hidden + down_proj(mix)
 
   bool has_experts() const { return !experts_.empty(); }
+  bool parallel_residual() const { return config_.parallel_residual; }
   torch::Tensor expert_output(const torch::Tensor& hidden,
                               const torch::Tensor& normed);  // hidden + chosen experts(normed)
   // What each token's output of each expert is multiplied by [tokens, experts]; 0 where the expert is not chosen.
@@ -66,20 +68,23 @@ class DecoderBlockImpl : public torch::nn::Module {
   struct Expert {
     torch::Tensor gate, up, down;
   };
+  struct Norm {
+    torch::Tensor weight, bias;  // no bias: RMSNorm
+  };
   Linear add_linear(const std::string& module, std::int64_t out, std::int64_t in, bool bias);
   torch::Tensor add_weight(const std::string& module, std::int64_t out, std::int64_t in);
-  torch::Tensor add_norm(const std::string& module, std::int64_t width);
-  torch::Tensor norm(const torch::Tensor& x, const torch::Tensor& weight);  // -> the products' dtype
+  Norm add_norm(const std::string& module, std::int64_t width, bool bias);
+  torch::Tensor norm(const torch::Tensor& x, const Norm& norm);  // -> the products' dtype
   torch::Tensor project_packed(const torch::Tensor& x, const std::vector<Linear>& parts);
-  torch::Tensor gated(const torch::Tensor& gate_up);
-  torch::Tensor add(const torch::Tensor& hidden, const torch::Tensor& delta, const torch::Tensor& post_norm);
+  torch::Tensor activated(const torch::Tensor& gate_up);  // up alone where there is no gate
+  torch::Tensor add(const torch::Tensor& hidden, const torch::Tensor& delta, const Norm& post_norm);
   torch::ScalarType matmul_dtype() const;
   const ModelConfig config_;
   int layer_;
   torch::ScalarType matmul_dtype_ = torch::kFloat;
-  std::vector<Linear> qkv_, gate_up_;  // the separate ones, or one fused
+  std::vector<Linear> qkv_, gate_up_;  // the separate ones, or one fused, or up alone
   Linear o_, down_;
-  torch::Tensor attention_norm_, mlp_norm_, q_norm_, k_norm_, post_attention_norm_, post_mlp_norm_;  // or undefined
+  Norm attention_norm_, mlp_norm_, q_norm_, k_norm_, post_attention_norm_, post_mlp_norm_;  // or undefined
   torch::Tensor router_;
   std::vector<Expert> experts_;
   std::map<std::string, torch::Tensor> modules_;  // weights by module name
@@ -94,7 +99,8 @@ class DecoderImpl : public torch::nn::Module {
   torch::Tensor hidden(const torch::Tensor& ids);              // [batch, n] int64 -> final-normed hidden [batch, n, hidden]
   torch::Tensor head_logits(const torch::Tensor& hidden);      // [.., hidden] -> [.., vocab], capped where the model is
   torch::Tensor forward(const torch::Tensor& ids) { return head_logits(hidden(ids)); }
-  torch::Tensor embed(const torch::Tensor& ids);               // [batch, n] -> [batch, n, hidden]
+  // [batch, n] -> [batch, n, hidden]. Exit 3 where n is more than the learned positions.
+  torch::Tensor embed(const torch::Tensor& ids);
   torch::Tensor final_norm(const torch::Tensor& hidden);
   torch::Tensor head_weight() const;                           // embedding when tied
   OutputHead output_head() const { return {head_weight(), config_.final_softcap}; }
@@ -109,7 +115,7 @@ class DecoderImpl : public torch::nn::Module {
   RopeTables rope_;
   bool rope_beyond_ = false;  // which side of LongRoPE's switch rope_ is for
   std::map<std::string, torch::Tensor> by_name_;
-  torch::Tensor embed_, norm_, lm_head_;
+  torch::Tensor embed_, positions_, norm_, norm_bias_, lm_head_;
   std::vector<DecoderBlock> blocks_;
 };
 TORCH_MODULE(Decoder);
@@ -126,6 +132,9 @@ void load_expert(const Checkpoint& checkpoint, DecoderBlock& block, std::int64_t
 void drop_expert(DecoderBlock& block, const ModelConfig& config, std::int64_t expert);
 // What RMSNorm multiplies by: the weight, or 1 + weight.
 torch::Tensor norm_factor(const ModelConfig& config, const torch::Tensor& weight);
+// The model's norm over the last dimension of x: RMSNorm, or with a bias LayerNorm. -> `out` dtype.
+torch::Tensor apply_norm(const ModelConfig& config, const torch::Tensor& x, const torch::Tensor& weight,
+                         const torch::Tensor& bias, torch::ScalarType out);
 torch::Tensor load_tensor(const Checkpoint& checkpoint, const std::string& name, const torch::Device& device);
 // Writes a model folder (transaction). `like`: copy tokenizer and side files from there; dtype of the floats.
 void save_decoder(Decoder& decoder, const std::string& dtype, const fs::path& like, const fs::path& out);

@@ -121,6 +121,8 @@ std::int64_t group_tokens(std::int64_t windows, std::int64_t length) {
 
 Stream embed_stream(const Checkpoint& model, const std::vector<Tensor>& shards, const torch::Device& device) {
   const std::int64_t width = model.config().hidden_size;
+  Tensor positions;
+  if (model.config().learned_positions) positions = load_tensor(model, "model.embed_positions.weight", device);
   Stream stream;
   for (const Tensor& shard : shards) {
     const Tensor ids = shard.to(torch::kCPU).contiguous();
@@ -129,6 +131,9 @@ Stream embed_stream(const Checkpoint& model, const std::vector<Tensor>& shards, 
       model.read_rows_f32("model.embed_tokens.weight", ids.data_ptr<std::int64_t>()[i], 1,
                           hidden.data_ptr<float>() + i * width);
     stream.push_back(hidden.mul_(model.config().embedding_scale).to(device));
+    if (!positions.defined()) continue;
+    require_positions(model.config(), ids.size(1), "calibration windows");
+    stream.back() = stream.back() + positions.narrow(0, 0, ids.size(1));
   }
   model.release("model.embed_tokens.weight");
   return stream;
@@ -166,12 +171,13 @@ void advance(const Checkpoint& model, int layer, const RopeTables& rope, const s
 Head::Head(const Checkpoint& model, const torch::Device& device)
     : model_(&model),
       name_(model.config().tie_word_embeddings ? "model.embed_tokens.weight" : "lm_head.weight"),
-      norm_(norm_factor(model.config(), load_tensor(model, "model.norm.weight", device))) {
+      norm_(load_tensor(model, "model.norm.weight", device)) {
+  if (model.config().layer_norm) norm_bias_ = load_tensor(model, "model.norm.bias", device);
   if (!device.is_cpu()) resident_ = load_tensor(model, name_, device);
 }
 
 Tensor Head::normed(const Tensor& hidden) const {
-  return hidden * torch::rsqrt(hidden.square().mean(-1, true) + model_->config().rms_norm_eps) * norm_;
+  return apply_norm(model_->config(), hidden, norm_, norm_bias_, torch::kFloat);
 }
 
 Tensor Head::logits(const Tensor& normed, std::int64_t first, std::int64_t count) const {

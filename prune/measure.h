@@ -47,7 +47,7 @@ class Head {
  private:
   const Checkpoint* model_;
   std::string name_;
-  torch::Tensor norm_, resident_;  // norm: what RMSNorm multiplies by; resident: undefined on the CPU
+  torch::Tensor norm_, norm_bias_, resident_;  // no bias: RMSNorm; resident: undefined on the CPU
 };
 
 struct Divergence {

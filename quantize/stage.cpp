@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "core/error.h"
+#include "core/placement.h"
 #include "core/tokenizer.h"
 #include "quantize/layers.h"
 #include "quantize/quantize.h"
@@ -117,7 +118,12 @@ struct Sizes {
   std::uint64_t compact = 0, folder = 0, before = 0;
 };
 
-Sizes sizes_of(const std::vector<TensorPlan>& plan, const std::string& dtype) {
+Sizes sizes_of(const ModelConfig& config, const std::vector<TensorPlan>& plan, const std::string& dtype) {
+  const auto is_linear = [&](const TensorSpec& spec) {  // in the folder
+    if (spec.role == TensorRole::kEmbedding) return false;
+    const auto place = placement(config, spec);
+    return !place || !place->transposed;
+  };
   Sizes sizes;
   for (const TensorPlan& tensor : plan) {
     const std::uint64_t count = elements(tensor.spec), dense = count * dtype_bytes(dtype);
@@ -131,7 +137,7 @@ Sizes sizes_of(const std::vector<TensorPlan>& plan, const std::string& dtype) {
     const auto groups = static_cast<std::uint64_t>(rows * tensor.codec->groups(cols));
     sizes.compact += tensor.codec->payload_bytes(rows, cols);
     // Outside linears: floats for other loaders and one byte a code for ours.
-    sizes.folder += tensor.spec.role == TensorRole::kEmbedding
+    sizes.folder += !is_linear(tensor.spec)
                         ? count * 5 + groups * 3
                         : count * static_cast<std::uint64_t>(tensor.codec->bits()) / 8 + groups * 5;
   }
@@ -225,7 +231,7 @@ StagePlan plan(const Options& options, const PlannedModel& input) {
         "activations of the calibration windows go to an HDF5 file: with them in memory the peak would be " +
         bytes_in_words(memory.unspilled));
   }
-  const Sizes sizes = sizes_of(tensors, input.dtype);
+  const Sizes sizes = sizes_of(config, tensors, input.dtype);
   StagePlan plan{1.0 + operations / (1.2e10 * omp_get_num_procs()), memory.peak, sizes.folder, std::move(notes), input};
   plan.result.quantized =
       std::any_of(tensors.begin(), tensors.end(), [](const TensorPlan& t) { return t.codec.has_value(); });
@@ -278,8 +284,8 @@ Json claim(const fs::path& work, const Json& manifest, Context& context) {
 }
 
 // Totals by module, drift and size as report rows; returns the summary.
-Json report(const Options& options, const std::vector<TensorPlan>& tensors, const std::string& dtype,
-            const Json& linears, Context& context) {
+Json report(const Options& options, const ModelConfig& config, const std::vector<TensorPlan>& tensors,
+            const std::string& dtype, const Json& linears, Context& context) {
   std::vector<std::string> modules;
   std::map<std::string, std::pair<double, double>> sums;
   double before = 0, after = 0, drift = -1, kept = 0, swept = 0, log_ratio = 0;
@@ -342,7 +348,7 @@ Json report(const Options& options, const std::vector<TensorPlan>& tensors, cons
               {}});
     summary["rows_kept_nearest"] = kept;
   }
-  const Sizes sizes = sizes_of(tensors, dtype);
+  const Sizes sizes = sizes_of(config, tensors, dtype);
   double parameters = 0;
   for (const TensorPlan& tensor : tensors) parameters += static_cast<double>(elements(tensor.spec));
   const double bits = 8.0 * static_cast<double>(sizes.compact) / parameters;
@@ -402,7 +408,7 @@ Json run(const Options& options, Context& context) {
     if (fresh && (error.code() == ExitCode::kInput || error.code() == ExitCode::kUsage)) folder.discard();
     throw;
   }
-  Json summary = report(options, tensors, dtype, linears, context);
+  Json summary = report(options, model.config(), tensors, dtype, linears, context);
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   context.report.add({"quantize", "seconds", {}, seconds, "s", {}, false});
   if (context.before_commit) context.before_commit();

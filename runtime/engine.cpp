@@ -58,10 +58,20 @@ std::shared_ptr<const Engine> Engine::open(const fs::path& compact_file, const E
   return std::make_shared<MappedEngine>(compact_file, options);
 }
 
+namespace {
+
+// `asked` beyond what the configuration says extrapolates rotary positions; learned ones end.
+std::int64_t limit_of(const ModelConfig& config, std::int64_t asked) {
+  if (asked <= 0) return config.max_position_embeddings;
+  return config.learned_positions ? std::min(asked, config.max_position_embeddings) : asked;
+}
+
+}  // namespace
+
 struct Session::Impl {
   Impl(std::shared_ptr<const Engine> engine_, std::int64_t max)
       : engine(std::static_pointer_cast<const MappedEngine>(std::move(engine_))),
-        limit(max > 0 ? max : engine->config().max_position_embeddings),
+        limit(limit_of(engine->config(), max)),
         cache(engine->config()),
         forward(engine->config(), engine->weights(), engine->kernels(), engine->options().threads,
                 engine->options().int8_activations) {}

@@ -3,7 +3,6 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <bit>
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
@@ -13,58 +12,6 @@
 #include "core/error.h"
 
 namespace pare {
-
-void TeamBarrier::wait(int threads) {
-  if (threads == 1) return;
-  const std::uint32_t phase = phase_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
-    arrived_.store(0, std::memory_order_relaxed);
-    phase_.store(phase + 1, std::memory_order_release);
-    phase_.notify_all();
-    return;
-  }
-  for (int spin = 0; spin < 2000; ++spin) {
-    if (phase_.load(std::memory_order_acquire) != phase) return;
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-  }
-  while (phase_.load(std::memory_order_acquire) == phase) phase_.wait(phase, std::memory_order_acquire);
-}
-
-std::size_t TeamChoice::size_class(std::int64_t products) {
-  return static_cast<std::size_t>(std::bit_width(static_cast<std::uint64_t>(products)) - 1);
-}
-
-int TeamChoice::threads(std::int64_t products, int most) const {
-  constexpr std::int64_t kWorthAThread = 1 << 18;  // a power of two, so that a size class is wholly alone or not
-  const int team = static_cast<int>(std::clamp<std::int64_t>(products / kWorthAThread, 1, most));
-  if (team == 1) return 1;
-  const Pace& pace = paces_[size_class(products)];
-  if (pace.calls < kFirstCalls) return pace.calls % 2 == 0 ? team : 1;
-  const bool team_is_faster = pace.seconds[1] <= pace.seconds[0];
-  return team_is_faster == (pace.until_trial > 0) ? team : 1;
-}
-
-void TeamChoice::record(std::int64_t products, int threads, double seconds) {
-  Pace& pace = paces_[size_class(products)];
-  double& mine = pace.seconds[threads > 1 ? 1 : 0];
-  const double now = seconds / static_cast<double>(products);
-  if (pace.calls < kFirstCalls) {
-    ++pace.calls;
-    mine = mine == 0 ? now : std::min(mine, now);
-  } else {
-    mine = 0.5 * (mine + now);
-    pace.until_trial = std::max(pace.until_trial - 1, -1);
-  }
-  if (pace.until_trial > 0 || pace.calls < kFirstCalls || pace.seconds[0] == 0 || pace.seconds[1] == 0) return;
-  // A trial may cost as much more as the way is slower: space them so that all trials together cost about 3 %.
-  const double ratio = std::max(pace.seconds[0], pace.seconds[1]) / std::min(pace.seconds[0], pace.seconds[1]);
-  if (pace.until_trial < 0 || pace.calls == kFirstCalls) {
-    pace.until_trial = static_cast<int>(std::min(1000.0, 32 * ratio));
-    pace.calls = kFirstCalls + 1;
-  }
-}
 
 void FloatBuffer::Free::operator()(float* p) const {
   std::free(p);
@@ -189,27 +136,43 @@ struct Forward::Worker {
 
   void barrier() { f.barrier_.wait(threads); }
 
-  // Normalizes (norm != null) and quantizes [tokens, cols] once for all matrices that read it. Up to one tile of
+  // RMSNorm, or of the differences from their mean, which is LayerNorm.
+  void normalize(const float* x, const NormWeights& norm, std::int64_t n, float* out) const {
+    const auto eps = static_cast<float>(f.config_.rms_norm_eps);
+    if (norm.bias == nullptr) return f.kernels_.rms_norm(x, norm.weight, eps, n, out);
+    constexpr std::int64_t kLanes = 16;
+    float sums[kLanes] = {};
+    for (std::int64_t i = 0; i < n / kLanes * kLanes; i += kLanes)
+      for (std::int64_t k = 0; k < kLanes; ++k) sums[k] += x[i + k];
+    for (std::int64_t i = n / kLanes * kLanes; i < n; ++i) sums[i % kLanes] += x[i];
+    double sum = 0;
+    for (const float part : sums) sum += static_cast<double>(part);
+    const auto mean = static_cast<float>(sum / static_cast<double>(n));
+    for (std::int64_t i = 0; i < n; ++i) out[i] = x[i] - mean;
+    f.kernels_.rms_norm(out, norm.weight, eps, n, out);
+    for (std::int64_t i = 0; i < n; ++i) out[i] += norm.bias[i];
+  }
+
+  // Normalizes (with a norm) and quantizes [tokens, cols] once for all matrices that read it. Up to one tile of
   // tokens every thread does it for itself, which is cheaper than waiting for another. Takes one stage.
-  Input prepare(const float* x, std::int64_t cols, const float* norm, bool int8) {
+  Input prepare(const float* x, std::int64_t cols, const NormWeights& norm, bool int8) {
     Input input{x, cols, nullptr};
+    const bool normed_first = norm.weight != nullptr;
     const bool alone = tokens <= kActTile;
     float* normed = alone ? mine.normed.data() : f.normed_.data();
     Int8Activations& to = alone ? mine.int8 : f.int8_input_;
-    const auto eps = static_cast<float>(f.config_.rms_norm_eps);
     const auto tile = [&](std::int64_t i) {
-      if (norm != nullptr) {
-        for (std::int64_t t = i * kActTile; t < std::min(tokens, (i + 1) * kActTile); ++t) {
-          f.kernels_.rms_norm(x + t * cols, norm, eps, cols, normed + t * cols);
-        }
+      if (normed_first) {
+        for (std::int64_t t = i * kActTile; t < std::min(tokens, (i + 1) * kActTile); ++t)
+          normalize(x + t * cols, norm, cols, normed + t * cols);
       }
-      if (int8) f.kernels_.quantize_tile(norm != nullptr ? normed : x, cols, i, to);
+      if (int8) f.kernels_.quantize_tile(normed_first ? normed : x, cols, i, to);
     };
     if (alone) {
       ++stage;
       if (int8) to.resize(tokens, cols);
       tile(0);
-    } else if (norm != nullptr || int8) {
+    } else if (normed_first || int8) {
       if (int8) {
         if (omp_get_thread_num() == 0) to.resize(tokens, cols);
         barrier();
@@ -219,7 +182,7 @@ struct Forward::Worker {
     } else {
       ++stage;
     }
-    if (norm != nullptr) input.x = normed;
+    if (normed_first) input.x = normed;
     if (int8) input.int8 = &to;
     return input;
   }
@@ -264,7 +227,9 @@ struct Forward::Worker {
     barrier();
   }
 
+  // The input of down, in gate_.
   void gate_up(const Input& input, const MlpWeights& mlp) {
+    if (!f.config_.gated_mlp) return up_alone(input, mlp.up);
     const std::int64_t blocks = mlp.gate.matrix.row_blocks(), width = f.config_.intermediate_size;
     const std::int64_t step = blocks_per_item(2 * blocks);
     const auto activate = f.config_.activation == Activation::kSilu ? f.kernels_.silu_mul : f.kernels_.gelu_mul;
@@ -276,6 +241,19 @@ struct Forward::Worker {
       for (std::int64_t t = 0; t < tokens; ++t) {
         activate(f.gate_.data() + t * width + first, f.up_.data() + t * width + first, count);
       }
+    });
+    barrier();
+  }
+
+  void up_alone(const Input& input, const LinearWeights& up) {
+    const std::int64_t blocks = up.matrix.row_blocks(), width = f.config_.intermediate_size;
+    const std::int64_t step = blocks_per_item(blocks);
+    const auto activate = f.config_.activation == Activation::kGelu ? f.kernels_.gelu : f.kernels_.gelu_tanh;
+    share((blocks + step - 1) / step, [&](std::int64_t i) {
+      const std::int64_t begin = i * step, end = std::min(blocks, begin + step);
+      rows({&up, f.gate_.data(), width, false}, input, begin, end);
+      const std::int64_t first = begin * kBlockRows, count = std::min(end * kBlockRows, width) - first;
+      for (std::int64_t t = 0; t < tokens; ++t) activate(f.gate_.data() + t * width + first, count);
     });
     barrier();
   }
@@ -400,23 +378,28 @@ struct Forward::Worker {
                   {&b.v, f.v_.data(), f.kv_width_, false}});
     rotate_and_store(index, position, cache);
     attend(index, position, cache);
-    in = prepare(f.mixed_.data(), f.q_width_, nullptr, wants_int8({&b.o}));
-    multiply_into(hidden, in, b.o, b.post_attention_norm);
+    const auto add_attention = [&] {
+      in = prepare(f.mixed_.data(), f.q_width_, {}, wants_int8({&b.o}));
+      multiply_into(hidden, in, b.o, b.post_attention_norm);
+    };
+    if (!f.config_.parallel_residual) add_attention();
     if (!b.experts.empty()) return run_experts(b, hidden);
     in = prepare(hidden, h, b.mlp_norm, wants_int8({&b.mlp.gate, &b.mlp.up}));
     gate_up(in, b.mlp);
-    in = prepare(f.gate_.data(), f.config_.intermediate_size, nullptr, wants_int8({&b.mlp.down}));
+    if (f.config_.parallel_residual) add_attention();
+    in = prepare(f.gate_.data(), f.config_.intermediate_size, {}, wants_int8({&b.mlp.down}));
     multiply_into(hidden, in, b.mlp.down, b.post_mlp_norm);
   }
 
   // hidden += linear(input), or its norm. Takes one or two stages.
-  void multiply_into(float* hidden, const Input& input, const LinearWeights& linear, const float* post_norm) {
+  void multiply_into(float* hidden, const Input& input, const LinearWeights& linear,
+                     const NormWeights& post_norm) {
     const std::int64_t h = f.config_.hidden_size;
-    if (post_norm == nullptr) return multiply(input, {{&linear, hidden, h, true}});
+    if (post_norm.weight == nullptr) return multiply(input, {{&linear, hidden, h, true}});
     multiply(input, {{&linear, f.added_.data(), h, false}});
     share(tokens, [&](std::int64_t t) {
       float* row = f.added_.data() + t * h;
-      f.kernels_.rms_norm(row, post_norm, static_cast<float>(f.config_.rms_norm_eps), h, row);
+      normalize(row, post_norm, h, row);
       for (std::int64_t i = 0; i < h; ++i) hidden[t * h + i] += row[i];
     });
     barrier();
@@ -444,9 +427,9 @@ struct Forward::Worker {
         x = f.expert_in_.data();
       }
       Worker part{f, mine, own, threads, stage};
-      Input inputs = part.prepare(x, h, nullptr, wants_int8({&mlp.gate, &mlp.up}));
+      Input inputs = part.prepare(x, h, {}, wants_int8({&mlp.gate, &mlp.up}));
       part.gate_up(inputs, mlp);
-      inputs = part.prepare(f.gate_.data(), inner, nullptr, wants_int8({&mlp.down}));
+      inputs = part.prepare(f.gate_.data(), inner, {}, wants_int8({&mlp.down}));
       part.multiply(inputs, {{&mlp.down, f.added_.data(), h, false}});
       part.share(own, [&](std::int64_t i) {
         const float weight = route.weights[static_cast<std::size_t>(i)];
@@ -519,6 +502,7 @@ void Forward::fill_rope(std::int64_t position, std::int64_t tokens, std::int64_t
 void Forward::run(std::span<const std::int32_t> ids, std::int64_t position, std::int64_t sequence, KvCache& cache,
                   float* hidden) {
   const auto tokens = static_cast<std::int64_t>(ids.size());
+  require_positions(config_, position + tokens, "runtime");
   const Experts& experts = config_.experts;
   const std::int64_t active = std::min(experts.count, tokens * experts.per_token);
   begin(config_.num_layers * (kStagesPerBlock + active * kStagesPerExpert), tokens);
@@ -542,10 +526,15 @@ void Forward::run(std::span<const std::int32_t> ids, std::int64_t position, std:
     unpack_matrix_row(weights_.embedding, ids[static_cast<std::size_t>(t)], row);
     if (scale != 1)
       for (std::int64_t i = 0; i < config_.hidden_size; ++i) row[i] *= scale;
+    if (!config_.learned_positions) continue;
+    position_.reserve(config_.hidden_size);
+    unpack_matrix_row(weights_.positions, position + t, position_.data());
+    for (std::int64_t i = 0; i < config_.hidden_size; ++i) row[i] += position_.data()[i];
   }
   const std::int64_t mlps = config_.has_experts() ? experts.per_token : 1;
+  const std::int64_t matrices = config_.gated_mlp ? 3 : 2;
   const std::int64_t block_products =
-      config_.hidden_size * (2 * q_width_ + 2 * kv_width_ + 3 * mlps * config_.intermediate_size);
+      config_.hidden_size * (2 * q_width_ + 2 * kv_width_ + matrices * mlps * config_.intermediate_size);
   const int threads = block_team_.threads(tokens * block_products / 4, threads_);
   const auto begun = std::chrono::steady_clock::now();
 #pragma omp parallel num_threads(threads)

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/config.h"
+#include "runtime/team.h"
 #include "runtime/weights.h"
 
 namespace pare {
@@ -26,38 +27,6 @@ class KvCache {
  private:
   std::int64_t blocks_, kv_heads_, head_dim_, value_width_;
   std::vector<FloatBuffer> pages_;  // [page][block]
-};
-
-// Waits for a few microseconds, then sleeps: where other programs want the cores too, a thread that spins for its
-// partner takes away the time that the partner needs.
-class TeamBarrier {
- public:
-  void wait(int threads);
-
- private:
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<std::uint32_t> phase_{0};
-};
-
-// Chooses between one thread and the whole team for calls of about the same size. Waking and waiting cost
-// microseconds, so tiny calls stay alone; and where other programs hold the cores, a team waits at every barrier for
-// the thread that was put aside, which can cost far more than a second thread brings. So both ways are timed, the
-// faster one is used, and the other is tried again now and then. The bits are the same either way.
-class TeamChoice {
- public:
-  // products: multiplications and additions between two barriers.
-  int threads(std::int64_t products, int most) const;
-  void record(std::int64_t products, int threads, double seconds);
-
- private:
-  struct Pace {
-    double seconds[2] = {0, 0};  // a product: alone, as a team; 0: not known
-    int calls = 0;
-    int until_trial = 0;  // calls before the slower way is timed again
-  };
-  static constexpr int kFirstCalls = 6;  // taken in turn; the best of each counts, as the first may read from disk
-  static std::size_t size_class(std::int64_t products);
-  Pace paces_[64];
 };
 
 class Forward {
@@ -111,7 +80,7 @@ class Forward {
   TeamBarrier barrier_;
   TeamChoice block_team_, head_team_;
   std::vector<Scratch> scratch_;  // one a thread
-  FloatBuffer normed_, q_, k_, v_, mixed_, gate_, up_, added_, router_, expert_in_;
+  FloatBuffer normed_, q_, k_, v_, mixed_, gate_, up_, added_, router_, expert_in_, position_;
   FloatBuffer cos_[3], sin_[3];  // by RopeKind: [tokens, rotated pairs]
   std::vector<Route> routes_;    // by expert
   Int8Activations int8_input_;

@@ -70,6 +70,9 @@ Int8Tile int8_tile(const Int8Activations& x, std::int64_t tile);
 
 constexpr float kGeluScale = 1.5957691216057308f;  // 2 sqrt(2 / pi)
 constexpr float kGeluCubic = 0.044715f;
+// Abramowitz and Stegun 7.1.26: erfc(z) = (a1 t + .. + a5 t^5) exp(-z^2), t = 1 / (1 + p z), z >= 0; to 1.5e-7.
+constexpr float kErfP = 0.3275911f;
+constexpr float kErfA[5] = {0.254829592f, -0.284496736f, 1.421413741f, -1.453152027f, 1.061405429f};
 
 struct Kernels {
   const char* name;
@@ -92,6 +95,9 @@ struct Kernels {
   void (*silu_mul)(float* gate, const float* up, std::int64_t n);
   // gate[i] = gelu(gate[i]) * up[i], the tanh form: gelu(x) = x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3)))
   void (*gelu_mul)(float* gate, const float* up, std::int64_t n);
+  // x[i] = gelu(x[i]): the same form, and the exact one, x / 2 (1 + erf(x / sqrt(2)))
+  void (*gelu_tanh)(float* x, std::int64_t n);
+  void (*gelu)(float* x, std::int64_t n);
   // x[i] = cap * tanh(x[i] / cap)
   void (*soft_cap)(float* x, float cap, std::int64_t n);
   // s[i] = exp(s[i] - max), zero up to the next multiple of 16; returns the sum.

@@ -429,6 +429,32 @@ void gelu_mul(float* gate, const float* up, std::int64_t n) {
   }
 }
 
+void gelu_tanh(float* x, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; i += 8) {
+    const __m256i m = tail_mask(n - i);
+    const __m256 g = _mm256_maskload_ps(x + i, m);
+    const __m256 cubic = _mm256_fmadd_ps(_mm256_mul_ps(g, g), _mm256_set1_ps(kGeluCubic), _mm256_set1_ps(1.0f));
+    const __m256 e = exp_ps(_mm256_mul_ps(_mm256_mul_ps(g, cubic), _mm256_set1_ps(-kGeluScale)));
+    _mm256_maskstore_ps(x + i, m, _mm256_div_ps(g, _mm256_add_ps(_mm256_set1_ps(1.0f), e)));
+  }
+}
+
+void gelu(float* x, std::int64_t n) {
+  const __m256 one = _mm256_set1_ps(1.0f), sign = _mm256_set1_ps(-0.0f);
+  for (std::int64_t i = 0; i < n; i += 8) {
+    const __m256i m = tail_mask(n - i);
+    const __m256 v = _mm256_maskload_ps(x + i, m);
+    const __m256 z = _mm256_mul_ps(_mm256_andnot_ps(sign, v), _mm256_set1_ps(0.70710678f));
+    const __m256 t = _mm256_div_ps(one, _mm256_fmadd_ps(z, _mm256_set1_ps(kErfP), one));
+    __m256 p = _mm256_set1_ps(kErfA[4]);
+    for (int k = 3; k >= 0; --k) p = _mm256_fmadd_ps(p, t, _mm256_set1_ps(kErfA[k]));
+    const __m256 e = exp_ps(_mm256_xor_ps(_mm256_mul_ps(z, z), sign));
+    const __m256 half = _mm256_mul_ps(_mm256_mul_ps(_mm256_mul_ps(p, t), e), _mm256_set1_ps(0.5f));  // erfc(z) / 2
+    const __m256 share = _mm256_blendv_ps(_mm256_sub_ps(one, half), half, v);  // by the sign of v
+    _mm256_maskstore_ps(x + i, m, _mm256_mul_ps(v, share));
+  }
+}
+
 void soft_cap(float* x, float cap, std::int64_t n) {
   for (std::int64_t i = 0; i < n; i += 8) {  // c tanh(v / c) = c - 2 c / (exp(2 v / c) + 1)
     const __m256i m = tail_mask(n - i);
@@ -523,7 +549,8 @@ void weigh(const float* probs, std::int64_t ldp, std::int64_t count, const float
 }  // namespace
 
 const Kernels kAvx2Kernels = {"avx2",   matmul_float, matmul_int8, quantize_tile, rms_norm, silu_mul,
-                              gelu_mul, soft_cap,     softmax,     scores,        weigh};
+                              gelu_mul, gelu_tanh,    gelu,        soft_cap,      softmax,  scores,
+                              weigh};
 
 }  // namespace pare
 #endif

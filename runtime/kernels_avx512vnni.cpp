@@ -384,6 +384,34 @@ void gelu_mul(float* gate, const float* up, std::int64_t n) {
   }
 }
 
+void gelu_tanh(float* x, std::int64_t n) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  for (std::int64_t i = 0; i < n; i += 16) {
+    const __mmask16 m = tail_mask(n - i);
+    const __m512 g = _mm512_maskz_loadu_ps(m, x + i);
+    const __m512 cubic = _mm512_fmadd_ps(_mm512_mul_ps(g, g), _mm512_set1_ps(kGeluCubic), one);
+    const __m512 e = exp_ps(_mm512_mul_ps(_mm512_mul_ps(g, cubic), _mm512_set1_ps(-kGeluScale)));
+    _mm512_mask_storeu_ps(x + i, m, _mm512_div_ps(g, _mm512_add_ps(one, e)));
+  }
+}
+
+void gelu(float* x, std::int64_t n) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  for (std::int64_t i = 0; i < n; i += 16) {
+    const __mmask16 m = tail_mask(n - i);
+    const __m512 v = _mm512_maskz_loadu_ps(m, x + i);
+    const __m512 z = _mm512_mul_ps(_mm512_abs_ps(v), _mm512_set1_ps(0.70710678f));
+    const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(z, _mm512_set1_ps(kErfP), one));
+    __m512 p = _mm512_set1_ps(kErfA[4]);
+    for (int k = 3; k >= 0; --k) p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(kErfA[k]));
+    const __m512 e = exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(z, z)));
+    const __m512 half = _mm512_mul_ps(_mm512_mul_ps(_mm512_mul_ps(p, t), e), _mm512_set1_ps(0.5f));  // erfc(z) / 2
+    const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(v));
+    const __m512 share = _mm512_mask_mov_ps(_mm512_sub_ps(one, half), negative, half);
+    _mm512_mask_storeu_ps(x + i, m, _mm512_mul_ps(v, share));
+  }
+}
+
 void soft_cap(float* x, float cap, std::int64_t n) {
   for (std::int64_t i = 0; i < n; i += 16) {  // c tanh(v / c) = c - 2 c / (exp(2 v / c) + 1)
     const __mmask16 m = tail_mask(n - i);
@@ -480,7 +508,8 @@ void weigh(const float* probs, std::int64_t ldp, std::int64_t count, const float
 }  // namespace
 
 const Kernels kAvx512VnniKernels = {"avx512vnni", matmul_float, matmul_int8, quantize_tile, rms_norm, silu_mul,
-                                    gelu_mul,     soft_cap,     softmax,     scores,        weigh};
+                                    gelu_mul,     gelu_tanh,    gelu,        soft_cap,      softmax,  scores,
+                                    weigh};
 
 }  // namespace pare
 #endif

@@ -146,6 +146,15 @@ void gelu_mul(float* gate, const float* up, std::int64_t n) {
   }
 }
 
+void gelu_tanh(float* x, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i)
+    x[i] = x[i] / (1.0f + std::exp(-kGeluScale * (x[i] + kGeluCubic * x[i] * x[i] * x[i])));
+}
+
+void gelu(float* x, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) x[i] = 0.5f * x[i] * std::erfc(x[i] * -0.70710678f);
+}
+
 void soft_cap(float* x, float cap, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) x[i] = cap * std::tanh(x[i] / cap);
 }
@@ -187,6 +196,7 @@ void weigh(const float* probs, std::int64_t ldp, std::int64_t count, const float
 }  // namespace
 
 const Kernels kPlainKernels = {"plain",  matmul_float, matmul_int8, quantize_tile, rms_norm, silu_mul,
-                               gelu_mul, soft_cap,     softmax,     scores,        weigh};
+                               gelu_mul, gelu_tanh,    gelu,        soft_cap,      softmax,  scores,
+                               weigh};
 
 }  // namespace pare

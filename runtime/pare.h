@@ -58,7 +58,8 @@ int64_t pare_tokenize(const pare_model* model, const char* text, size_t bytes, i
  * room. -1 on failure. */
 int64_t pare_detokenize(const pare_model* model, const int32_t* ids, int64_t count, char* text, int64_t capacity);
 
-/* max_positions 0: pare_context_size(). Memory of the key/value cache grows with use. */
+/* max_positions 0: pare_context_size(), which models with learned positions never exceed. Memory of the key/value cache
+ * grows with use. */
 pare_session* pare_session_open(const pare_model* model, int64_t max_positions);
 void pare_session_close(pare_session* session);
 int pare_session_reset(pare_session* session);

@@ -60,7 +60,7 @@ Weights view_weights(const CompactFile& file) {
   const std::int64_t q = c.num_heads * c.head_dim, kv = c.num_kv_heads * c.head_dim;
   const std::int64_t h = c.hidden_size, f = c.intermediate_size;
   Weights weights;
-  const auto norm = [&](const std::string& name, std::int64_t width) {
+  const auto factors = [&](const std::string& name, std::int64_t width) {
     const float* stored = view_vector(file, name + ".weight", width);
     if (!c.norm_adds_one) return stored;
     FloatBuffer& sum = weights.owned.emplace_back();
@@ -68,9 +68,14 @@ Weights view_weights(const CompactFile& file) {
     for (std::int64_t i = 0; i < width; ++i) sum.data()[i] = 1.0f + stored[i];
     return static_cast<const float*>(sum.data());
   };
+  const auto norm = [&](const std::string& name) {
+    return NormWeights{factors(name, h), c.layer_norm ? view_vector(file, name + ".bias", h) : nullptr};
+  };
   weights.embedding = view_matrix(file, "model.embed_tokens.weight", c.vocab_size, h);
   weights.head = c.tie_word_embeddings ? weights.embedding : view_matrix(file, "lm_head.weight", c.vocab_size, h);
-  weights.final_norm = norm("model.norm", h);
+  if (c.learned_positions)
+    weights.positions = view_matrix(file, "model.embed_positions.weight", c.max_position_embeddings, h);
+  weights.final_norm = norm("model.norm");
   for (std::int64_t i = 0; i < c.num_layers; ++i) {
     const std::string prefix = "model.layers." + std::to_string(i) + ".";
     const auto linear = [&](const std::string& module, std::int64_t rows, std::int64_t cols, bool bias) {
@@ -103,8 +108,8 @@ Weights view_weights(const CompactFile& file) {
     }
     b.o = linear("self_attn.o_proj", h, q, c.o_bias);
     if (c.qk_norm) {
-      b.q_norm = norm(prefix + "self_attn.q_norm", c.head_dim);
-      b.k_norm = norm(prefix + "self_attn.k_norm", c.head_dim);
+      b.q_norm = factors(prefix + "self_attn.q_norm", c.head_dim);
+      b.k_norm = factors(prefix + "self_attn.k_norm", c.head_dim);
     }
     if (c.has_experts()) {
       b.router = linear(c.experts.module + ".gate", c.experts.count, h, false);
@@ -118,19 +123,19 @@ Weights view_weights(const CompactFile& file) {
       if (c.fused_gate_up) {
         split("mlp.gate_up_proj", {{&mlp.gate, f}, {&mlp.up, f}}, h, c.mlp_bias);
       } else {
-        mlp.gate = linear("mlp.gate_proj", f, h, c.mlp_bias);
+        if (c.gated_mlp) mlp.gate = linear("mlp.gate_proj", f, h, c.mlp_bias);
         mlp.up = linear("mlp.up_proj", f, h, c.mlp_bias);
       }
       mlp.down = linear("mlp.down_proj", h, f, c.mlp_bias);
       b.mlp = mlp;
     }
-    b.attention_norm = norm(prefix + "input_layernorm", h);
+    b.attention_norm = norm(prefix + "input_layernorm");
     if (c.post_norms) {
-      b.post_attention_norm = norm(prefix + "post_attention_layernorm", h);
-      b.mlp_norm = norm(prefix + "pre_feedforward_layernorm", h);
-      b.post_mlp_norm = norm(prefix + "post_feedforward_layernorm", h);
+      b.post_attention_norm = norm(prefix + "post_attention_layernorm");
+      b.mlp_norm = norm(prefix + "pre_feedforward_layernorm");
+      b.post_mlp_norm = norm(prefix + "post_feedforward_layernorm");
     } else {
-      b.mlp_norm = norm(prefix + "post_attention_layernorm", h);
+      b.mlp_norm = norm(prefix + "post_attention_layernorm");
     }
     weights.blocks.push_back(std::move(b));
   }

@@ -32,26 +32,30 @@ struct LinearWeights {
 };
 
 struct MlpWeights {
-  LinearWeights gate, up, down;
+  LinearWeights gate, up, down;  // without a gate: up and down alone
 };
 
-// Fused tensors of the file are views on their parts here. Norms are what RMSNorm multiplies by. Null: the model has
-// none.
+// What RMSNorm multiplies by; with a bias: LayerNorm. Without a weight: no norm.
+struct NormWeights {
+  const float *weight = nullptr, *bias = nullptr;
+};
+
+// Fused tensors of the file are views on their parts here. Null: the model has none.
 struct BlockWeights {
   LinearWeights q, k, v, o;
   MlpWeights mlp;        // or
   LinearWeights router;  // [experts, hidden]
   std::vector<MlpWeights> experts;
-  const float *attention_norm = nullptr, *mlp_norm = nullptr;
-  const float *post_attention_norm = nullptr, *post_mlp_norm = nullptr;
+  NormWeights attention_norm, mlp_norm, post_attention_norm, post_mlp_norm;
   const float *q_norm = nullptr, *k_norm = nullptr;
 };
 
 // The file must outlive them.
 struct Weights {
   PackedMatrix embedding, head;
+  PackedMatrix positions;  // learned ones: [max_position_embeddings, hidden]
   std::vector<BlockWeights> blocks;
-  const float* final_norm = nullptr;
+  NormWeights final_norm;
   std::vector<FloatBuffer> owned;  // 1 + weight, where norms are kept that way
 };
 // Errors: exit 3 for a tensor that is missing, mis-shaped or in a codec that its role does not allow.

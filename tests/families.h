@@ -9,6 +9,7 @@
 #include "core/config.h"
 #include "core/error.h"
 #include "core/file.h"
+#include "core/placement.h"
 #include "core/safetensors.h"
 #include "eval/logits_source.h"
 
@@ -26,7 +27,8 @@ inline std::vector<std::string> family_names() {
   return names;
 }
 
-inline std::vector<float> formula_values(const TensorSpec& spec, bool adds_one) {
+// Of a tensor as it stands in the file.
+inline std::vector<float> formula_values(const StoredTensor& spec, bool adds_one) {
   std::uint64_t seed = 0xcbf29ce484222325ull;
   for (const char c : spec.name) seed = (seed ^ static_cast<unsigned char>(c)) * 0x100000001b3ull;
   std::int64_t count = 1;
@@ -37,7 +39,7 @@ inline std::vector<float> formula_values(const TensorSpec& spec, bool adds_one) 
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
     const auto x = static_cast<float>((z ^ (z >> 31)) >> 52) - 2048.0f;
-    values.push_back(spec.role == TensorRole::kNorm ? (adds_one ? 0.0f : 1.0f) + x / 4096.0f : x / 8192.0f);
+    values.push_back(spec.parts[0]->role == TensorRole::kNorm ? (adds_one ? 0.0f : 1.0f) + x / 4096.0f : x / 8192.0f);
   }
   return values;
 }
@@ -47,11 +49,13 @@ inline void make_family_folder(const Json& config, const fs::path& folder) {
   fs::create_directories(folder);
   write_text(folder / "config.json", config.dump());
   const ModelConfig parsed = parse_config(config, nullptr, "golden config");
+  const std::vector<TensorSpec> specs = expected_tensors(parsed);
   std::vector<TensorDecl> decls;
-  for (const TensorSpec& spec : expected_tensors(parsed)) decls.push_back({spec.name, DType::kF32, spec.shape});
+  for (const StoredTensor& stored : stored_tensors(parsed, specs))
+    decls.push_back({stored.name, DType::kF32, stored.shape});
   SafetensorsWriter writer(folder / "model.safetensors", decls, {{"format", "pt"}});
-  for (const TensorSpec& spec : expected_tensors(parsed))
-    writer.write(std::as_bytes(std::span<const float>(formula_values(spec, parsed.norm_adds_one))));
+  for (const StoredTensor& stored : stored_tensors(parsed, specs))
+    writer.write(std::as_bytes(std::span<const float>(formula_values(stored, parsed.norm_adds_one))));
   writer.finish();
 }
 

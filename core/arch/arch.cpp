@@ -7,7 +7,8 @@ namespace pare {
 
 std::span<const Family* const> families() {
   static constexpr std::array kFamilies = {&kLlama,  &kMistral, &kQwen2,   &kQwen3,   &kGemma,   &kGemma2,
-                                           &kGemma3, &kPhi3,    &kMixtral, &kSmolLm3, &kQwen3Moe};
+                                           &kGemma3, &kPhi3,    &kMixtral, &kSmolLm3, &kQwen3Moe, &kGpt2,
+                                           &kGptNeox};
   return kFamilies;
 }
 

@@ -12,6 +12,20 @@
 
 namespace pare {
 
+struct Placement;
+
+// What a family calls the common keys of config.json.
+struct FamilyKeys {
+  const char* hidden = "hidden_size";
+  const char* inner = "intermediate_size";
+  const char* layers = "num_hidden_layers";
+  const char* heads = "num_attention_heads";
+  const char* positions = "max_position_embeddings";
+  const char* epsilon = "rms_norm_eps";
+  const char* theta = "rope_theta";
+  const char* partial = "partial_rotary_factor";
+};
+
 struct Family {
   const char* name;          // model_type
   const char* architecture;  // architectures[0]
@@ -32,10 +46,21 @@ struct Family {
   bool gelu_is_tanh = false;       // hidden_act "gelu" means the tanh form
   bool reads_layer_types = false;  // the class follows layer_types; else windows are everywhere or nowhere
   bool rotates_partly = false;     // partial_rotary_factor counts
+  double default_partial = 1;
   bool rope_by_kind = false;       // rope_parameters has one object for each kind of layer
+  bool plain_gelu = false;         // down(act(up)), act a GELU of either form: nothing else is known there
+  bool rotates = true;             // false: config.json says nothing about rotary positions
+  bool heads_share_width = false;  // head_dim is hidden / heads, every head has its key and value: no keys for that
+  std::int64_t inner_of_hidden = 0;  // intermediate_size where it is missing, in hidden sizes; 0: it must be there
+  FamilyKeys keys{};
+  // core/placement.h; null: tensors stand in files as they are.
+  std::optional<Placement> (*place)(const ModelConfig& config, const TensorSpec& spec) = nullptr;
+  const char* prefix = "";                   // of the base model's tensors
+  std::span<const char* const> buffers = {};  // suffixes of tensors to be ignored
 };
 
-extern const Family kLlama, kMistral, kQwen2, kQwen3, kGemma, kGemma2, kGemma3, kPhi3, kMixtral, kSmolLm3, kQwen3Moe;
+extern const Family kLlama, kMistral, kQwen2, kQwen3, kGemma, kGemma2, kGemma3, kPhi3, kMixtral, kSmolLm3, kQwen3Moe,
+    kGpt2, kGptNeox;
 
 std::span<const Family* const> families();
 const Family* find_family(std::string_view name);

@@ -65,16 +65,16 @@ LongRope read_long(ConfigReader& root, ConfigReader& rope, const ModelConfig& co
   return scaling;
 }
 
-void read_partial(ConfigReader& reader, const Family& family, ModelConfig& config) {
-  if (!reader.present("partial_rotary_factor")) return;
-  const double factor = reader.number("partial_rotary_factor", 1.0, 0.0, 1.0);
+void read_partial(ConfigReader& reader, const Family& family, const char* key, ModelConfig& config) {
+  if (!reader.present(key) && family.default_partial == 1) return;
+  const double factor = reader.number(key, family.default_partial, 0.0, 1.0);
   const auto rotated = static_cast<std::int64_t>(static_cast<double>(config.head_dim) * factor);
   if (rotated == config.head_dim) {
     config.rotary_dim = 0;
   } else if (!family.rotates_partly) {
-    reader.problem("partial_rotary_factor is not 1, which " + std::string(family.architecture) + " does not compute");
+    reader.problem(std::string(key) + " is not 1, which " + family.architecture + " does not compute");
   } else if (rotated < 2 || rotated % 2 != 0) {
-    reader.problem("partial_rotary_factor rotates " + std::to_string(rotated) + " of " +
+    reader.problem(std::string(key) + " rotates " + std::to_string(rotated) + " of " +
                    std::to_string(config.head_dim) + " dimensions, not an even number of them");
   } else {
     config.rotary_dim = rotated;
@@ -117,8 +117,15 @@ Json old_scaling(const Json& scaling) {
 }  // namespace
 
 void read_rope(ConfigReader& reader, const Family& family, ModelConfig& config) {
-  config.rope_theta = reader.number("rope_theta", family.default_theta, 1.0, 1e15);
-  read_partial(reader, family, config);
+  constexpr const char* kPartial = "partial_rotary_factor";
+  config.rope_theta = reader.number(family.keys.theta, family.default_theta, 1.0, 1e15);
+  const auto said_in = [&](const char* key) {
+    return reader.present(key) && reader[key].is_object() && reader[key].contains(kPartial) &&
+           !reader[key][kPartial].is_null();
+  };
+  // A default that the class would not come to must not be judged.
+  const bool inside = said_in(reader.present("rope_parameters") ? "rope_parameters" : "rope_scaling");
+  if (!inside || family.default_partial == 1) read_partial(reader, family, family.keys.partial, config);
   if (family.rope_by_kind)
     config.rope_local_theta = reader.number("rope_local_base_freq", kDefaultLocalTheta, 1.0, 1e15);
   std::string key;
@@ -143,7 +150,7 @@ void read_rope(ConfigReader& reader, const Family& family, ModelConfig& config) 
   }
   ConfigReader rope = has_object("full_attention") ? outer.nested("full_attention") : reader.nested(key);
   config.rope_theta = rope.number("rope_theta", config.rope_theta, 1.0, 1e15);
-  read_partial(rope, family, config);
+  if (rope.present(kPartial)) read_partial(rope, family, kPartial, config);
   const std::string type = rope.text("rope_type", rope.text("type", "default"));
   if (type == "linear") {
     if (!rope.present("factor")) rope.problem("factor is missing");
@@ -160,21 +167,20 @@ void read_rope(ConfigReader& reader, const Family& family, ModelConfig& config) 
 
 void write_rope(const ModelConfig& config, const Family& family, Json& out) {
   const Json scaling = scaling_object(config);
-  out["rope_theta"] = config.rope_theta;
+  out[family.keys.theta] = config.rope_theta;
   out["rope_scaling"] = old_scaling(scaling);
   Json parameters = scaling;
   if (scaling.empty()) parameters["rope_type"] = "default";
   parameters["rope_theta"] = config.rope_theta;
-  if (config.rotary_dim > 0 || out.contains("partial_rotary_factor")) {
+  const char* partial = family.keys.partial;
+  if (config.rotary_dim > 0 || out.contains(partial) || family.default_partial != 1) {
     const double factor = static_cast<double>(config.rotated()) / static_cast<double>(config.head_dim);
     // Keep the number that was read where it means the same: 0.75 must not become 0.7499.
-    double said = out.contains("partial_rotary_factor") && out["partial_rotary_factor"].is_number()
-                      ? out["partial_rotary_factor"].get<double>()
-                      : factor;
+    double said = out.contains(partial) && out[partial].is_number() ? out[partial].get<double>() : factor;
     if (static_cast<std::int64_t>(static_cast<double>(config.head_dim) * said) != config.rotated()) said = factor;
     if (static_cast<std::int64_t>(static_cast<double>(config.head_dim) * said) < config.rotated())
       said = std::nextafter(said, 2.0);
-    out["partial_rotary_factor"] = said;
+    out[partial] = said;
     parameters["partial_rotary_factor"] = said;
   }
   if (config.rope_long) parameters["original_max_position_embeddings"] = config.rope_long->original_max_position;

@@ -37,9 +37,9 @@ Json config_summary(const ModelConfig& config) {
               {"head_dim", config.head_dim},
               {"vocab_size", config.vocab_size},
               {"max_position_embeddings", config.max_position_embeddings},
-              {"rope_theta", config.rope_theta},
               {"tied", config.tie_word_embeddings},
               {"eos", config.eos_ids}};
+  if (!config.learned_positions) out["rope_theta"] = config.rope_theta;
   if (config.rope_llama3) out["rope_scaling"] = fmt::format("llama3, factor {}", config.rope_llama3->factor);
   else if (config.rope_linear_factor != 1.0)
     out["rope_scaling"] = fmt::format("linear, factor {}", config.rope_linear_factor);
@@ -55,7 +55,7 @@ Json inspect_folder(const fs::path& path) {
     const std::uint64_t elements = elements_of(spec.shape);
     std::uint64_t bytes = elements * static_cast<std::uint64_t>(codec.bits()) / 8;
     if (codec.is_float()) {
-      bytes = model.view(spec.name).data.size();
+      bytes = elements * static_cast<std::uint64_t>(dtype_bits(model.dtype(spec.name))) / 8;
     } else {
       const auto scales = static_cast<std::uint64_t>(spec.shape[0] * codec.groups(spec.shape[1]));
       bytes += scales * 2 + (codec.kind == CodecKind::kQ4a ? (scales + 1) / 2 : 0);

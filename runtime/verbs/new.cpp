@@ -1,4 +1,5 @@
 // pare new: a folder with the true shape of a published model and random weights, for measuring and planning.
+#include "core/arch/arch.h"
 #include "core/checkpoint.h"
 #include "core/error.h"
 #include "core/random_weights.h"
@@ -28,8 +29,8 @@ Json shape_config(const std::string& name) {
 }
 
 // The lists that name every layer are cut, or continued from their beginning.
-void set_layers(Json& config, std::int64_t layers) {
-  config["num_hidden_layers"] = layers;
+void set_layers(Json& config, const std::string& place, std::int64_t layers) {
+  config[find_family(parse_config(config, nullptr, place).family)->keys.layers] = layers;
   for (const char* key : {"layer_types", "no_rope_layers"}) {
     const auto found = config.find(key);
     if (found == config.end() || !found->is_array() || found->empty()) continue;
@@ -54,7 +55,7 @@ Json run(const Options& options, Context& context) {
   const std::string name = options.get<std::string>("shape"), tokenizer = options.get<std::string>("tokenizer");
   const fs::path out = options.get<std::string>("out");
   Json json = shape_config(name);
-  if (options.has("layers")) set_layers(json, options.get<std::int64_t>("layers"));
+  if (options.has("layers")) set_layers(json, name, options.get<std::int64_t>("layers"));
   const ModelConfig config = parse_config(json, nullptr, name);
   if (fs::exists(fs::symlink_status(out)))
     throw usage_error(out.string(), "an output that does not exist yet", "an existing one",

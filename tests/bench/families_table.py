@@ -18,7 +18,7 @@ FAMILIES = {  # model_type: what users call it
     "llama": "Llama 2, 3, 3.x, SmolLM2, DeepSeek-R1-Distill-Llama", "qwen2": "Qwen2, Qwen2.5, DeepSeek-R1-Distill-Qwen",
     "mistral": "Mistral", "mixtral": "Mixtral", "phi3": "Phi-3, Phi-3.5, Phi-4-mini", "gemma": "Gemma 1",
     "gemma2": "Gemma 2", "gemma3_text": "Gemma 3 (text)", "qwen3": "Qwen3", "smollm3": "SmolLM3",
-    "qwen3_moe": "Qwen3-MoE"}
+    "qwen3_moe": "Qwen3-MoE", "gpt2": "GPT-2", "gpt_neox": "GPT-NeoX, Pythia"}
 COLUMNS = {  # name: (test program, test)
     "logits by LibTorch": ("test_model", "LibTorchLogitsAreThoseOfTransformers"),
     "logits by the runtime": ("test_runtime", "LogitsAreThoseOfTransformers"),

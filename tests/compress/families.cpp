@@ -187,6 +187,26 @@ TEST_P(FamilyChain, PrunedInDepthAndWidthBothForwardsAgree) {
   }
 }
 
+// One block and a third of the neurons of the teacher, copied: what the student is runs in both forwards.
+TEST_P(FamilyChain, StudentCutFromItRunsInBothForwards) {
+  const fs::path model = scratch_ / "model";
+  testing::make_family_folder(golden_.at("config"), model);
+  const ModelConfig config = Checkpoint(model).config();
+  const int last = static_cast<int>(config.num_layers) - 1;
+  const std::int64_t width = config.has_experts() ? 0 : 16;
+  Decoder teacher = load_decoder(Checkpoint(model), torch::kCPU);
+  Decoder student = cut_student(teacher, {last}, width);
+  save_decoder(student, "float32", {}, scratch_ / "student");
+  const Checkpoint saved(scratch_ / "student");
+  EXPECT_EQ(saved.config().num_layers, 1);
+  EXPECT_EQ(saved.config().intermediate_size, width > 0 ? width : config.intermediate_size);
+  EXPECT_EQ(saved.read_f32("model.layers.0.self_attn.o_proj.weight"),
+            Checkpoint(model).read_f32(
+                "model.layers." + std::to_string(last) + ".self_attn.o_proj.weight"));
+  const auto [folder, file] = both(scratch_ / "student");
+  EXPECT_LT(largest_difference(folder, file), 1e-3);
+}
+
 // A Phi-3 without rotary tricks is a Llama whose q, k, v and gate, up stand in one tensor each: what narrows the one
 // must choose the same neurons of the other.
 TEST(FusedFamily, NarrowsLikeSeparateTensors) {

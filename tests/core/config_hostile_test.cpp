@@ -26,6 +26,8 @@ void expect_sane(const ModelConfig& c, const std::string& what) {
   for (const auto* list : {&c.layer_slides, &c.layer_rotates})
     EXPECT_TRUE(list->empty() || static_cast<std::int64_t>(list->size()) == c.num_layers) << what;
   EXPECT_TRUE(c.layer_slides.empty() || c.sliding_window > 0) << what;
+  EXPECT_TRUE(!c.learned_positions || c.max_position_embeddings <= 1 << 24) << what;
+  EXPECT_TRUE(c.activation != Activation::kGelu || !c.gated_mlp) << what;
   EXPECT_TRUE(!c.has_experts() || (c.experts.per_token > 0 && c.experts.per_token <= c.experts.count)) << what;
   for (const std::int64_t positions : {1, 1 << 20}) {
     for (const RopeKind kind : {RopeKind::kGlobal, RopeKind::kLocal, RopeKind::kNone}) {
@@ -49,6 +51,9 @@ void try_config(const Json& config, const std::string& what, int& read, int& ref
     EXPECT_EQ(again.layer_rotates, parsed.layer_rotates) << what;
     EXPECT_EQ(rope_frequencies(again), rope_frequencies(parsed)) << what;
     EXPECT_EQ(parameter_count(again), parameter_count(parsed)) << what;
+    EXPECT_TRUE(again.rotated() == parsed.rotated() && again.activation == parsed.activation &&
+                again.parallel_residual == parsed.parallel_residual && again.rms_norm_eps == parsed.rms_norm_eps &&
+                again.attention_scale == parsed.attention_scale) << what;
   } catch (const Error& error) {
     ++refused;
     EXPECT_EQ(error.code(), ExitCode::kInput) << what << ": " << error.what();
@@ -66,7 +71,8 @@ TEST(HostileConfig, EveryKeyOfEveryFamily) {
     const std::string name = entry.path().stem().string();
     std::vector<std::string> keys = {"sliding_window", "rope_scaling", "rope_parameters", "partial_rotary_factor",
                                      "layer_types", "head_dim", "text_config", "num_experts", "no_rope_layers",
-                                     "original_max_position_embeddings", "rope_theta", "num_key_value_heads"};
+                                     "original_max_position_embeddings", "rope_theta", "num_key_value_heads",
+                                     "rotary_pct", "rotary_emb_base", "n_inner", "hidden_size"};
     for (const auto& [key, value] : config.items()) keys.push_back(key);
     for (const std::string& key : keys) {
       Json without = config;

@@ -148,15 +148,19 @@ TEST(Config, RefusesWhatItCannotCompute) {
     c.erase("hidden_act");
   };
   const auto mistral = [&](Json& c) { family(c, "Mistral"); };
+  const auto gpt2 = [&](Json& c) {
+    c = {{"architectures", {"GPT2LMHeadModel"}}, {"model_type", "gpt2"}, {"vocab_size", 50}, {"n_embd", 128},
+         {"n_layer", 2}, {"n_head", 4}, {"n_positions", 64}};
+  };
   const auto long_rope = [](std::size_t shorts, std::size_t longs) {
     return Json{{"type", "longrope"},
                 {"short_factor", std::vector<double>(shorts, 1.0)},
                 {"long_factor", std::vector<double>(longs, 2.0)}};
   };
   const std::vector<std::pair<std::function<void(Json&)>, std::string>> cases = {
-      {[](Json& c) { c["architectures"] = {"GPT2LMHeadModel"}; },
+      {[](Json& c) { c["architectures"] = {"GPTJForCausalLM"}; },
        "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"},
-      {[](Json& c) { c["architectures"] = {"GPTNeoXForCausalLM"}; }, "GPTNeoXForCausalLM"},
+      {[](Json& c) { c["architectures"] = {"BloomForCausalLM"}; }, "BloomForCausalLM"},
       {[](Json& c) { c["architectures"] = {"Gemma3ForConditionalGeneration"}; }, "Gemma3ForConditionalGeneration"},
       {[](Json& c) { c.erase("architectures"), c["model_type"] = "mamba"; }, "mamba"},
       {[](Json& c) { c["num_attention_heads"] = 0; }, "num_attention_heads is 0"},
@@ -276,6 +280,31 @@ TEST(Config, RefusesWhatItCannotCompute) {
          family(c, "SmolLM3"), c["layer_types"] = {"sliding_attention", "full_attention"};
        },
        "sliding_window is missing"},
+      {[&](Json& c) { gpt2(c), c["n_head"] = 0; }, "n_head is 0"},
+      {[&](Json& c) { gpt2(c), c["n_head"] = 3; }, "n_embd 128 is not divided by n_head 3"},
+      {[&](Json& c) { gpt2(c), c["n_head"] = 128; }, "head_dim 1 is odd"},
+      {[&](Json& c) { gpt2(c), c["n_embd"] = -128; }, "n_embd is -128"},
+      {[&](Json& c) { gpt2(c), c.erase("n_embd"); }, "n_embd is missing"},
+      {[&](Json& c) { gpt2(c), c["n_inner"] = 0; }, "n_inner is 0"},
+      {[&](Json& c) { gpt2(c), c["n_layer"] = 0; }, "n_layer is 0"},
+      {[&](Json& c) { gpt2(c), c["n_positions"] = 0; }, "n_positions is 0"},
+      {[&](Json& c) { gpt2(c), c["n_positions"] = 1 << 30; }, "n_positions is 1073741824, above"},
+      {[&](Json& c) { gpt2(c), c["head_dim"] = 64; }, "head_dim is not 32"},
+      {[&](Json& c) { gpt2(c), c["activation_function"] = "relu"; }, "activation_function is \"relu\""},
+      {[&](Json& c) { gpt2(c), c["scale_attn_by_inverse_layer_idx"] = true; }, "scale_attn_by_inverse_layer_idx"},
+      {[&](Json& c) { gpt2(c), c["add_cross_attention"] = true; }, "add_cross_attention"},
+      {[&](Json& c) { gpt2(c), c["layer_norm_epsilon"] = -1; }, "layer_norm_epsilon"},
+      {[&](Json& c) { family(c, "GPTNeoX"), c["num_attention_heads"] = 0; }, "num_attention_heads is 0"},
+      {[&](Json& c) { family(c, "GPTNeoX"), c["num_attention_heads"] = 6; }, "not divided"},
+      {[&](Json& c) { family(c, "GPTNeoX"), c["rotary_pct"] = 2; }, "rotary_pct is 2"},
+      {[&](Json& c) { family(c, "GPTNeoX"), c["rotary_pct"] = 0; }, "rotary_pct rotates 0 of 32"},
+      {[&](Json& c) { family(c, "GPTNeoX"), c["rotary_pct"] = 0.1; }, "rotary_pct rotates 3 of 32"},
+      {[&](Json& c) { family(c, "GPTNeoX"), c["num_attention_heads"] = 32; }, "rotary_pct rotates 1 of 4"},
+      {[&](Json& c) { family(c, "GPTNeoX"), c["rope_parameters"] = {{"partial_rotary_factor", -1}}; },
+       "rope_parameters.partial_rotary_factor is -1"},
+      {[&](Json& c) { family(c, "GPTNeoX"), c["rotary_emb_base"] = 0; }, "rotary_emb_base is 0"},
+      {[&](Json& c) { family(c, "GPTNeoX"), c["hidden_act"] = "relu"; }, "hidden_act is \"relu\""},
+      {[&](Json& c) { family(c, "GPTNeoX"), c["use_parallel_residual"] = 1; }, "use_parallel_residual is 1"},
   };
   for (const auto& [change, expected] : cases) {
     const std::string message = with(change);

@@ -19,7 +19,8 @@ TEST(Shapes, HaveThePublishedNumberOfParameters) {
       {"Llama-3.2-1B", 1235814400},  {"Llama-3.1-8B", 8030261248}, {"Qwen2.5-0.5B", 494032768},
       {"Qwen2.5-1.5B", 1543714304},  {"DeepSeek-R1-Distill-Qwen-1.5B", 1777088000},
       {"Gemma-3-270M", 268098176},   {"Gemma-3-1B", 999885952},    {"Phi-3-mini", 3821079552},
-      {"Mistral-7B", 7241732096},    {"Mixtral-8x7B", 46702792704}};
+      {"Mistral-7B", 7241732096},    {"Mixtral-8x7B", 46702792704}, {"GPT-2", 124439808},
+      {"Pythia-160M", 162322944}};
   ASSERT_EQ(shapes().size(), published.size());
   for (const Shape& shape : shapes())
     EXPECT_EQ(parameter_count(parse_config(parse_json(shape.config, shape.name), nullptr, shape.name)),

@@ -43,7 +43,8 @@ def values(name, shape, adds_one):
     with np.errstate(over="ignore"):
         x = splitmix64(np.uint64(fnv1a64(name)) + np.arange(int(np.prod(shape)), dtype=np.uint64)) >> np.uint64(52)
     x = x.astype(np.float64) - 2048
-    numbers = (0.0 if adds_one else 1.0) + x / 4096 if name.endswith("norm.weight") else x / 8192
+    norm = name.endswith("norm.weight") or (".ln_" in name and name.endswith(".weight"))
+    numbers = (0.0 if adds_one else 1.0) + x / 4096 if norm else x / 8192
     return torch.from_numpy(numbers.astype(np.float32)).reshape(shape)
 
 
@@ -84,6 +85,11 @@ def base(**changes):
 def long_factors(pairs):
     return {"short_factor": [1.0 + 0.05 * i for i in range(pairs)],
             "long_factor": [1.5 + 0.7 * i for i in range(pairs)]}
+
+
+def gpt2(**changes):
+    return {**dict(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2),
+            **changes}
 
 
 T = transformers
@@ -177,6 +183,27 @@ CASES = {
     "qwen3_moe_plain": lambda: T.Qwen3MoeConfig(**base(num_key_value_heads=1), head_dim=8, num_experts=6,
                                                 num_experts_per_tok=4, moe_intermediate_size=40, norm_topk_prob=False,
                                                 tie_word_embeddings=True),
+    # GPT-2: as transformers saves it; a width of its own, unscaled scores, exact gelu, an untied head; as published.
+    "gpt2": lambda: T.GPT2Config(**gpt2()),
+    "gpt2_inner": lambda: T.GPT2Config(**gpt2(n_head=2, n_layer=3), n_inner=48, scale_attn_weights=False,
+                                       reorder_and_upcast_attn=True, activation_function="gelu",
+                                       tie_word_embeddings=False, layer_norm_epsilon=1e-3),
+    "gpt2_published": lambda: {**gpt2(n_embd=48), "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",
+                               "activation_function": "gelu_new", "attn_pdrop": 0.1, "embd_pdrop": 0.1,
+                               "initializer_range": 0.02, "layer_norm_epsilon": 1e-5, "n_ctx": 64, "resid_pdrop": 0.1,
+                               "summary_type": "cls_index", "vocab_size": 64},
+    # GPT-NeoX: parallel and sequential, a quarter and all of each head rotating, scaled, without biases, tied; as
+    # published.
+    "gpt_neox": lambda: T.GPTNeoXConfig(**base(), tie_word_embeddings=False),
+    "gpt_neox_sequential": lambda: T.GPTNeoXConfig(
+        **base(num_attention_heads=2, num_hidden_layers=3), use_parallel_residual=False, attention_bias=False,
+        tie_word_embeddings=True, layer_norm_eps=1e-4,
+        rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0, "partial_rotary_factor": 1.0}),
+    "gpt_neox_published": lambda: {**base(intermediate_size=128), "architectures": ["GPTNeoXForCausalLM"],
+                                   "model_type": "gpt_neox", "hidden_act": "gelu", "initializer_range": 0.02,
+                                   "layer_norm_eps": 1e-5, "rotary_emb_base": 1000, "rotary_pct": 0.5,
+                                   "tie_word_embeddings": False, "torch_dtype": "float16",
+                                   "transformers_version": "4.24.0", "use_cache": True, "use_parallel_residual": True},
 }
 
 

@@ -81,6 +81,43 @@ TEST_P(RuntimeFamily, DecodingInPiecesEqualsPrefill) {
   RecordProperty("difference", std::to_string(largest * 1e6));
 }
 
+// Learned positions end; what stands behind their table must not be read, whatever limit a caller asks for.
+TEST_P(RuntimeFamily, NoTextIsLongerThanLearnedPositions) {
+  const auto opened = engine();
+  if (!opened->config().learned_positions) return;
+  const std::int64_t most = opened->config().max_position_embeddings;
+  for (const std::int64_t asked : {std::int64_t{0}, most + 40}) {
+    Session session(opened, asked);
+    session.feed(std::vector<std::int32_t>(static_cast<std::size_t>(most), 3));
+    const std::vector<std::int32_t> one = {5};
+    try {
+      session.feed(one);
+      ADD_FAILURE() << "fed position " << most;
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ExitCode::kInput);
+      EXPECT_NE(std::string(error.what()).find(std::to_string(most) + " positions"), std::string::npos) << error.what();
+    }
+    EXPECT_EQ(session.position(), most);
+  }
+}
+
+// Their table takes no codes: half precision where the rest has some.
+TEST_P(RuntimeFamily, LearnedPositionsStayFloats) {
+  const Checkpoint model(scratch_ / "model");
+  for (const auto& [codec, expected] : {std::pair("q4", "f16"), std::pair("q8", "f16"), std::pair("bf16", "bf16"),
+                                        std::pair("keep", "f32")}) {
+    ExportOptions options;
+    options.codec = codec;
+    int tables = 0;
+    for (const CompactWriter::Plan& tensor : plan_export(model, options).tensors) {
+      if (tensor.name != "model.embed_positions.weight") continue;
+      EXPECT_EQ(tensor.codec.name(), expected) << codec;
+      ++tables;
+    }
+    EXPECT_EQ(tables, model.config().learned_positions ? 1 : 0);
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Goldens, RuntimeFamily, ::testing::ValuesIn(testing::family_names()),
                          [](const auto& golden) { return golden.param; });
 

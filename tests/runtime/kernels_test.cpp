@@ -332,13 +332,18 @@ TEST_P(KernelsTest, ElementwiseKernelsMatchDoubles) {
       ASSERT_NEAR(gate[i], want, 1e-6 * std::abs(want) + 1e-6) << before[i];
     }
 
-    std::vector<float> tanh_gate = before, capped = before;
+    std::vector<float> tanh_gate = before, capped = before, tanh_alone = before, exact = before;
     k.gelu_mul(tanh_gate.data(), w.data(), n);
+    k.gelu_tanh(tanh_alone.data(), n);
+    k.gelu(exact.data(), n);
     k.soft_cap(capped.data(), 5.0f, n);
     for (std::size_t i = 0; i < x.size(); ++i) {
       const double g = before[i], inner = std::sqrt(2 / std::numbers::pi) * (g + 0.044715 * g * g * g);
       const double want = 0.5 * g * (1 + std::tanh(inner)) * w[i];
       ASSERT_NEAR(tanh_gate[i], want, 1e-6 * std::abs(want) + 1e-6) << before[i];
+      const double alone = 0.5 * g * (1 + std::tanh(inner)), by_erf = 0.5 * g * std::erfc(-g / std::sqrt(2.0));
+      ASSERT_NEAR(tanh_alone[i], alone, 1e-6 * std::abs(alone) + 1e-6) << before[i];
+      ASSERT_NEAR(exact[i], by_erf, 1e-6 * std::abs(by_erf) + 1e-6) << before[i];
       ASSERT_NEAR(capped[i], 5 * std::tanh(g / 5), 2e-6) << before[i];
     }
 
@@ -368,6 +373,12 @@ TEST_P(KernelsTest, NanPassesThroughElementwiseKernels) {
   std::vector<float> tanh_gate = gate, capped = gate;
   k.gelu_mul(tanh_gate.data(), up.data(), 20);
   EXPECT_TRUE(std::isnan(tanh_gate[17]));
+  for (const auto kernel : {k.gelu_tanh, k.gelu}) {
+    std::vector<float> alone = gate;
+    kernel(alone.data(), 20);
+    EXPECT_TRUE(std::isnan(alone[17]));
+    EXPECT_FALSE(std::isnan(alone[16]));
+  }
   k.soft_cap(capped.data(), 30.0f, 20);
   EXPECT_TRUE(std::isnan(capped[17]));
   k.silu_mul(gate.data(), up.data(), 20);

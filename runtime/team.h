@@ -1,0 +1,42 @@
+// Threads that work through one forward pass together: how they wait for each other, and how many they should be.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+namespace pare {
+
+// Waits for a few microseconds, then sleeps: where other programs want the cores too, a thread that spins for its
+// partner takes away the time that the partner needs.
+class TeamBarrier {
+ public:
+  void wait(int threads);
+
+ private:
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<std::uint32_t> phase_{0};
+};
+
+// Chooses between one thread and the whole team for calls of about the same size. Waking and waiting cost
+// microseconds, so tiny calls stay alone; and where other programs hold the cores, a team waits at every barrier for
+// the thread that was put aside, which can cost far more than a second thread brings. So both ways are timed, the
+// faster one is used, and the other is tried again now and then. The bits are the same either way.
+class TeamChoice {
+ public:
+  // products: multiplications and additions between two barriers.
+  int threads(std::int64_t products, int most) const;
+  void record(std::int64_t products, int threads, double seconds);
+
+ private:
+  struct Pace {
+    double seconds[2] = {0, 0};  // a product: alone, as a team; 0: not known
+    int calls = 0;
+    int until_trial = 0;  // calls before the slower way is timed again
+  };
+  static constexpr int kFirstCalls = 6;  // taken in turn; the best of each counts, as the first may read from disk
+  static std::size_t size_class(std::int64_t products);
+  Pace paces_[64];
+};
+
+}  // namespace pare
