@@ -83,6 +83,10 @@ std::string file_name(const std::string& label) {
   return name;
 }
 
+bool calibrates_on_random_tokens(const Json& given) {
+  return given.contains("random-tokens") && given["random-tokens"] == true;
+}
+
 }  // namespace
 
 std::string hash_path(const fs::path& path) {
@@ -154,7 +158,7 @@ Options Pipeline::stage_options(std::size_t index, const fs::path& input, const 
     if (d.name == "model" && !cuts) given["model"] = input.string();
     if (d.name == "out") given["out"] = out.string();
     if (given.contains(d.name)) continue;
-    if (d.name == "text" && !text.empty()) {
+    if (d.name == "text" && !text.empty() && !calibrates_on_random_tokens(given)) {
       if (d.type == OptionType::kTextList) {
         given["text"] = text;
       } else if (text.size() == 1) {
@@ -267,7 +271,7 @@ std::string Pipeline::resolved_recipe() const {
 bool Pipeline::any_stage_takes_text() const {
   return std::any_of(recipe_.stages.begin(), recipe_.stages.end(), [&](const RecipeStage& s) {
     const auto& options = command(s.name).options;
-    return !s.given.contains("text") &&
+    return !s.given.contains("text") && !calibrates_on_random_tokens(s.given) &&
            std::any_of(options.begin(), options.end(), [](const OptionDecl& d) { return d.name == "text"; });
   });
 }

@@ -366,16 +366,11 @@ QuantizedTensor CheckpointWriter::State::stored_codes(const StoredTensor& stored
   return joined;
 }
 
-// Whether compressed-tensors can express the codes of a stored tensor. That form knows Linear modules, by the name that
-// is the tensor's (transformers 5 renames the heads of some families on loading), with one codec for all rows.
-// compressed-tensors 0.20 lays out the packed zero points of asymmetric codes otherwise on loading than on saving (its
-// skeleton expects them unpacked), so transformers refuses such folders.
+// All rows of the stored tensor must have the one codec that compressed-tensors has for a module.
 bool CheckpointWriter::State::packs(const StoredTensor& stored) const {
   const TensorSpec& spec = *stored.parts[0];
-  if (stored.transposed || (spec.role != TensorRole::kLinear && spec.role != TensorRole::kHead)) return false;
-  if (spec.role == TensorRole::kHead && stored.name != spec.name) return false;
   const Entry& first = entries.find(spec.name)->second;
-  if (first.dense || first.codec.kind == CodecKind::kQ4a) return false;
+  if (first.dense || !has_packed_form(config, spec, first.codec)) return false;
   return std::all_of(stored.parts.begin(), stored.parts.end(), [&](const TensorSpec* part) {
     const Entry& entry = entries.find(part->name)->second;
     return !entry.dense && entry.codec == first.codec;

@@ -105,4 +105,10 @@ bool is_buffer(const ModelConfig& config, std::string_view name) {
   return std::any_of(buffers.begin(), buffers.end(), [&](const char* suffix) { return name.ends_with(suffix); });
 }
 
+bool has_packed_form(const ModelConfig& config, const TensorSpec& spec, const Codec& codec) {
+  if ((spec.role != TensorRole::kLinear && spec.role != TensorRole::kHead) || codec.kind == CodecKind::kQ4a) return false;
+  const auto place = placement(config, spec);
+  return !place || (!place->transposed && (spec.role != TensorRole::kHead || place->name == spec.name));
+}
+
 }  // namespace pare

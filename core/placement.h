@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "core/codec.h"
 #include "core/config.h"
 
 namespace pare {
@@ -46,6 +47,11 @@ void take_rows_from(const Placement& place, const TensorSpec& spec, const std::b
 // All of our tensor to where it belongs among the bytes of the stored one.
 void put_into(const Placement& place, const TensorSpec& spec, const std::byte* own, std::size_t size,
               std::byte* stored);
+
+// Whether compressed-tensors can express codes of this tensor: that form knows Linear modules, by the name that is the
+// tensor's (transformers 5 renames the heads of some families on loading). compressed-tensors 0.20 lays out the packed
+// zero points of asymmetric codes otherwise on loading than on saving, so transformers refuses such folders.
+bool has_packed_form(const ModelConfig& config, const TensorSpec& spec, const Codec& codec);
 
 // What comes before the names of the base model, "transformer." say, and is missing where it was saved alone; or "".
 std::string base_prefix(const ModelConfig& config);

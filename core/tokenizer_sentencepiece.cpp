@@ -25,7 +25,7 @@ struct Module {
   std::string problem;
 };
 
-// The module stands beside the program, or where it was built.
+// The module stands beside the program; the tests stand a folder below it.
 const Module& module() {
   static const Module opened = [] {
     Module out;
@@ -34,11 +34,10 @@ const Module& module() {
 #else
     const int flags = RTLD_NOW | RTLD_LOCAL | RTLD_DEEPBIND;
 #endif
-    const fs::path built = PARE_SENTENCEPIECE_MODULE;
     std::error_code ignored;
-    const fs::path beside = fs::read_symlink("/proc/self/exe", ignored).parent_path() / built.filename();
-    void* handle = fs::exists(beside, ignored) ? dlopen(beside.c_str(), flags) : nullptr;
-    if (!handle) handle = dlopen(built.c_str(), flags);
+    const fs::path folder = fs::read_symlink("/proc/self/exe", ignored).parent_path();
+    const fs::path beside = folder / PARE_SENTENCEPIECE_MODULE, above = folder.parent_path() / beside.filename();
+    void* handle = dlopen((fs::exists(beside, ignored) ? beside : above).c_str(), flags);
     if (handle) out.read = reinterpret_cast<PareSpmRead*>(dlsym(handle, "pare_sentencepiece_read"));
     if (!out.read)
       if (const char* why = dlerror()) out.problem = why;

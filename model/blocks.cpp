@@ -54,7 +54,8 @@ struct Step {
   std::int64_t expert = -1;
 };
 
-constexpr BlockStage kAttention[] = {BlockStage::kQkv, BlockStage::kO}, kMlp[] = {BlockStage::kGateUp, BlockStage::kDown};
+constexpr BlockStage kAttention[] = {BlockStage::kQkv, BlockStage::kO},
+                     kMlp[] = {BlockStage::kGateUp, BlockStage::kDown};
 
 // Rows that one window adds to a shard's inputs.
 struct WindowRows {
@@ -361,9 +362,10 @@ void Walk::through_experts(DecoderBlock& block, Activations& stream, const Work&
             expert == 0 ? torch::zeros_like(state) : hidden(expert_sums_, w);
         const torch::Tensor sum = block->add_expert(before.view({-1, config_.hidden_size}), normed,
                                                     block->expert_shares(normed), expert);
-        const torch::Tensor next = expert + 1 < config_.experts.count ? sum : residual_add(state, sum.view(state.sizes()));
+        const bool last = expert + 1 == config_.experts.count;
+        const torch::Tensor next = last ? residual_add(state, sum.view(state.sizes())) : sum;
         const torch::Tensor values = next.to(torch::kCPU, torch::kFloat).contiguous();
-        (expert + 1 < config_.experts.count ? expert_sums_ : stream).write(w, values.data_ptr<float>());
+        (last ? stream : expert_sums_).write(w, values.data_ptr<float>());
       });
     }
     drop_expert(block, config_, expert);
@@ -403,7 +405,8 @@ void Walk::run(BlockVisitor& visitor) {
   const SingleThreadedTorch single;  // parallelism is over windows
   rope_ = rope_tables(config_, windows_.length, device_);
   if (!options_.spill.empty() && context_.progress) {
-    const double bytes = static_cast<double>(windows_.count * window_size_) * 4 * (options_.original_stream ? 2 : 1);
+    const int streams = (options_.original_stream ? 2 : 1) + (config_.has_experts() ? 1 : 0);
+    const double bytes = static_cast<double>(windows_.count * window_size_) * 4 * streams;
     char text[96];
     std::snprintf(text, sizeof text, "Activations (%.2f GB) go to an HDF5 file in ", bytes / 1e9);
     context_.progress->note(text + options_.spill.string());
@@ -545,6 +548,14 @@ void require_device(const std::string& name) {
   parse_device(name);
 }
 
+std::uint64_t block_work_bytes(const ModelConfig& config, std::int64_t rows) {
+  const auto queries = config.num_heads * config.head_dim, keys = config.num_kv_heads * config.head_dim;
+  // Hidden state, its normed form and the result; gate and up apart, joined and multiplied, or the same of q, k and v.
+  return 4 * static_cast<std::uint64_t>(rows) *
+         static_cast<std::uint64_t>(3 * config.hidden_size +
+                                    std::max(5 * config.intermediate_size, 3 * queries + 4 * keys));
+}
+
 std::uint64_t walk_peak_bytes(const ModelConfig& config, std::int64_t windows, std::int64_t length,
                               const WalkOptions& options) {
   const auto hidden = static_cast<std::uint64_t>(config.hidden_size);
@@ -559,8 +570,11 @@ std::uint64_t walk_peak_bytes(const ModelConfig& config, std::int64_t windows, s
   const std::uint64_t originals = hidden * std::max(attention, 2 * inner) * 4;
   const std::uint64_t inputs = static_cast<std::uint64_t>(std::min(windows, kShardWindows) * length) * wide * 4;
   const std::uint64_t square = wide * wide * (static_cast<std::int64_t>(wide) > options.widest_double ? 4 : 8);
+  const auto threads = static_cast<std::uint64_t>(
+      std::min<std::int64_t>({options.threads > 0 ? options.threads : omp_get_num_procs(), kShardWindows, windows}));
+  const std::uint64_t computing = threads * block_work_bytes(config, length);
   const std::uint64_t walking = block * (options.cross ? 2 : 1) +
-                                std::max(originals, 2 * inputs * (options.cross ? 2 : 1)) +
+                                std::max(originals, 2 * inputs * (options.cross ? 2 : 1) + computing) +
                                 (options.hessian ? square * (options.cross ? 2 : 1) : 0);
   return (options.spill.empty() ? streams * tokens * hidden * 4 : 0) + walking;
 }

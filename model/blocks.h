@@ -1,4 +1,5 @@
-// The block walk: one decoder block's weights resident (of experts one), calibration activations carried from block to block, once
+// The block walk: one decoder block's weights resident (of experts one), calibration activations carried from block to
+// block, once
 // through the original weights and once through the weights as compressed so far. Shared by prune and quantize.
 // No LibTorch types here.
 #pragma once
@@ -108,6 +109,8 @@ std::string expert_summary(std::span<const std::int64_t> tokens, std::int64_t le
 // Errors: exit 2 for a name that is no device, exit 5 for a device that this build or machine does not have.
 void require_device(const std::string& name);
 
+// What a block computes with for `rows` positions, in bytes beside its weights.
+std::uint64_t block_work_bytes(const ModelConfig& config, std::int64_t rows);
 // Peak anonymous memory of a walk: activations unless they are spilled, one block, the originals and the statistics of
 // one input, in bytes; from the config alone.
 std::uint64_t walk_peak_bytes(const ModelConfig& config, std::int64_t windows, std::int64_t length,

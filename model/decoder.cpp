@@ -150,6 +150,11 @@ Tensor DecoderBlockImpl::norm(const Tensor& x, const Norm& norm) {
 // The rows of several projections as one product; the gradient is split again by cat's own backward.
 Tensor DecoderBlockImpl::project_packed(const Tensor& x, const std::vector<Linear>& parts) {
   if (parts.size() == 1) return project(x, parts[0].weight, parts[0].bias);
+  if (!torch::GradMode::is_enabled()) {  // joining the results costs less than joining the weights
+    std::vector<Tensor> results;
+    for (const Linear& part : parts) results.push_back(project(x, part.weight, part.bias));
+    return torch::cat(results, -1);
+  }
   std::vector<Tensor> weights, biases;
   for (const Linear& part : parts) {
     weights.push_back(part.weight);
@@ -217,7 +222,7 @@ Tensor DecoderBlockImpl::expert_shares(const Tensor& normed) {
 
 Tensor DecoderBlockImpl::expert_mix(const Tensor& rows, std::int64_t expert) {
   const Expert& e = experts_[static_cast<std::size_t>(expert)];
-  return activated(project(rows, torch::cat({e.gate, e.up}, 0), Tensor()));
+  return activated(project_packed(rows, {{e.gate, Tensor()}, {e.up, Tensor()}}));
 }
 
 Tensor DecoderBlockImpl::add_expert(const Tensor& sum, const Tensor& normed, const Tensor& shares,

@@ -77,8 +77,8 @@ void pack_panels(const float* x, std::int64_t rows, std::int64_t cols, std::vect
   }
 }
 
-// Strip by strip: `depth` rows of the matrix by kStrip columns stand packed as [column / 4][row][4], so that rows a power
-// of two apart do not fight for the same cache lines, and serve every row of the tile.
+// Strip by strip: `depth` rows of the matrix by kStrip columns stand packed as [column / 4][row][4], so that rows a
+// power of two apart do not fight for the same cache lines, and serve every row of the tile.
 constexpr std::int64_t kStrip = 64, kDepth = 64;
 
 template <class T>
@@ -367,7 +367,7 @@ void sweep_columns(const float* weight, std::int64_t rows, const SweepFactor& fa
 
 namespace {
 
-// Runs work(tile, d) with d = a - b of 32 rows, [cols * kSweepRows], zero where a tile has fewer.
+// Runs work(tile, d) with d = a - b of kSweepRows rows, [cols * kSweepRows], zero where a tile has fewer.
 template <class Work>
 void each_tile(const float* a, const float* b, std::int64_t rows, std::int64_t cols, int threads, const Work& work) {
   const std::int64_t tiles = (rows + kSweepRows - 1) / kSweepRows;

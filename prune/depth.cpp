@@ -178,14 +178,16 @@ std::uint64_t peak(const ModelConfig& config, const Options& options, const fs::
   const auto samples = options.get<std::int64_t>("samples"), length = window_length(config, options);
   const std::uint64_t streams = (config.has_experts() ? 2 : 1) * static_cast<std::uint64_t>(std::min<std::int64_t>(
       group_size(config, samples, length), config.num_layers));
-  return compare_peak_bytes(config, samples, length) + streams * stream_bytes(config, samples, length);
+  return compare_peak_bytes(config, samples, length, std::min<std::int64_t>(group_size(config, samples, length),
+                                                                            config.num_layers)) +
+         streams * stream_bytes(config, samples, length);
 }
 
 double passes(const ModelConfig& config, const Options& options) {
-  double blocks = static_cast<double>(config.num_layers);  // the original
+  double blocks = 0;
   for (std::int64_t round = 0; round < options.get<std::int64_t>("remove"); ++round) {
     const auto alive = static_cast<double>(config.num_layers - round);
-    blocks += alive * (alive - 1) / 2 + alive;
+    blocks += static_cast<double>(config.num_layers) + alive * (alive - 1) / 2 + alive;  // the original first
   }
   return blocks / static_cast<double>(config.num_layers);
 }

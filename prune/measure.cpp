@@ -16,7 +16,7 @@ namespace {
 
 using torch::Tensor;
 
-constexpr std::int64_t kShardTokens = 2048;
+constexpr std::int64_t kShardTokens = 512;
 constexpr std::int64_t kSlice = 2048;  // ids whose logits are held at a time
 constexpr std::int64_t kRows = 512;    // positions of a window likewise: 8 MiB in double
 
@@ -219,7 +219,8 @@ std::vector<WindowFigures> compare_streams(const Stream& original, const Head& o
     for (std::int64_t w = 0; w < shards[s].size(0); ++w) windows.emplace_back(s, w);
   std::vector<WindowFigures> result(others.size());
   for (WindowFigures& figures : result)
-    for (std::vector<double>* list : {&figures.kl, &figures.loss, &figures.original_loss}) list->resize(windows.size());
+    for (std::vector<double>* list : {&figures.kl, &figures.loss, &figures.original_loss})
+      list->resize(windows.size());
   const std::int64_t vocab = original_head.vocab_size();
   for_each_shard(device, threads, windows.size(), [&](std::size_t i) {
     const auto [s, w] = windows[i];
@@ -290,16 +291,21 @@ Divergence compare_models(const Checkpoint& original, const Checkpoint& other, c
   return figures.divergence();
 }
 
-std::uint64_t compare_peak_bytes(const ModelConfig& config, std::int64_t windows, std::int64_t length) {
-  const auto tokens = static_cast<std::uint64_t>(group_tokens(windows, length));
-  const auto threads = static_cast<std::uint64_t>(std::max(1u, std::thread::hardware_concurrency()));
-  const auto hidden = static_cast<std::uint64_t>(config.hidden_size);
+std::uint64_t compare_peak_bytes(const ModelConfig& config, std::int64_t windows, std::int64_t length,
+                                 std::int64_t others) {
+  const std::int64_t tokens = group_tokens(windows, length), hidden = config.hidden_size;
+  const std::int64_t shard = std::max(length, std::min(tokens, kShardTokens));
+  const auto threads = std::min<std::int64_t>(std::max(1u, std::thread::hardware_concurrency()),
+                                              (tokens + shard - 1) / shard * (others + 1));
   WalkOptions none;
   none.original_stream = false;
-  // Two streams; beside them a block and what it works with, or slices of both heads and of their logits.
-  const std::uint64_t slices = threads * static_cast<std::uint64_t>(std::min(kSlice, config.vocab_size)) *
-                               (2 * 4 * hidden + 8 * 8 * static_cast<std::uint64_t>(std::min(kRows, length)));
-  return (config.has_experts() ? 3 : 2) * 4 * tokens * hidden + std::max(walk_peak_bytes(config, 0, length, none), slices);
+  const std::uint64_t computing = static_cast<std::uint64_t>(threads) * block_work_bytes(config, shard);
+  // Per thread: slices of both heads and of their logits, normed rows of all streams.
+  const std::int64_t rows = std::min(kRows, length);
+  const std::int64_t slices = std::min(kSlice, config.vocab_size) * (2 * 4 * hidden + 8 * 8 * rows);
+  const auto comparing = static_cast<std::uint64_t>(threads * (slices + 4 * rows * hidden * (others + 1)));
+  const auto streams = static_cast<std::uint64_t>((config.has_experts() ? 3 : 2) * 4 * tokens * hidden);
+  return streams + std::max(walk_peak_bytes(config, 0, length, none) + computing, comparing);
 }
 
 }  // namespace pare

@@ -74,7 +74,8 @@ std::vector<WindowFigures> compare_streams(const Stream& original, const Head& o
 // Both models over all windows, one block of each resident at a time.
 Divergence compare_models(const Checkpoint& original, const Checkpoint& other, const CalibrationWindows& windows,
                           const torch::Device& device, Context& context);
-// Peak anonymous bytes of compare_models.
-std::uint64_t compare_peak_bytes(const ModelConfig& config, std::int64_t windows, std::int64_t length);
+// Peak anonymous bytes of compare_models, or with more streams of one compare_streams.
+std::uint64_t compare_peak_bytes(const ModelConfig& config, std::int64_t windows, std::int64_t length,
+                                 std::int64_t others = 1);
 
 }  // namespace pare

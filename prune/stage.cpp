@@ -77,8 +77,8 @@ std::vector<OptionDecl> option_table() {
        .minimum = 2},
       {.name = "device", .type = OptionType::kText, .help = "cpu, cuda or cuda:N", .default_value = "cpu"},
       {.name = "max-ram",
-       .help = "memory to stay below, such as 4G: activations go to a file where they do not fit; refused (exit 5) "
-               "where that is not enough"},
+       .help = "memory to stay below, such as 4G: wanda and ffn-width move activations to a file where they do not "
+               "fit; refused (exit 5) where that is not enough"},
   };
 }
 

@@ -99,10 +99,11 @@ class Quantizer : public BlockVisitor {
     begin_block(layer);
     std::int64_t expert = -1;
     for (const TensorPlan& tensor : job_.plan) {
-      if (tensor.spec.layer != layer || !tensor.codec) continue;
+      if (tensor.spec.layer != layer) continue;
       throw_if_interrupted(tensor.spec.name, "the same command continues with this block");
       if (expert >= 0 && tensor.spec.expert != expert) put_piece(layer, expert);
       expert = tensor.spec.expert;
+      if (!tensor.codec) continue;
       codes_.emplace(tensor.spec.name, nearest(tensor));
       rows_.push_back({{"name", tensor.spec.name}, {"codec", tensor.codec->name()}});
     }

@@ -119,11 +119,6 @@ struct Sizes {
 };
 
 Sizes sizes_of(const ModelConfig& config, const std::vector<TensorPlan>& plan, const std::string& dtype) {
-  const auto is_linear = [&](const TensorSpec& spec) {  // in the folder
-    if (spec.role == TensorRole::kEmbedding) return false;
-    const auto place = placement(config, spec);
-    return !place || !place->transposed;
-  };
   Sizes sizes;
   for (const TensorPlan& tensor : plan) {
     const std::uint64_t count = elements(tensor.spec), dense = count * dtype_bytes(dtype);
@@ -136,8 +131,8 @@ Sizes sizes_of(const ModelConfig& config, const std::vector<TensorPlan>& plan, c
     const std::int64_t rows = tensor.spec.shape[0], cols = tensor.spec.shape[1];
     const auto groups = static_cast<std::uint64_t>(rows * tensor.codec->groups(cols));
     sizes.compact += tensor.codec->payload_bytes(rows, cols);
-    // Outside linears: floats for other loaders and one byte a code for ours.
-    sizes.folder += !is_linear(tensor.spec)
+    // Without a packed form: floats for other loaders and one byte a code for ours.
+    sizes.folder += !has_packed_form(config, tensor.spec, *tensor.codec)
                         ? count * 5 + groups * 3
                         : count * static_cast<std::uint64_t>(tensor.codec->bits()) / 8 + groups * 5;
   }

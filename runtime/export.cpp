@@ -3,7 +3,6 @@
 #include "core/error.h"
 #include "core/fused_rows.h"
 #include "core/tokenizer.h"
-#include "core/tokenizer_sentencepiece.h"
 #include "runtime/round_to_nearest.h"
 
 namespace pare {
@@ -12,8 +11,19 @@ namespace {
 constexpr const char* kEmbeddedFiles[] = {"tokenizer.json", "tokenizer_config.json", "generation_config.json",
                                           "special_tokens_map.json", "chat_template.jinja"};
 
-bool tokenizer_readable(const fs::path& folder) {
-  return fs::exists(folder / "tokenizer.json") || tok::reads_sentencepiece();
+// The runtime reads tokenizer.json alone: a tokenizer.model travels as what it means. Nothing, and a note, where the
+// folder has neither or has one that cannot be read: the weights are worth a file all the same.
+std::optional<std::string> embedded_tokenizer(const fs::path& folder, std::vector<std::string>* notes) {
+  constexpr const char* kConsequence = "the file can be measured but not given text: ";
+  try {
+    auto text = tokenizer_json_text(folder);
+    if (!text && notes) notes->push_back(std::string(kConsequence) + "the folder has no tokenizer");
+    return text;
+  } catch (const Error& error) {
+    if (error.code() != ExitCode::kInput) throw;
+    if (notes) notes->push_back(std::string(kConsequence) + error.what());
+    return std::nullopt;
+  }
 }
 
 Codec kept_float(DType dtype) {
@@ -56,12 +66,7 @@ ExportPlan plan_export(const Checkpoint& checkpoint, const ExportOptions& option
     plan.payload_bytes += codec.payload_bytes(spec.shape.size() == 2 ? spec.shape[0] : 1, spec.shape.back());
     plan.tensors.push_back({spec.name, codec, spec.shape});
   }
-  if (!has_tokenizer(checkpoint.folder())) {
-    plan.notes.push_back("the folder has no tokenizer.json: the file can be measured but not given text");
-  } else if (!tokenizer_readable(checkpoint.folder())) {
-    plan.notes.push_back("the folder has only sentencepiece's tokenizer.model and this program was built without "
-                         "libsentencepiece: the file can be measured but not given text");
-  }
+  embedded_tokenizer(checkpoint.folder(), &plan.notes);
   return plan;
 }
 
@@ -72,9 +77,7 @@ std::unique_ptr<CompactWriter> begin_export(const Checkpoint& checkpoint, const 
   std::map<std::string, std::string> embedded;
   for (const char* name : kEmbeddedFiles)
     if (fs::is_regular_file(checkpoint.folder() / name)) embedded[name] = read_text(checkpoint.folder() / name);
-  // The runtime reads tokenizer.json alone: a tokenizer.model travels as what it means.
-  if (tokenizer_readable(checkpoint.folder()))
-    if (auto text = tokenizer_json_text(checkpoint.folder())) embedded["tokenizer.json"] = std::move(*text);
+  if (auto text = embedded_tokenizer(checkpoint.folder(), nullptr)) embedded["tokenizer.json"] = std::move(*text);
   embedded["config.json"] = write_config(checkpoint.config(), checkpoint.float_dtype()).dump(2) + "\n";
   if (!options.recipe.empty()) embedded["recipe"] = options.recipe;
 

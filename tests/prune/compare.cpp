@@ -10,6 +10,14 @@
 namespace pare {
 namespace {
 
+void write_model(const fs::path& folder, const Json& config, std::uint64_t seed) {
+  fs::create_directories(folder);
+  Progress progress(true);
+  Context context;
+  context.progress = &progress;
+  write_random_model(folder, parse_config(config, nullptr, "test"), seed, context);
+}
+
 void make_random(const fs::path& folder, double softcap, bool tied, std::uint64_t seed) {
   Json config = {{"architectures", {softcap > 0 ? "Gemma2ForCausalLM" : "LlamaForCausalLM"}},
                  {"model_type", softcap > 0 ? "gemma2" : "llama"},
@@ -27,11 +35,7 @@ void make_random(const fs::path& folder, double softcap, bool tied, std::uint64_
     config["final_logit_softcapping"] = softcap;
     config["query_pre_attn_scalar"] = 8;
   }
-  fs::create_directories(folder);
-  Progress progress(true);
-  Context context;
-  context.progress = &progress;
-  write_random_model(folder, parse_config(config, nullptr, "test"), seed, context);
+  write_model(folder, config, seed);
 }
 
 Divergence brute_force(const Checkpoint& original, const Checkpoint& other, const CalibrationWindows& windows) {
@@ -73,6 +77,43 @@ TEST(CompareModels, EqualsWholeSoftmaxesOfWholeModels) {
     EXPECT_EQ(compare_models(a, a, windows, torch::kCPU, context).kl, 0.0);
     context.threads = 1;
     EXPECT_EQ(compare_models(a, b, windows, torch::kCPU, context).kl, found.kl);
+  }
+}
+
+TEST(CompareModels, EqualsWholeModelsWithExpertsAndWithLearnedPositions) {
+  const Json mixtral = {{"architectures", {"MixtralForCausalLM"}},
+                        {"model_type", "mixtral"},
+                        {"vocab_size", 90},
+                        {"hidden_size", 16},
+                        {"intermediate_size", 24},
+                        {"num_hidden_layers", 2},
+                        {"num_attention_heads", 2},
+                        {"num_key_value_heads", 1},
+                        {"num_local_experts", 4},
+                        {"num_experts_per_tok", 2},
+                        {"initializer_range", 0.5},
+                        {"max_position_embeddings", 64}};
+  const Json gpt2 = {{"architectures", {"GPT2LMHeadModel"}},
+                     {"model_type", "gpt2"},
+                     {"vocab_size", 90},
+                     {"n_embd", 16},
+                     {"n_layer", 2},
+                     {"n_head", 2},
+                     {"initializer_range", 0.5},
+                     {"n_positions", 64}};
+  for (const Json& config : {mixtral, gpt2}) {
+    const testing::Scratch scratch("compare");
+    write_model(scratch / "a", config, 1);
+    write_model(scratch / "b", config, 2);
+    const Checkpoint a(scratch / "a"), b(scratch / "b");
+    const CalibrationWindows windows = random_windows(90, 7, 50, 3);
+    Progress progress(true);
+    Context context;
+    context.progress = &progress;
+    const Divergence found = compare_models(a, b, windows, torch::kCPU, context), wanted = brute_force(a, b, windows);
+    EXPECT_GT(wanted.kl, 1e-2);
+    EXPECT_NEAR(found.kl / wanted.kl, 1.0, 1e-4);
+    EXPECT_NEAR(found.loss, wanted.loss, 1e-4);
   }
 }
 

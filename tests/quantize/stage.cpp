@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "core/error.h"
+#include "core/random_weights.h"
 #include "quantize/scales.h"
 #include "tests/quantize/tiny_model.h"
 
@@ -204,6 +205,43 @@ TEST(QuantizeStage, RefusalsNameTheProblemAndLeaveNothing) {
   const Error again = refused({{"model", out}, {"out", (scratch / "twice").string()}, {"method", "rtn"}});
   EXPECT_EQ(again.code(), ExitCode::kInput);
   EXPECT_FALSE(fs::exists(scratch / "twice.partial"));
+}
+
+TEST(QuantizeStage, ExpertsWithoutACodecAreWrittenAsTheyAre) {
+  ScratchFolder scratch;
+  const Json config = {{"architectures", {"MixtralForCausalLM"}},
+                       {"model_type", "mixtral"},
+                       {"vocab_size", 80},
+                       {"hidden_size", 32},
+                       {"intermediate_size", 64},
+                       {"num_hidden_layers", 2},
+                       {"num_attention_heads", 4},
+                       {"num_key_value_heads", 2},
+                       {"num_local_experts", 3},
+                       {"num_experts_per_tok", 2},
+                       {"max_position_embeddings", 64}};
+  fs::create_directories(scratch / "in");
+  Progress progress(true);
+  Context context;
+  context.progress = &progress;
+  write_random_model(scratch / "in", parse_config(config, nullptr, "test"), 1, context);
+  const Checkpoint in(scratch / "in");
+  for (const char* method : {"rtn", "gptq"}) {
+    for (const std::string kept : {"*experts.2.*=keep", "*experts.0.*=keep", "*experts*=keep"}) {
+      Json given = {{"model", (scratch / "in").string()}, {"out", (scratch / "out").string()}, {"method", method}};
+      given["policy"] = {kept};
+      if (std::string(method) == "gptq") given["random-tokens"] = true, given["samples"] = 8, given["context"] = 32;
+      run_quantize(given);
+      const Checkpoint out(scratch / "out");
+      for (const TensorSpec& spec : out.tensors()) {
+        if (spec.role != TensorRole::kLinear) continue;
+        const bool keeps = spec.expert >= 0 && (kept == "*experts*=keep" || spec.expert == kept[9] - '0');
+        EXPECT_EQ(out.is_quantized(spec.name), !keeps) << method << kept << spec.name;
+        if (keeps) EXPECT_EQ(out.read_f32(spec.name), in.read_f32(spec.name)) << spec.name;
+      }
+      fs::remove_all(scratch / "out");
+    }
+  }
 }
 
 TEST(QuantizeStage, MaxRamMovesActivationsToAFileOrRefuses) {
