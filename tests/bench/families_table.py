@@ -26,18 +26,40 @@ COLUMNS = {  # name: (test program, test)
     "saved, reloaded by transformers": None,
     "GPTQ, exported, run": ("test_compress", "GptqExportVerifyRun")}
 
+# model_type: fixtures of tests/golden/tokenizers (files of the same components that the reference trained), and whether
+# recorded vectors of the family's real file are among the tests.
+TOKENIZERS = {
+    "llama": (["llama2", "llama3", "smollm", "deepseek"], "real files of 2 and 3, else stand-ins"),
+    "qwen2": (["qwen2", "deepseek"], "real file; DeepSeek stand-in"), "mistral": (["mistral", "llama2"], "stand-in"),
+    "mixtral": (["mistral", "llama2"], "stand-in"), "phi3": (["llama2"], "real file"), "gemma": (["gemma"], "stand-in"),
+    "gemma2": (["gemma"], "stand-in"), "gemma3_text": (["gemma"], "stand-in"), "qwen3": (["qwen2"], "real file of Qwen2.5"),
+    "smollm3": (["llama3"], "stand-in"), "qwen3_moe": (["qwen2"], "real file of Qwen2.5"), "gpt2": (["gpt2"], "real file"),
+    "gpt_neox": (["gpt2", "qwen2"], "stand-in")}
+
+
+def run_tests(build, program, tests, work):
+    """(name, parameter, test) of each test that ran"""
+    out = work / f"{program}.json"
+    subprocess.run([build / "tests" / program, f"--gtest_filter={tests}", f"--gtest_output=json:{out}"],
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for suite in json.loads(out.read_text())["testsuites"]:
+        for test in suite["testsuite"]:
+            name, _, parameter = test["name"].partition("/")
+            yield name, parameter, test
+
 
 def test_results(build, program, work):
     """{(test, golden): difference or None where it failed}"""
-    out = work / f"{program}.json"
-    subprocess.run([build / "tests" / program, "--gtest_filter=*Family*", f"--gtest_output=json:{out}"],
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    results = {}
-    for suite in json.loads(out.read_text())["testsuites"]:
-        for test in suite["testsuite"]:
-            name, _, golden = test["name"].partition("/")
-            results[name, golden] = None if test.get("failures") else float(test.get("difference", 0)) * 1e-6
-    return results
+    return {(name, golden): None if test.get("failures") else float(test.get("difference", 0)) * 1e-6
+            for name, golden, test in run_tests(build, program, "*Family*", work)}
+
+
+def tokenizer_cells(build, work):
+    passed = {parameter or name
+              for name, parameter, test in run_tests(build, "test_core", "*Golden.Ids*:TokenizerShared.Recorded*", work)
+              if not test.get("failures") and test["result"] == "COMPLETED"}
+    return {family: f"exact ({proof})" if passed >= {*fixtures, *(["RecordedVectors"] if "real" in proof else [])}
+            else "FAILED" for family, (fixtures, proof) in TOKENIZERS.items()}
 
 
 def reload_results(build, work):
@@ -64,6 +86,7 @@ def main():
         work = pathlib.Path(folder)
         results = {p: test_results(build, p, work) for p in ("test_model", "test_runtime", "test_compress")}
         reloaded = reload_results(build, work)
+        tokenizers = tokenizer_cells(build, work)
     table, raw = [], {}
     for family, label in FAMILIES.items():
         row = [label, len(goldens[family])]
@@ -72,7 +95,7 @@ def main():
                      for name in goldens[family]}
             raw.setdefault(column, {}).update(found)
             row.append(cell(found.values()))
-        table.append(row)
+        table.append(row + [tokenizers[family]])
     if set(goldens) != set(FAMILIES):
         sys.exit(f"goldens of {sorted(set(goldens) ^ set(FAMILIES))} have no row or no goldens")
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
@@ -80,7 +103,7 @@ def main():
                                "commit": commit.stdout.strip(),
                                "machine": f"{platform.system()} {platform.machine()}",
                                "unit": "largest difference between two logits", "differences": raw,
-                               "columns": ["family", "tiny models", *COLUMNS], "table": table}, indent=1) + "\n")
+                               "columns": ["family", "tiny models", *COLUMNS, "tokenizer"], "table": table}, indent=1) + "\n")
     for row in table:
         print(*row, sep=" | ")
     return any("FAILED" in row for row in table)
