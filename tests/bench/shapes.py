@@ -38,7 +38,6 @@ RUNS = [  # name, shape, blocks of the folder, verb, --max-ram, blocks after whi
     ("l_rtn16", "Llama-3.2-1B", 16, "quantize rtn", "4G", None),
     ("l_gptq16", "Llama-3.2-1B", 16, "quantize gptq, 32 x 512", None, None),
     ("l_wanda1", "Llama-3.2-1B", 1, "prune wanda 2:4, 32 x 512", "4G", None),
-    ("l_wanda4", "Llama-3.2-1B", 4, "prune wanda 2:4, 32 x 512", "4G", None),
     ("e_rtn8", "Llama-3.1-8B", 8, "quantize rtn", "4G", None),
     ("e_gptq8", "Llama-3.1-8B", 8, "quantize gptq, 32 x 512", "4G", 1),
 ]
@@ -113,11 +112,11 @@ def run_all(pare, scratch):
             shutil.rmtree(left, ignore_errors=True)
 
 
-def cpu_after_blocks(scratch, name):
-    """{blocks: CPU seconds since the run began} from the stamps of its progress lines."""
+def cpu_after(scratch, name, stage):
+    """{steps done: CPU seconds since the run began} from the stamps of a stage's progress lines."""
     after = {}
     for line in (scratch / f"{name}.err").read_text().splitlines():
-        found = re.match(r"\S+ (\S+) (?:blocks|quantize) (\d+)/", line)
+        found = re.match(rf"\S+ (\S+) (?:{stage}) (\d+)/", line)
         if found and int(found.group(2)) not in after and float(found.group(1)) >= 0:
             after[int(found.group(2))] = float(found.group(1))
     return after
@@ -133,7 +132,8 @@ def main():
     for name, shape, blocks, verb, max_ram, stop_after in RUNS:
         figures = json.loads((scratch / f"{name}.json").read_text())
         figures |= {"shape": shape, "blocks": blocks, "verb": verb, "max_ram": max_ram, "interrupted_after": stop_after,
-                    "cpu_after_blocks": cpu_after_blocks(scratch, name)}
+                    "cpu_after_blocks": cpu_after(scratch, name, "blocks|quantize"),
+                    "cpu_after_measured": cpu_after(scratch, name, "measure")}
         if (scratch / f"{name}.cgroup").exists():
             figures["cgroup_limit_mib"] = CGROUP_LIMIT >> 20
             figures["cgroup_peak_mib"] = int((scratch / f"{name}.cgroup").read_text()) >> 20
@@ -147,10 +147,17 @@ def main():
             least = min(measured, key=lambda r: r["blocks"])
             block = (most["cpu"] - least["cpu"]) / (most["blocks"] - least["blocks"])
             fixed = most["cpu"] - block * most["blocks"]
-        else:
+        elif max(most["cpu_after_blocks"]) > 1:  # from the end of the first block to that of the last
             stamps = most["cpu_after_blocks"]
-            block = (stamps[max(stamps)] - stamps[0]) / max(stamps)
-            fixed = stamps[0]
+            block = (stamps[max(stamps)] - stamps[1]) / (max(stamps) - 1)
+            fixed = most["cpu"] - block * max(stamps)
+        elif most["cpu_after_measured"]:  # one block, pruned and then measured in both models
+            stamps = most["cpu_after_measured"]
+            block = stamps[max(stamps)] - most["cpu_after_blocks"][0]
+            fixed = most["cpu"] - block
+        else:  # one block: the fixed part is that of rtn
+            fixed = next(row[3] for row in table if row[:2] == [shape, "quantize rtn"])
+            block = most["cpu"] - fixed
         seconds = fixed + block * whole
         made = most["interrupted_after"] or most["blocks"]
         table.append([shape, verb, made, round(fixed, 1), round(block, 2), round(seconds / 3600, 3),
