@@ -45,6 +45,11 @@ CGROUP = pathlib.Path("/sys/fs/cgroup/memory/pare")  # the last run above is mad
 CGROUP_LIMIT = 4 << 30
 
 
+def head():
+    return subprocess.run(["git", "-C", pathlib.Path(__file__).parent, "rev-parse", "--short", "HEAD"],
+                          capture_output=True, text=True).stdout.strip()
+
+
 def measure(name, command, scratch, stop_after, in_cgroup):
     """Peak anonymous and mapped memory by sampling, seconds and CPU seconds when each progress line came."""
     start = time.time()
@@ -86,7 +91,7 @@ def measure(name, command, scratch, stop_after, in_cgroup):
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     figures = {"rc": process.returncode, "anon_mib": peaks["RssAnon"] >> 10, "file_mib": peaks["RssFile"] >> 10,
                "max_mib": used.ru_maxrss >> 10, "wall": round(time.time() - start, 1),
-               "cpu": round(used.ru_utime + used.ru_stime, 1)}
+               "cpu": round(used.ru_utime + used.ru_stime, 1), "commit": head()}
     if in_cgroup:
         (scratch / f"{name}.cgroup").write_text((CGROUP / "memory.max_usage_in_bytes").read_text())
     (scratch / f"{name}.json").write_text(json.dumps(figures))
@@ -163,11 +168,9 @@ def main():
         table.append([shape, verb, made, round(fixed, 1), round(block, 2), round(seconds / 3600, 3),
                       "measured" if made == whole else "extrapolated",
                       max(r["anon_mib"] for r in measured), max(r["file_mib"] for r in measured)])
-    commit = subprocess.run(["git", "-C", pathlib.Path(__file__).parent, "rev-parse", "--short", "HEAD"],
-                            capture_output=True, text=True).stdout.strip()
     out.write_text(json.dumps({
         "command": "python3 tests/bench/shapes.py build/pare SCRATCH tests/bench/results/shapes.json",
-        "commit": commit, "machine": f"{os.cpu_count()} cores, {platform.machine()}", "runs": runs,
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}", "runs": runs,
         "columns": ["shape", "verb", "blocks run", "fixed, CPU s", "a block, CPU s", "whole model, CPU hours", "",
                     "anonymous MiB", "mapped MiB"],
         "table": table}, indent=1) + "\n")
