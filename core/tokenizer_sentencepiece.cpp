@@ -18,7 +18,7 @@ const char* const kOtherWays =
 
 #ifdef PARE_SENTENCEPIECE_MODULE
 
-constexpr std::size_t kMaxModelBytes = std::size_t{1} << 28;  // the largest in use have 5 MB
+constexpr std::size_t kMaxModelBytes = std::size_t{1} << 26;  // the largest in use have 5 MB
 
 struct Module {
   PareSpmRead* read = nullptr;

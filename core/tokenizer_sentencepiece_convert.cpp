@@ -215,7 +215,8 @@ class Conversion {
   static std::string quoted(std::string_view text) { return Json(text).dump(); }
   std::string unknown() const { return spelled_[static_cast<std::size_t>(model_.unknown)]; }
 
-  // Added tokens may give placeholder pieces another spelling. Gemma's oldest files lack the tab, whose byte stands in.
+  // Added tokens may rename pieces that were kept free for them. Gemma's oldest files lack the tab: its byte piece
+  // takes that name.
   void rename() {
     declared_ = neighbours_.declared();
     index();

@@ -46,7 +46,8 @@ void check_same_ids(const fs::path& teacher, const fs::path& student) {
     return *found;
   };
   if (text(teacher) != text(student))
-    throw input_error((student / "tokenizer.json").string(), "the tokenizer of the teacher, byte for byte", "another file",
+    throw input_error((student / "tokenizer.json").string(), "the tokenizer of the teacher, byte for byte",
+                      "another file",
                       "teacher and student must give every id the same meaning");
 }
 

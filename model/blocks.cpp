@@ -548,6 +548,31 @@ void require_device(const std::string& name) {
   parse_device(name);
 }
 
+void MemoryPlan::add_note(std::vector<std::string>& notes) const {
+  if (spill)
+    notes.push_back(
+        "activations of the calibration windows go to an HDF5 file: with them in memory the peak would be " +
+        bytes_in_words(unspilled));
+}
+
+MemoryPlan plan_memory(const Options& options, const std::function<std::uint64_t(const fs::path& spill)>& peak,
+                       const std::string& hint) {
+  const std::uint64_t unspilled = peak({});
+  MemoryPlan plan{unspilled, unspilled, false};
+  if (!options.has("max-ram")) return plan;
+  const std::uint64_t limit = parse_bytes(options.get<std::string>("max-ram"), "--max-ram");
+  if (plan.peak <= limit) return plan;
+  if (const std::uint64_t spilled = peak("file"); spilled < plan.peak) {
+    plan.peak = spilled;
+    plan.spill = true;
+  }
+  if (plan.peak > limit)
+    throw Error(ExitCode::kResources, "--max-ram " + options.get<std::string>("max-ram"),
+                bytes_in_words(plan.peak) + (plan.spill ? " with the activations in a file" : ""),
+                bytes_in_words(limit), hint);
+  return plan;
+}
+
 std::uint64_t block_work_bytes(const ModelConfig& config, std::int64_t rows) {
   const auto queries = config.num_heads * config.head_dim, keys = config.num_kv_heads * config.head_dim;
   // Hidden state, its normed form and the result; gate and up apart, joined and multiplied, or the same of q, k and v.

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <span>
 #include <string>
@@ -12,6 +13,7 @@
 
 #include "core/checkpoint.h"
 #include "core/context.h"
+#include "core/options.h"
 #include "core/tokenizer.h"
 #include "model/sweep.h"
 
@@ -108,6 +110,16 @@ std::string expert_summary(std::span<const std::int64_t> tokens, std::int64_t le
 
 // Errors: exit 2 for a name that is no device, exit 5 for a device that this build or machine does not have.
 void require_device(const std::string& name);
+
+// What --max-ram decides: peak bytes with the activations where they are to be. `peak` is asked with an empty path, and
+// with another one for a run whose activations go to a file. Errors: exit 5 with `hint` where neither fits.
+struct MemoryPlan {
+  std::uint64_t peak = 0, unspilled = 0;
+  bool spill = false;
+  void add_note(std::vector<std::string>& notes) const;  // where activations go to a file
+};
+MemoryPlan plan_memory(const Options& options, const std::function<std::uint64_t(const fs::path& spill)>& peak,
+                       const std::string& hint);
 
 // What a block computes with for `rows` positions, in bytes beside its weights.
 std::uint64_t block_work_bytes(const ModelConfig& config, std::int64_t rows);

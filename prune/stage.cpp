@@ -265,13 +265,7 @@ Json finish(PruneJob& job, const PruneMethod& method) {
   return summary;
 }
 
-// Peak anonymous memory of the run; `spill`: with the activations in a file, which is what --max-ram asks for.
-struct Memory {
-  std::uint64_t peak = 0, unspilled = 0;
-  bool spill = false;
-};
-
-Memory memory_of(const PruneMethod& method, const ModelConfig& config, const Options& options) {
+MemoryPlan memory_of(const PruneMethod& method, const ModelConfig& config, const Options& options) {
   const std::uint64_t base = std::uint64_t{192} << 20;  // libraries, tokenizer
   const auto peak = [&](const fs::path& spill) {
     std::uint64_t bytes = std::max(method.peak_bytes(config, options, spill),  // or an outer tensor being copied
@@ -281,19 +275,7 @@ Memory memory_of(const PruneMethod& method, const ModelConfig& config, const Opt
                                                  window_length(config, options)));
     return base + bytes;
   };
-  Memory memory{peak({}), peak({}), false};
-  if (!options.has("max-ram")) return memory;
-  const std::uint64_t limit = parse_bytes(options.get<std::string>("max-ram"), "--max-ram");
-  if (memory.peak <= limit) return memory;
-  if (const std::uint64_t spilled = peak("file"); spilled < memory.peak) {
-    memory.peak = spilled;
-    memory.spill = true;
-  }
-  if (memory.peak > limit)
-    throw Error(ExitCode::kResources, "--max-ram " + options.get<std::string>("max-ram"),
-                bytes_in_words(memory.peak) + (memory.spill ? " with the activations in a file" : ""),
-                bytes_in_words(limit), "raise --max-ram");
-  return memory;
+  return plan_memory(options, peak, "raise --max-ram");
 }
 
 Json run(const Options& options, Context& context) {
@@ -368,7 +350,7 @@ StagePlan plan(const Options& options, const PlannedModel& input) {
   const bool text = calibrated(options);
   const auto samples = static_cast<std::uint64_t>(options.get<std::int64_t>("samples"));
   const auto length = static_cast<std::uint64_t>(window_length(config, options));
-  const Memory memory = memory_of(method, config, options);
+  const MemoryPlan memory = memory_of(method, config, options);
   // 2 flop per parameter and token, at 20 GFLOP/s a core; the measurement is two more passes with two heads.
   const double flop = text ? 2.0 * static_cast<double>(parameters) * static_cast<double>(samples * length) *
                                  (method.passes(config, options) + 3)
@@ -379,10 +361,7 @@ StagePlan plan(const Options& options, const PlannedModel& input) {
       options.has("ffn") && result.intermediate_size != options.get<std::int64_t>("ffn"))
     notes.push_back("--ffn rounded up to " + std::to_string(result.intermediate_size));
   if (!text) notes.push_back("no --text: the result is not measured");
-  if (memory.spill)
-    notes.push_back(
-        "activations of the calibration windows go to an HDF5 file: with them in memory the peak would be " +
-        bytes_in_words(memory.unspilled));
+  memory.add_note(notes);
   return {flop / (2e10 * cores) + static_cast<double>(parameters) * 1e-8, memory.peak,
           static_cast<std::uint64_t>(parameter_count(result)) * dtype_bytes(input.dtype), std::move(notes),
           planned_model(result, input.dtype)};

@@ -139,13 +139,7 @@ Sizes sizes_of(const ModelConfig& config, const std::vector<TensorPlan>& plan, c
   return sizes;
 }
 
-// Peak anonymous memory of the run; `spill`: with the activations in a file, which is what --max-ram asks for.
-struct Memory {
-  std::uint64_t peak = 0, unspilled = 0;
-  bool spill = false;
-};
-
-Memory memory_of(const Options& options, const ModelConfig& config, const std::vector<TensorPlan>& tensors) {
+MemoryPlan memory_of(const Options& options, const ModelConfig& config, const std::vector<TensorPlan>& tensors) {
   const std::uint64_t base = std::uint64_t{256} << 20;  // libraries, tokenizer, tiles of all threads
   std::uint64_t outside = 0, linear = 0, codes = 0, factor = 0;
   for (const TensorPlan& tensor : tensors) {
@@ -162,30 +156,17 @@ Memory memory_of(const Options& options, const ModelConfig& config, const std::v
   }
   // Codes of the block so far; of one linear its floats, and codes before, after and while they are polished.
   const std::uint64_t work = codes + linear * 7;
-  WalkOptions walk;
-  walk.hessian = true;
   const auto samples = options.get<std::int64_t>("samples"), context = context_of(options, config);
   if (method_of(options) != QuantizeMethod::kGptq) factor = 0;
-  const auto peak = [&] {
+  const auto peak = [&](const fs::path& spill) {
+    WalkOptions walk;
+    walk.hessian = true;
+    walk.spill = spill;
     const std::uint64_t walking = calibrated(options) ? walk_peak_bytes(config, samples, context, walk) + factor : 0;
     return base + std::max(outside, walking + work);
   };
-  Memory memory{peak(), peak(), false};
-  if (!options.has("max-ram")) return memory;
-  const std::uint64_t limit = parse_bytes(options.get<std::string>("max-ram"), "--max-ram");
-  if (memory.peak <= limit) return memory;
-  if (calibrated(options)) {
-    walk.spill = "file";
-    memory.peak = peak();
-    memory.spill = true;
-  }
-  if (memory.peak > limit) {
-    throw Error(ExitCode::kResources, "--max-ram " + options.get<std::string>("max-ram"),
-                bytes_in_words(memory.peak) + (memory.spill ? " with the activations in a file" : ""),
-                bytes_in_words(limit),
-                calibrated(options) ? "raise --max-ram, or use --method rtn without text" : "raise --max-ram");
-  }
-  return memory;
+  return plan_memory(options, peak,
+                     calibrated(options) ? "raise --max-ram, or use --method rtn without text" : "raise --max-ram");
 }
 
 StagePlan plan(const Options& options, const PlannedModel& input) {
@@ -220,12 +201,8 @@ StagePlan plan(const Options& options, const PlannedModel& input) {
                       std::to_string(widest));
     }
   }
-  const Memory memory = memory_of(options, config, tensors);
-  if (memory.spill) {
-    notes.push_back(
-        "activations of the calibration windows go to an HDF5 file: with them in memory the peak would be " +
-        bytes_in_words(memory.unspilled));
-  }
+  const MemoryPlan memory = memory_of(options, config, tensors);
+  memory.add_note(notes);
   const Sizes sizes = sizes_of(config, tensors, input.dtype);
   StagePlan plan{1.0 + operations / (1.2e10 * omp_get_num_procs()), memory.peak, sizes.folder, std::move(notes), input};
   plan.result.quantized =

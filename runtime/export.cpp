@@ -11,8 +11,14 @@ namespace {
 constexpr const char* kEmbeddedFiles[] = {"tokenizer.json", "tokenizer_config.json", "generation_config.json",
                                           "special_tokens_map.json", "chat_template.jinja"};
 
-// The runtime reads tokenizer.json alone: a tokenizer.model travels as what it means. Nothing, and a note, where the
-// folder has neither or has one that cannot be read: the weights are worth a file all the same.
+Codec kept_float(DType dtype) {
+  if (dtype == DType::kF16) return {CodecKind::kF16, 0};
+  if (dtype == DType::kBF16) return {CodecKind::kBf16, 0};
+  return {CodecKind::kF32, 0};
+}
+
+}  // namespace
+
 std::optional<std::string> embedded_tokenizer(const fs::path& folder, std::vector<std::string>* notes) {
   constexpr const char* kConsequence = "the file can be measured but not given text: ";
   try {
@@ -25,14 +31,6 @@ std::optional<std::string> embedded_tokenizer(const fs::path& folder, std::vecto
     return std::nullopt;
   }
 }
-
-Codec kept_float(DType dtype) {
-  if (dtype == DType::kF16) return {CodecKind::kF16, 0};
-  if (dtype == DType::kBF16) return {CodecKind::kBf16, 0};
-  return {CodecKind::kF32, 0};
-}
-
-}  // namespace
 
 ExportPlan plan_export(const Checkpoint& checkpoint, const ExportOptions& options) {
   ExportPlan plan;
@@ -77,7 +75,7 @@ std::unique_ptr<CompactWriter> begin_export(const Checkpoint& checkpoint, const 
   std::map<std::string, std::string> embedded;
   for (const char* name : kEmbeddedFiles)
     if (fs::is_regular_file(checkpoint.folder() / name)) embedded[name] = read_text(checkpoint.folder() / name);
-  if (auto text = embedded_tokenizer(checkpoint.folder(), nullptr)) embedded["tokenizer.json"] = std::move(*text);
+  if (auto text = embedded_tokenizer(checkpoint.folder())) embedded["tokenizer.json"] = std::move(*text);
   embedded["config.json"] = write_config(checkpoint.config(), checkpoint.float_dtype()).dump(2) + "\n";
   if (!options.recipe.empty()) embedded["recipe"] = options.recipe;
 

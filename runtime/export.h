@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -25,6 +26,11 @@ struct ExportPlan {
   std::vector<std::string> notes;    // announced fallbacks and what is missing in the folder
   std::uint64_t payload_bytes = 0;
 };
+
+// The text of a tokenizer.json that a file of this folder carries: the runtime reads that form alone, so a
+// tokenizer.model travels as what it means. Nothing, and a note, where the folder has neither or has one that cannot be
+// read: the weights are worth a file all the same.
+std::optional<std::string> embedded_tokenizer(const fs::path& folder, std::vector<std::string>* notes = nullptr);
 
 // Headers only. Errors: exit 2 for an unknown codec, exit 3 for a row that does not fit with fallback off.
 ExportPlan plan_export(const Checkpoint& checkpoint, const ExportOptions& options);

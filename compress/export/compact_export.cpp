@@ -1,8 +1,6 @@
 #include "compress/export/compact_export.h"
 
 #include "core/error.h"
-#include "core/tokenizer.h"
-#include "core/tokenizer_sentencepiece.h"
 #include "runtime/export.h"
 
 namespace pare {
@@ -25,7 +23,7 @@ std::uint64_t compact_bytes(const PlannedModel& model, const fs::path& folder, c
   std::error_code none;
   const auto tokenizer = fs::file_size(folder / "tokenizer.json", none);
   if (!none) return bytes + tokenizer;
-  return tok::reads_sentencepiece() ? bytes + tokenizer_json_text(folder).value_or("").size() : bytes;
+  return bytes + embedded_tokenizer(folder).value_or("").size();
 }
 
 }  // namespace pare

@@ -137,8 +137,11 @@ Command tokenize_command() {
   command.name = "tokenize";
   command.summary = "Show the tokens and ids of a text, or the text of ids";
   command.options = {
-      {.name = "tokenizer", .type = OptionType::kPath, .help = "model folder, compact file, tokenizer.json or tokenizer.model",
-       .required = true, .positional = true},
+      {.name = "tokenizer",
+       .type = OptionType::kPath,
+       .help = "model folder, compact file, tokenizer.json or tokenizer.model",
+       .required = true,
+       .positional = true},
       {.name = "text", .type = OptionType::kText, .help = "text to encode"},
       {.name = "file", .type = OptionType::kPath, .help = "file whose text to encode"},
       {.name = "decode", .type = OptionType::kTextList, .help = "ids to decode"},
