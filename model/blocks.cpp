@@ -57,6 +57,15 @@ struct Step {
 constexpr BlockStage kAttention[] = {BlockStage::kQkv, BlockStage::kO},
                      kMlp[] = {BlockStage::kGateUp, BlockStage::kDown};
 
+// Rows times the square roots of their weights.
+void weigh(std::span<const float> weights, std::int64_t columns, float* rows) {
+  for (std::size_t t = 0; t < weights.size(); ++t) {
+    const float factor = std::sqrt(weights[t]);
+    float* row = rows + static_cast<std::int64_t>(t) * columns;
+    for (std::int64_t j = 0; j < columns; ++j) row[j] *= factor;
+  }
+}
+
 // Rows that one window adds to a shard's inputs.
 struct WindowRows {
   std::int64_t count = 0;
@@ -94,7 +103,7 @@ class Walk {
   // left.
   template <class Work>
   void with_linears(DecoderBlock& block, int layer, Step step, const Work& work);
-  InputStatistics statistics(DecoderBlock& block, Step step, std::int64_t columns);
+  InputStatistics statistics(DecoderBlock& block, int layer, Step step, std::int64_t columns);
   void count_routes(DecoderBlock& block);
   torch::Tensor expert_input(DecoderBlock& block, Step step, const torch::Tensor& hidden, bool all_tokens,
                              WindowRows& rows);
@@ -241,7 +250,7 @@ torch::Tensor Walk::expert_input(DecoderBlock& block, Step step, const torch::Te
   return (step.stage == BlockStage::kDown ? block->expert_mix(x, step.expert) : x) * share;
 }
 
-InputStatistics Walk::statistics(DecoderBlock& block, Step step, std::int64_t columns) {
+InputStatistics Walk::statistics(DecoderBlock& block, int layer, Step step, std::int64_t columns) {
   InputStatistics result;
   result.columns = columns;
   const std::int64_t all = windows_.count * windows_.length;
@@ -254,6 +263,10 @@ InputStatistics Walk::statistics(DecoderBlock& block, Step step, std::int64_t co
   result.mean_square.assign(static_cast<std::size_t>(columns), 0.0);
   if (options_.hessian) result.hessian = SquareMatrix(columns, options_.widest_double);
   if (options_.cross) result.cross = SquareMatrix(columns, options_.widest_double);
+  if (options_.held_out) {
+    result.held_hessian = SquareMatrix(columns, 0);
+    result.held_cross = SquareMatrix(columns, 0);
+  }
   std::vector<float> inputs, paired;
   for (std::int64_t first = 0; first < windows_.count; first += kShardWindows) {
     const std::int64_t last = std::min(first + kShardWindows, windows_.count);
@@ -271,6 +284,13 @@ InputStatistics Walk::statistics(DecoderBlock& block, Step step, std::int64_t co
         store(stage_input(reference_, step.stage, hidden(original_, w), rope_), paired.data() + (to - inputs.data()));
     });
     cap_first_tokens(inputs, options_.cross ? &paired : nullptr, added, columns);
+    if (options_.token_weights) {
+      const auto weights = options_.token_weights->of(layer, step.stage)
+                               .subspan(static_cast<std::size_t>(first * windows_.length),
+                                        static_cast<std::size_t>((last - first) * windows_.length));
+      weigh(weights, columns, inputs.data());
+      if (options_.cross) weigh(weights, columns, paired.data());
+    }
     std::int64_t rows = 0;  // those of all windows one after the other
     for (std::size_t w = 0; w < added.size(); ++w) {
       const float* from = inputs.data() + static_cast<std::int64_t>(w) * windows_.length * columns;
@@ -292,10 +312,21 @@ InputStatistics Walk::statistics(DecoderBlock& block, Step step, std::int64_t co
     if (options_.cross) {
       result.cross.visit([&](auto* sum) { add_gram(paired.data(), inputs.data(), rows, columns, sum, sum_threads_); });
     }
+    for (std::int64_t w = first; options_.held_out && w < last; ++w) {
+      if (w % kHeldOutEvery != kHeldOutEvery - 1) continue;
+      const std::int64_t at = (w - first) * windows_.length * columns;
+      const auto add = [&](const float* left, SquareMatrix& sum) {
+        sum.visit([&](auto* values) {
+          add_gram(left + at, inputs.data() + at, windows_.length, columns, values, sum_threads_);
+        });
+      };
+      add(inputs.data(), result.held_hessian);
+      add(paired.data(), result.held_cross);
+    }
   }
   const double scale = 1.0 / static_cast<double>(all);
   for (double& value : result.mean_square) value *= scale;
-  for (SquareMatrix* matrix : {&result.hessian, &result.cross}) {
+  for (SquareMatrix* matrix : {&result.hessian, &result.cross, &result.held_hessian, &result.held_cross}) {
     if (matrix->empty()) continue;
     matrix->visit([&](auto* values) {
       using Value = std::remove_reference_t<decltype(*values)>;
@@ -303,6 +334,7 @@ InputStatistics Walk::statistics(DecoderBlock& block, Step step, std::int64_t co
         values[i] = static_cast<Value>(static_cast<double>(values[i]) * scale);
     });
   }
+  if (options_.held_out) result.held_hessian.visit([&](auto* values) { mirror_upper(values, columns); });
   if (options_.hessian) {
     result.hessian.visit([&](auto* values) { mirror_upper(values, columns); });
     for (std::int64_t j = 0; j < columns; ++j) {
@@ -375,7 +407,7 @@ void Walk::through_experts(DecoderBlock& block, Activations& stream, const Work&
 void Walk::visit(DecoderBlock& block, int layer, Step step, BlockVisitor& visitor) {
   const std::string module = stage_modules(config_, step.stage, step.expert).front();
   if (context_.progress) context_.progress->update(layer, module + ": inputs");
-  const InputStatistics input = statistics(block, step, block->weight(module).size(1));
+  const InputStatistics input = statistics(block, layer, step, block->weight(module).size(1));
   if (context_.progress) context_.progress->update(layer, module + ": weights");
   throw_if_interrupted("calibration", "the same command continues with the block that was not finished");
   with_linears(block, layer, step,
@@ -486,12 +518,19 @@ std::string CalibrationWindows::hash() const {
 }
 
 CalibrationWindows sample_windows(const Tokenizer& tokenizer, const std::vector<fs::path>& texts, std::int64_t count,
-                                  std::int64_t length, std::uint64_t seed, const std::optional<std::string>& split) {
+                                  std::int64_t length, std::uint64_t seed, const std::optional<std::string>& split,
+                                  TextPart part) {
   const std::vector<std::int32_t> prefix = tokenizer.prefix_ids();
   std::vector<std::int32_t> joined;
   for (const Document& document : read_documents(texts, split)) {
     const std::vector<std::int32_t> ids = encode_document(tokenizer, document);
     joined.insert(joined.end(), ids.begin(), ids.end());
+  }
+  if (part.begin > 0 || part.end < 1) {
+    const auto at = [&](double share) {
+      return joined.begin() + static_cast<std::ptrdiff_t>(share * static_cast<double>(joined.size()));
+    };
+    joined = std::vector<std::int32_t>(at(part.begin), at(part.end));
   }
   const std::int64_t body = length - static_cast<std::int64_t>(prefix.size());
   if (body < 1 || static_cast<std::int64_t>(joined.size()) < body) {
@@ -541,6 +580,8 @@ void walk_blocks(const Checkpoint& checkpoint, const CalibrationWindows& windows
   require_ids(windows, checkpoint.config().vocab_size);
   if (options.cross && checkpoint.config().has_experts())
     throw std::logic_error("cross statistics are not defined with experts: the two streams choose differently");
+  if (options.token_weights && checkpoint.config().has_experts())
+    throw std::logic_error("token weights are not defined with experts");
   Walk(checkpoint, windows, options, context).run(visitor);
 }
 
@@ -600,7 +641,8 @@ std::uint64_t walk_peak_bytes(const ModelConfig& config, std::int64_t windows, s
   const std::uint64_t computing = threads * block_work_bytes(config, length);
   const std::uint64_t walking = block * (options.cross ? 2 : 1) +
                                 std::max(originals, 2 * inputs * (options.cross ? 2 : 1) + computing) +
-                                (options.hessian ? square * (options.cross ? 2 : 1) : 0);
+                                (options.hessian ? square * (options.cross ? 2 : 1) : 0) +
+                                (options.held_out ? 2 * wide * wide * 4 : 0);
   return (options.spill.empty() ? streams * tokens * hidden * 4 : 0) + walking;
 }
 

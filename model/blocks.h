@@ -15,6 +15,7 @@
 #include "core/context.h"
 #include "core/options.h"
 #include "core/tokenizer.h"
+#include "model/block_stage.h"
 #include "model/sweep.h"
 
 namespace pare {
@@ -27,19 +28,20 @@ struct CalibrationWindows {
   std::string hash() const;       // of the ids: part of a resume manifest
 };
 
+// Between which parts of the joined text windows are drawn.
+struct TextPart {
+  double begin = 0, end = 1;
+};
 // Seeded random windows over the documents joined in order; every window starts with the prefix ids, if the tokenizer
 // has any. Errors: exit 3 when the text has fewer tokens than one window.
 CalibrationWindows sample_windows(const Tokenizer& tokenizer, const std::vector<fs::path>& texts, std::int64_t count,
                                   std::int64_t length, std::uint64_t seed,
-                                  const std::optional<std::string>& split = std::nullopt);
+                                  const std::optional<std::string>& split = std::nullopt, TextPart part = {});
 // Error: exit 3 at an id that the model has no embedding for.
 void require_ids(const CalibrationWindows& windows, std::int64_t vocab_size);
 // Uniform random ids below vocab_size, for tests and for models without a tokenizer.
 CalibrationWindows random_windows(std::int64_t vocab_size, std::int64_t count, std::int64_t length, std::uint64_t seed);
 
-// The four distinct inputs inside a block, in the order in which the walk visits them; with experts the last two of
-// each expert in turn.
-enum class BlockStage { kQkv, kO, kGateUp, kDown };
 // {"self_attn.q_proj", ...}, or the fused {"self_attn.qkv_proj"}. `expert`: whose, in a model with experts.
 std::vector<std::string> stage_modules(const ModelConfig& config, BlockStage stage, std::int64_t expert = -1);
 
@@ -53,6 +55,8 @@ struct InputStatistics {
   std::vector<double> mean_square;  // [columns] E[w x_j^2]: the diagonal of the Hessian
   SquareMatrix hessian;             // [columns * columns] E[w x x^T], symmetric; empty unless asked for
   SquareMatrix cross;               // [columns * columns] E[w x_original x^T]; empty unless asked for
+  // What every kHeldOutEvery-th window adds to the two above, in float32; empty unless asked for.
+  SquareMatrix held_hessian, held_cross;
 };
 
 // One linear of the block. Writing `weight` replaces it in the compressed stream.
@@ -86,12 +90,23 @@ class BlockVisitor {
 };
 
 inline constexpr std::int64_t kExpertTokens = 128;
+inline constexpr std::int64_t kHeldOutEvery = 5;
+
+// What each token of the calibration windows counts for each distinct input: [layer][stage][window * length + position].
+struct TokenWeights {
+  std::vector<std::vector<float>> values;  // [layer * kBlockStages + stage]
+  std::span<const float> of(int layer, BlockStage stage) const {
+    return values[static_cast<std::size_t>(layer) * kBlockStages + static_cast<std::size_t>(stage)];
+  }
+};
 
 struct WalkOptions {
   std::string device = "cpu";
   int threads = 0;                             // 0: all cores
   bool hessian = false;                        // else only mean_square
   bool cross = false;                          // needs hessian
+  bool held_out = false;                       // needs cross: see InputStatistics
+  const TokenWeights* token_weights = nullptr; // of each input, mean 1; null: all 1. Not with experts
   std::int64_t expert_tokens = kExpertTokens;  // see InputStatistics; at least 1
   bool original_stream = true;                 // false: drift is 0 and half of the activation memory is saved
   fs::path spill;                              // folder for activations in HDF5 files; empty: they stay in memory

@@ -168,6 +168,11 @@ Tensor DecoderBlockImpl::activated(const Tensor& gate_up) {
   return config_.activation == Activation::kSilu ? swiglu(gate_up) : gelu_gated(gate_up);
 }
 
+const Tensor& DecoderBlockImpl::observed(BlockStage stage, const Tensor& output) const {
+  if (observer_) observer_(stage, output);
+  return output;
+}
+
 Tensor DecoderBlockImpl::add(const Tensor& hidden, const Tensor& delta, const Norm& post_norm) {
   return residual_add(hidden, post_norm.weight.defined() ? norm(delta, post_norm) : delta);
 }
@@ -178,7 +183,7 @@ Tensor DecoderBlockImpl::attention_input(const Tensor& hidden) {
 
 Tensor DecoderBlockImpl::attention_mix(const Tensor& normed, const RopeTables& rope) {
   const std::int64_t heads = config_.num_heads, kv_heads = config_.num_kv_heads, dim = config_.head_dim;
-  Tensor qkv = project_packed(normed, qkv_);
+  Tensor qkv = observed(BlockStage::kQkv, project_packed(normed, qkv_));
   if (config_.qk_norm) {
     const std::int64_t batch = qkv.size(0), n = qkv.size(1);
     const auto parts = qkv.view({batch, n, heads + 2 * kv_heads, dim}).split_with_sizes({heads, kv_heads, kv_heads}, 2);
@@ -196,7 +201,7 @@ Tensor DecoderBlockImpl::attention_mix(const Tensor& normed, const RopeTables& r
 }
 
 Tensor DecoderBlockImpl::attention_output(const Tensor& hidden, const Tensor& mix) {
-  return add(hidden, project(mix, o_.weight, o_.bias), post_attention_norm_);
+  return add(hidden, observed(BlockStage::kO, project(mix, o_.weight, o_.bias)), post_attention_norm_);
 }
 
 Tensor DecoderBlockImpl::mlp_input(const Tensor& hidden) {
@@ -204,11 +209,11 @@ Tensor DecoderBlockImpl::mlp_input(const Tensor& hidden) {
 }
 
 Tensor DecoderBlockImpl::mlp_mix(const Tensor& normed) {
-  return activated(project_packed(normed, gate_up_));
+  return activated(observed(BlockStage::kGateUp, project_packed(normed, gate_up_)));
 }
 
 Tensor DecoderBlockImpl::mlp_output(const Tensor& hidden, const Tensor& mix) {
-  return add(hidden, project(mix, down_.weight, down_.bias), post_mlp_norm_);
+  return add(hidden, observed(BlockStage::kDown, project(mix, down_.weight, down_.bias)), post_mlp_norm_);
 }
 
 Tensor DecoderBlockImpl::expert_shares(const Tensor& normed) {

@@ -3,6 +3,7 @@
 
 #include <torch/torch.h>
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -11,6 +12,7 @@
 
 #include "core/checkpoint.h"
 #include "core/config.h"
+#include "model/block_stage.h"
 #include "model/losses.h"
 
 namespace pare {
@@ -55,6 +57,10 @@ class DecoderBlockImpl : public torch::nn::Module {
                            std::int64_t expert);
 
   torch::Tensor weight(const std::string& module) const;  // "self_attn.q_proj" -> the parameter itself
+  // Sees what the linears that share an input give [.., out], joined, as nodes of the graph; those of experts not. Called
+  // on the thread that runs forward.
+  using Observer = std::function<void(BlockStage stage, const torch::Tensor& output)>;
+  void set_observer(Observer observer) { observer_ = std::move(observer); }
   int layer() const { return layer_; }
 
   // What products are computed in: kFloat (default) or kBFloat16 (inputs rounded, sums in float32; for training speed).
@@ -79,6 +85,7 @@ class DecoderBlockImpl : public torch::nn::Module {
   torch::Tensor activated(const torch::Tensor& gate_up);  // up alone where there is no gate
   torch::Tensor add(const torch::Tensor& hidden, const torch::Tensor& delta, const Norm& post_norm);
   torch::ScalarType matmul_dtype() const;
+  const torch::Tensor& observed(BlockStage stage, const torch::Tensor& output) const;
   const ModelConfig config_;
   int layer_;
   torch::ScalarType matmul_dtype_ = torch::kFloat;
@@ -88,6 +95,7 @@ class DecoderBlockImpl : public torch::nn::Module {
   torch::Tensor router_;
   std::vector<Expert> experts_;
   std::map<std::string, torch::Tensor> modules_;  // weights by module name
+  Observer observer_;
 };
 TORCH_MODULE(DecoderBlock);
 

@@ -6,6 +6,7 @@
 
 #include "core/error.h"
 #include "quantize/gptq.h"
+#include "quantize/retarget.h"
 #include "quantize/scales.h"
 
 namespace pare {
@@ -68,6 +69,7 @@ class Quantizer : public BlockVisitor {
 
   void compress(int layer, BlockStage stage, std::span<BlockLinear> linears, const InputStatistics& input) override {
     std::optional<SweepFactor> factor;
+    std::optional<Retargeter> retargeter;
     for (BlockLinear& linear : linears) {
       const TensorPlan& plan = *plan_.at(linear.name);
       if (!plan.codec) continue;
@@ -76,7 +78,9 @@ class Quantizer : public BlockVisitor {
         factor = factor_hessian(input.hessian, input.columns, {job_.damping, true}, "inputs of " + linear.name,
                                 job_.threads);
       }
-      QuantizedTensor codes = quantize(linear, *plan.codec, input, factor);
+      if (job_.retarget && !retargeter)
+        retargeter.emplace(input, *factor, job_.damping, "inputs of " + linear.name, job_.threads);
+      QuantizedTensor codes = quantize(linear, *plan.codec, input, factor, retargeter);
       codes.unpack(linear.weight.data());
       codes_.emplace(linear.name, std::move(codes));
     }
@@ -163,8 +167,14 @@ class Quantizer : public BlockVisitor {
   }
 
   QuantizedTensor quantize(const BlockLinear& linear, const Codec& codec, const InputStatistics& input,
-                           const std::optional<SweepFactor>& factor) {
+                           const std::optional<SweepFactor>& factor, const std::optional<Retargeter>& retargeter) {
     const float* weight = linear.original.data();
+    const bool pruned = is_pruned(linear.original);
+    Retargeting target;
+    if (retargeter) {
+      target = retargeter->retarget(weight, linear.rows, pruned);
+      weight = target.weight.data();
+    }
     const std::vector<double> blocks = diagonal_blocks(input, linear.cols / codec.groups(linear.cols));
     const Importance importance{blocks.empty() ? nullptr : blocks.data(), input.mean_square.data(), true};
     Json row = {{"name", linear.name}, {"codec", codec.name()}, {"rows", linear.rows}, {"columns", linear.cols}};
@@ -180,7 +190,6 @@ class Quantizer : public BlockVisitor {
         round_to_nearest(weight, linear.rows, linear.cols, codec, searched ? ScaleRule::kSearched : ScaleRule::kAbsmax,
                          importance, linear.name, job_.threads);
     if (job_.method == QuantizeMethod::kGptq) {
-      const bool pruned = is_pruned(linear.original);
       GptqResult result = input.hessian.visit(
           [&](const auto* hessian) { return gptq(weight, codes, hessian, *factor, pruned, job_.threads); });
       if (result.nearest_rows == linear.rows && result.nearest_error > 0) {
@@ -197,6 +206,7 @@ class Quantizer : public BlockVisitor {
       row["damping"] = factor->damping;
       row["dead_columns"] = std::count(factor->dead.begin(), factor->dead.end(), 1);
       row["zeros_kept"] = pruned;
+      if (retargeter) row["retarget_shrink"] = target.shrink;
       codes = std::move(result.tensor);
     } else {
       const double after = error_of(codes);
@@ -263,6 +273,8 @@ void quantize_layers(const QuantizeJob& job, Context& context) {
     walk.hessian = true;
     walk.expert_tokens = job.expert_tokens;
     walk.spill = job.spill;
+    walk.cross = walk.held_out = job.retarget;
+    walk.token_weights = job.token_weights;
     walk_blocks(job.model, job.windows, walk, context, quantizer);
     return;
   }

@@ -27,6 +27,8 @@ struct QuantizeJob {
   int threads = 0;
   std::int64_t expert_tokens = kExpertTokens;  // an expert that fewer tokens chose is calibrated on all
   fs::path spill;             // folder for activations that do not fit into memory; empty: they do
+  bool retarget = false;      // with kGptq: see quantize/retarget.h
+  const TokenWeights* token_weights = nullptr;
 };
 
 // Writes every tensor of the model into the writer: the embedding, one durable piece per block, the rest. Skips what is

@@ -8,8 +8,10 @@
 #include "core/error.h"
 #include "core/placement.h"
 #include "core/tokenizer.h"
+#include "model/fisher.h"
 #include "quantize/layers.h"
 #include "quantize/quantize.h"
+#include "quantize/tune.h"
 
 namespace pare {
 namespace {
@@ -18,6 +20,14 @@ constexpr int kManifestVersion = 1;
 // Stays in the output: what was done to which input, and the error of every linear.
 constexpr const char* kManifest = "quantize.json";
 constexpr const char* kRows = "quantize.rows";
+// While it is being tuned: the model as rounded, and how far tuning has come.
+constexpr const char* kRounded = "quantize.rounded";
+constexpr const char* kTuneState = "quantize.tune.safetensors";
+constexpr std::int64_t kValidationWindows = 16;
+constexpr double kValidationShare = 0.05;  // of the tuning text, at its end
+// --preset best
+constexpr int kBestCodeSteps = 1000, kBestSteps = 200, kBestBatch = 4;
+constexpr double kBestRate = 2e-3;
 
 QuantizeMethod method_of(const Options& options) {
   const auto name = options.get<std::string>("method");
@@ -42,6 +52,38 @@ bool calibrated(const Options& options) {
   return !texts(options, "text").empty() || options.get<bool>("random-tokens");
 }
 
+TuneSettings tuning_of(const Options& options) {
+  return {options.get<std::int64_t>("tune-codes"), options.get<std::int64_t>("tune"),
+          options.get<std::int64_t>("tune-batch"), options.get<double>("tune-lr"), options.get<double>("tune-code-lr")};
+}
+std::int64_t tuning_steps(const Options& options) {
+  return options.get<std::int64_t>("tune") + options.get<std::int64_t>("tune-codes");
+}
+
+// The options with those of the preset in place of defaults; what the user set stands, and what would have no use there
+// is left out.
+Options with_preset(const Options& given, const ModelConfig& config) {
+  if (!given.has("preset")) return given;
+  const auto preset = given.get<std::string>("preset");
+  Json chosen = Json::object();
+  for (const auto& [name, value] : given.resolved().items())
+    if (given.changed(name)) chosen[name] = value;
+  const auto add = [&](const char* name, const Json& value) {
+    if (!chosen.contains(name)) chosen[name] = value;
+  };
+  if (preset == "fast") add("method", "rtn");
+  const bool gptq = chosen.value("method", "gptq") == "gptq", experts = config.has_experts();
+  if (preset != "fast" && gptq && !experts) add("retarget", true);
+  if (preset == "best") {
+    if (!experts) add("fisher", true);
+    add("tune-codes", kBestCodeSteps);
+    add("tune", kBestSteps);
+    add("tune-batch", kBestBatch);
+    add("tune-lr", kBestRate);
+  }
+  return Options(quantize_command().options, chosen, "pare quantize --preset " + preset);
+}
+
 void refuse_codes(const Checkpoint& model) {
   std::vector<std::string> quantized;
   for (const TensorSpec& spec : model.tensors()) {
@@ -61,14 +103,23 @@ void refuse_unused_options(const Options& options, const ModelConfig& config) {
     throw usage_error("--random-tokens", "one source of calibration tokens", "--text as well");
   }
   if (method_of(options) != QuantizeMethod::kGptq) {
-    refuse_unused(options, {"polish", "damping"}, "with --method " + options.get<std::string>("method"), place);
+    refuse_unused(options, {"polish", "damping", "retarget"}, "with --method " + options.get<std::string>("method"), place);
   }
+  if (tuning_steps(options) == 0)
+    refuse_unused(options, {"tune-text", "tune-batch", "tune-lr"}, "without --tune or --tune-codes", place);
+  if (options.get<std::int64_t>("tune-codes") == 0)
+    refuse_unused(options, {"tune-code-lr"}, "without --tune-codes", place);
   if (!text) refuse_unused(options, {"split"}, "without --text", place);
   if (!calibrated(options)) {
-    refuse_unused(options, {"samples", "context", "device", "expert-tokens"}, "without --text or --random-tokens",
-                  place);
+    refuse_unused(options,
+                  {"samples", "context", "device", "expert-tokens", "fisher", "tune", "tune-codes"},
+                  "without --text or --random-tokens", place);
   }
   if (!config.has_experts()) refuse_unused(options, {"expert-tokens"}, "in a model without experts", place);
+  if (config.has_experts()) refuse_unused(options, {"retarget", "fisher"}, "in a model with experts", place);
+  if (options.get<bool>("retarget") && options.get<std::int64_t>("samples") < kHeldOutEvery)
+    throw usage_error("--retarget", "at least " + std::to_string(kHeldOutEvery) + " --samples",
+                      std::to_string(options.get<std::int64_t>("samples")));
   if (config.tie_word_embeddings) {
     refuse_unused(options, {"head-codec"}, "where the head is the embedding: --embedding-codec decides", place);
   }
@@ -86,7 +137,9 @@ std::vector<TensorPlan> check(const Options& options, const PlannedModel& model)
   if (method_of(options) == QuantizeMethod::kGptq && !calibrated(options)) {
     throw usage_error("--method gptq", "calibration text", "none", "--text FILE, or --method rtn, which does without");
   }
-  for (const std::string& path : text) {
+  std::vector<std::string> paths = text;
+  for (const std::string& path : texts(options, "tune-text")) paths.push_back(path);
+  for (const std::string& path : paths) {
     if (!fs::exists(path)) throw input_error(path, "a text file or folder", "nothing there");
   }
   if (!text.empty() && !has_tokenizer(folder)) {
@@ -162,14 +215,21 @@ MemoryPlan memory_of(const Options& options, const ModelConfig& config, const st
     WalkOptions walk;
     walk.hessian = true;
     walk.spill = spill;
-    const std::uint64_t walking = calibrated(options) ? walk_peak_bytes(config, samples, context, walk) + factor : 0;
-    return base + std::max(outside, walking + work);
+    walk.cross = walk.held_out = options.get<bool>("retarget");
+    std::uint64_t walking = calibrated(options) ? walk_peak_bytes(config, samples, context, walk) + factor : 0;
+    if (options.get<bool>("retarget")) walking += 3 * factor;  // of the other windows, and both transposed
+    std::uint64_t whole = 0;  // steps that hold the whole model
+    if (options.get<bool>("fisher")) whole = fisher_peak_bytes(config, samples, context, 0);
+    if (tuning_steps(options) > 0)
+      whole = std::max(whole, tune_peak_bytes(config, tensors, context, tuning_of(options).code_steps > 0, 0));
+    return base + std::max({outside, walking + work, whole});
   };
   return plan_memory(options, peak,
                      calibrated(options) ? "raise --max-ram, or use --method rtn without text" : "raise --max-ram");
 }
 
-StagePlan plan(const Options& options, const PlannedModel& input) {
+StagePlan plan(const Options& given, const PlannedModel& input) {
+  const Options options = with_preset(given, input.config);
   const std::vector<TensorPlan> tensors = check(options, input);
   const fs::path out = options.get<std::string>("out");
   if (fs::exists(fs::symlink_status(out))) {
@@ -201,6 +261,11 @@ StagePlan plan(const Options& options, const PlannedModel& input) {
                       std::to_string(widest));
     }
   }
+  if (tuning_steps(options) > 0)  // the original once, the quantized model forwards and backwards
+    operations += static_cast<double>(tuning_steps(options) * options.get<std::int64_t>("tune-batch") * context) * 8.0 *
+                  static_cast<double>(parameter_count(config));
+  if (options.get<bool>("fisher"))
+    operations += static_cast<double>(samples * context) * 4.0 * static_cast<double>(parameter_count(config));
   const MemoryPlan memory = memory_of(options, config, tensors);
   memory.add_note(notes);
   const Sizes sizes = sizes_of(config, tensors, input.dtype);
@@ -222,8 +287,28 @@ CalibrationWindows calibration(const Options& options, const Checkpoint& model, 
   return sample_windows(Tokenizer::from_file(model.folder() / "tokenizer.json"), paths, samples, context, seed, split);
 }
 
+// Windows to tune on, and of the end of that text those to measure it with.
+std::pair<CalibrationWindows, CalibrationWindows> tuning_windows(const Options& options, const Checkpoint& model,
+                                                                 std::uint64_t seed) {
+  const std::int64_t context = context_of(options, model.config());
+  const std::int64_t count = tuning_steps(options) * options.get<std::int64_t>("tune-batch");
+  const std::uint64_t own = seed + 0x74756e65;  // not the windows of the calibration
+  if (options.get<bool>("random-tokens")) {
+    const std::int64_t vocab = model.config().vocab_size;
+    return {random_windows(vocab, count, context, own), random_windows(vocab, kValidationWindows, context, own + 1)};
+  }
+  std::vector<fs::path> paths;
+  const char* source = options.has("tune-text") ? "tune-text" : "text";
+  for (const std::string& path : texts(options, source)) paths.emplace_back(path);
+  std::optional<std::string> split;
+  if (options.has("split")) split = options.get<std::string>("split");
+  const Tokenizer tokenizer = Tokenizer::from_file(model.folder() / "tokenizer.json");
+  return {sample_windows(tokenizer, paths, count, context, own, split, {0, 1 - kValidationShare}),
+          sample_windows(tokenizer, paths, kValidationWindows, context, own + 1, split, {1 - kValidationShare, 1})};
+}
+
 // The work folder belongs to one input, one set of options and one choice of windows. Returns the figures of a run that
-// had ended but for the rename, else null.
+// had come further than rounding, else an empty object.
 Json claim(const fs::path& work, const Json& manifest, Context& context) {
   const fs::path file = work / kManifest;
   if (!fs::exists(file)) {
@@ -234,7 +319,7 @@ Json claim(const fs::path& work, const Json& manifest, Context& context) {
                         "remove that folder, or finish the command it belongs to");
     }
     write_text(file, manifest.dump(1) + "\n");
-    return nullptr;
+    return Json::object();
   }
   const Json found = read_json(file);
   std::string differences;
@@ -252,7 +337,7 @@ Json claim(const fs::path& work, const Json& manifest, Context& context) {
                       "remove that folder, or repeat the command it belongs to");
   }
   context.progress->note("Continuing the unfinished run in " + work.string());
-  return found.contains("linears") ? found.at("linears") : Json(nullptr);
+  return found;
 }
 
 // Totals by module, drift and size as report rows; returns the summary.
@@ -333,28 +418,42 @@ Json report(const Options& options, const ModelConfig& config, const std::vector
   return summary;
 }
 
-Json run(const Options& options, Context& context) {
+Json run(const Options& given, Context& context) {
   const auto start = std::chrono::steady_clock::now();
-  const Checkpoint model(options.get<std::string>("model"));
+  const Checkpoint model(given.get<std::string>("model"));
+  const Options options = with_preset(given, model.config());
   refuse_codes(model);
   const PlannedModel planned = planned_model(model);
   const std::vector<TensorPlan> tensors = check(options, planned);
   const bool spill = memory_of(options, model.config(), tensors).spill;
   FolderTransaction folder(options.get<std::string>("out"));
-  Json linears;
+  Json linears, tuned;
   const std::string& dtype = planned.dtype;
   const bool fresh = fs::is_empty(folder.work());
   try {
     for (const std::string& note : fallback_notes(tensors)) context.progress->note(note);
     CalibrationWindows windows = calibration(options, model, context.seed);
     Json said = options.resolved();
-    for (const char* key : {"model", "out", "text", "split", "max-ram"})
+    for (const char* key : {"model", "out", "text", "tune-text", "split", "max-ram"})
       said.erase(key);  // by content: input and windows
     Json manifest = {{"stage", "quantize"}, {"version", kManifestVersion}, {"input", model.content_hash()},
                      {"dtype", dtype},      {"windows", windows.hash()},   {"options", said}};
-    linears = claim(folder.work(), manifest, context);
-    CheckpointWriter writer(folder.work(), model.config(), dtype);
+    const bool tunes = tuning_steps(options) > 0;
+    std::pair<CalibrationWindows, CalibrationWindows> tuning;
+    if (tunes) {
+      tuning = tuning_windows(options, model, context.seed);
+      manifest["tuning_windows"] = tuning.first.hash();
+    }
+    const Json done = claim(folder.work(), manifest, context);
+    linears = done.value("linears", Json());
+    const fs::path rounded = tunes ? folder.work() / kRounded : folder.work();
+    fs::create_directories(rounded);
     if (linears.is_null()) {
+      CheckpointWriter writer(rounded, model.config(), dtype);
+      TokenWeights sensitivity;
+      if (options.get<bool>("fisher"))
+        sensitivity = fisher_weights(model, windows, context.seed, options.get<std::string>("device"), context.threads,
+                                     context);
       const QuantizeJob job{model,
                             tensors,
                             writer,
@@ -366,15 +465,38 @@ Json run(const Options& options, Context& context) {
                             options.get<std::string>("device"),
                             context.threads,
                             options.get<std::int64_t>("expert-tokens"),
-                            spill ? folder.work() : fs::path()};
+                            spill ? folder.work() : fs::path(),
+                            options.get<bool>("retarget"),
+                            sensitivity.values.empty() ? nullptr : &sensitivity};
       quantize_layers(job, context);
       linears = collect_rows(model.config(), job.rows);
+      if (tunes) {
+        writer.finish();
+        manifest["linears"] = linears;
+        write_text(folder.work() / kManifest, manifest.dump(1) + "\n");
+      }
+    }
+    CheckpointWriter writer(folder.work(), model.config(), dtype);
+    tuned = done.value("tuned", Json());
+    if (tunes && tuned.is_null()) {
+      const Checkpoint codes(rounded);
+      const TuneResult result =
+          tune({model, codes, tensors, std::move(tuning.first), std::move(tuning.second), tuning_of(options), dtype,
+                options.get<std::string>("device"), context.threads, folder.work() / kTuneState},
+               writer, context);
+      tuned = {{"kl_before", result.kl_before},
+               {"kl_after", result.kl_after},
+               {"improved", result.improved},
+               {"codes_moved", result.codes_moved}};
     }
     writer.copy_side_files(model.folder());
     writer.finish();
     manifest["linears"] = linears;
+    if (tunes) manifest["tuned"] = tuned;
     write_text(folder.work() / kManifest, manifest.dump(1) + "\n");
     fs::remove_all(folder.work() / kRows);
+    fs::remove_all(folder.work() / kRounded);
+    fs::remove(folder.work() / kTuneState);
   } catch (const Error& error) {
     // A refusal leaves nothing behind, an interruption or a full disk what can be resumed.
     if (fresh && (error.code() == ExitCode::kInput || error.code() == ExitCode::kUsage)) folder.discard();
@@ -382,6 +504,11 @@ Json run(const Options& options, Context& context) {
   }
   Json summary = report(options, model.config(), tensors, dtype, linears, context);
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  if (!tuned.is_null()) {
+    context.report.add({"quantize", "tuning_kl", tuned.at("kl_before").get<double>(), tuned.at("kl_after").get<double>(),
+                        "nats/token", {}});
+    summary["tuned"] = tuned;
+  }
   context.report.add({"quantize", "seconds", {}, seconds, "s", {}, false});
   if (context.before_commit) context.before_commit();
   folder.commit();
@@ -403,6 +530,9 @@ Command quantize_command() {
   command.options = {
       {.name = "model", .type = OptionType::kPath, .help = "input model folder", .required = true},
       {.name = "out", .type = OptionType::kPath, .help = "output model folder", .required = true},
+      {.name = "preset",
+       .help = "fast: searched scales; balanced: GPTQ, re-targeted; best: that, sensitivities and tuning on the whole model",
+       .choices = {"fast", "balanced", "best"}},
       {.name = "codec",
        .help = "codec of the linears inside the blocks: q4 q4g64 q4g128 q4a q4ag64 q4ag128 q8 q8c, or keep",
        .default_value = "q4"},
@@ -452,6 +582,45 @@ Command quantize_command() {
        .default_value = 2,
        .minimum = 0,
        .maximum = 100},
+      {.name = "retarget",
+       .type = OptionType::kFlag,
+       .help = "GPTQ: aim at the original's outputs from the inputs that the quantized model has (Qronos)",
+       .default_value = false},
+      {.name = "fisher",
+       .type = OptionType::kFlag,
+       .help = "weigh calibration tokens by how much the model's loss depends on them; one backward pass of the whole model",
+       .default_value = false},
+      {.name = "tune-codes",
+       .type = OptionType::kInteger,
+       .help = "afterwards, steps in which codes, scales, norms and biases follow the KL to the original",
+       .default_value = 0,
+       .minimum = 0,
+       .maximum = 1e6},
+      {.name = "tune",
+       .type = OptionType::kInteger,
+       .help = "then, steps in which codes stay and scales, norms and biases follow it",
+       .default_value = 0,
+       .minimum = 0,
+       .maximum = 1e6},
+      {.name = "tune-text", .type = OptionType::kTextList, .help = "text to tune on (default: that of --text)"},
+      {.name = "tune-batch",
+       .type = OptionType::kInteger,
+       .help = "windows per tuning step",
+       .default_value = 16,
+       .minimum = 1,
+       .maximum = 65536},
+      {.name = "tune-lr",
+       .type = OptionType::kNumber,
+       .help = "peak learning rate of the scales' logarithms, and relative to their size of norms and biases",
+       .default_value = 1e-3,
+       .minimum = 0,
+       .maximum = 1},
+      {.name = "tune-code-lr",
+       .type = OptionType::kNumber,
+       .help = "peak learning rate of the codes, in steps of the code",
+       .default_value = 0.008,
+       .minimum = 0,
+       .maximum = 1},
       {.name = "expert-tokens",
        .type = OptionType::kInteger,
        .help = "experts that fewer calibration tokens chose than this are calibrated on all tokens",

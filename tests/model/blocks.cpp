@@ -147,6 +147,46 @@ TEST_F(BlocksTest, StatisticsAreSumsOverTheModelsOwnInputs) {
   }
 }
 
+TEST_F(BlocksTest, HeldOutWindowsAndTokenWeights) {
+  const CalibrationWindows windows = random_windows(80, 11, 19, 5);
+  TokenWeights weights;
+  weights.values.assign(3 * kBlockStages, std::vector<float>(static_cast<std::size_t>(windows.count * windows.length)));
+  for (std::size_t i = 0; i < weights.values.size(); ++i)
+    for (std::size_t t = 0; t < weights.values[i].size(); ++t)
+      weights.values[i][t] = static_cast<float>((i * 7 + t * 3) % 10) * 0.25f;
+  WalkOptions options = with_hessian(2);
+  options.cross = options.held_out = true;
+  options.token_weights = &weights;
+  const Recorder found = walk(folder_, windows, options, Recorder());
+  Decoder decoder = load_decoder(Checkpoint(folder_), torch::kCPU);
+  std::map<std::pair<int, int>, torch::Tensor> all, held;
+  for (std::int64_t w = 0; w < windows.count; ++w) {
+    const auto first = windows.ids.begin() + w * windows.length;
+    for (auto& [key, x] : stage_inputs(decoder, {first, first + windows.length})) {
+      const auto own = weights.of(key.first, static_cast<BlockStage>(key.second))
+                           .subspan(static_cast<std::size_t>(w * windows.length), 19);
+      const torch::Tensor wide = x.to(torch::kDouble);
+      const torch::Tensor factors = torch::tensor(std::vector<double>(own.begin(), own.end()), torch::kDouble);
+      const torch::Tensor product = torch::mm((wide * factors.unsqueeze(1)).t(), wide) / (11.0 * 19.0);
+      all[key] = all.contains(key) ? all[key] + product : product;
+      if (w % kHeldOutEvery == kHeldOutEvery - 1) held[key] = held.contains(key) ? held[key] + product : product;
+    }
+  }
+  ASSERT_EQ(found.statistics.size(), 12u);
+  for (const auto& [key, input] : found.statistics) {
+    const auto differs = [&](const SquareMatrix& matrix, const torch::Tensor& expected) {
+      double most = 0;
+      for (std::int64_t i = 0; i < input.columns * input.columns; ++i)
+        most = std::max(most, std::fabs(matrix[static_cast<std::size_t>(i)] - expected.view({-1})[i].item<double>()));
+      return most / expected.abs().max().item<double>();
+    };
+    EXPECT_LT(differs(input.hessian, all[key]), 1e-5);
+    EXPECT_LT(differs(input.cross, all[key]), 1e-5);  // nothing was replaced: both streams are the same
+    EXPECT_LT(differs(input.held_hessian, held[key]), 1e-5);
+    EXPECT_LT(differs(input.held_cross, held[key]), 1e-5);
+  }
+}
+
 TEST_F(BlocksTest, ReplacedWeightsReachEveryLaterInput) {
   const CalibrationWindows windows = random_windows(80, 5, 16, 6);
   WalkOptions options = with_hessian(2);

@@ -1,0 +1,150 @@
+#include "model/fisher.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/error.h"
+#include "model/decoder.h"
+#include "model/shards.h"
+#include "model/threads.h"
+
+namespace pare {
+namespace {
+
+using torch::Tensor;
+
+constexpr std::int64_t kLabelRows = 64;  // logits that are held at a time, in positions
+
+// Uniform in (0, 1): SplitMix64 of the place.
+double uniform(std::uint64_t seed, std::uint64_t place) {
+  std::uint64_t z = seed + (place + 1) * 0x9e3779b97f4a7c15ull;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+  z ^= z >> 31;
+  return (static_cast<double>(z >> 11) + 0.5) * 0x1p-53;
+}
+
+// One label for each row of `hidden` [n, width], drawn from the model's distribution there.
+Tensor draw_labels(Decoder& decoder, const Tensor& hidden, std::uint64_t seed, std::uint64_t first_place) {
+  const std::int64_t n = hidden.size(0);
+  Tensor labels = torch::zeros({n}, torch::kLong);
+  for (std::int64_t first = 0; first < n; first += kLabelRows) {
+    const std::int64_t count = std::min(kLabelRows, n - first);
+    const Tensor logits =
+        decoder->head_logits(hidden.narrow(0, first, count)).to(torch::kCPU, torch::kFloat).contiguous();
+    const std::int64_t vocab = logits.size(1);
+    for (std::int64_t i = 0; i < count; ++i) {
+      const float* row = logits.data_ptr<float>() + i * vocab;
+      const float top = *std::max_element(row, row + vocab);
+      double sum = 0;
+      for (std::int64_t v = 0; v < vocab; ++v) sum += std::exp(static_cast<double>(row[v] - top));
+      double left = uniform(seed, first_place + static_cast<std::uint64_t>(first + i)) * sum;
+      std::int64_t label = 0;
+      for (; label + 1 < vocab; ++label) {
+        left -= std::exp(static_cast<double>(row[label] - top));
+        if (left <= 0) break;
+      }
+      labels.data_ptr<std::int64_t>()[first + i] = label;
+    }
+  }
+  return labels;
+}
+
+void normalize(std::vector<float>& weights) {
+  std::vector<float> sorted = weights;
+  const auto at = static_cast<std::ptrdiff_t>(kFisherClip * static_cast<double>(sorted.size() - 1));
+  std::nth_element(sorted.begin(), sorted.begin() + at, sorted.end());
+  const float limit = sorted[static_cast<std::size_t>(at)];
+  double sum = 0;
+  for (float& w : weights) {
+    w = std::min(w, limit);
+    sum += static_cast<double>(w);
+  }
+  const double mean = sum / static_cast<double>(weights.size());
+  for (float& w : weights) {
+    w = static_cast<float>(
+        mean > 0 ? (1 - kFisherFloor) * static_cast<double>(w) / mean + kFisherFloor : 1.0);
+  }
+}
+
+}  // namespace
+
+TokenWeights fisher_weights(const Checkpoint& checkpoint, const CalibrationWindows& windows, std::uint64_t seed,
+                            const std::string& device_name, int threads, Context& context) {
+  const ModelConfig& config = checkpoint.config();
+  if (config.has_experts())
+    throw usage_error("--fisher", "a model without experts", std::to_string(config.experts.count) + " experts",
+                      "leave --fisher out");
+  require_ids(windows, config.vocab_size);
+  const SingleThreadedTorch single;
+  const torch::Device device = parse_device(device_name);
+  Decoder decoder = load_decoder(checkpoint, device);
+  for (Tensor& parameter : decoder->parameters()) parameter.set_requires_grad(false);
+  const int workers = !device.is_cpu() ? 1 : threads > 0 ? threads : omp_get_num_procs();
+  const auto stages = static_cast<std::size_t>(config.num_layers) * kBlockStages;
+
+  std::vector<std::vector<Tensor>> seen(static_cast<std::size_t>(workers), std::vector<Tensor>(stages));
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    decoder->block(layer)->set_observer([&seen, layer](BlockStage stage, const Tensor& output) {
+      seen[static_cast<std::size_t>(omp_get_thread_num())]
+          [static_cast<std::size_t>(layer) * kBlockStages + static_cast<std::size_t>(stage)] = output;
+    });
+  }
+  TokenWeights weights;
+  weights.values.assign(stages, {});
+  const RopeTables& rope = decoder->rope(windows.length);
+  context.progress->begin("sensitivity", windows.count);
+  in_order(
+      windows.count, workers,
+      [&](std::int64_t w) {
+        throw_if_interrupted("sensitivity", "the same command begins this step again");
+        Tensor ids = torch::empty({1, windows.length}, torch::kLong);
+        std::copy_n(windows.ids.begin() + w * windows.length, windows.length, ids.data_ptr<std::int64_t>());
+        Tensor x = decoder->embed(ids.to(device)).detach().requires_grad_();
+        for (int layer = 0; layer < config.num_layers; ++layer) x = decoder->block(layer)->forward(x, rope);
+        const Tensor hidden = decoder->final_norm(x).view({windows.length, -1});
+        Tensor labels;
+        {
+          const torch::NoGradGuard no_grad;
+          labels = draw_labels(decoder, hidden.detach(), seed, static_cast<std::uint64_t>(w * windows.length));
+        }
+        std::vector<Tensor>& outputs = seen[static_cast<std::size_t>(omp_get_thread_num())];
+        const Tensor loss = cross_entropy_loss(hidden, decoder->output_head(), labels.to(device), 1.0, nullptr);
+        const auto gradients = torch::autograd::grad({loss}, outputs);
+        std::vector<Tensor> squares;
+        for (const Tensor& gradient : gradients)
+          squares.push_back(gradient.to(torch::kFloat).square().mean(-1).view(-1).to(torch::kCPU).contiguous());
+        for (Tensor& output : outputs) output.reset();
+        return squares;
+      },
+      [&](std::int64_t w, std::vector<Tensor> squares) {
+        for (std::size_t i = 0; i < stages; ++i) {
+          const float* values = squares[i].data_ptr<float>();
+          weights.values[i].insert(weights.values[i].end(), values, values + windows.length);
+        }
+        context.progress->update(w + 1);
+      });
+  context.progress->end();
+  for (std::size_t i = 0; i < stages; ++i) {
+    for (const float w : weights.values[i]) {
+      if (!std::isfinite(w))
+        throw failure("sensitivity of layer " + std::to_string(i / kBlockStages), "finite gradients",
+                      "NaN or infinity", "the model is damaged, or overflows float32");
+    }
+    normalize(weights.values[i]);
+  }
+  return weights;
+}
+
+std::uint64_t fisher_peak_bytes(const ModelConfig& config, std::int64_t windows, std::int64_t length, int threads) {
+  const int workers = threads > 0 ? threads : omp_get_num_procs();
+  const auto layers = static_cast<std::uint64_t>(config.num_layers), tokens = static_cast<std::uint64_t>(length);
+  const std::uint64_t graph = layers * 2 * block_work_bytes(config, length) +
+                              tokens * 3 * static_cast<std::uint64_t>(config.vocab_size) * 4;
+  return static_cast<std::uint64_t>(parameter_count(config)) * 4 + static_cast<std::uint64_t>(workers) * graph +
+         static_cast<std::uint64_t>(windows) * tokens * layers * kBlockStages * 4;
+}
+
+}  // namespace pare

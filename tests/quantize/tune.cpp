@@ -1,0 +1,180 @@
+#include "quantize/tune.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "core/error.h"
+#include "core/random_weights.h"
+#include "tests/quantize/tiny_model.h"
+
+namespace pare {
+namespace {
+
+using testing::folder_hash;
+using testing::run_quantize;
+using testing::ScratchFolder;
+using testing::tiny_config;
+using testing::write_tiny;
+
+// A model whose predictions are not all alike: random weights of their usual size give an almost flat distribution.
+void write_lively(const fs::path& folder, const ModelConfig& config, const std::string& dtype = "float32") {
+  write_tiny(folder, config, dtype, [](Decoder& decoder) {
+    for (auto& item : decoder->named_parameters())
+      if (item.value().dim() == 2) item.value().mul_(4.0);
+  });
+}
+
+Json command(const fs::path& in, const fs::path& out, const Json& more) {
+  Json given = {{"model", in.string()}, {"out", out.string()}, {"random-tokens", true}, {"samples", 10}, {"context", 32}};
+  given.update(more);
+  return given;
+}
+
+// Mean KL over random windows that neither calibration nor tuning has seen.
+double divergence(const fs::path& original, const fs::path& quantized) {
+  const torch::NoGradGuard no_grad;
+  Decoder a = load_decoder(Checkpoint(original), torch::kCPU), b = load_decoder(Checkpoint(quantized), torch::kCPU);
+  const CalibrationWindows windows = random_windows(a->config().vocab_size, 64, 32, 12345);
+  torch::Tensor ids = torch::empty({64, 32}, torch::kLong);
+  std::copy(windows.ids.begin(), windows.ids.end(), ids.data_ptr<std::int64_t>());
+  const torch::Tensor p = torch::log_softmax(a->forward(ids).to(torch::kDouble), -1),
+                      q = torch::log_softmax(b->forward(ids).to(torch::kDouble), -1);
+  return (p.exp() * (p - q)).sum(-1).mean().item<double>();
+}
+
+TEST(Tune, ScalesAndNormsLowerTheDivergenceAndCodesStay) {
+  ScratchFolder scratch;
+  write_lively(scratch / "in", tiny_config(2), "bfloat16");
+  run_quantize(command(scratch / "in", scratch / "plain", {{"codec", "q4"}}));
+  const Json result = run_quantize(
+      command(scratch / "in", scratch / "tuned", {{"codec", "q4"}, {"tune", 30}, {"tune-batch", 4}, {"tune-lr", 0.004}}));
+  EXPECT_TRUE(result.at("tuned").at("improved").get<bool>());
+  EXPECT_EQ(result.at("tuned").at("codes_moved"), 0);
+  EXPECT_LT(result.at("tuned").at("kl_after").get<double>(), result.at("tuned").at("kl_before").get<double>());
+  EXPECT_LT(divergence(scratch / "in", scratch / "tuned"), 0.97 * divergence(scratch / "in", scratch / "plain"));
+  const Checkpoint plain(scratch / "plain"), tuned(scratch / "tuned");
+  int scales = 0, norms = 0;
+  for (const TensorSpec& spec : plain.tensors()) {
+    if (plain.is_quantized(spec.name)) {
+      EXPECT_EQ(plain.codes(spec.name).codes, tuned.codes(spec.name).codes) << spec.name;
+      scales += plain.codes(spec.name).scales != tuned.codes(spec.name).scales;
+    } else {
+      norms += plain.read_f32(spec.name) != tuned.read_f32(spec.name);
+    }
+  }
+  EXPECT_EQ(scales, 15);  // seven linears of two blocks and the embedding
+  EXPECT_GT(norms, 0);
+  EXPECT_FALSE(fs::exists(scratch / "tuned" / "quantize.rounded"));
+}
+
+TEST(Tune, MovingCodesLowersItFurther) {
+  ScratchFolder scratch;
+  write_lively(scratch / "in", tiny_config(2));
+  const Json scales = run_quantize(
+      command(scratch / "in", scratch / "scales", {{"codec", "q4g64"}, {"tune", 60}, {"tune-batch", 4}}));
+  const Json codes = run_quantize(
+      command(scratch / "in", scratch / "codes",
+              {{"codec", "q4g64"}, {"tune-codes", 50}, {"tune", 10}, {"tune-batch", 4}, {"tune-code-lr", 0.01}}));
+  EXPECT_GT(codes.at("tuned").at("codes_moved").get<int>(), 100);
+  EXPECT_LT(divergence(scratch / "in", scratch / "codes"), divergence(scratch / "in", scratch / "scales"));
+  EXPECT_LT(codes.at("tuned").at("kl_after").get<double>(), scales.at("tuned").at("kl_after").get<double>());
+}
+
+TEST(Tune, SameBytesAtAnyThreadCount) {
+  ScratchFolder scratch;
+  write_lively(scratch / "in", tiny_config(2), "bfloat16");
+  const Json more = {{"retarget", true}, {"fisher", true}, {"tune-codes", 3}, {"tune", 2}, {"tune-batch", 5}};
+  run_quantize(command(scratch / "in", scratch / "one", more), 1);
+  run_quantize(command(scratch / "in", scratch / "three", more), 3);
+  EXPECT_EQ(folder_hash(scratch / "one"), folder_hash(scratch / "three"));
+}
+
+TEST(Tune, AsymmetricCodesAndPrunedZeros) {
+  ScratchFolder scratch;
+  write_tiny(scratch / "in", tiny_config(1), "float32", [](Decoder& decoder) {
+    for (auto& item : decoder->named_parameters()) {
+      if (item.value().dim() != 2) continue;
+      item.value().mul_(4.0);
+      if (item.key().find("proj") != std::string::npos) item.value().view({-1}).slice(0, 0, c10::nullopt, 2).zero_();
+    }
+  });
+  for (const char* codec : {"q4a", "q4", "q8"}) {
+    const fs::path out = scratch / codec;
+    run_quantize(command(scratch / "in", out, {{"codec", codec}, {"tune-codes", 6}, {"tune", 2}, {"tune-batch", 4}}));
+    const Checkpoint original(scratch / "in"), tuned(out);
+    for (const TensorSpec& spec : tuned.tensors()) {
+      if (spec.role != TensorRole::kLinear) continue;
+      tuned.codes(spec.name).validate(spec.name);
+      const std::vector<float> before = original.read_f32(spec.name), after = tuned.read_f32(spec.name);
+      for (std::size_t i = 0; i < before.size(); i += 2) EXPECT_EQ(after[i], 0.0f) << spec.name << " " << i;
+    }
+  }
+}
+
+TEST(Tune, AWorseResultIsNotKept) {
+  ScratchFolder scratch;
+  write_lively(scratch / "in", tiny_config(1));
+  const Json result = run_quantize(
+      command(scratch / "in", scratch / "out", {{"codec", "q8"}, {"tune", 3}, {"tune-batch", 1}, {"tune-lr", 0.9}}));
+  EXPECT_FALSE(result.at("tuned").at("improved").get<bool>());
+  run_quantize(command(scratch / "in", scratch / "plain", {{"codec", "q8"}}));
+  EXPECT_EQ(divergence(scratch / "in", scratch / "out"), divergence(scratch / "in", scratch / "plain"));
+}
+
+TEST(Tune, ModelsWithExperts) {
+  ScratchFolder scratch;
+  ModelConfig config = tiny_config(1, false);
+  config.family = "mixtral";
+  config.experts = {.count = 4, .per_token = 2, .renormalize = true, .module = "block_sparse_moe", .gate = "w1", .up = "w3",
+                    .down = "w2"};
+  write_lively(scratch / "in", config);
+  const Json result = run_quantize(command(
+      scratch / "in", scratch / "out", {{"tune", 20}, {"tune-batch", 4}, {"tune-lr", 0.004}, {"expert-tokens", 1}}));
+  EXPECT_TRUE(result.at("tuned").at("improved").get<bool>());
+}
+
+TEST(Tune, PresetsStandForOptionsAndTheUsersOwnStand) {
+  ScratchFolder scratch;
+  write_lively(scratch / "in", tiny_config(1));
+  const auto hash = [&](const std::string& name, Json more) {
+    run_quantize(command(scratch / "in", scratch / name, more));
+    // But for the echoed options.
+    const Checkpoint made(scratch / name);
+    Hasher hasher;
+    for (const TensorSpec& spec : made.tensors()) {
+      const std::vector<float> values = made.read_f32(spec.name);
+      hasher.update(std::as_bytes(std::span(values)));
+    }
+    return hasher.hex();
+  };
+  EXPECT_EQ(hash("a", {{"preset", "fast"}}), hash("b", {{"method", "rtn"}}));
+  EXPECT_EQ(hash("c", {{"preset", "balanced"}}), hash("d", {{"retarget", true}}));
+  EXPECT_EQ(hash("e", {{"preset", "best"}, {"tune-codes", 2}, {"tune", 1}}),
+            hash("f", {{"retarget", true}, {"fisher", true}, {"tune-codes", 2}, {"tune", 1}, {"tune-batch", 4},
+                       {"tune-lr", 0.002}}));
+  EXPECT_EQ(hash("g", {{"preset", "balanced"}, {"method", "rtn"}}), hash("h", {{"method", "rtn"}}));
+}
+
+TEST(Tune, OptionsThatDoNothingAreRefused) {
+  ScratchFolder scratch;
+  write_tiny(scratch / "in", tiny_config(1));
+  const std::vector<std::pair<Json, std::string>> cases = {{{{"tune-batch", 4}}, "--tune-batch"},
+                                                           {{{"tune-lr", 0.1}}, "--tune-lr"},
+                                                           {{{"tune", 5}, {"tune-code-lr", 0.1}}, "--tune-code-lr"},
+                                                           {{{"method", "rtn"}, {"retarget", true}}, "--retarget"},
+                                                           {{{"retarget", true}, {"samples", 4}}, "--retarget"}};
+  for (const auto& [more, name] : cases) {
+    try {
+      run_quantize(command(scratch / "in", scratch / "out", more));
+      ADD_FAILURE() << more.dump();
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ExitCode::kUsage) << error.what();
+      EXPECT_NE(std::string(error.what()).find(name), std::string::npos) << error.what();
+    }
+    EXPECT_FALSE(fs::exists(scratch / "out"));
+  }
+}
+
+}  // namespace
+}  // namespace pare
