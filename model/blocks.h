@@ -95,6 +95,8 @@ inline constexpr std::int64_t kHeldOutEvery = 5;
 // What each token of the calibration windows counts for each distinct input: [layer][stage][window * length + position].
 struct TokenWeights {
   std::vector<std::vector<float>> values;  // [layer * kBlockStages + stage]
+  // Of the linears that share the input, joined: the mean over tokens for each output, not scaled. Empty: not known.
+  std::vector<std::vector<double>> outputs;
   std::span<const float> of(int layer, BlockStage stage) const {
     return values[static_cast<std::size_t>(layer) * kBlockStages + static_cast<std::size_t>(stage)];
   }

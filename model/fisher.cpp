@@ -94,6 +94,7 @@ TokenWeights fisher_weights(const Checkpoint& checkpoint, const CalibrationWindo
   }
   TokenWeights weights;
   weights.values.assign(stages, {});
+  weights.outputs.assign(stages, {});
   const RopeTables& rope = decoder->rope(windows.length);
   context.progress->begin("sensitivity", windows.count);
   in_order(
@@ -113,16 +114,23 @@ TokenWeights fisher_weights(const Checkpoint& checkpoint, const CalibrationWindo
         std::vector<Tensor>& outputs = seen[static_cast<std::size_t>(omp_get_thread_num())];
         const Tensor loss = cross_entropy_loss(hidden, decoder->output_head(), labels.to(device), 1.0, nullptr);
         const auto gradients = torch::autograd::grad({loss}, outputs);
-        std::vector<Tensor> squares;
-        for (const Tensor& gradient : gradients)
-          squares.push_back(gradient.to(torch::kFloat).square().mean(-1).view(-1).to(torch::kCPU).contiguous());
+        std::vector<std::pair<Tensor, Tensor>> squares;  // [positions], [outputs]
+        for (const Tensor& gradient : gradients) {
+          const Tensor square = gradient.to(torch::kCPU, torch::kFloat).square()[0];
+          squares.emplace_back(square.mean(-1).contiguous(), square.mean(0).contiguous());
+        }
         for (Tensor& output : outputs) output.reset();
         return squares;
       },
-      [&](std::int64_t w, std::vector<Tensor> squares) {
+      [&](std::int64_t w, const std::vector<std::pair<Tensor, Tensor>>& squares) {
         for (std::size_t i = 0; i < stages; ++i) {
-          const float* values = squares[i].data_ptr<float>();
+          const auto& [positions, outputs] = squares[i];
+          const float* values = positions.data_ptr<float>();
           weights.values[i].insert(weights.values[i].end(), values, values + windows.length);
+          auto& sums = weights.outputs[i];
+          sums.resize(static_cast<std::size_t>(outputs.numel()));
+          for (std::size_t j = 0; j < sums.size(); ++j)
+            sums[j] += static_cast<double>(outputs.data_ptr<float>()[j]) / static_cast<double>(windows.count);
         }
         context.progress->update(w + 1);
       });

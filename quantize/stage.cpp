@@ -9,6 +9,7 @@
 #include "core/placement.h"
 #include "core/tokenizer.h"
 #include "model/fisher.h"
+#include "quantize/allocate.h"
 #include "quantize/layers.h"
 #include "quantize/quantize.h"
 #include "quantize/tune.h"
@@ -22,6 +23,7 @@ constexpr const char* kManifest = "quantize.json";
 constexpr const char* kRows = "quantize.rows";
 // While it is being tuned: the model as rounded, and how far tuning has come.
 constexpr const char* kRounded = "quantize.rounded";
+constexpr const char* kAllocation = "quantize.bits.json";  // which tensor gets which codec, once that is known
 constexpr const char* kTuneState = "quantize.tune.safetensors";
 constexpr std::int64_t kValidationWindows = 16;
 constexpr double kValidationShare = 0.05;  // of the tuning text, at its end
@@ -112,11 +114,11 @@ void refuse_unused_options(const Options& options, const ModelConfig& config) {
   if (!text) refuse_unused(options, {"split"}, "without --text", place);
   if (!calibrated(options)) {
     refuse_unused(options,
-                  {"samples", "context", "device", "expert-tokens", "fisher", "tune", "tune-codes"},
+                  {"samples", "context", "device", "expert-tokens", "fisher", "bits", "tune", "tune-codes"},
                   "without --text or --random-tokens", place);
   }
   if (!config.has_experts()) refuse_unused(options, {"expert-tokens"}, "in a model without experts", place);
-  if (config.has_experts()) refuse_unused(options, {"retarget", "fisher"}, "in a model with experts", place);
+  if (config.has_experts()) refuse_unused(options, {"retarget", "fisher", "bits"}, "in a model with experts", place);
   if (options.get<bool>("retarget") && options.get<std::int64_t>("samples") < kHeldOutEvery)
     throw usage_error("--retarget", "at least " + std::to_string(kHeldOutEvery) + " --samples",
                       std::to_string(options.get<std::int64_t>("samples")));
@@ -219,7 +221,7 @@ MemoryPlan memory_of(const Options& options, const ModelConfig& config, const st
     std::uint64_t walking = calibrated(options) ? walk_peak_bytes(config, samples, context, walk) + factor : 0;
     if (options.get<bool>("retarget")) walking += 3 * factor;  // of the other windows, and both transposed
     std::uint64_t whole = 0;  // steps that hold the whole model
-    if (options.get<bool>("fisher")) whole = fisher_peak_bytes(config, samples, context, 0);
+    if (options.get<bool>("fisher") || options.has("bits")) whole = fisher_peak_bytes(config, samples, context, 0);
     if (tuning_steps(options) > 0)
       whole = std::max(whole, tune_peak_bytes(config, tensors, context, tuning_of(options).code_steps > 0, 0));
     return base + std::max({outside, walking + work, whole});
@@ -264,11 +266,22 @@ StagePlan plan(const Options& given, const PlannedModel& input) {
   if (tuning_steps(options) > 0)  // the original once, the quantized model forwards and backwards
     operations += static_cast<double>(tuning_steps(options) * options.get<std::int64_t>("tune-batch") * context) * 8.0 *
                   static_cast<double>(parameter_count(config));
-  if (options.get<bool>("fisher"))
+  if (options.has("bits")) operations += 4.0 * operations;
+  if (options.get<bool>("fisher") || options.has("bits"))
     operations += static_cast<double>(samples * context) * 4.0 * static_cast<double>(parameter_count(config));
   const MemoryPlan memory = memory_of(options, config, tensors);
   memory.add_note(notes);
-  const Sizes sizes = sizes_of(config, tensors, input.dtype);
+  Sizes sizes = sizes_of(config, tensors, input.dtype);
+  if (options.has("bits")) {
+    for (const std::size_t i : free_tensors(tensors, Codec::parse(options.get<std::string>("codec"), "--codec"))) {
+      const std::int64_t rows = tensors[i].spec.shape[0], cols = tensors[i].spec.shape[1];
+      const auto planned = static_cast<std::uint64_t>(options.get<double>("bits") * static_cast<double>(rows * cols) / 8);
+      const std::uint64_t counted = tensors[i].codec->payload_bytes(rows, cols);
+      sizes.compact = sizes.compact + planned - counted;
+      sizes.folder = sizes.folder + planned - std::min(sizes.folder, counted);
+    }
+    notes.push_back("which tensor gets which codec is decided by measuring them: sizes are those of --bits");
+  }
   StagePlan plan{1.0 + operations / (1.2e10 * omp_get_num_procs()), memory.peak, sizes.folder, std::move(notes), input};
   plan.result.quantized =
       std::any_of(tensors.begin(), tensors.end(), [](const TensorPlan& t) { return t.codec.has_value(); });
@@ -424,10 +437,10 @@ Json run(const Options& given, Context& context) {
   const Options options = with_preset(given, model.config());
   refuse_codes(model);
   const PlannedModel planned = planned_model(model);
-  const std::vector<TensorPlan> tensors = check(options, planned);
+  std::vector<TensorPlan> tensors = check(options, planned);
   const bool spill = memory_of(options, model.config(), tensors).spill;
   FolderTransaction folder(options.get<std::string>("out"));
-  Json linears, tuned;
+  Json linears, tuned, allocation;
   const std::string& dtype = planned.dtype;
   const bool fresh = fs::is_empty(folder.work());
   try {
@@ -448,12 +461,27 @@ Json run(const Options& given, Context& context) {
     linears = done.value("linears", Json());
     const fs::path rounded = tunes ? folder.work() / kRounded : folder.work();
     fs::create_directories(rounded);
+    const fs::path allocated = folder.work() / kAllocation;
+    if (fs::exists(allocated)) {
+      allocation = read_json(allocated);
+      for (const Json& row : allocation)
+        for (TensorPlan& tensor : tensors)
+          if (tensor.spec.name == row.at("name"))
+            tensor.codec = tensor.asked = Codec::parse(row.at("codec").get<std::string>(), allocated.string());
+    }
     if (linears.is_null()) {
-      CheckpointWriter writer(rounded, model.config(), dtype);
       TokenWeights sensitivity;
-      if (options.get<bool>("fisher"))
+      if (options.get<bool>("fisher") || (options.has("bits") && allocation.is_null()))
         sensitivity = fisher_weights(model, windows, context.seed, options.get<std::string>("device"), context.threads,
                                      context);
+      if (options.has("bits") && allocation.is_null()) {
+        allocation = allocate_bits({model, windows, sensitivity, options.get<double>("bits"),
+                                    options.get<std::string>("device"), context.threads, spill ? folder.work() : fs::path()},
+                                   free_tensors(tensors, Codec::parse(options.get<std::string>("codec"), "--codec")),
+                                   tensors, context);
+        write_text(allocated, allocation.dump(1) + "\n");
+      }
+      CheckpointWriter writer(rounded, model.config(), dtype);
       const QuantizeJob job{model,
                             tensors,
                             writer,
@@ -467,7 +495,7 @@ Json run(const Options& given, Context& context) {
                             options.get<std::int64_t>("expert-tokens"),
                             spill ? folder.work() : fs::path(),
                             options.get<bool>("retarget"),
-                            sensitivity.values.empty() ? nullptr : &sensitivity};
+                            options.get<bool>("fisher") ? &sensitivity : nullptr};
       quantize_layers(job, context);
       linears = collect_rows(model.config(), job.rows);
       if (tunes) {
@@ -493,10 +521,12 @@ Json run(const Options& given, Context& context) {
     writer.finish();
     manifest["linears"] = linears;
     if (tunes) manifest["tuned"] = tuned;
+    if (!allocation.is_null()) manifest["bits"] = allocation;
     write_text(folder.work() / kManifest, manifest.dump(1) + "\n");
     fs::remove_all(folder.work() / kRows);
     fs::remove_all(folder.work() / kRounded);
     fs::remove(folder.work() / kTuneState);
+    fs::remove(folder.work() / kAllocation);
   } catch (const Error& error) {
     // A refusal leaves nothing behind, an interruption or a full disk what can be resumed.
     if (fresh && (error.code() == ExitCode::kInput || error.code() == ExitCode::kUsage)) folder.discard();
@@ -504,6 +534,19 @@ Json run(const Options& given, Context& context) {
   }
   Json summary = report(options, model.config(), tensors, dtype, linears, context);
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  if (!allocation.is_null()) {
+    summary["bits"] = allocation;
+    std::map<std::string, std::pair<double, int>> kinds;  // where the bits went
+    for (const Json& row : allocation) {
+      const auto name = row.at("name").get<std::string>();
+      const std::size_t dot = name.find('.', std::string_view("model.layers.").size());
+      auto& [bits, count] = kinds[name.substr(dot + 1, name.rfind('.') - dot - 1)];
+      bits += row.at("bits").get<double>();
+      ++count;
+    }
+    for (const auto& [kind, sum] : kinds)
+      context.report.add({"quantize", "bits " + kind, {}, sum.first / sum.second, "mean of its layers", {}});
+  }
   if (!tuned.is_null()) {
     context.report.add({"quantize", "tuning_kl", tuned.at("kl_before").get<double>(), tuned.at("kl_after").get<double>(),
                         "nats/token", {}});
@@ -590,6 +633,12 @@ Command quantize_command() {
        .type = OptionType::kFlag,
        .help = "weigh calibration tokens by how much the model's loss depends on them; one backward pass of the whole model",
        .default_value = false},
+      {.name = "bits",
+       .type = OptionType::kNumber,
+       .help = "bits a weight of the blocks' linears, scales included: each gets the codec that its effect on the loss asks "
+               "for, from q4g128 to q8",
+       .minimum = 1,
+       .maximum = 16},
       {.name = "tune-codes",
        .type = OptionType::kInteger,
        .help = "afterwards, steps in which codes, scales, norms and biases follow the KL to the original",

@@ -13,9 +13,8 @@
 #include "core/error.h"
 #include "core/safetensors.h"
 #include "model/decoder.h"
-#include "model/losses.h"
-#include "model/shards.h"
 #include "model/threads.h"
+#include "quantize/kl_model.h"
 #include "quantize/scales.h"
 
 namespace pare {
@@ -87,19 +86,13 @@ class Tuner {
   Tuner(const TuneJob& job, Context& context)
       : job_(job),
         context_(context),
-        device_(parse_device(job.device)),
-        threads_(!device_.is_cpu() ? 1 : job.threads > 0 ? job.threads : omp_get_num_procs()),
-        teacher_(load_decoder(job.original, device_)),
-        student_(load_decoder(job.rounded, device_)) {
+        models_(job.original, job.rounded, job.device, job.threads, job.windows.length),
+        device_(models_.device()) {
     const torch::NoGradGuard no_grad;
-    for (Tensor& parameter : teacher_->parameters()) parameter.set_requires_grad(false);
-    for (Tensor& parameter : student_->parameters()) parameter.set_requires_grad(false);
     for (const TensorPlan& plan : job.plan) add(plan);
     for (Matrix& matrix : matrices_) trained_.push_back(matrix.weight);
     for (Vector& vector : vectors_) trained_.push_back(vector.parameter);
     for (Tensor& parameter : trained_) parameter.set_requires_grad(true);
-    teacher_->rope(job.windows.length);
-    student_->rope(job.windows.length);
   }
 
   TuneResult run(CheckpointWriter& writer);
@@ -108,11 +101,7 @@ class Tuner {
   void add(const TensorPlan& plan);
   void add_matrix(const TensorPlan& plan, const Tensor& weight);
   void compute_weights();
-  std::vector<Tensor> gradients(std::int64_t step, double& loss);
   void update(const std::vector<Tensor>& gradients, std::int64_t step);
-  double validation_kl();
-  Tensor ids(const CalibrationWindows& windows, std::int64_t window) const;
-  Tensor loss(const Tensor& ids, double scale, LossSums& sums);
   std::int64_t write(CheckpointWriter& writer, bool improved);
   void save(std::int64_t step, double kl_before);
   std::int64_t restore(double& kl_before);
@@ -120,16 +109,15 @@ class Tuner {
 
   const TuneJob& job_;
   Context& context_;
+  KlModel models_;
   torch::Device device_;
-  int threads_;
-  Decoder teacher_, student_;
   std::vector<Matrix> matrices_;
   std::vector<Vector> vectors_;
   std::vector<Tensor> trained_;
 };
 
 void Tuner::add(const TensorPlan& plan) {
-  Tensor& parameter = student_->tensor(plan.spec.name);
+  Tensor& parameter = models_.quantized()->tensor(plan.spec.name);
   if (plan.codec) return add_matrix(plan, parameter);
   const bool norm = plan.spec.role == TensorRole::kNorm;
   if (!norm && plan.spec.role != TensorRole::kBias) return;
@@ -157,11 +145,12 @@ void Tuner::add_matrix(const TensorPlan& plan, const Tensor& weight) {
   matrix.low = range.low;
   matrix.high = range.high;
   if (job_.settings.code_steps > 0 && plan.spec.role == TensorRole::kLinear) {
-    const Tensor original = teacher_->tensor(plan.spec.name).view({rows, groups, size});
+    const Tensor original = models_.original()->tensor(plan.spec.name).view({rows, groups, size});
     // Towards where the original lies, but well inside of what rounds to the code that stands there: the first steps,
     // before gradients have averaged, would else throw over what the sweep has chosen.
     const Tensor code = matrix.offsets.to(torch::kFloat), scale = matrix.scales.unsqueeze(-1);
-    const Tensor place = torch::where(scale > 0, original / scale.clamp_min(1e-30), torch::zeros_like(original));
+    const Tensor place = torch::where(scale != 0, original / torch::where(scale != 0, scale, torch::ones_like(scale)),
+                                      torch::zeros_like(original));
     matrix.latent.emplace(torch::maximum(torch::minimum(place, code + kLatentReach), code - kLatentReach));
     const Tensor zero = original == 0;
     if (zero.to(torch::kFloat).mean().item<double>() >= 0.05) matrix.kept = zero.logical_not().to(torch::kFloat);
@@ -179,57 +168,6 @@ void Tuner::compute_weights() {
                     : job_.dtype == "float16" ? torch::kHalf
                                               : torch::kFloat;
   for (Vector& v : vectors_) v.parameter.copy_(v.trained.value.to(type).to(torch::kFloat));
-}
-
-Tensor Tuner::ids(const CalibrationWindows& windows, std::int64_t window) const {
-  Tensor out = torch::empty({1, windows.length}, torch::kLong);
-  std::copy_n(windows.ids.begin() + window * windows.length, windows.length, out.data_ptr<std::int64_t>());
-  return out.to(device_);
-}
-
-Tensor Tuner::loss(const Tensor& ids, double scale, LossSums& sums) {
-  Tensor taught;
-  {
-    const torch::NoGradGuard no_grad;
-    taught = teacher_->hidden(ids);
-  }
-  const Tensor hidden = student_->hidden(ids);
-  const Tensor targets = torch::zeros({ids.numel()}, torch::TensorOptions(device_).dtype(torch::kLong));
-  return distill_loss(hidden.view({-1, hidden.size(-1)}), student_->output_head(),
-                      taught.view({-1, taught.size(-1)}), teacher_->output_head(), targets, {}, scale, &sums);
-}
-
-std::vector<Tensor> Tuner::gradients(std::int64_t step, double& total) {
-  std::vector<Tensor> sums(trained_.size());
-  total = 0;
-  struct Part {
-    std::vector<Tensor> gradients;
-    double kl = 0;
-  };
-  const std::int64_t batch = job_.settings.batch;
-  in_order(
-      batch, threads_,
-      [&](std::int64_t shard) {
-        LossSums own;
-        const double scale = 1.0 / static_cast<double>(batch * job_.windows.length);
-        const Tensor value = loss(ids(job_.windows, step * batch + shard), scale, own);
-        Part part;
-        part.gradients = torch::autograd::grad({value}, trained_, {}, false, false, /*allow_unused=*/true);
-        part.kl = own.kl / static_cast<double>(own.rows);
-        return part;
-      },
-      [&](std::int64_t, Part part) {
-        const torch::NoGradGuard no_grad;
-        total += part.kl / static_cast<double>(batch);
-        for (std::size_t i = 0; i < sums.size(); ++i) {
-          if (!part.gradients[i].defined()) continue;
-          if (sums[i].defined())
-            sums[i].add_(part.gradients[i]);
-          else
-            sums[i] = part.gradients[i].contiguous();
-        }
-      });
-  return sums;
 }
 
 void Tuner::update(const std::vector<Tensor>& gradients, std::int64_t step) {
@@ -257,20 +195,6 @@ void Tuner::update(const std::vector<Tensor>& gradients, std::int64_t step) {
     const Tensor& g = gradients[matrices_.size() + i];
     if (g.defined()) vectors_[i].trained.step(g, lr * vectors_[i].size, step + 1);
   }
-}
-
-double Tuner::validation_kl() {
-  double sum = 0;
-  in_order(
-      job_.validation.count, threads_,
-      [&](std::int64_t window) {
-        const torch::NoGradGuard no_grad;
-        LossSums own;
-        loss(ids(job_.validation, window), 1.0, own);
-        return own.kl / static_cast<double>(own.rows);
-      },
-      [&](std::int64_t, double kl) { sum += kl; });
-  return sum / static_cast<double>(job_.validation.count);
 }
 
 std::vector<std::pair<std::string, Tensor*>> Tuner::state() {
@@ -372,7 +296,7 @@ TuneResult Tuner::run(CheckpointWriter& writer) {
     step = restore(result.kl_before);
     context_.progress->note("Tuning continues from step " + std::to_string(step));
   } else {
-    result.kl_before = validation_kl();  // of the codes as rounded
+    result.kl_before = models_.divergence(job_.validation);  // of the codes as rounded
   }
   context_.progress->begin("tune", steps);
   auto saved = std::chrono::steady_clock::now();
@@ -383,7 +307,7 @@ TuneResult Tuner::run(CheckpointWriter& writer) {
     std::vector<Tensor> sums;
     try {
       throw_if_interrupted("tuning", "the same command continues here");
-      sums = gradients(step, kl);
+      sums = models_.gradients(job_.windows, step * job_.settings.batch, job_.settings.batch, trained_, kl);
     } catch (const Error& error) {
       if (error.code() == ExitCode::kInterrupted) save(step, result.kl_before);
       throw;
@@ -406,7 +330,7 @@ TuneResult Tuner::run(CheckpointWriter& writer) {
   context_.progress->end();
   save(step, result.kl_before);
   compute_weights();
-  result.kl_after = validation_kl();
+  result.kl_after = models_.divergence(job_.validation);
   result.improved = result.kl_after < result.kl_before;
   if (!result.improved)
     context_.progress->note("Tuning did not lower the KL on text it was not tuned on: the codes stay as they were rounded");

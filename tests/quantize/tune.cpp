@@ -48,7 +48,7 @@ TEST(Tune, ScalesAndNormsLowerTheDivergenceAndCodesStay) {
   write_lively(scratch / "in", tiny_config(2), "bfloat16");
   run_quantize(command(scratch / "in", scratch / "plain", {{"codec", "q4"}}));
   const Json result = run_quantize(
-      command(scratch / "in", scratch / "tuned", {{"codec", "q4"}, {"tune", 30}, {"tune-batch", 4}, {"tune-lr", 0.004}}));
+      command(scratch / "in", scratch / "tuned", {{"codec", "q4"}, {"tune", 20}, {"tune-batch", 4}, {"tune-lr", 0.004}}));
   EXPECT_TRUE(result.at("tuned").at("improved").get<bool>());
   EXPECT_EQ(result.at("tuned").at("codes_moved"), 0);
   EXPECT_LT(result.at("tuned").at("kl_after").get<double>(), result.at("tuned").at("kl_before").get<double>());

@@ -1,0 +1,158 @@
+#include "quantize/allocate.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <map>
+
+#include "core/error.h"
+#include "quantize/scales.h"
+
+namespace pare {
+namespace {
+
+constexpr const char* kChoices[] = {"q4g128", "q4g64", "q4g32", "q8"};
+
+double bits_of(const Codec& codec, std::int64_t rows, std::int64_t cols) {
+  const double scale = codec.kind == CodecKind::kQ4a ? 20.0 : 16.0;
+  return static_cast<double>(codec.bits()) * static_cast<double>(rows * cols) +
+         scale * static_cast<double>(rows * codec.groups(cols));
+}
+
+// Measures every choice of every free tensor on one walk through the original.
+class Meter : public BlockVisitor {
+ public:
+  Meter(const AllocateJob& job, std::map<std::string, std::vector<BitChoice>>& choices)
+      : job_(job), choices_(choices) {}
+
+  void compress(int layer, BlockStage stage, std::span<BlockLinear> linears, const InputStatistics& input) override {
+    const auto& outputs =
+        job_.sensitivity.outputs[static_cast<std::size_t>(layer) * kBlockStages + static_cast<std::size_t>(stage)];
+    std::size_t first = 0;
+    for (const BlockLinear& linear : linears) {
+      const std::size_t own = first;
+      first += static_cast<std::size_t>(linear.rows);
+      const auto found = choices_.find(linear.name);
+      if (found == choices_.end()) continue;
+      std::vector<float> unpacked(linear.original.size());
+      for (BitChoice& choice : found->second) {
+        const Importance importance{nullptr, input.mean_square.data(), false};
+        round_to_nearest(linear.original.data(), linear.rows, linear.cols, choice.codec, ScaleRule::kSearched, importance,
+                         linear.name, job_.threads)
+            .unpack(unpacked.data());
+        const std::vector<double> errors = input.hessian.visit([&](const auto* hessian) {
+          return row_errors(linear.original.data(), unpacked.data(), linear.rows, linear.cols, hessian, job_.threads);
+        });
+        for (std::size_t r = 0; r < errors.size(); ++r) choice.cost += 0.5 * outputs[own + r] * errors[r];
+      }
+    }
+  }
+
+ private:
+  const AllocateJob& job_;
+  std::map<std::string, std::vector<BitChoice>>& choices_;
+};
+
+}  // namespace
+
+std::vector<std::size_t> choose_bits(const std::vector<std::vector<BitChoice>>& tensors, double budget) {
+  struct Upgrade {
+    double gain = 0, bits = 0;  // gain: per bit
+    std::size_t tensor = 0, choice = 0;
+  };
+  std::vector<std::size_t> chosen(tensors.size());
+  std::vector<Upgrade> upgrades;
+  double used = 0;
+  for (std::size_t t = 0; t < tensors.size(); ++t) {
+    const auto& choices = tensors[t];
+    // Cheapest in bits; then always the steepest way down.
+    std::size_t at = 0;
+    for (std::size_t c = 1; c < choices.size(); ++c)
+      if (choices[c].bits < choices[at].bits || (choices[c].bits == choices[at].bits && choices[c].cost < choices[at].cost))
+        at = c;
+    chosen[t] = at;
+    used += choices[at].bits;
+    for (;;) {
+      Upgrade best{0, 0, t, at};
+      for (std::size_t c = 0; c < choices.size(); ++c) {
+        const double bits = choices[c].bits - choices[at].bits;
+        const double gain = bits > 0 ? (choices[at].cost - choices[c].cost) / bits : 0;
+        if (gain > best.gain || (gain == best.gain && gain > 0 && bits > best.bits)) best = {gain, bits, t, c};
+      }
+      if (best.gain <= 0) break;
+      upgrades.push_back(best);
+      at = best.choice;
+    }
+  }
+  if (used > budget * (1 + 1e-12)) {
+    char need[64], have[64];
+    std::snprintf(need, sizeof need, "at least %.0f bits in all", used);
+    std::snprintf(have, sizeof have, "%.0f", budget);
+    throw usage_error("--bits", need, have, "the narrowest codecs that these tensors take need that much");
+  }
+  std::stable_sort(upgrades.begin(), upgrades.end(), [](const Upgrade& a, const Upgrade& b) { return a.gain > b.gain; });
+  std::vector<bool> ended(tensors.size(), false);
+  for (const Upgrade& upgrade : upgrades) {
+    if (ended[upgrade.tensor]) continue;
+    if (used + upgrade.bits > budget * (1 + 1e-12)) {
+      ended[upgrade.tensor] = true;
+      continue;
+    }
+    used += upgrade.bits;
+    chosen[upgrade.tensor] = upgrade.choice;
+  }
+  return chosen;
+}
+
+std::vector<std::size_t> free_tensors(const std::vector<TensorPlan>& plan, const Codec& asked) {
+  std::vector<std::size_t> free;
+  for (std::size_t i = 0; i < plan.size(); ++i)
+    if (plan[i].spec.role == TensorRole::kLinear && plan[i].codec && plan[i].asked == asked) free.push_back(i);
+  return free;
+}
+
+Json allocate_bits(const AllocateJob& job, const std::vector<std::size_t>& free, std::vector<TensorPlan>& plan,
+                   Context& context) {
+  std::map<std::string, std::vector<BitChoice>> measured;
+  double weights = 0;
+  for (const std::size_t i : free) {
+    const std::int64_t rows = plan[i].spec.shape[0], cols = plan[i].spec.shape[1];
+    weights += static_cast<double>(rows * cols);
+    std::vector<BitChoice>& choices = measured[plan[i].spec.name];
+    for (const char* name : kChoices) {
+      const Codec codec = Codec::parse(name, "--bits");
+      if (codec.fits(cols)) choices.push_back({codec, bits_of(codec, rows, cols), 0});
+    }
+    if (choices.empty()) {
+      const Codec row{CodecKind::kQ8, Codec::kPerRow};
+      choices.push_back({row, bits_of(row, rows, cols), 0});
+    }
+  }
+  Meter meter(job, measured);
+  WalkOptions walk;
+  walk.device = job.device;
+  walk.threads = job.threads;
+  walk.hessian = true;
+  walk.original_stream = false;
+  walk.token_weights = &job.sensitivity;
+  walk.spill = job.spill;
+  walk_blocks(job.model, job.windows, walk, context, meter);
+
+  std::vector<std::vector<BitChoice>> tensors;
+  for (const std::size_t i : free) tensors.push_back(measured.at(plan[i].spec.name));
+  const std::vector<std::size_t> chosen = choose_bits(tensors, job.bits * weights);
+  Json rows = Json::array();
+  for (std::size_t t = 0; t < free.size(); ++t) {
+    const BitChoice& choice = tensors[t][chosen[t]];
+    TensorPlan& tensor = plan[free[t]];
+    tensor.codec = tensor.asked = choice.codec;
+    Json costs = Json::object();
+    for (const BitChoice& other : tensors[t]) costs[other.codec.name()] = other.cost;
+    rows.push_back({{"name", tensor.spec.name},
+                    {"codec", choice.codec.name()},
+                    {"bits", choice.bits / static_cast<double>(tensor.spec.shape[0] * tensor.spec.shape[1])},
+                    {"costs", costs}});
+  }
+  return rows;
+}
+
+}  // namespace pare

@@ -1,0 +1,46 @@
+// Which linear gets how many bits, by what the loss of the whole model says about each. No LibTorch types.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "core/checkpoint.h"
+#include "core/context.h"
+#include "model/blocks.h"
+#include "quantize/policy.h"
+
+namespace pare {
+
+struct BitChoice {
+  Codec codec;
+  double bits = 0;  // of the whole tensor, scales and zero points included
+  double cost = 0;  // nats per token
+};
+
+// One choice for each tensor, with the sum of bits at most `budget`: upgrades along the lower convex hulls of cost over
+// bits in the order of what they gain per bit (the greedy solution of the multiple-choice knapsack: it is the best one at
+// every budget that an upgrade fills exactly, and else at most one upgrade away from the bound). Error: exit 2 where not
+// even the smallest choices fit.
+std::vector<std::size_t> choose_bits(const std::vector<std::vector<BitChoice>>& tensors, double budget);
+
+struct AllocateJob {
+  const Checkpoint& model;
+  const CalibrationWindows& windows;
+  const TokenWeights& sensitivity;  // of these windows, with `outputs`
+  double bits = 4.5;                // a weight, scales included, over the tensors that are free
+  std::string device = "cpu";
+  int threads = 0;
+  fs::path spill;
+};
+
+// The tensors of the plan that are free: block linears whose codec is the one asked for all of them.
+std::vector<std::size_t> free_tensors(const std::vector<TensorPlan>& plan, const Codec& asked);
+
+// Gives every free tensor the codec that the knapsack chooses from q4g128, q4g64, q4 and q8 (those that divide its rows). What
+// a codec costs is the KL that rounding this tensor alone to it brings, to second order: 1/2 sum_j r_j D_j H D_j^T with D
+// the rounding error under searched scales, H the token-weighted Hessian of the input and r_j the Fisher information of
+// output j (errors of different tokens are taken as independent, which is too kind to v). Returns [{"name", "codec", "bits", "cost"}, ...]. Error: exit 2 where the bits are too few.
+Json allocate_bits(const AllocateJob& job, const std::vector<std::size_t>& free, std::vector<TensorPlan>& plan,
+                   Context& context);
+
+}  // namespace pare
