@@ -77,7 +77,9 @@ TEST(Allocate, IsTheExhaustiveOptimumWhereAnUpgradeFillsTheBudgetAndCloseElsewhe
       // What was used exactly is a budget that an upgrade fills, unless another one was skipped before.
       const Sum again = sum_of(instance, choose_bits(instance, found.bits));
       EXPECT_LE(again.cost, found.cost * (1 + 1e-12));
-      if (share == 0.0 || share == 1.0) EXPECT_NEAR(found.cost, optimum, 1e-12);
+      if (share == 0.0 || share == 1.0) {
+        EXPECT_NEAR(found.cost, optimum, 1e-12);
+      }
     }
   }
   EXPECT_LT(greedy, 1.1 * best);
