@@ -21,6 +21,8 @@ constexpr const char* kRows = "quantize.rows";
 
 QuantizeMethod method_of(const Options& options) {
   const auto name = options.get<std::string>("method");
+  if (name == "rtn-q4_0") return QuantizeMethod::kQ4_0;
+  if (name == "rtn-imatrix") return QuantizeMethod::kImatrix;
   return name == "gptq" ? QuantizeMethod::kGptq : name == "rtn" ? QuantizeMethod::kRtn : QuantizeMethod::kAbsmax;
 }
 
@@ -83,8 +85,10 @@ std::vector<TensorPlan> check(const Options& options, const PlannedModel& model)
   }
   refuse_unused_options(options, model.config);
   const auto text = texts(options, "text");
-  if (method_of(options) == QuantizeMethod::kGptq && !calibrated(options)) {
-    throw usage_error("--method gptq", "calibration text", "none", "--text FILE, or --method rtn, which does without");
+  const QuantizeMethod method = method_of(options);
+  if ((method == QuantizeMethod::kGptq || method == QuantizeMethod::kImatrix) && !calibrated(options)) {
+    throw usage_error("--method " + options.get<std::string>("method"), "calibration text", "none",
+                      "--text FILE, or --method rtn, which does without");
   }
   for (const std::string& path : text) {
     if (!fs::exists(path)) throw input_error(path, "a text file or folder", "nothing there");
@@ -103,6 +107,12 @@ std::vector<TensorPlan> check(const Options& options, const PlannedModel& model)
   std::vector<TensorPlan> tensors = plan_codecs(model.config, policy_of(options));
   if (std::none_of(tensors.begin(), tensors.end(), [](const TensorPlan& t) { return t.codec.has_value(); })) {
     throw usage_error("quantize policy", "a tensor to quantize", "keep for all of them");
+  }
+  if (rounds_as_q4_0(method) && std::none_of(tensors.begin(), tensors.end(), [](const TensorPlan& t) {
+        return t.codec && t.codec->kind == CodecKind::kQ4;
+      })) {
+    throw usage_error("--method " + options.get<std::string>("method"), "a tensor in q4, q4g64 or q4g128",
+                      "none, the rule is for no other codec", "choose another --codec or --method rtn");
   }
   return tensors;
 }
@@ -418,9 +428,10 @@ Command quantize_command() {
        .default_value = "smaller",
        .choices = {"smaller", "none"}},
       {.name = "method",
-       .help = "gptq; rtn: nearest codes, searched scales; rtn-absmax: nearest codes, absmax scales",
+       .help = "gptq; rtn: nearest codes, searched scales; rtn-absmax: nearest codes, absmax scales; rtn-q4_0, "
+               "rtn-imatrix: q4 as llama.cpp rounds Q4_0, without and with the inputs' energies",
        .default_value = "gptq",
-       .choices = {"gptq", "rtn", "rtn-absmax"}},
+       .choices = {"gptq", "rtn", "rtn-absmax", "rtn-q4_0", "rtn-imatrix"}},
       {.name = "text",
        .type = OptionType::kTextList,
        .help = "calibration text: .txt or .jsonl files, or folders of them"},

@@ -24,9 +24,14 @@ def quantize(*words):
     return {"steps": [["quantize", "--model", "{model}", "--out", "{out}", "{codec}", *words]]}
 
 
+Q4 = ["q4g32", "q4g128"]
+
+
 # name -> {"steps": ..., "formats": [...] where not all}. The order is that of the tables.
 METHODS = {
     "rtn-absmax": quantize("--method", "rtn-absmax"),
+    "rtn-q4_0": quantize("--method", "rtn-q4_0") | {"formats": Q4},
+    "rtn-imatrix": quantize("--method", "rtn-imatrix", "{calibrate}") | {"formats": Q4},
     "rtn": quantize("--method", "rtn", "{calibrate}"),
     "gptq": quantize("--method", "gptq", "{calibrate}"),
 }
