@@ -32,8 +32,8 @@ float plain_group(const float* w, std::int64_t n, std::int8_t* codes) {
   const float scale = widest(w, n) / -kSteps;
   const float inverse = scale != 0 ? 1.0f / scale : 0.0f;
   for (std::int64_t i = 0; i < n; ++i) {
-    // Never below 0.5 before the cut: no weight lies further out than the widest. A reciprocal that overflows belongs to
-    // a scale that rounds to zero.
+    // Never below 0.5 before the cut: no weight lies further out than the widest. A reciprocal that overflows belongs
+    // to a scale that rounds to zero.
     const float place = std::isfinite(inverse) ? w[i] * inverse + (kSteps + 0.5f) : kSteps;
     codes[i] = static_cast<std::int8_t>(std::min(15, static_cast<int>(place)) - 8);
   }

@@ -16,8 +16,8 @@ namespace pare {
 //   steps, the one whose codes under their least-squares scale cost least; that scale, rounded to half at the end.
 // Scales have the sign of the rule. Codes and scales are those of llama.cpp bit for bit for groups of 32, but where a
 // scale rounds to zero: there the codes are 0 here. Source: ggml/src/ggml-quants.c at commit 3f545be (2026-08).
-// Errors (exit 3, naming `place`): NaN or infinity, or a magnitude whose scale half precision cannot hold. The same bits
-// at any number of threads.
+// Errors (exit 3, naming `place`): NaN or infinity, or a magnitude whose scale half precision cannot hold. The same
+// bits at any number of threads.
 QuantizedTensor round_q4_0(const float* weight, std::int64_t rows, std::int64_t cols, const Codec& codec,
                            const double* importance, const std::string& place, int threads);
 

@@ -167,9 +167,10 @@ TEST(QuantizeStage, RoundsAsLlamaCppOnRequest) {
     const std::vector<float> weight = original.read_f32(spec.name);
     const bool q4 = stored.codec.kind == CodecKind::kQ4;
     others += q4 ? 0 : 1;
+    const std::int64_t rows = stored.rows, cols = stored.cols;
     const QuantizedTensor expected =
-        q4 ? round_q4_0(weight.data(), stored.rows, stored.cols, stored.codec, nullptr, spec.name, 1)
-           : round_to_nearest(weight.data(), stored.rows, stored.cols, stored.codec, ScaleRule::kSearched, {}, spec.name, 1);
+        q4 ? round_q4_0(weight.data(), rows, cols, stored.codec, nullptr, spec.name, 1)
+           : round_to_nearest(weight.data(), rows, cols, stored.codec, ScaleRule::kSearched, {}, spec.name, 1);
     EXPECT_EQ(stored.codes, expected.codes) << spec.name;
     EXPECT_EQ(stored.scales, expected.scales) << spec.name;
     for (const std::uint16_t scale : stored.scales) negative += scale >> 15;

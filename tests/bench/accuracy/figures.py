@@ -140,6 +140,6 @@ def gap_closed(a, baseline):
     result = {}
     for metric in ("kl", "loss"):
         share = lambda x, y: None if not y else 1 - x / y
-        result[metric] = {"value": share(a.value[metric], baseline.value[metric]),
-                          "interval": spread_of([share(x, y) for x, y in zip(a.series(metric), baseline.series(metric))])}
+        drawn = map(share, a.series(metric), baseline.series(metric))
+        result[metric] = {"value": share(a.value[metric], baseline.value[metric]), "interval": spread_of(list(drawn))}
     return result

@@ -18,7 +18,8 @@ def run_of(kl, document, loss):
     for d in sorted(set(document)):
         at = [i for i, own in enumerate(document) if own == d]
         units.append({"predictions": len(at), "kl": sum(kl[i] for i in at), "original_loss": 2.0 * len(at),
-                      "compressed_loss": 2.0 * len(at) + sum(loss[i] for i in at), "same_top1": sum(kl[i] < 0.5 for i in at),
+                      "compressed_loss": 2.0 * len(at) + sum(loss[i] for i in at),
+                      "same_top1": sum(kl[i] < 0.5 for i in at),
                       "kl_tail": sorted(kl[i] for i in at if kl[i] >= tail_from)})
     return units
 
@@ -62,7 +63,8 @@ class Statistics(unittest.TestCase):
         low, high = summary["interval"]
         self.assertLess(low, summary["value"])
         self.assertGreater(high, summary["value"])
-        self.assertAlmostEqual((high - low) / (2 * 1.96), summary["standard_error"], delta=0.15 * summary["standard_error"])
+        error = summary["standard_error"]
+        self.assertAlmostEqual((high - low) / (2 * 1.96), error, delta=0.15 * error)
 
     def test_standard_error_of_units_of_one_size_is_the_usual_one(self):
         means = [1.0, 2.0, 4.0, 9.0]

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 """Measures quantization losses: models x formats x methods x seeds, on text that no method has seen.
 
-  python3 tests/bench/accuracy/harness.py --work out/accuracy                      everything, tables into the work folder
+  python3 tests/bench/accuracy/harness.py --work out/accuracy                everything; tables into the work folder
   python3 tests/bench/accuracy/harness.py --work out/accuracy --rows '^gptq' --models teacher --formats q4g32
   python3 tests/bench/accuracy/harness.py --work out/accuracy --publish            ... into tests/bench/results
 
 What is compared lies in rows.py. Per model: calibration, tuning and test text are disjoint (corpora.py). Each result is
 exported to a compact file and scored on that file against the original with pare's evaluator, activations in float
 (--act int8: as the runtime runs it by default). KL(original || result) is in nats per token, losses too; intervals are
-95 % percentile bootstrap intervals over documents (long documents cut into excerpts, see corpora.py), the same draws for
-all methods, so that differences are paired. Bits per weight count codes, scales, zeros and what stays float, over all
-weights, embedding included; beside it those of the blocks' linears alone.
+95 % percentile bootstrap intervals over documents (long documents cut into excerpts, see corpora.py), the same draws
+for all methods, so that differences are paired. Bits per weight count codes, scales, zeros and what stays float, over
+all weights, embedding included; beside it those of the blocks' linears alone.
 
 Every run is kept in the work folder under the hash of program, model, command lines and text: an interrupted table
 continues, a new row costs its own runs. --any-build accepts runs of other builds of the program; each run says its own
@@ -69,7 +69,8 @@ def machine():
 def commit():
     ask = lambda *words: subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
     folders = ["core", "runtime", "eval", "model", "quantize", "distill", "prune", "compress"]
-    return ask("rev-parse", "--short", "HEAD") + (" with changes" if ask("status", "--porcelain", "--", *folders) else "")
+    changed = ask("status", "--porcelain", "--", *folders)
+    return ask("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
 
 
 def write_json(path, value, **how):
@@ -190,7 +191,8 @@ class Bench:
         result = self.program.run(words, log)["text"]
         return {"mean_kl": result["mean_kl"], "p999_kl": result["p999_kl"], "max_kl": result["max_kl"],
                 "top1": result["top1_agreement"], "log_perplexity_ratio": result["log_perplexity_ratio"],
-                "perplexity": result["compressed"]["perplexity"], "perplexity_original": result["original"]["perplexity"],
+                "perplexity": result["compressed"]["perplexity"],
+                "perplexity_original": result["original"]["perplexity"],
                 "predictions": result["predictions"], "documents": result["documents"],
                 "units": result["per_document"]}
 
@@ -229,9 +231,9 @@ class Bench:
         used = {word for step in steps for word in step}
         inputs = [file_digest(corpus.calibration) if "{calibrate}" in used else None,
                   file_digest(corpus.tuning) if "{tuning}" in used else None]
-        symbolic = [self.words(step, values | {"model": "MODEL", "out": "OUT", "previous": "PREVIOUS", "tuning": "TUNING",
-                                               "calibrate": ["CALIBRATE", self.given.samples, task["seed"]]})
-                    for step in steps]
+        names = {"model": "MODEL", "out": "OUT", "previous": "PREVIOUS", "tuning": "TUNING",
+                 "calibrate": ["CALIBRATE", self.given.samples, task["seed"]]}
+        symbolic = [self.words(step, values | names) for step in steps]
         key = digest(task["hash"], symbolic, inputs)
         place = self.work / "runs" / f"{key}-{os.getpid()}"
         file = place / "result.pare"

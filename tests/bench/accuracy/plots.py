@@ -1,4 +1,4 @@
-"""Self-contained SVG figures: KL per method with intervals, and KL against bits per weight. Light and dark backgrounds."""
+"""Self-contained SVG figures: KL per method with intervals, KL against bits per weight. For light and dark pages."""
 import html
 import math
 
@@ -19,8 +19,8 @@ def ticks(low, high, about=6):
 
 
 def text(x, y, value, anchor="start", kind=""):
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{f" class={chr(34)}{kind}{chr(34)}" if kind else ""}>' \
-           f"{html.escape(value)}</text>"
+    look = f' class="{kind}"' if kind else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{look}>{html.escape(value)}</text>'
 
 
 def line(x1, y1, x2, y2, kind=None, colour=None, width=1.5):
@@ -78,8 +78,8 @@ def bits(entries, title):
         if low_y <= math.log10(mark) <= high_y:
             parts += [line(left, y(mark), width - right, y(mark), kind="g"),
                       text(left - 6, y(mark) + 4, f"{mark:.4g}", "end")]
-    parts.append(text((left + width - right) / 2, height - 10, "bits per weight: scales, zeros, embedding, norms counted",
-                      "middle"))
+    parts.append(text((left + width - right) / 2, height - 10,
+                      "bits per weight: scales, zeros, embedding, norms counted", "middle"))
     colour, last = colours(entries), -1e9
     # Labels to the right of the plot, in the order of the points, never one over the other.
     for e in sorted(entries, key=lambda e: y(e["metrics"]["kl"]["value"])):

@@ -74,11 +74,11 @@ def table(entries):
     for e in entries:
         m, gap = e["metrics"], e["gap_closed"] or {}
         seeds = e["kl_of_seeds"]
-        lines.append([e["format"], e["method"], f"{e['bits_per_weight']:.3f}", f"{e['bits_per_block_linear_weight']:.3f}",
-                      m["kl"]["value"], between(m["kl"]["interval"]),
+        lines.append([e["format"], e["method"], f"{e['bits_per_weight']:.3f}",
+                      f"{e['bits_per_block_linear_weight']:.3f}", m["kl"]["value"], between(m["kl"]["interval"]),
                       m["kl_999"]["value"] if m["kl_999"]["value"] is not None else "-", m["top1"]["value"],
-                      m["loss"]["value"], between(m["loss"]["interval"]), percent(gap.get("kl")), percent(gap.get("loss")),
-                      f"{min(seeds):.4g} .. {max(seeds):.4g}" if len(seeds) > 1 else "-"])
+                      m["loss"]["value"], between(m["loss"]["interval"]), percent(gap.get("kl")),
+                      percent(gap.get("loss")), f"{min(seeds):.4g} .. {max(seeds):.4g}" if len(seeds) > 1 else "-"])
     return lines
 
 
@@ -136,8 +136,8 @@ def write(out, runs, models, absent_peers, baseline, meta):
             (out / f"accuracy_{name}_{text}_kl.svg").write_text(plots.methods(entries, title))
             (out / f"accuracy_{name}_{text}_bits.svg").write_text(plots.bits(entries, title))
         if all_pairs:
-            save(out / f"accuracy_{name}_differences.json",
-                 {"name": f"{name}: differences"} | provenance(meta, own) | {"columns": PAIR_COLUMNS, "table": all_pairs})
-    lean = lambda run: run | {"tests": {t: {k: v for k, v in s.items() if k != "units"} for t, s in run["tests"].items()}}
-    raw["runs"] = [lean(run) for run in runs]
+            head = {"name": f"{name}: differences"} | provenance(meta, own)
+            save(out / f"accuracy_{name}_differences.json", head | {"columns": PAIR_COLUMNS, "table": all_pairs})
+    without_units = lambda scores: {key: value for key, value in scores.items() if key != "units"}
+    raw["runs"] = [run | {"tests": {t: without_units(s) for t, s in run["tests"].items()}} for run in runs]
     save(out / "accuracy.json", raw)
