@@ -292,8 +292,8 @@ def check_rows(formats):
             raise SystemExit(f"--formats: expected some of {', '.join(rows.FORMATS)}, found {name}")
 
 
-def plan(bench, given):
-    """The runs to be made, and what is absent."""
+def plan(bench, given, bases=False):
+    """The runs to be made, or with `bases` one entry per model that is there; and what is absent."""
     sources = corpora.Sources(ROOT, pathlib.Path(given.teacher_text) if given.teacher_text else None, bench.work)
     budgets = {"calibration": given.calibration_bytes, "tuning": given.tuning_bytes, "test": given.test_bytes}
     tasks, models = [], {}
@@ -313,6 +313,9 @@ def plan(bench, given):
         config = json.loads((folder / "config.json").read_text())
         base = {"model": name, "folder": folder, "hash": model_digest(folder), "corpus": corpus,
                 "context": min(512, config["max_position_embeddings"])}
+        if bases:
+            tasks.append(base)
+            continue
         for form in given.formats:
             for method in chosen(rows.METHODS, given.rows):
                 if form not in rows.METHODS[method].get("formats", rows.FORMATS):
@@ -322,8 +325,8 @@ def plan(bench, given):
     return tasks, models
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(description):
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pare", default=str(ROOT / "build" / "pare"), help="the program [build/pare]")
     parser.add_argument("--work", required=True, help="folder of texts, cached runs and, without --publish, results")
     parser.add_argument("--models", nargs="+", default=list(rows.MODELS), choices=list(rows.MODELS), metavar="NAME")
@@ -341,7 +344,11 @@ def main():
     parser.add_argument("--test-bytes", type=int, default=160_000, help="characters of each test text [160000]")
     parser.add_argument("--calibration-bytes", type=int, default=2_000_000, help="characters to draw windows from")
     parser.add_argument("--tuning-bytes", type=int, default=8_000_000, help="characters of the tuning text")
-    given = parser.parse_args()
+    return parser
+
+
+def main():
+    given = options(__doc__).parse_args()
     check_rows(given.formats)
     threads = max(1, (os.cpu_count() or 1) // given.jobs)
     bench = Bench(given, Program(given.pare, threads, given.work))

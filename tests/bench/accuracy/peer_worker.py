@@ -53,7 +53,7 @@ def save(model, out, changed):
     for name, weight in changed.items():
         weight = weight.detach().to(torch.float32).cpu().contiguous()
         if weight.shape != tensors[name].shape or not torch.isfinite(weight).all():
-            raise SystemExit(f"{name}: expected finite weights {tuple(tensors[name].shape)}, found {tuple(weight.shape)}")
+            raise SystemExit(f"{name}: expected finite weights {list(tensors[name].shape)}, found {list(weight.shape)}")
         # Proof that these are 4-bit values: at most 16 in every group of 32.
         for row in weight.reshape(-1, 32)[::97]:
             groups += 1
@@ -131,7 +131,7 @@ def gptq_tensors(scratch):
         codes = torch.stack([(words >> (4 * k)) & 15 for k in range(8)], dim=1).reshape(-1, words.shape[1])
         zero_words = stored[stem + ".qzeros"].to(torch.int64)      # [groups, outputs / 8]
         zeros = torch.stack([(zero_words >> (4 * k)) & 15 for k in range(8)], dim=2).reshape(zero_words.shape[0], -1)
-        zeros = (zeros + (1 if first_version else 0)) & 15 if not first_version else zeros + 1
+        zeros = zeros + 1 if first_version else zeros
         scales = stored[stem + ".scales"].to(torch.float32)        # [groups, outputs]
         inputs = codes.shape[0]
         group = stored[stem + ".g_idx"].to(torch.int64) if stem + ".g_idx" in stored else \
@@ -158,8 +158,9 @@ def autoround(given, scratch):
     from auto_round import AutoRound
     from transformers import AutoTokenizer
     ids = windows(given.model, given.calibration, given.samples, given.context, given.seed)
-    data = torch.utils.data.DataLoader([{"input_ids": torch.tensor(w), "attention_mask": torch.ones(len(w), dtype=torch.long)}
-                                        for w in ids], batch_size=8)
+    ones = torch.ones(given.context, dtype=torch.long)
+    data = torch.utils.data.DataLoader([{"input_ids": torch.tensor(w), "attention_mask": ones} for w in ids],
+                                       batch_size=8)
     rounder = AutoRound(float_model(given.model), AutoTokenizer.from_pretrained(given.model), bits=4, group_size=32,
                         sym=True, dataset=data, nsamples=given.samples, seqlen=given.context, iters=given.iters,
                         seed=given.seed, amp=False, enable_torch_compile=False, device_map="cpu")
@@ -168,7 +169,8 @@ def autoround(given, scratch):
     return gptq_tensors(found), {"auto-round": package.__version__, "iters": given.iters}
 
 
-PEERS = {"llmcompressor-rtn": lambda g, s: llmcompressor(g, s, False), "llmcompressor-gptq": lambda g, s: llmcompressor(g, s, True),
+PEERS = {"llmcompressor-rtn": lambda given, scratch: llmcompressor(given, scratch, False),
+         "llmcompressor-gptq": lambda given, scratch: llmcompressor(given, scratch, True),
          "gptqmodel-gptq": gptqmodel, "autoround": autoround}
 
 

@@ -130,7 +130,9 @@ def write(out, runs, models, absent_peers, baseline, meta):
                 continue
             entries, pairs = estimates(own, name, text, baseline, meta["resamples"])
             raw["estimates"].setdefault(name, {})[text], raw["differences"].setdefault(name, {})[text] = entries, pairs
-            save(file, head | {"table": table(entries)})
+            missing = [[p["format"], p["method"]] + ["absent"] * (len(COLUMNS) - 2)
+                       for p in absent_peers if p["model"] == name]
+            save(file, head | {"table": table(entries) + missing})
             all_pairs += pair_table(text, pairs)
             title = head["name"]
             (out / f"accuracy_{name}_{text}_kl.svg").write_text(plots.methods(entries, title))
