@@ -155,6 +155,9 @@ class Bench:
         self.work = pathlib.Path(given.work).resolve()
         self.cache = self.work / "cache"
         self.lock = threading.Lock()
+        for left in (self.work / "runs").glob("*-*"):  # of a run that was killed
+            if not pathlib.Path("/proc", left.name.rsplit("-", 1)[1]).exists():
+                shutil.rmtree(left, ignore_errors=True)
         self.done = self.total = 0
 
     def lookup(self, key):

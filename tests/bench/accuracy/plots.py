@@ -85,7 +85,7 @@ def bits(entries, title):
     for e in sorted(entries, key=lambda e: y(e["metrics"]["kl"]["value"])):
         at_x, at_y, mine = x(e["bits_per_weight"]), y(e["metrics"]["kl"]["value"]), colour[e["format"]]
         last = max(at_y + 4, last + 14)
-        parts += [f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="4.5" fill="{mine}"/>',
-                  line(at_x, at_y, width - right + 6, last - 4, kind="g"),
+        parts += [line(at_x, at_y, width - right + 6, last - 4, kind="g"),
+                  f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="4.5" fill="{mine}"/>',
                   text(width - right + 10, last, f"{e['format']} {e['method']}")]
     return document(width, max(height, last + 20), parts)
