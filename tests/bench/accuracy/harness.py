@@ -126,7 +126,7 @@ class Failed(Exception):
 
 def shown_command(words, work):
     """A command line as it is published: the repository as ".", the work folder as WORK, a run's own folder as RUN."""
-    text = " ".join(["pare", *map(str, words)])
+    text = " ".join(map(str, words))
     text = re.sub(re.escape(str(work)) + r"/runs/[0-9a-f]+-[0-9]+", "RUN", text)
     text = text.replace(str(work), "WORK").replace(str(ROOT.parent / "shared"), "../shared")
     return text.replace(str(ROOT) + "/", "").replace(str(ROOT), ".")
@@ -139,7 +139,7 @@ class Program:
 
     def run(self, words, log):
         """One pare command; its JSON object. The command as a user would type it goes into `log`."""
-        log.append(shown_command(words, self.work))
+        log.append(shown_command(["pare", *words], self.work))
         done = subprocess.run([str(self.path), *map(str, words), "--json", "--quiet", "--threads", str(self.threads)],
                               capture_output=True, text=True, env=dict(os.environ, OMP_WAIT_POLICY="passive"))
         if done.returncode != 0:

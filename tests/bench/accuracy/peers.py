@@ -24,6 +24,7 @@ import rows
 HERE = pathlib.Path(__file__).resolve().parent
 
 # name -> the environment it runs in, the method of peer_worker.py or llama.cpp's type, and whether it is calibrated.
+# `format`: the label in the tables, where it is not q4g32, whose layout costs the same bits.
 PEERS = {
     "llm-compressor RTN": {"venv": "llmcompressor", "worker": "llmcompressor-rtn", "calibrated": False},
     "llm-compressor GPTQ": {"venv": "llmcompressor", "worker": "llmcompressor-gptq", "calibrated": True},
@@ -31,7 +32,7 @@ PEERS = {
     "AutoRound": {"venv": "autoround", "worker": "autoround", "calibrated": True},
     "llama.cpp Q4_0": {"venv": "gguf", "llama": "q4_0", "calibrated": False},
     "llama.cpp Q4_0 imatrix": {"venv": "gguf", "llama": "q4_0", "calibrated": True},
-    "llama.cpp Q4_K imatrix": {"venv": "gguf", "llama": "q4_K", "calibrated": True},
+    "llama.cpp Q4_K imatrix": {"venv": "gguf", "llama": "q4_K", "calibrated": True, "format": "Q4_K"},
 }
 
 
@@ -39,10 +40,10 @@ class CannotRun(Exception):
     pass
 
 
-def call(words, log, extra=None):
-    """Runs another project's program; its output goes into `log` and back."""
-    done = subprocess.run([str(w) for w in words], capture_output=True, text=True,
-                          env=dict(os.environ, **(extra or {})))
+def call(words, log, extra, place):
+    """Runs another project's program in `place`, where it may leave files; its output goes into `log` and back."""
+    done = subprocess.run([str(w) for w in words], capture_output=True, text=True, cwd=place,
+                          env=dict(os.environ, **extra))
     log.append(done.stdout + done.stderr)
     if done.returncode != 0:
         tail = [line for line in (done.stdout + done.stderr).strip().splitlines() if line.strip()][-3:]
@@ -58,31 +59,38 @@ def python_of(given, name):
     return pathlib.Path(found) / "bin" / "python"
 
 
-def by_worker(peer, given, task, out, log):
+def commands_of(peer, given, task, out):
+    """The command lines of another project's programs, in order; the first word is what `programs` finds."""
+    model, corpus, place = task["folder"], task["corpus"], out.parent
+    if "worker" in peer:
+        return [["python", HERE / "peer_worker.py", peer["worker"], model, corpus.calibration, out, "--samples",
+                 given.samples, "--context", task["context"], "--seed", task["seed"], "--iters", given.iters]]
+    source, quantized, words = place / "f32.gguf", place / "quantized.gguf", []
+    imatrix = ["--imatrix", place / "imatrix.gguf"] if peer["calibrated"] else []
+    if imatrix:
+        words += [["python", HERE / "peer_gguf.py", "text", corpus.calibration, place / "calibration.txt", "--seed",
+                   task["seed"]],
+                  ["llama-imatrix", "-m", source, "-f", place / "calibration.txt", "-o", place / "imatrix.gguf", "-c",
+                   task["context"], "--chunks", given.samples, "-t", 2, "-ngl", 0]]
+    return words + [["llama-quantize", "--pure", "--token-embedding-type", "q8_0", *imatrix, source, quantized,
+                     peer["llama"]],
+                    ["python", HERE / "peer_gguf.py", "folder", quantized, model, out]]
+
+
+def make(peer, given, task, out, log, program):
+    """Runs them. Returns (versions, bits per block linear weight as the peer's file has them or None)."""
+    if "llama" in peer and not given.llama:
+        raise CannotRun("no programs: --llama DIR was not given")
+    python = python_of(given, peer["venv"])
+    if "llama" in peer:
+        program.run(["export", task["folder"], "--to", "gguf", "--codec", "f32", "--out", out.parent / "f32.gguf"], [])
     # HF_HUB_OFFLINE: nothing is looked up. GPTQModel asks for at least two workers.
     extra = {"HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2", "TOKENIZERS_PARALLELISM": "false"}
-    shown = call([python_of(given, peer["venv"]), HERE / "peer_worker.py", peer["worker"], task["folder"],
-                  task["corpus"].calibration, out, "--samples", given.samples, "--context", task["context"], "--seed",
-                  task["seed"], "--iters", given.iters], log, extra)
-    return json.loads(shown.strip().splitlines()[-1]), None
-
-
-def by_llama(peer, given, task, out, log, program):
-    if not given.llama:
-        raise CannotRun("no programs: --llama DIR was not given")
-    python, place = python_of(given, peer["venv"]), out.parent
-    source, quantized = place / "f32.gguf", place / "quantized.gguf"
-    program.run(["export", task["folder"], "--to", "gguf", "--codec", "f32", "--out", source], [])
-    words = [given.llama / "llama-quantize", "--pure", "--token-embedding-type", "q8_0"]
-    if peer["calibrated"]:
-        text = place / "calibration.txt"
-        call([python, HERE / "peer_gguf.py", "text", task["corpus"].calibration, text, "--seed", task["seed"]], log)
-        call([given.llama / "llama-imatrix", "-m", source, "-f", text, "-o", place / "imatrix.gguf", "-c",
-              task["context"], "--chunks", given.samples, "-t", "2", "-ngl", "0"], log)
-        words += ["--imatrix", place / "imatrix.gguf"]
-    call(words + [source, quantized, peer["llama"]], log)
-    shown = call([python, HERE / "peer_gguf.py", "folder", quantized, task["folder"], out], log)
+    for words in commands_of(peer, given, task, out):
+        shown = call([python if words[0] == "python" else given.llama / words[0], *words[1:]], log, extra, out.parent)
     result = json.loads(shown.strip().splitlines()[-1])
+    if "worker" in peer:
+        return result, None
     return {"llama.cpp": given.llama_version, "types": result["types"]}, result["bits"]
 
 
@@ -101,10 +109,7 @@ def run(bench, task, name, given):
             return file
         place.mkdir(parents=True, exist_ok=True)
         out, began = place / "float", time.time()
-        if "llama" in peer:
-            versions, linear_bits = by_llama(peer, given, task, out, log, bench.program)
-        else:
-            versions, linear_bits = by_worker(peer, given, task, out, log)
+        versions, linear_bits = make(peer, given, task, out, log, bench.program)
         seconds = time.time() - began
         commands = []
         bench.program.run(["quantize", "--model", out, "--out", place / "step-0", "--codec", "keep",
@@ -135,8 +140,9 @@ def run(bench, task, name, given):
             (bench.work / "peers" / f"{slug(name)}-{task['model']}-{task['seed']}.log").write_text("\n".join(log))
         shutil.rmtree(place, ignore_errors=True)
     bench.say(task | {"method": name}, tests, 0)
-    return {"model": task["model"], "format": "q4g32", "method": name, "seed": task["seed"], "peer": True} | made | {
-        "tests": tests}
+    commands = [harness.shown_command(words, bench.work) for words in commands_of(peer, given, task, place / "float")]
+    return {"model": task["model"], "format": peer.get("format", "q4g32"), "method": name, "seed": task["seed"],
+            "peer": True} | made | {"commands": commands + made["commands"], "tests": tests}
 
 
 def slug(name):
@@ -152,7 +158,8 @@ def main():
     parser.add_argument("--iters", type=int, default=200, help="AutoRound's steps a block [200, its default]")
     parser.set_defaults(models=["teacher"], seeds=1)
     given = parser.parse_args()
-    given.venv = dict(entry.split("=", 1) for entry in given.venv)
+    given.venv = {name: os.path.abspath(place) for name, place in (entry.split("=", 1) for entry in given.venv)}
+    given.llama = given.llama and given.llama.absolute()
     bench = harness.Bench(given, harness.Program(given.pare, max(1, (os.cpu_count() or 1)), given.work))
     given.rows, given.formats = "^$", ["q4g32"]
     names = harness.chosen(PEERS, given.only)
@@ -170,8 +177,9 @@ def main():
                     reason = str(error).replace(str(bench.work), "WORK")
                     print(f"cannot run: {name}: {reason}", flush=True)
                     if not out.is_file():
-                        harness.write_json(out, {"model": base["model"], "format": "q4g32", "method": name,
-                                                 "seed": seed, "absent": reason, "tests": {}}, indent=1)
+                        absent = {"model": base["model"], "format": PEERS[name].get("format", "q4g32"),
+                                  "method": name, "seed": seed, "absent": reason, "tests": {}}
+                        harness.write_json(out, absent, indent=1)
     return 0
 
 

@@ -65,7 +65,9 @@ def estimates(runs, model, text, baseline, count):
             "gap_closed": figures.gap_closed(resampled[key], base) if base else None,
             "kl_of_seeds": kl})
     pairs = [{"format": a[0], "a": a[1], "b": b[1]} | figures.difference(resampled[a], resampled[b])
-             for a in resampled for b in resampled if a != b and a[0] == b[0] and b[1] in rows.REFERENCES]
+             for a in resampled for b in resampled if a != b and b[1] in rows.REFERENCES
+             # A layout that is not one of ours is compared with the baseline's.
+             and b[0] == (a[0] if a[0] in rows.FORMATS else baseline[0])]
     return entries, pairs
 
 

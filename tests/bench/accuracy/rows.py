@@ -17,7 +17,7 @@ FORMATS = {
     "q4ag32": ["--codec", "q4ag32"],
     "q8": ["--codec", "q8"],
 }
-DEFAULT_FORMATS = ["q4g32", "q4g128"]
+DEFAULT_FORMATS = ["q4g32", "q4g128", "q4ag32"]
 
 
 def quantize(*words):
