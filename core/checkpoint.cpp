@@ -85,7 +85,7 @@ std::uint16_t half_scale(float value, const std::string& place) {
   if (f16_to_f32(bits) != value)
     throw input_error(place, "scales that half precision holds exactly", std::to_string(value),
                       "quantize the float model with pare instead");
-  return bits;
+  return bits == 0x8000u ? std::uint16_t{0} : bits;  // -0 means 0
 }
 
 }  // namespace

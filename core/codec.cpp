@@ -144,9 +144,13 @@ void QuantizedTensor::validate(const std::string& place) const {
       throw input_error(place, "codes from " + std::to_string(low) + " to " + std::to_string(high),
                         std::to_string(codes[i]) + " at row " + std::to_string(i / static_cast<std::size_t>(cols)));
   }
+  // Codes of q4 reach one step further down than up: with either sign, the longer arm can point either way.
+  const bool either_sign = codec.kind == CodecKind::kQ4;
   for (std::size_t i = 0; i < scale_count; ++i) {
-    if ((scales[i] & 0x8000u) != 0 || (scales[i] & 0x7c00u) == 0x7c00u)
-      throw input_error(place, "finite scales, zero or above", std::to_string(f16_to_f32(scales[i])) + " as scale " + std::to_string(i));
+    const bool finite = (scales[i] & 0x7c00u) != 0x7c00u, negative = (scales[i] & 0x8000u) != 0;
+    if (!finite || (negative && (!either_sign || scales[i] == 0x8000u)))
+      throw input_error(place, either_sign ? "finite scales, no negative zero" : "finite scales, zero or above",
+                        std::to_string(f16_to_f32(scales[i])) + " as scale " + std::to_string(i));
     if (asymmetric && zeros[i] > 15)
       throw input_error(place, "zeros from 0 to 15", std::to_string(zeros[i]) + " as zero " + std::to_string(i));
   }

@@ -127,8 +127,27 @@ ModelScore model_score(std::string name, const std::vector<double>& loss, const 
   return score;
 }
 
-DivergenceResult summarize(Tally& tally, const std::string& original_name, const std::string* compressed_name,
-                           double original_seconds, double compressed_seconds) {
+// Windows of one document follow each other, so a unit is a run of equal labels.
+std::vector<UnitFigures> sum_units(const Tally& tally, Unit per, double tail, bool pair) {
+  std::vector<UnitFigures> units;
+  const std::vector<std::int64_t>& label = per == Unit::kDocument ? tally.document : tally.window;
+  for (std::size_t i = 0; i < label.size(); ++i) {
+    if (i == 0 || label[i] != label[i - 1]) units.push_back({.document = tally.document[i], .window = tally.window[i]});
+    UnitFigures& unit = units.back();
+    ++unit.predictions;
+    unit.original_loss += tally.original_loss[i];
+    if (!pair) continue;
+    unit.compressed_loss += tally.compressed_loss[i];
+    unit.kl += tally.kl[i];
+    unit.same_top1 += tally.same[i] > 0 ? 1 : 0;
+    if (tally.kl[i] >= tail) unit.kl_tail.push_back(tally.kl[i]);
+  }
+  for (UnitFigures& unit : units) std::sort(unit.kl_tail.begin(), unit.kl_tail.end());
+  return units;
+}
+
+DivergenceResult summarize(const Tally& tally, Unit per, const std::string& original_name,
+                           const std::string* compressed_name, double original_seconds, double compressed_seconds) {
   DivergenceResult result;
   const Clusters clusters = choose_clusters(tally);
   result.windows = tally.windows;
@@ -136,18 +155,24 @@ DivergenceResult summarize(Tally& tally, const std::string& original_name, const
   result.predictions = static_cast<std::int64_t>(tally.original_loss.size());
   result.clusters = clusters.name;
   result.original = model_score(original_name, tally.original_loss, clusters, original_seconds);
-  if (!compressed_name) return result;
+  result.per = per;
+  if (!compressed_name) {
+    if (per != Unit::kNone) result.units = sum_units(tally, per, 0, false);
+    return result;
+  }
   result.compressed = model_score(*compressed_name, tally.compressed_loss, clusters, compressed_seconds);
   result.kl = clustered_mean(tally.kl, clusters.of, clusters.count);
   result.top1 = clustered_mean(tally.same, clusters.of, clusters.count);
   std::vector<double> difference(tally.original_loss.size());
   for (std::size_t i = 0; i < difference.size(); ++i) difference[i] = tally.compressed_loss[i] - tally.original_loss[i];
   result.log_perplexity_ratio = clustered_mean(difference, clusters.of, clusters.count);
-  std::sort(tally.kl.begin(), tally.kl.end());
-  result.kl_median = quantile(tally.kl, 0.5);
-  result.kl_99 = quantile(tally.kl, 0.99);
-  result.kl_999 = quantile(tally.kl, 0.999);
-  result.kl_maximum = tally.kl.back();
+  std::vector<double> sorted = tally.kl;
+  std::sort(sorted.begin(), sorted.end());
+  result.kl_median = quantile(sorted, 0.5);
+  result.kl_99 = quantile(sorted, 0.99);
+  result.kl_999 = quantile(sorted, 0.999);
+  result.kl_maximum = sorted.back();
+  if (per != Unit::kNone) result.units = sum_units(tally, per, result.kl_99, true);
   return result;
 }
 
@@ -216,6 +241,12 @@ ScoreRule parse_score_rule(std::string_view name) {
   if (name == "all") return ScoreRule::kAll;
   if (name == "second-half") return ScoreRule::kSecondHalf;
   throw usage_error("--score", "all or second-half", std::string(name));
+}
+
+Unit parse_unit(std::string_view name) {
+  if (name == "document") return Unit::kDocument;
+  if (name == "window") return Unit::kWindow;
+  throw usage_error("--per", "document or window", std::string(name));
 }
 
 DivergenceResult compare(LogitsSource& original, LogitsSource* compressed, std::span<const Window> windows,
@@ -317,7 +348,7 @@ DivergenceResult compare(LogitsSource& original, LogitsSource* compressed, std::
   progress.end();
   const std::string compressed_name = compressed ? compressed->name() : "";
   DivergenceResult result =
-      summarize(tally, original.name(), compressed ? &compressed_name : nullptr, a_seconds, b_seconds);
+      summarize(tally, options.per, original.name(), compressed ? &compressed_name : nullptr, a_seconds, b_seconds);
   result.seconds = since(start);
   return result;
 }
@@ -394,7 +425,7 @@ DivergenceResult compare_cached(CachedLogits& original, const std::string& origi
   }
   progress.end();
   const std::string compressed_name = compressed.name();
-  DivergenceResult result = summarize(tally, original_name, &compressed_name, a_seconds, b_seconds);
+  DivergenceResult result = summarize(tally, options.per, original_name, &compressed_name, a_seconds, b_seconds);
   result.from_cache = true;
   result.top_k = original.info().top_k;
   result.seconds = since(start);

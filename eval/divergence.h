@@ -22,8 +22,13 @@ enum class ScoreRule {
 };
 ScoreRule parse_score_rule(std::string_view name);  // "all" | "second-half"
 
+// What DivergenceResult::units are sums over: paired comparisons and resampling need more than totals.
+enum class Unit { kNone, kDocument, kWindow };
+Unit parse_unit(std::string_view name);  // "document" | "window"
+
 struct CompareOptions {
   ScoreRule score = ScoreRule::kAll;
+  Unit per = Unit::kNone;           // fills DivergenceResult::units
   std::int64_t context = 0;         // needed by kSecondHalf and recorded
   std::int64_t vocab = 0;           // 0: both sources must agree; else both are cut to these first ids
   std::int64_t rows_per_block = 0;  // 0: chosen so that a block of logits is about 16 MiB
@@ -37,6 +42,16 @@ struct ModelScore {
   double seconds = 0;         // time spent in this source
 };
 
+// Sums over the predictions of one document or one window, in the order of the text. What predicts nothing is left out.
+struct UnitFigures {
+  std::int64_t document = 0;                   // Window::document
+  std::int64_t window = 0;                     // index; of a document, of its first window
+  std::int64_t predictions = 0;
+  double original_loss = 0, compressed_loss = 0, kl = 0;  // nats
+  std::int64_t same_top1 = 0;
+  std::vector<double> kl_tail;                 // every KL at or above DivergenceResult::kl_99, ascending
+};
+
 struct DivergenceResult {
   std::int64_t windows = 0, documents = 0, predictions = 0;
   std::string clusters;                   // what the standard errors are over: "documents" or "windows"
@@ -48,6 +63,8 @@ struct DivergenceResult {
   double kl_median = 0, kl_99 = 0, kl_999 = 0, kl_maximum = 0;
   Estimate top1;                          // share of predictions with the same argmax (ties: lowest id)
   Estimate log_perplexity_ratio;          // loss(compressed) - loss(original), paired
+  Unit per = Unit::kNone;
+  std::vector<UnitFigures> units;         // see CompareOptions::per
   double seconds = 0;                     // whole pass
 };
 

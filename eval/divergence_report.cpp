@@ -22,6 +22,20 @@ Json to_json(const ModelScore& score) {
   return {{"name", score.name}, {"loss", pare::to_json(score.loss)}, {"perplexity", pare::to_json(score.perplexity)}};
 }
 
+Json to_json(const UnitFigures& unit, bool pair) {
+  Json json = {{"document", unit.document},
+               {"window", unit.window},
+               {"predictions", unit.predictions},
+               {"original_loss", json_number(unit.original_loss)}};
+  if (!pair) return json;
+  json["compressed_loss"] = json_number(unit.compressed_loss);
+  json["kl"] = json_number(unit.kl);
+  json["same_top1"] = unit.same_top1;
+  json["kl_tail"] = Json::array();
+  for (const double kl : unit.kl_tail) json["kl_tail"].push_back(json_number(kl));
+  return json;
+}
+
 std::string kl_name(const DivergenceResult& result, const std::string& which) {
   return which + (result.from_cache ? "_topk_kl" : "_kl");
 }
@@ -35,6 +49,10 @@ Json to_json(const DivergenceResult& result) {
                {"standard_errors_over", result.clusters},
                {"seconds", result.seconds},
                {"original", to_json(result.original)}};
+  if (result.per != Unit::kNone) {
+    Json& units = json[result.per == Unit::kDocument ? "per_document" : "per_window"] = Json::array();
+    for (const UnitFigures& unit : result.units) units.push_back(to_json(unit, result.compressed.has_value()));
+  }
   if (!result.compressed) return json;
   json["compressed"] = to_json(*result.compressed);
   json[kl_name(result, "mean")] = to_json(result.kl);

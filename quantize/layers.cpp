@@ -6,6 +6,7 @@
 
 #include "core/error.h"
 #include "quantize/gptq.h"
+#include "quantize/q4_0.h"
 #include "quantize/retarget.h"
 #include "quantize/scales.h"
 
@@ -137,7 +138,9 @@ class Quantizer : public BlockVisitor {
       job_.model.read_rows_f32(tensor.spec.name, first, count, values.data());
       try {
         const QuantizedTensor part =
-            round_to_nearest(values.data(), count, cols, *tensor.codec, rule, {}, tensor.spec.name, job_.threads);
+            rounds_as_q4_0(job_.method) && tensor.codec->kind == CodecKind::kQ4
+                ? round_q4_0(values.data(), count, cols, *tensor.codec, nullptr, tensor.spec.name, job_.threads)
+                : round_to_nearest(values.data(), count, cols, *tensor.codec, rule, {}, tensor.spec.name, job_.threads);
         out.codes.insert(out.codes.end(), part.codes.begin(), part.codes.end());
         out.scales.insert(out.scales.end(), part.scales.begin(), part.scales.end());
         out.zeros.insert(out.zeros.end(), part.zeros.begin(), part.zeros.end());
@@ -187,8 +190,13 @@ class Quantizer : public BlockVisitor {
     };
     const bool searched = job_.method != QuantizeMethod::kAbsmax;
     QuantizedTensor codes =
-        round_to_nearest(weight, linear.rows, linear.cols, codec, searched ? ScaleRule::kSearched : ScaleRule::kAbsmax,
-                         importance, linear.name, job_.threads);
+        rounds_as_q4_0(job_.method) && codec.kind == CodecKind::kQ4
+            ? round_q4_0(weight, linear.rows, linear.cols, codec,
+                         job_.method == QuantizeMethod::kImatrix ? input.mean_square.data() : nullptr, linear.name,
+                         job_.threads)
+            : round_to_nearest(weight, linear.rows, linear.cols, codec,
+                               searched ? ScaleRule::kSearched : ScaleRule::kAbsmax, importance, linear.name,
+                               job_.threads);
     if (job_.method == QuantizeMethod::kGptq) {
       GptqResult result = input.hessian.visit(
           [&](const auto* hessian) { return gptq(weight, codes, hessian, *factor, pruned, job_.threads); });

@@ -12,7 +12,11 @@
 
 namespace pare {
 
-enum class QuantizeMethod { kGptq, kRtn, kAbsmax };
+// kQ4_0 and kImatrix: llama.cpp's roundings (quantize/q4_0.h) of tensors in q4, searched scales of others.
+enum class QuantizeMethod { kGptq, kRtn, kAbsmax, kQ4_0, kImatrix };
+inline bool rounds_as_q4_0(QuantizeMethod method) {
+  return method == QuantizeMethod::kQ4_0 || method == QuantizeMethod::kImatrix;
+}
 
 struct QuantizeJob {
   const Checkpoint& model;

@@ -33,6 +33,8 @@ constexpr double kBestRate = 2e-3;
 
 QuantizeMethod method_of(const Options& options) {
   const auto name = options.get<std::string>("method");
+  if (name == "rtn-q4_0") return QuantizeMethod::kQ4_0;
+  if (name == "rtn-imatrix") return QuantizeMethod::kImatrix;
   return name == "gptq" ? QuantizeMethod::kGptq : name == "rtn" ? QuantizeMethod::kRtn : QuantizeMethod::kAbsmax;
 }
 
@@ -136,8 +138,10 @@ std::vector<TensorPlan> check(const Options& options, const PlannedModel& model)
   }
   refuse_unused_options(options, model.config);
   const auto text = texts(options, "text");
-  if (method_of(options) == QuantizeMethod::kGptq && !calibrated(options)) {
-    throw usage_error("--method gptq", "calibration text", "none", "--text FILE, or --method rtn, which does without");
+  const QuantizeMethod method = method_of(options);
+  if ((method == QuantizeMethod::kGptq || method == QuantizeMethod::kImatrix) && !calibrated(options)) {
+    throw usage_error("--method " + options.get<std::string>("method"), "calibration text", "none",
+                      "--text FILE, or --method rtn, which does without");
   }
   std::vector<std::string> paths = text;
   for (const std::string& path : texts(options, "tune-text")) paths.push_back(path);
@@ -158,6 +162,12 @@ std::vector<TensorPlan> check(const Options& options, const PlannedModel& model)
   std::vector<TensorPlan> tensors = plan_codecs(model.config, policy_of(options));
   if (std::none_of(tensors.begin(), tensors.end(), [](const TensorPlan& t) { return t.codec.has_value(); })) {
     throw usage_error("quantize policy", "a tensor to quantize", "keep for all of them");
+  }
+  if (rounds_as_q4_0(method) && std::none_of(tensors.begin(), tensors.end(), [](const TensorPlan& t) {
+        return t.codec && t.codec->kind == CodecKind::kQ4;
+      })) {
+    throw usage_error("--method " + options.get<std::string>("method"), "a tensor in q4, q4g64 or q4g128",
+                      "none, the rule is for no other codec", "choose another --codec or --method rtn");
   }
   return tensors;
 }
@@ -591,9 +601,10 @@ Command quantize_command() {
        .default_value = "smaller",
        .choices = {"smaller", "none"}},
       {.name = "method",
-       .help = "gptq; rtn: nearest codes, searched scales; rtn-absmax: nearest codes, absmax scales",
+       .help = "gptq; rtn: nearest codes, searched scales; rtn-absmax: nearest codes, absmax scales; rtn-q4_0, "
+               "rtn-imatrix: q4 as llama.cpp rounds Q4_0, without and with the inputs' energies",
        .default_value = "gptq",
-       .choices = {"gptq", "rtn", "rtn-absmax"}},
+       .choices = {"gptq", "rtn", "rtn-absmax", "rtn-q4_0", "rtn-imatrix"}},
       {.name = "text",
        .type = OptionType::kTextList,
        .help = "calibration text: .txt or .jsonl files, or folders of them"},

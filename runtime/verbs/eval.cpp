@@ -144,7 +144,7 @@ class Evaluation {
  private:
   void refuse_unused_options(bool text, bool caches) const {
     if (!text)
-      refuse_unused(options_, {"split", "score", "documents", "one-window-per-document"}, "without --text",
+      refuse_unused(options_, {"split", "score", "documents", "one-window-per-document", "per"}, "without --text",
                     "pare eval");
     if (backend_.open_cache && !caches) refuse_unused(options_, {"top-k"}, "without --cache", "pare eval");
     bool folders = false, files = false;
@@ -280,6 +280,7 @@ class Evaluation {
     compare_options.score = parse_score_rule(options_.get<std::string>("score"));
     compare_options.context = length_;
     compare_options.vocab = vocab_;
+    if (options_.has("per")) compare_options.per = parse_unit(options_.get<std::string>("per"));
     DivergenceResult result;
     if (!original_) {
       result =
@@ -498,6 +499,10 @@ Command make_eval_command(EvalBackend backend) {
        .type = OptionType::kFlag,
        .help = "cut each document at one window",
        .default_value = false},
+      {.name = "per",
+       .type = OptionType::kText,
+       .help = "with --json: the sums of every document or window as well, for paired comparisons",
+       .choices = {"document", "window"}},
       {.name = "limit",
        .type = OptionType::kInteger,
        .help = "only the first windows, and items of each task",

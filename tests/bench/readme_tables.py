@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Writes the tables of README.md from tests/bench/results/*.json (the test Readme.TablesEqualTheCommittedResults checks them)."""
+"""Writes the tables of README.md and tests/bench/accuracy/README.md from tests/bench/results/*.json.
+
+The test Readme.TablesEqualTheCommittedResults compares them.
+"""
 import json
 import pathlib
 import re
@@ -18,5 +21,6 @@ def table(match):
     return f"<!-- table: {match.group(1)} -->\n{text}<!-- end -->"
 
 
-readme = root / "README.md"
-readme.write_text(re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", table, readme.read_text(), flags=re.S))
+for name in ("README.md", "tests/bench/accuracy/README.md"):
+    readme = root / name
+    readme.write_text(re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", table, readme.read_text(), flags=re.S))

@@ -166,7 +166,11 @@ TEST(Codec, ValidateRefusesValuesOutOfRange) {
   EXPECT_TRUE(contains(broken("q4a", [](auto& t) { t.zeros[0] = 16; }), "zeros"));
   EXPECT_TRUE(contains(broken("q4", [](auto& t) { t.scales[0] = 0x7c00; }), "finite"));
   EXPECT_TRUE(contains(broken("q4", [](auto& t) { t.scales[0] = 0x7e00; }), "finite"));
-  EXPECT_TRUE(contains(broken("q4", [](auto& t) { t.scales[0] = 0x8001; }), "zero or above"));
+  EXPECT_TRUE(contains(broken("q8", [](auto& t) { t.scales[0] = 0x8001; }), "zero or above"));
+  EXPECT_TRUE(contains(broken("q4a", [](auto& t) { t.scales[0] = 0x8001; }), "zero or above"));
+  EXPECT_EQ(broken("q4", [](auto& t) { t.scales[0] = 0x8001; }), "no error");
+  EXPECT_TRUE(contains(broken("q4", [](auto& t) { t.scales[0] = 0x8000; }), "negative zero"));
+  EXPECT_TRUE(contains(broken("q4", [](auto& t) { t.scales[0] = 0xfc00; }), "finite"));
   EXPECT_TRUE(contains(broken("q4", [](auto& t) { t.scales.pop_back(); }), "scales"));
   EXPECT_TRUE(contains(broken("q4", [](auto& t) { t.codes.pop_back(); }), "codes"));
   EXPECT_TRUE(contains(broken("q4", [](auto& t) { t.zeros.push_back(0); }), "zeros"));

@@ -73,6 +73,7 @@ inline QuantizedTensor random_codes(const Codec& codec, std::int64_t rows, std::
                                                                                    : static_cast<int>(next() % 16)));
   for (std::int64_t i = 0; i < rows * codec.groups(cols); ++i) {
     tensor.scales.push_back(static_cast<std::uint16_t>(next() % 0x3c00));  // 0 up to 1, subnormals too
+    if (codec.kind == CodecKind::kQ4 && tensor.scales.back() % 3 == 1) tensor.scales.back() |= 0x8000u;
     if (codec.kind == CodecKind::kQ4a) tensor.zeros.push_back(static_cast<std::uint8_t>(next() % 16));
   }
   return tensor;

@@ -234,6 +234,62 @@ TEST(Divergence, PerplexityIsTheFirstHalfOfCompare) {
   EXPECT_EQ(alone.predictions, pair.predictions);
 }
 
+TEST(Divergence, UnitsAddUpToTheTotals) {
+  FakeLogits a(61, 1, 2.0), b(61, 2, 2.0);
+  const auto windows = random_windows(61, {{9, 4}, {30, 4}, {2, 7}, {1, 8}, {17, 9}, {25, 9}}, 8);
+  Progress quiet(true);
+  const BruteForce expected(a, b, windows);
+  CompareOptions options;
+  EXPECT_TRUE(compare(a, &b, windows, options, quiet).units.empty());
+  for (const Unit per : {Unit::kDocument, Unit::kWindow}) {
+    options.per = per;
+    const DivergenceResult r = compare(a, &b, windows, options, quiet);
+    ASSERT_EQ(r.units.size(), per == Unit::kDocument ? 3u : 5u);
+    EXPECT_EQ(r.units[0].document, 4);
+    EXPECT_EQ(r.units[0].predictions, per == Unit::kDocument ? 37 : 8);
+    EXPECT_EQ(r.units[1].window, per == Unit::kDocument ? 2 : 1);
+    UnitFigures sum;
+    std::size_t at = 0;
+    std::vector<double> tail;
+    for (const UnitFigures& unit : r.units) {
+      double kl = 0, loss = 0;
+      const std::size_t end = at + static_cast<std::size_t>(unit.predictions);
+      for (; at < end; ++at) {
+        ASSERT_EQ((per == Unit::kDocument ? expected.document : expected.window)[at],
+                  per == Unit::kDocument ? unit.document : unit.window);
+        kl += expected.kl[at];
+        loss += expected.loss_b[at];
+      }
+      EXPECT_NEAR(unit.kl, kl, 1e-11);
+      EXPECT_NEAR(unit.compressed_loss, loss, 1e-11);
+      EXPECT_TRUE(std::is_sorted(unit.kl_tail.begin(), unit.kl_tail.end()));
+      tail.insert(tail.end(), unit.kl_tail.begin(), unit.kl_tail.end());
+      sum.predictions += unit.predictions;
+      sum.kl += unit.kl;
+      sum.original_loss += unit.original_loss;
+      sum.compressed_loss += unit.compressed_loss;
+      sum.same_top1 += unit.same_top1;
+    }
+    const auto n = static_cast<double>(r.predictions);
+    EXPECT_EQ(sum.predictions, r.predictions);
+    EXPECT_NEAR(sum.kl / n, r.kl.value, 1e-13);
+    EXPECT_NEAR(sum.original_loss / n, r.original.loss.value, 1e-13);
+    EXPECT_NEAR((sum.compressed_loss - sum.original_loss) / n, r.log_perplexity_ratio.value, 1e-13);
+    EXPECT_NEAR(static_cast<double>(sum.same_top1) / n, r.top1.value, 1e-15);
+    // 78 predictions: the largest lies above the interpolated 99 % quantile, the next below.
+    EXPECT_EQ(tail, (std::vector<double>{r.kl_maximum}));
+    const Json json = to_json(r);
+    const char* key = per == Unit::kDocument ? "per_document" : "per_window";
+    ASSERT_EQ(json.at(key).size(), r.units.size());
+    EXPECT_EQ(json[key][1]["kl"].get<double>(), r.units[1].kl);
+    EXPECT_EQ(json[key][1]["same_top1"].get<std::int64_t>(), r.units[1].same_top1);
+  }
+  const DivergenceResult alone = compare(a, nullptr, windows, options, quiet);
+  ASSERT_EQ(alone.units.size(), 5u);
+  EXPECT_GT(alone.units[0].original_loss, 0);
+  EXPECT_FALSE(to_json(alone)["per_window"][0].contains("kl"));
+}
+
 TEST(Divergence, InfinityReachesTheReportAsText) {
   const float inf = std::numeric_limits<float>::infinity();
   TableLogits a({{0, 0, 0}, {0, 0, 0}, {0, 0, 0}}), b({{0, 0, -inf}, {0, 0, 0}, {0, 0, 0}});

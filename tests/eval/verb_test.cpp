@@ -138,6 +138,25 @@ TEST_F(EvalVerb, PerplexityAloneAndWindowRules) {
   EXPECT_EQ(one["text"]["predictions"].get<int>(), 3 * 7);
 }
 
+TEST_F(EvalVerb, SumsOfEveryDocumentOnRequest) {
+  Json given = {{"model", path("q8.pare")}, {"against", path("model")}, {"text", {path("text.txt")}},
+                {"split", "<|endoftext|>"}, {"ctx", 16},                {"speed", false}};
+  EXPECT_FALSE(run(given)["text"].contains("per_document"));
+  given["per"] = "document";
+  const Json text = run(given)["text"];
+  ASSERT_EQ(text["per_document"].size(), 6u);
+  double kl = 0;
+  std::int64_t predictions = 0;
+  for (const Json& unit : text["per_document"]) {
+    kl += unit["kl"].get<double>();
+    predictions += unit["predictions"].get<std::int64_t>();
+  }
+  EXPECT_EQ(predictions, text["predictions"].get<std::int64_t>());
+  EXPECT_NEAR(kl / static_cast<double>(predictions), text["mean_kl"]["value"].get<double>(), 1e-13);
+  given["per"] = "window";
+  EXPECT_EQ(run(given)["text"]["per_window"].size(), text["windows"].get<std::size_t>());
+}
+
 TEST_F(EvalVerb, TasksOfBothModelsAgree) {
   const Json r = run({{"model", path("f32.pare")},
                       {"against", path("model")},
@@ -199,6 +218,7 @@ TEST_F(EvalVerb, OptionsThatDoNothingAreRefused) {
   };
   expect_error(with(tasks, "split", "x"), ExitCode::kUsage, "--split has no use without --text");
   expect_error(with(tasks, "score", "second-half"), ExitCode::kUsage, "--score has no use");
+  expect_error(with(tasks, "per", "window"), ExitCode::kUsage, "--per has no use");
   expect_error(with(tasks, "documents", 2), ExitCode::kUsage, "--documents has no use");
   expect_error(with(tasks, "one-window-per-document", true), ExitCode::kUsage, "--one-window-per-document has no use");
   expect_error(with(with(tasks, "split", "x"), "documents", 2), ExitCode::kUsage, "--split, --documents have no use");

@@ -29,6 +29,8 @@ for codec in q4 q4g128 q8; do
   "$BUILD/pare" quantize --quiet --model "$ROOT/examples/teacher" --out "$T/$codec" --codec $codec --text "$ROOT/README.md" \
     --samples 4 --context 128 >/dev/null && check "quantized folder $codec" "$PYTHON" "$HERE/compressed_tensors.py" "$T/$codec"
 done
+"$BUILD/pare" quantize --quiet --model "$ROOT/examples/teacher" --out "$T/signed" --codec q4 --method rtn-q4_0 >/dev/null &&
+  check "scales of either sign" "$PYTHON" "$HERE/compressed_tensors.py" "$T/signed"
 check "GGUF files" "$PYTHON" "$HERE/gguf_file.py" "$BUILD/pare" "$ROOT/examples/teacher" "$T/q4" "$T/q8"
 check "pruned folders" "$PYTHON" "$HERE/pruned_folder.py" "$BUILD/pare"
 check "cut student" "$PYTHON" "$HERE/student_cut.py" "$BUILD/pare"

@@ -6,6 +6,7 @@
 
 #include "core/error.h"
 #include "core/random_weights.h"
+#include "quantize/q4_0.h"
 #include "quantize/scales.h"
 #include "tests/quantize/tiny_model.h"
 
@@ -142,6 +143,54 @@ TEST(QuantizeStage, WithoutCalibrationTheCodesAreThoseOfTheWeightsAlone) {
     EXPECT_EQ(stored.codes, expected.codes) << spec.name;
     EXPECT_EQ(stored.scales, expected.scales) << spec.name;
   }
+}
+
+TEST(QuantizeStage, RoundsAsLlamaCppOnRequest) {
+  ScratchFolder scratch;
+  write_tiny(scratch / "in", tiny_config());
+  const Json given = {{"model", (scratch / "in").string()}};
+  const auto with = [&](Json more) {
+    more.update(given);
+    return more;
+  };
+  run_quantize(with({{"out", (scratch / "plain").string()}, {"method", "rtn-q4_0"}}));
+  run_quantize(with({{"out", (scratch / "weighted").string()},
+                     {"method", "rtn-imatrix"},
+                     {"random-tokens", true},
+                     {"samples", 8},
+                     {"context", 32}}));
+  const Checkpoint original(scratch / "in"), plain(scratch / "plain"), weighted(scratch / "weighted");
+  int negative = 0, different = 0, others = 0;
+  for (const TensorSpec& spec : plain.tensors()) {
+    if (!plain.is_quantized(spec.name)) continue;
+    const QuantizedTensor stored = plain.codes(spec.name);
+    const std::vector<float> weight = original.read_f32(spec.name);
+    const bool q4 = stored.codec.kind == CodecKind::kQ4;
+    others += q4 ? 0 : 1;
+    const std::int64_t rows = stored.rows, cols = stored.cols;
+    const QuantizedTensor expected =
+        q4 ? round_q4_0(weight.data(), rows, cols, stored.codec, nullptr, spec.name, 1)
+           : round_to_nearest(weight.data(), rows, cols, stored.codec, ScaleRule::kSearched, {}, spec.name, 1);
+    EXPECT_EQ(stored.codes, expected.codes) << spec.name;
+    EXPECT_EQ(stored.scales, expected.scales) << spec.name;
+    for (const std::uint16_t scale : stored.scales) negative += scale >> 15;
+    different += weighted.codes(spec.name).scales != stored.scales ? 1 : 0;
+  }
+  EXPECT_EQ(others, 1);  // the embedding, in q8 under every method
+  EXPECT_GT(negative, 100);
+  EXPECT_EQ(different, 3 * 7);
+  const auto refused = [&](Json more, const char* what) {
+    try {
+      run_quantize(with(std::move(more)));
+      FAIL() << what;
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ExitCode::kUsage);
+      EXPECT_NE(std::string(error.what()).find(what), std::string::npos) << error.what();
+    }
+  };
+  const std::string out = (scratch / "refused").string();
+  refused({{"out", out}, {"method", "rtn-imatrix"}}, "calibration text");
+  refused({{"out", out}, {"method", "rtn-q4_0"}, {"codec", "q8"}}, "a tensor in q4");
 }
 
 TEST(QuantizeStage, PrunedWeightsStayZero) {

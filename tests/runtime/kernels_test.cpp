@@ -74,6 +74,7 @@ Sample make_sample(const Codec& codec, std::int64_t rows, std::int64_t cols, std
     }
     for (std::int64_t i = 0; i < rows * groups; ++i) {
       q.scales.push_back(i % 7 == 3 ? std::uint16_t{0} : f32_to_f16(0.01f + 0.1f * std::abs(normal(rng))));
+      if (codec.kind == CodecKind::kQ4 && i % 3 == 1 && i % 7 != 3) q.scales.back() |= 0x8000u;
       if (codec.kind == CodecKind::kQ4a) q.zeros.push_back(static_cast<std::uint8_t>(zero(rng)));
     }
     for (std::int64_t r = 0; r < rows; ++r) {

@@ -1,0 +1,147 @@
+"""Tables and plots from scored runs: one raw JSON, one table per model and text, differences, SVG files."""
+import json
+import math
+
+import figures
+import plots
+import rows
+
+COLUMNS = ["format", "method", "bits/weight", "bits, block linears", "mean KL", "95 % interval", "99.9 % KL", "top-1",
+           "ln ppl - original's", "95 % interval", "gap closed, KL", "gap closed, ln ppl", "KL over seeds"]
+PAIR_COLUMNS = ["text", "format", "A", "B", "mean KL, A - B", "standard error", "95 % interval", "99.9 % KL, A - B",
+                "95 % interval", "ln ppl, A - B", "95 % interval", "top-1, A - B"]
+
+
+def short(value):
+    return "-" if value is None else f"{value:.3g}"
+
+
+def between(ends):
+    return "-" if ends is None else f"{ends[0]:.4g} .. {ends[1]:.4g}"
+
+
+def percent(entry):
+    if entry is None or entry["value"] is None:
+        return "-"
+    ends = entry["interval"]
+    return f"{100 * entry['value']:.1f} %" + (f" ({100 * ends[0]:.1f} .. {100 * ends[1]:.1f})" if ends else "")
+
+
+def finite(run, text):
+    """The runs' JSON says infinities as texts."""
+    return all(isinstance(run["tests"][text][k], (int, float)) and math.isfinite(run["tests"][text][k])
+               for k in ("p999_kl", "max_kl"))
+
+
+def estimates(runs, model, text, baseline, count):
+    """[{format, method, ..., metrics}] in the order of the runs, and all pairs of one format."""
+    groups = {}
+    for run in runs:
+        if run["model"] == model and text in run["tests"]:
+            groups.setdefault((run["format"], run["method"]), []).append(run)
+    broken = [key for key, members in groups.items() if not all(finite(run, text) for run in members)]
+    for key in broken:
+        raise SystemExit(f"{model}, {text}, {' '.join(key)}: infinite KL; remove the row or look at the model")
+    resampled, entries, draws = {}, [], None
+    for key, members in groups.items():
+        units = figures.Units([run["tests"][text]["units"] for run in members])
+        draws = draws or figures.resamples(len(units.n), count, seed=1)
+        resampled[key] = figures.Resampled(units, draws)
+    base = resampled.get(baseline)
+    for key, members in groups.items():
+        mean = lambda value: sum(map(value, members)) / len(members)
+        kl = [run["tests"][text]["mean_kl"]["value"] for run in members]
+        scores = [run["tests"][text] for run in members]
+        if not math.isclose(sum(kl) / len(kl), resampled[key].value["kl"], rel_tol=1e-9):
+            raise SystemExit(f"{model}, {text}, {' '.join(key)}: units do not add up to the evaluator's mean KL")
+        entries.append({
+            "format": key[0], "method": key[1], "runs": len(members), "units": len(resampled[key].units.n),
+            "predictions": scores[0]["predictions"],
+            "bits_per_weight": mean(lambda run: run["bits_per_weight"]),
+            "bits_per_block_linear_weight": mean(lambda run: run["bits_per_block_linear_weight"]),
+            "perplexity": mean(lambda run: run["tests"][text]["perplexity"]["value"]),
+            "perplexity_original": scores[0]["perplexity_original"]["value"],
+            "metrics": figures.summary(resampled[key]),
+            "gap_closed": figures.gap_closed(resampled[key], base) if base else None,
+            "kl_of_seeds": kl})
+    pairs = [{"format": a[0], "a": a[1], "b": b[1]} | figures.difference(resampled[a], resampled[b])
+             for a in resampled for b in resampled if a != b and b[1] in rows.REFERENCES
+             # A layout that is not one of ours is compared with the baseline's.
+             and b[0] == (a[0] if a[0] in rows.FORMATS else baseline[0])]
+    return entries, pairs
+
+
+def table(entries):
+    lines = []
+    for e in entries:
+        m, gap = e["metrics"], e["gap_closed"] or {}
+        seeds = e["kl_of_seeds"]
+        lines.append([e["format"], e["method"], f"{e['bits_per_weight']:.3f}",
+                      f"{e['bits_per_block_linear_weight']:.3f}", m["kl"]["value"], between(m["kl"]["interval"]),
+                      m["kl_999"]["value"] if m["kl_999"]["value"] is not None else "-", m["top1"]["value"],
+                      m["loss"]["value"], between(m["loss"]["interval"]), percent(gap.get("kl")),
+                      percent(gap.get("loss")), f"{min(seeds):.4g} .. {max(seeds):.4g}" if len(seeds) > 1 else "-"])
+    return lines
+
+
+def absent_table(formats):
+    names = [(form, method) for form in formats for method in rows.METHODS
+             if form in rows.METHODS[method].get("formats", rows.FORMATS)]
+    return [[form, method] + ["absent"] * (len(COLUMNS) - 2) for form, method in names]
+
+
+def pair_table(text, pairs):
+    return [[text, p["format"], p["a"], p["b"], p["kl"]["value"], short(p["kl"]["standard_error"]),
+             between(p["kl"]["interval"]), p["kl_999"]["value"] if p["kl_999"]["value"] is not None else "-",
+             between(p["kl_999"]["interval"]), p["loss"]["value"], between(p["loss"]["interval"]), p["top1"]["value"]]
+            for p in pairs]
+
+
+def save(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def provenance(meta, runs):
+    """Of a table: the command and machine of this call, the commit of the runs (each its own where they differ)."""
+    commits = sorted({run["commit"] for run in runs})
+    machines = sorted({run["machine"] for run in runs})
+    return {"command": meta["command"], "machine": "; ".join(machines) or meta["machine"],
+            "commit": commits[0] if len(commits) == 1 else ", ".join(commits) or meta["commit"]}
+
+
+def write(out, runs, models, absent_peers, baseline, meta):
+    raw = dict(meta)
+    raw["note"] = ("intervals: 95 % percentile bootstrap over units (documents, long ones cut into excerpts), "
+                   f"{meta['resamples']} resamples, the same for all methods; standard errors over the same units; "
+                   "gap closed: share of the distance of " + " ".join(baseline) + " from the original that is gone")
+    raw["models"], raw["absent peers"], raw["estimates"], raw["differences"] = models, absent_peers, {}, {}
+    formats = list(dict.fromkeys(run["format"] for run in runs)) or rows.DEFAULT_FORMATS
+    for name, model in models.items():
+        own = [run for run in runs if run["model"] == name]
+        all_pairs = []
+        for text in rows.MODELS[name]["tests"]:
+            file = out / f"accuracy_{name}_{text}.json"
+            head = {"name": f"{name}, {text}" + (" (in domain)" if text in model["domain"] else " (another domain)")}
+            head |= provenance(meta, own) | {"columns": COLUMNS}
+            why = model["absent"].get("model") or model["absent"].get("calibration") or model["absent"].get(text)
+            if why:
+                save(file, head | {"absent": why, "table": absent_table(formats)})
+                continue
+            if not own:
+                continue
+            entries, pairs = estimates(own, name, text, baseline, meta["resamples"])
+            raw["estimates"].setdefault(name, {})[text], raw["differences"].setdefault(name, {})[text] = entries, pairs
+            missing = [[p["format"], p["method"]] + ["absent"] * (len(COLUMNS) - 2)
+                       for p in absent_peers if p["model"] == name]
+            save(file, head | {"table": table(entries) + missing})
+            all_pairs += pair_table(text, pairs)
+            title = head["name"]
+            (out / f"accuracy_{name}_{text}_kl.svg").write_text(plots.methods(entries, title))
+            (out / f"accuracy_{name}_{text}_bits.svg").write_text(plots.bits(entries, title))
+        if all_pairs:
+            head = {"name": f"{name}: differences"} | provenance(meta, own)
+            save(out / f"accuracy_{name}_differences.json", head | {"columns": PAIR_COLUMNS, "table": all_pairs})
+    without_units = lambda scores: {key: value for key, value in scores.items() if key != "units"}
+    raw["runs"] = [run | {"tests": {t: without_units(s) for t, s in run["tests"].items()}} for run in runs]
+    save(out / "accuracy.json", raw)
