@@ -404,7 +404,8 @@ Command quantize_command() {
       {.name = "model", .type = OptionType::kPath, .help = "input model folder", .required = true},
       {.name = "out", .type = OptionType::kPath, .help = "output model folder", .required = true},
       {.name = "codec",
-       .help = "codec of the linears inside the blocks: q4 q4g64 q4g128 q4a q4ag64 q4ag128 q8 q8c, or keep",
+       .help = "codec of the linears inside the blocks: q4 q4g64 q4g128 q4a q4ag64 q4ag128 q3 q3g64 q3g128 q2 q2g64 "
+               "q2g128 q8 q8c, w8a8 (q8c whose inputs are rounded to int8, one scale per token), or keep",
        .default_value = "q4"},
       {.name = "embedding-codec",
        .help = "codec of the embedding, of the head too where the two are tied",

@@ -95,7 +95,8 @@ TEST_P(PackedForwards, RuntimeOnPackedCodesAgreesWithLibTorchOnUnpackedOnes) {
     for (const TensorSpec& spec : original.tensors()) {
       const auto values = original.read_f32(spec.name);
       if (spec.shape.size() == 2) {
-        const Codec codec = wanted.fits(spec.shape[1]) ? wanted : Codec{CodecKind::kQ8, Codec::kPerRow};
+        Codec codec = wanted.fits(spec.shape[1]) ? wanted : Codec{CodecKind::kQ8, Codec::kPerRow};
+        if (spec.role == TensorRole::kEmbedding) codec = codec.layout();
         writer.put_codes(spec.name, testing::round_to_nearest(codec, spec.shape[0], spec.shape[1], values.data()));
         packed += codec == wanted;
       } else {
@@ -127,7 +128,7 @@ TEST_P(PackedForwards, RuntimeOnPackedCodesAgreesWithLibTorchOnUnpackedOnes) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Codecs, PackedForwards, ::testing::Values("q4g32", "q4g64", "q4g128", "q4ag32", "q8", "q8c"),
+INSTANTIATE_TEST_SUITE_P(Codecs, PackedForwards, ::testing::Values("q4g32", "q4g64", "q4g128", "q4ag32", "q8", "q8c", "q3g32", "q3g128", "q2g32", "w8a8"),
                          [](const auto& info) { return std::string(info.param); });
 
 }  // namespace

@@ -25,7 +25,7 @@ check() {
     tail -n 25 "$T/log"
   fi
 }
-for codec in q4 q4g128 q8; do
+for codec in q4 q4g128 q8 q3 q3g128 q2 w8a8; do
   "$BUILD/pare" quantize --quiet --model "$ROOT/examples/teacher" --out "$T/$codec" --codec $codec --text "$ROOT/README.md" \
     --samples 4 --context 128 >/dev/null && check "quantized folder $codec" "$PYTHON" "$HERE/compressed_tensors.py" "$T/$codec"
 done
