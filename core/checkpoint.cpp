@@ -204,7 +204,9 @@ Checkpoint::Checkpoint(const fs::path& folder) : folder_(folder) {
       const DType scale_type = scale != nullptr && is_float(scale->dtype) ? scale->dtype : DType::kF32;
       source->scales = checked(scale, stem + "." + kScaleSuffix, scale_type, {stored_rows, groups}, problems);
       const std::string shape_name = stem + "." + kShapeSuffix;
-      if (const TensorView* shape = bytes ? nullptr : checked(take(shape_name), shape_name, DType::kI64, {2}, problems)) {
+      const TensorView* shape =
+          bytes ? nullptr : checked(take(shape_name), shape_name, DType::kI64, {2}, problems);
+      if (shape != nullptr) {
         std::int64_t sizes[2];
         std::memcpy(sizes, shape->data.data(), sizeof sizes);
         if (sizes[0] != stored_rows || sizes[1] != source->cols)

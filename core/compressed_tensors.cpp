@@ -13,7 +13,9 @@ namespace {
 // The lowest code of a symmetric integer of that width; q4a codes are already unsigned.
 int offset_of(const Codec& codec) { return codec.kind == CodecKind::kQ4a ? 0 : 1 << (codec.bits() - 1); }
 
-constexpr const char *kPackedFormat = "pack-quantized", *kIntFormat = "int-quantized", *kMixedFormat = "mixed-precision";
+constexpr const char* kPackedFormat = "pack-quantized";
+constexpr const char* kIntFormat = "int-quantized";
+constexpr const char* kMixedFormat = "mixed-precision";
 
 // What rounds inputs at run time: int8, symmetric, one scale per token, found from the token itself.
 bool rounds_tokens(const Json& inputs) {
@@ -78,8 +80,8 @@ Codec codec_of_scheme(const Json& group, const std::string& place) {
     }
   }
   throw input_error(place + ".weights",
-                    "int 4, or symmetric int 3 or 2 bits in groups of 32, 64 or 128, or symmetric int 8 bits per channel "
-                    "or in groups of 32",
+                    "int 4, or symmetric int 3 or 2 bits in groups of 32, 64 or 128, or symmetric int 8 bits per "
+                    "channel or in groups of 32",
                     type + " " + std::to_string(bits) + " bits, " + (symmetric ? "symmetric, " : "asymmetric, ") +
                         strategy + (size > 0 ? " of " + std::to_string(size) : ""));
 }
@@ -170,11 +172,12 @@ Json quantization_config(const std::map<std::string, Codec>& modules, const std:
                          {"actorder", nullptr},    {"observer", nullptr},   {"block_structure", nullptr},
                          {"observer_kwargs", Json::object()}};
     const std::string own = codec.int8_inputs ? kIntFormat : kPackedFormat;
-    groups["group_" + std::to_string(groups.size())] = {{"targets", targets},
-                                                        {"weights", weights},
-                                                        {"input_activations", codec.int8_inputs ? inputs : Json(nullptr)},
-                                                        {"output_activations", nullptr},
-                                                        {"format", own}};
+    groups["group_" + std::to_string(groups.size())] = {
+        {"targets", targets},
+        {"weights", weights},
+        {"input_activations", codec.int8_inputs ? inputs : Json(nullptr)},
+        {"output_activations", nullptr},
+        {"format", own}};
     format = format.empty() || format == own ? own : kMixedFormat;
   }
   return {{"quant_method", "compressed-tensors"},

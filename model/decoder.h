@@ -131,15 +131,16 @@ TORCH_MODULE(Decoder);
 // Normal(0, 0.02) as the Llama family does (norms 1, biases 0), from the seed alone.
 void initialize(Decoder& decoder, std::uint64_t seed);
 
-// Float32 module from a checkpoint (codes are unpacked), every tensor used exactly once.
-Decoder load_decoder(const Checkpoint& checkpoint, const torch::Device& device);
+// Float32 module from a checkpoint (codes are unpacked), every tensor used exactly once. float_inputs: as if no codec
+// rounded the inputs of its linear.
+Decoder load_decoder(const Checkpoint& checkpoint, const torch::Device& device, bool float_inputs = false);
 // One block only: bounded memory for the block walk. experts = false: without their weights, which load_expert puts in
 // and drop_expert takes out.
 DecoderBlock load_block(const Checkpoint& checkpoint, int layer, const torch::Device& device, bool experts = true);
 void load_expert(const Checkpoint& checkpoint, DecoderBlock& block, std::int64_t expert, const torch::Device& device);
 void drop_expert(DecoderBlock& block, const ModelConfig& config, std::int64_t expert);
-// x as w8a8 reads it: per row of the last dimension round(x * (127 / max|x|)) * (max|x| / 127), ties to even, NaN where x
-// is not finite. Gradients pass straight through.
+// x as w8a8 reads it: per row of the last dimension round(x * (127 / max|x|)) * (max|x| / 127), ties to even; a row with
+// a value that is not finite is NaN. Gradients pass straight through.
 torch::Tensor round_tokens(const torch::Tensor& x);
 // What RMSNorm multiplies by: the weight, or 1 + weight.
 torch::Tensor norm_factor(const ModelConfig& config, const torch::Tensor& weight);

@@ -31,12 +31,12 @@ Tensor load_tensor(const Checkpoint& checkpoint, const std::string& name, const 
   return values.to(device);
 }
 
-Decoder load_decoder(const Checkpoint& checkpoint, const torch::Device& device) {
+Decoder load_decoder(const Checkpoint& checkpoint, const torch::Device& device, bool float_inputs) {
   const torch::NoGradGuard no_grad;
   Decoder decoder(checkpoint.config());
   for (const TensorSpec& spec : checkpoint.tensors()) {
     fill(checkpoint, spec.name, decoder->tensor(spec.name));
-    if (!checkpoint.codec(spec.name).int8_inputs) continue;
+    if (float_inputs || !checkpoint.codec(spec.name).int8_inputs) continue;
     if (spec.layer < 0) decoder->round_head_inputs();
     else decoder->block(spec.layer)->round_inputs(spec.module);
   }

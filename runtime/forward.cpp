@@ -216,7 +216,7 @@ struct Forward::Worker {
   void rows(const Output& to, const Input& input, std::int64_t block_begin, std::int64_t block_end) {
     const PackedMatrix& w = to.linear->matrix;
     const Int8Activations* int8 = w.codec.int8_inputs ? input.token_int8 : input.int8;
-    if (int8 != nullptr && !w.codec.is_float()) {
+    if (w.codec.int8_inputs || (int8 != nullptr && !w.codec.is_float())) {
       f.kernels_.matmul_int8(w, *int8, 0, int8->tiles(), block_begin, block_end, to.out, to.ldo, to.add);
     } else {
       f.kernels_.matmul_float(w, input.x, input.ldx, tokens, block_begin, block_end, to.out, to.ldo, to.add,

@@ -43,13 +43,13 @@ PackedMatrix packed_matrix(const Codec& codec, std::int64_t rows, std::int64_t c
 // One row as floats, exactly code * scale: embedding look-up. out: cols floats.
 void unpack_matrix_row(const PackedMatrix& w, std::int64_t row, float* out);
 
-// Activations as int8: symmetric, scale = max|x| / 127, code = x * (127 / max|x|) rounded to nearest even. Tokens lie in
-// tiles of up to 12 in the order the kernels read:
+// Activations as int8: symmetric, scale = max|x| / 127, code = x * (127 / max|x|) rounded to nearest even. Tokens lie
+// in tiles of up to 12 in the order the kernels read:
 //   codes  [tile][group][quads of the group][token of tile][4 inputs], inputs padded to a multiple of 32
 //   scale, minus8, minus128, minus1: [tile][group][token of tile]
 // kGroup: one scale per token and 32 inputs. minus8 and minus128 are -8 and -128 times the sum of the group's codes
-// (start values that undo the offset of q4 and q8 codes; others are a shift away); minus1 is the negated sum as 16 bits,
-// for zero points that differ by row.
+// (start values that undo the offset of q4 and q8 codes; those of q3 and q2 are a half and a quarter of the first);
+// minus1 is the negated sum as 16 bits, for zero points that differ by row.
 // kToken: one scale per token, what w8a8 means. A group is kRowSpan inputs, all groups of a token have the same scale;
 // minus128 alone is kept.
 // A non-finite input makes the scale of its group NaN, so it reaches the output.

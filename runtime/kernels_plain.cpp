@@ -38,7 +38,7 @@ void matmul_float(const PackedMatrix& w, const float* x, std::int64_t ldx, std::
   }
 }
 
-// Code and offset of 4 inputs of output r: quad j (< 8) of the 32 inputs that begin at `line`.
+// u of one of the 4 inputs of quad j (< 8) of the 32 inputs that begin at `line`; byte: 4 * output + input of the quad.
 template <CodecKind kKind>
 int low_code(const std::uint8_t* line, int j, std::int64_t byte) {
   if constexpr (kKind == CodecKind::kQ2) return line[j / 4 * 64 + byte] >> (j % 4 * 2) & 3;
@@ -123,7 +123,8 @@ void matmul_int8(const PackedMatrix& w, const Int8Activations& x, std::int64_t t
 // Of |x| as bits: NaN above infinity above every number.
 std::uint32_t largest_magnitude(const float* x, std::int64_t count) {
   std::uint32_t largest = 0;
-  for (std::int64_t i = 0; i < count; ++i) largest = std::max(largest, std::bit_cast<std::uint32_t>(x[i]) & 0x7fffffffu);
+  for (std::int64_t i = 0; i < count; ++i)
+    largest = std::max(largest, std::bit_cast<std::uint32_t>(x[i]) & 0x7fffffffu);
   return largest;
 }
 

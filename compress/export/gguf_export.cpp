@@ -264,7 +264,8 @@ GgufPlan plan_gguf(const Checkpoint& checkpoint, const GgufOptions& options) {
     if (spec.shape.size() == 2) matrices[type] += plan.tensors.back().bytes();
   }
   if (widened > 0)
-    plan.notes.push_back(std::to_string(widened) + " matrices of 3 or 2 bits: stored in Q4_0, the same weights at 4.5 bits");
+    plan.notes.push_back(std::to_string(widened) +
+                         " matrices of 3 or 2 bits: stored in Q4_0, the same weights at 4.5 bits");
   if (rounding > 0)
     plan.notes.push_back(std::to_string(rounding) + " matrices of w8a8: stored in Q8_0, the same weights; their inputs "
                          "are rounded as llama.cpp does, not one scale per token");

@@ -106,8 +106,9 @@ TEST_F(ExportTest, CodesSurviveFolderToCompactToFolder) {
     const fs::path first = scratch_ / (std::string(name) + "-1"), second = scratch_ / (std::string(name) + "-2");
     const fs::path compact = scratch_ / (std::string(name) + ".pare");
     written(first, [&](const TensorSpec& spec) {
-      const Codec codec = Codec::parse(name, "");
-      return random_codes(spec.role == TensorRole::kEmbedding ? codec.layout() : codec, spec.shape[0], spec.shape[1], 9);
+      Codec codec = Codec::parse(name, "");
+      if (spec.role == TensorRole::kEmbedding) codec = codec.layout();
+      return random_codes(codec, spec.shape[0], spec.shape[1], 9);
     });
     export_compact(Checkpoint(first), {.out = compact}, context_);
     const CompactFile file(compact);

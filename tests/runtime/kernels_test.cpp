@@ -237,8 +237,9 @@ TEST_P(KernelsTest, TokenProductsMatchTheDefinitionOfW8a8) {
   const Kernels& k = kernels_named(GetParam());
   const Codec codec{CodecKind::kQ8, Codec::kPerRow, true};
   std::uint32_t seed = 500;
-  for (const auto& [rows, cols] : {std::pair<int, int>{1, 4}, {17, 32}, {16, 172}, {33, 100}, {8, 7}, {29, 30}, {40, 576},
-                                   {18, kRowSpan - 1}, {3, kRowSpan + 40}, {2, 2 * kRowSpan + 1}}) {
+  for (const auto& [rows, cols] :
+       {std::pair<int, int>{1, 4}, {17, 32}, {16, 172}, {33, 100}, {8, 7}, {29, 30}, {40, 576}, {18, kRowSpan - 1},
+        {3, kRowSpan + 40}, {2, 2 * kRowSpan + 1}}) {
     const Sample s = make_sample(codec, rows, cols, ++seed);
     for (const std::int64_t tokens : {1, 2, 3, 4, 5, 7, 11, 12, 13, 26}) {
       if (cols > 1000 && tokens > 5) continue;
@@ -254,7 +255,8 @@ TEST_P(KernelsTest, TokenProductsMatchTheDefinitionOfW8a8) {
       std::vector<double> quantized(static_cast<std::size_t>(tokens * cols));
       for (std::int64_t t = 0; t < tokens; ++t) {
         float peak = 0;
-        for (std::int64_t i = 0; i < cols; ++i) peak = std::max(peak, std::abs(x[static_cast<std::size_t>(t * ldx + i)]));
+        for (std::int64_t i = 0; i < cols; ++i)
+          peak = std::max(peak, std::abs(x[static_cast<std::size_t>(t * ldx + i)]));
         const float inverse = peak > 0 ? 127.0f / peak : 0.0f;
         for (std::int64_t i = 0; i < cols; ++i)
           quantized[static_cast<std::size_t>(t * cols + i)] =
@@ -270,7 +272,8 @@ TEST_P(KernelsTest, TokenProductsMatchTheDefinitionOfW8a8) {
           for (std::int64_t r = 0; r < ldo; ++r) {
             double product = 0;
             for (std::int64_t i = 0; i < cols && r < rows; ++i)
-              product += s.weights[static_cast<std::size_t>(r * cols + i)] * quantized[static_cast<std::size_t>(t * cols + i)];
+              product += s.weights[static_cast<std::size_t>(r * cols + i)] *
+                         quantized[static_cast<std::size_t>(t * cols + i)];
             const double want = product + (r >= rows || add ? 2.0 : 0.0);
             ASSERT_NEAR(out[static_cast<std::size_t>(t * ldo + r)], want, 1e-6 * (2 + std::abs(product)))
                 << rows << " x " << cols << ", tokens " << tokens << ", token " << t << ", row " << r;
