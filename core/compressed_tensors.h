@@ -1,6 +1,6 @@
 // The `pack-quantized` and `int-quantized` forms of compressed-tensors
-// (https://github.com/neuralmagic/compressed-tensors): what a linear "X.weight" becomes, and the quantization_config that
-// says so. The second form is that of codecs with int8_inputs: "X.weight" stays, as I8 [out, in].
+// (https://github.com/neuralmagic/compressed-tensors): what a linear "X.weight" becomes, and the quantization_config
+// that says so. The second form is that of codecs with int8_inputs: "X.weight" stays, as I8 [out, in].
 #pragma once
 
 #include <map>

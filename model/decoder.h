@@ -139,8 +139,8 @@ Decoder load_decoder(const Checkpoint& checkpoint, const torch::Device& device, 
 DecoderBlock load_block(const Checkpoint& checkpoint, int layer, const torch::Device& device, bool experts = true);
 void load_expert(const Checkpoint& checkpoint, DecoderBlock& block, std::int64_t expert, const torch::Device& device);
 void drop_expert(DecoderBlock& block, const ModelConfig& config, std::int64_t expert);
-// x as w8a8 reads it: per row of the last dimension round(x * (127 / max|x|)) * (max|x| / 127), ties to even; a row with
-// a value that is not finite is NaN. Gradients pass straight through.
+// x as w8a8 reads it: per row of the last dimension round(x * (127 / max|x|)) * (max|x| / 127), ties to even; a row
+// with a value that is not finite is NaN. Gradients pass straight through.
 torch::Tensor round_tokens(const torch::Tensor& x);
 // What RMSNorm multiplies by: the weight, or 1 + weight.
 torch::Tensor norm_factor(const ModelConfig& config, const torch::Tensor& weight);
