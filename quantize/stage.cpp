@@ -397,7 +397,7 @@ Json run(const Options& options, Context& context) {
 Command quantize_command() {
   Command command;
   command.name = "quantize";
-  command.summary = "Round the weights to 4 or 8 bits with GPTQ or searched scales";
+  command.summary = "Round the weights to 2, 3, 4 or 8 bits with GPTQ or searched scales";
   command.example = "pare quantize --model DIR --out DIR --codec q4 --text train.txt";
   command.is_stage = true;
   command.options = {

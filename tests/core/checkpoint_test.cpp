@@ -275,6 +275,18 @@ TEST(Checkpoint, ReadsForeignInt8FoldersWithRoundedInputs) {
   EXPECT_TRUE(contains(error_of([&] { Checkpoint model(scratch / "m"); }), "without a quantization_config"));
 }
 
+TEST(Checkpoint, TablesCannotRoundInputs) {
+  const Scratch scratch;
+  const ModelConfig config = small();
+  CheckpointWriter writer(scratch.path(), config, "float32");
+  for (const TensorSpec& spec : expected_tensors(config)) {
+    if (spec.role != TensorRole::kEmbedding) writer.put(spec.name, values_of(spec).data());
+    else writer.put_codes(spec.name, random_codes(Codec::parse("w8a8", ""), spec.shape[0], spec.shape[1], 1));
+  }
+  const std::string message = error_of([&] { writer.finish(); });
+  EXPECT_TRUE(message.starts_with("3 ") && contains(message, "embed_tokens") && contains(message, "w8a8")) << message;
+}
+
 TEST(CheckpointWriter, InterruptionsLeaveNoTrace) {
   const Scratch scratch;
   const ModelConfig config = small();

@@ -249,10 +249,12 @@ TEST(ForwardTest, LogitsSourceRestartsAtEachWindow) {
 }
 
 // Damaged files: an error or a working model, never a crash, and the same for every length of a cut file.
-TEST(ForwardTest, DamagedFilesNeverCrash) {
+class DamagedFiles : public ::testing::TestWithParam<const char*> {};
+
+TEST_P(DamagedFiles, NeverCrash) {
   const ScratchFolder scratch;
   const fs::path path = scratch.path / "m.pare", bad = scratch.path / "bad.pare";
-  write_tiny_model(path, tiny_config("llama", 32, 64, 4, 2, 8, 40, true), {CodecKind::kQ4a, 32}, 5);
+  write_tiny_model(path, tiny_config("llama", 32, 64, 4, 2, 8, 40, true), Codec::parse(GetParam(), ""), 5);
   const std::string good = read_text(path);
   const auto try_file = [&](const std::string& bytes) {
     {
@@ -292,6 +294,43 @@ TEST(ForwardTest, DamagedFilesNeverCrash) {
     std::string bytes = good;
     bytes[8 + header + rng() % (good.size() - 8 - header)] ^= static_cast<char>(1 << rng() % 8);
     try_file(bytes);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Codecs, DamagedFiles, ::testing::Values("q4ag32", "q3g32", "q2g32", "w8a8"),
+                         [](const auto& given) { return std::string(given.param); });
+
+// Rows that are looked up have no inputs to round; a file that says otherwise is refused.
+TEST(EngineTest, TablesCannotRoundInputs) {
+  const ScratchFolder scratch;
+  const ModelConfig config = tiny_config("llama", 32, 64, 4, 2, 8, 40, false);
+  const Codec rounded = Codec::parse("w8a8", "");
+  for (const bool embedding : {true, false}) {
+    std::vector<CompactWriter::Plan> plan;
+    for (const TensorSpec& spec : expected_tensors(config)) {
+      const TensorRole wanted = embedding ? TensorRole::kEmbedding : TensorRole::kHead;
+      plan.push_back({spec.name, spec.role == wanted ? rounded : Codec{}, spec.shape});
+    }
+    const fs::path path = scratch.path / (embedding ? "embedding.pare" : "head.pare");
+    CompactWriter writer(path, plan, {{"config.json", write_config(config, "float32").dump()}});
+    for (const CompactWriter::Plan& tensor : plan) {
+      const std::int64_t rows = tensor.shape[0], cols = tensor.shape.size() == 2 ? tensor.shape[1] : 1;
+      const std::vector<float> values(static_cast<std::size_t>(rows * cols), 0.5f);
+      if (tensor.codec.is_float()) writer.add(values.data());
+      else writer.add(testing::round_to_nearest(tensor.codec, rows, cols, values.data()));
+    }
+    writer.seal("[]");
+    if (!embedding) {
+      EXPECT_NO_THROW(Engine::open(path));
+      continue;
+    }
+    try {
+      Engine::open(path);
+      FAIL() << "accepted";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ExitCode::kInput);
+      EXPECT_NE(std::string(error.what()).find("embed_tokens"), std::string::npos) << error.what();
+    }
   }
 }
 
