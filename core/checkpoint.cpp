@@ -94,8 +94,8 @@ struct Checkpoint::Source {
   Codec codec;
   const TensorView* dense = nullptr;   // floats; for codes.pare the unpacked copy
   TensorView slice;                    // what `dense` points to where the tensor is a part of a larger one
-  const TensorView* codes = nullptr;   // pack-quantized: I32 words; codes.pare: I8
-  const TensorView* scales = nullptr;  // pack-quantized: F32/F16/BF16; codes.pare: F16
+  const TensorView* codes = nullptr;   // pack-quantized: I32 words; int-quantized and codes.pare: I8
+  const TensorView* scales = nullptr;  // compressed-tensors: F32/F16/BF16; codes.pare: F16
   const TensorView* zeros = nullptr;
   bool side = false;  // codes.pare
   std::int64_t rows = 0, cols = 0;
@@ -178,26 +178,35 @@ Checkpoint::Checkpoint(const fs::path& folder) : folder_(folder) {
     const std::string stem = packable ? module_of(place.name) : "";
     const std::int64_t stored_rows = place.stored_rows();
     const TensorView* packed = stem.empty() ? nullptr : take(stem + "." + kPackedSuffix);
-    if (packed != nullptr) {
-      if (dense != nullptr) problems.add(place.name + " is there as floats and packed");
+    const bool bytes = packed == nullptr && !stem.empty() && dense != nullptr && dense->dtype == DType::kI8;
+    if (packed != nullptr || bytes) {
+      if (dense != nullptr && !bytes) problems.add(place.name + " is there as floats and packed");
       if (side_codecs.contains(spec.name)) problems.add(spec.name + " is packed and in codes.pare");
       if (!schemes) {
-        problems.add(packed->name + " without a quantization_config in config.json");
+        problems.add((bytes ? dense : packed)->name + " without a quantization_config in config.json");
         continue;
       }
       const Codec codec = schemes->codec(stem);
       source->codec = codec;
+      if (bytes && codec.kind != CodecKind::kQ8) {
+        problems.add(place.name + " has a byte a code where " + codec.name() + " packs them");
+        continue;
+      }
       if (!codec.fits(source->cols)) {
         problems.add(spec.name + " has rows of " + std::to_string(source->cols) + " that " + codec.name() + " does not divide");
         continue;
       }
       const std::int64_t groups = codec.groups(source->cols);
-      source->codes = checked(packed, packed->name, DType::kI32,
-                              {stored_rows, packed_words(source->cols, codec.bits())}, problems);
+      source->codes = bytes ? checked(dense, place.name, DType::kI8, {stored_rows, source->cols}, problems)
+                            : checked(packed, packed->name, DType::kI32,
+                                      {stored_rows, packed_words(source->cols, codec.bits())}, problems);
       const TensorView* scale = take(stem + "." + kScaleSuffix);
       const DType scale_type = scale != nullptr && is_float(scale->dtype) ? scale->dtype : DType::kF32;
       source->scales = checked(scale, stem + "." + kScaleSuffix, scale_type, {stored_rows, groups}, problems);
-      if (const TensorView* shape = checked(take(stem + "." + kShapeSuffix), stem + "." + kShapeSuffix, DType::kI64, {2}, problems)) {
+      const std::string shape_name = stem + "." + kShapeSuffix;
+      const TensorView* shape =
+          bytes ? nullptr : checked(take(shape_name), shape_name, DType::kI64, {2}, problems);
+      if (shape != nullptr) {
         std::int64_t sizes[2];
         std::memcpy(sizes, shape->data.data(), sizeof sizes);
         if (sizes[0] != stored_rows || sizes[1] != source->cols)
@@ -235,7 +244,9 @@ Checkpoint::Checkpoint(const fs::path& folder) : folder_(folder) {
       if (const auto side = side_codecs.find(spec.name); side != side_codecs.end()) {
         source->side = true;
         source->codec = side->second;
-        if (spec.shape.size() != 2 || source->codec.is_float() || !source->codec.fits(source->cols)) {
+        const bool table = spec.role != TensorRole::kLinear && spec.role != TensorRole::kHead;
+        if (spec.shape.size() != 2 || source->codec.is_float() || !source->codec.fits(source->cols) ||
+            (table && source->codec.int8_inputs)) {
           problems.add("codes.pare: " + spec.name + " " + shape_text(spec.shape) + " cannot be " + source->codec.name());
           continue;
         }
@@ -311,16 +322,19 @@ QuantizedTensor Checkpoint::codes(std::string_view name) const {
   tensor.cols = from.cols;
   const auto scale_count = static_cast<std::size_t>(tensor.rows * from.codec.groups(from.cols));
   tensor.scales.resize(scale_count);
-  if (from.side) {
+  if (from.codes->dtype == DType::kI8) {
     tensor.codes.resize(from.codes->data.size());
     std::memcpy(tensor.codes.data(), from.codes->data.data(), from.codes->data.size());
+  } else {
+    unpack_weight(*from.codes, tensor);
+  }
+  if (from.side) {
     std::memcpy(tensor.scales.data(), from.scales->data.data(), from.scales->data.size());
     if (from.zeros != nullptr) {
       tensor.zeros.resize(from.zeros->data.size());
       std::memcpy(tensor.zeros.data(), from.zeros->data.data(), from.zeros->data.size());
     }
   } else {
-    unpack_weight(*from.codes, tensor);
     std::vector<float> scales(scale_count);
     to_f32(*from.scales, 0, static_cast<std::int64_t>(scale_count), scales.data());
     for (std::size_t i = 0; i < scale_count; ++i) tensor.scales[i] = half_scale(scales[i], place);

@@ -19,7 +19,8 @@ class Checkpoint {
   // Reads config.json, generation_config.json and all headers, and checks that every expected tensor is there once
   // with its shape and nothing is left over (rotary inv_freq and a redundant tied lm_head are dropped as
   // transformers does). All problems are listed in one error (exit 3).
-  // Quantized folders: compressed-tensors pack-quantized (int4/int8, group or channel), plus codes.pare.
+  // Quantized folders: compressed-tensors pack-quantized (int2/3/4/8, group or channel) and int-quantized (int8,
+  // channel, with or without int8 inputs), plus codes.pare.
   explicit Checkpoint(const fs::path& folder);
 
   const fs::path& folder() const { return folder_; }

@@ -404,16 +404,23 @@ void CheckpointWriter::State::assemble() const {
     if (packs(stored)) {
       const std::int64_t rows = stored.shape[0], cols = stored.shape[1], groups = entry.codec.groups(cols);
       modules.emplace(module, entry.codec);
-      outputs.push_back({{module + "." + kPackedSuffix, DType::kI32, {rows, packed_words(cols, entry.codec.bits())}},
-                         [&](SafetensorsWriter& out) { out.write(bytes_of(pack_weight(stored_codes(stored)))); }});
+      const bool bytes = entry.codec.int8_inputs;
+      if (bytes) {
+        outputs.push_back({{stored.name, DType::kI8, {rows, cols}},
+                           [&](SafetensorsWriter& out) { out.write(bytes_of(stored_codes(stored).codes)); }});
+      } else {
+        outputs.push_back({{module + "." + kPackedSuffix, DType::kI32, {rows, packed_words(cols, entry.codec.bits())}},
+                           [&](SafetensorsWriter& out) { out.write(bytes_of(pack_weight(stored_codes(stored)))); }});
+      }
       outputs.push_back({{module + "." + kScaleSuffix, DType::kF32, {rows, groups}}, [&](SafetensorsWriter& out) {
                            const QuantizedTensor tensor = stored_codes(stored);
                            std::vector<float> scales(tensor.scales.size());
                            std::transform(tensor.scales.begin(), tensor.scales.end(), scales.begin(), f16_to_f32);
                            out.write(bytes_of(scales));
                          }});
-      outputs.push_back({{module + "." + kShapeSuffix, DType::kI64, {2}},
-                         [&](SafetensorsWriter& out) { out.write(bytes_of(stored.shape)); }});
+      if (!bytes)
+        outputs.push_back({{module + "." + kShapeSuffix, DType::kI64, {2}},
+                           [&](SafetensorsWriter& out) { out.write(bytes_of(stored.shape)); }});
       continue;
     }
     if (linear) ignored.push_back(module);

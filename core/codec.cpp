@@ -20,15 +20,33 @@ constexpr CodecName kCodecs[] = {
     {"q8", {CodecKind::kQ8, 32}},        {"q8c", {CodecKind::kQ8, Codec::kPerRow}},
     {"q4g32", {CodecKind::kQ4, 32}},     {"q4g64", {CodecKind::kQ4, 64}},     {"q4g128", {CodecKind::kQ4, 128}},
     {"q4ag32", {CodecKind::kQ4a, 32}},   {"q4ag64", {CodecKind::kQ4a, 64}},   {"q4ag128", {CodecKind::kQ4a, 128}},
-    {"q4", {CodecKind::kQ4, 32}},        {"q4a", {CodecKind::kQ4a, 32}},  // short names, after the canonical ones
+    {"q3g32", {CodecKind::kQ3, 32}},     {"q3g64", {CodecKind::kQ3, 64}},     {"q3g128", {CodecKind::kQ3, 128}},
+    {"q2g32", {CodecKind::kQ2, 32}},     {"q2g64", {CodecKind::kQ2, 64}},     {"q2g128", {CodecKind::kQ2, 128}},
+    {"w8a8", {CodecKind::kQ8, Codec::kPerRow, true}},
+    // short names, after the canonical ones
+    {"q4", {CodecKind::kQ4, 32}},        {"q4a", {CodecKind::kQ4a, 32}},
+    {"q3", {CodecKind::kQ3, 32}},        {"q2", {CodecKind::kQ2, 32}},
 };
 
 std::uint64_t scale_bytes(std::int64_t rows, std::int64_t groups) {
   return padded(static_cast<std::uint64_t>(row_blocks(rows) * groups * kBlockRows) * 2);
 }
 
-std::uint64_t code_bytes(const Codec& codec, std::int64_t rows, std::int64_t cols) {
-  return codec.kind == CodecKind::kQ8 ? q8_code_bytes(rows, cols) : q4_code_bytes(rows, cols);
+struct CodePlane {
+  std::uint64_t (*bytes)(std::int64_t rows, std::int64_t cols);
+  void (*pack)(const QuantizedTensor& tensor, std::span<std::byte> plane);
+  void (*unpack)(std::span<const std::byte> plane, QuantizedTensor& tensor);
+};
+
+CodePlane code_plane(CodecKind kind) {
+  switch (kind) {
+    case CodecKind::kQ8: return {q8_code_bytes, pack_q8_codes, unpack_q8_codes};
+    case CodecKind::kQ4:
+    case CodecKind::kQ4a: return {q4_code_bytes, pack_q4_codes, unpack_q4_codes};
+    case CodecKind::kQ3: return {q3_code_bytes, pack_q3_codes, unpack_q3_codes};
+    case CodecKind::kQ2: return {q2_code_bytes, pack_q2_codes, unpack_q2_codes};
+    default: throw std::logic_error("floats have no codes");
+  }
 }
 
 }  // namespace
@@ -93,7 +111,22 @@ int Codec::bits() const {
     case CodecKind::kF16:
     case CodecKind::kBf16: return 16;
     case CodecKind::kQ8: return 8;
-    default: return 4;
+    case CodecKind::kQ4:
+    case CodecKind::kQ4a: return 4;
+    case CodecKind::kQ3: return 3;
+    case CodecKind::kQ2: return 2;
+  }
+  throw std::logic_error("Codec of no kind");
+}
+
+CodeRange code_range(CodecKind kind) {
+  switch (kind) {
+    case CodecKind::kQ8: return {-127, 127};
+    case CodecKind::kQ4: return {-8, 7};
+    case CodecKind::kQ4a: return {0, 15};
+    case CodecKind::kQ3: return {-4, 3};
+    case CodecKind::kQ2: return {-2, 1};
+    default: return {0, 0};
   }
 }
 
@@ -107,7 +140,7 @@ bool Codec::fits(std::int64_t cols) const { return cols > 0 && (is_float() || gr
 std::uint64_t Codec::payload_bytes(std::int64_t rows, std::int64_t cols) const {
   if (is_float()) return padded(static_cast<std::uint64_t>(rows) * static_cast<std::uint64_t>(cols) * static_cast<std::uint64_t>(bits() / 8));
   const std::uint64_t zeros = kind == CodecKind::kQ4a ? q4a_zero_bytes(rows, groups(cols)) : 0;
-  return code_bytes(*this, rows, cols) + scale_bytes(rows, groups(cols)) + zeros;
+  return code_plane(kind).bytes(rows, cols) + scale_bytes(rows, groups(cols)) + zeros;
 }
 
 void QuantizedTensor::unpack_row(std::int64_t row, float* out) const {
@@ -137,8 +170,7 @@ void QuantizedTensor::validate(const std::string& place) const {
     throw input_error(place, std::to_string(count) + " codes and " + std::to_string(scale_count) + " scales",
                       std::to_string(codes.size()) + " codes, " + std::to_string(scales.size()) + " scales, " +
                           std::to_string(zeros.size()) + " zeros");
-  const int low = codec.kind == CodecKind::kQ8 ? -127 : asymmetric ? 0 : -8;
-  const int high = codec.kind == CodecKind::kQ8 ? 127 : asymmetric ? 15 : 7;
+  const auto [low, high] = code_range(codec.kind);
   for (std::size_t i = 0; i < count; ++i) {
     if (codes[i] < low || codes[i] > high)
       throw input_error(place, "codes from " + std::to_string(low) + " to " + std::to_string(high),
@@ -160,9 +192,9 @@ std::vector<std::byte> pack_payload(const QuantizedTensor& tensor) {
   tensor.validate("tensor to pack");
   std::vector<std::byte> payload(tensor.codec.payload_bytes(tensor.rows, tensor.cols));
   const std::span<std::byte> all(payload);
-  const std::uint64_t codes = code_bytes(tensor.codec, tensor.rows, tensor.cols);
-  if (tensor.codec.kind == CodecKind::kQ8) pack_q8_codes(tensor, all.first(codes));
-  else pack_q4_codes(tensor, all.first(codes));
+  const CodePlane plane = code_plane(tensor.codec.kind);
+  const std::uint64_t codes = plane.bytes(tensor.rows, tensor.cols);
+  plane.pack(tensor, all.first(codes));
 
   const std::int64_t groups = tensor.codec.groups(tensor.cols);
   for (std::int64_t row = 0; row < tensor.rows; ++row) {
@@ -191,9 +223,9 @@ QuantizedTensor unpack_payload(const Codec& codec, std::int64_t rows, std::int64
   const std::int64_t groups = codec.groups(cols);
   tensor.codes.resize(static_cast<std::size_t>(rows * cols));
   tensor.scales.resize(static_cast<std::size_t>(rows * groups));
-  const std::uint64_t codes = code_bytes(codec, rows, cols);
-  if (codec.kind == CodecKind::kQ8) unpack_q8_codes(payload.first(codes), tensor);
-  else unpack_q4_codes(payload.first(codes), tensor);
+  const CodePlane plane = code_plane(codec.kind);
+  const std::uint64_t codes = plane.bytes(rows, cols);
+  plane.unpack(payload.first(codes), tensor);
   for (std::int64_t row = 0; row < rows; ++row) {
     for (std::int64_t g = 0; g < groups; ++g) {
       const std::int64_t slot = ((row / kBlockRows) * groups + g) * kBlockRows + row % kBlockRows;

@@ -20,17 +20,31 @@ enum class CodecKind : std::uint8_t {
   kQ8,   // int8 symmetric, code in [-127, 127], w = code * scale
   kQ4,   // int4 symmetric, code in [-8, 7],     w = code * scale
   kQ4a,  // int4 asymmetric, code in [0, 15], zero in [0, 15], w = (code - zero) * scale
+  kQ3,   // int3 symmetric, code in [-4, 3],     w = code * scale
+  kQ2,   // int2 symmetric, code in [-2, 1],     w = code * scale
 };
 
-// Names: f32 f16 bf16 | q8 (groups of 32) q8c (one scale per row) | q4 = q4g32, q4g64, q4g128 | q4a = q4ag32, ...
+struct CodeRange {
+  int low = 0, high = 0;
+};
+// Smallest and largest code; 0 and 0 for floats.
+CodeRange code_range(CodecKind kind);
+
+// Names: f32 f16 bf16 | q8 (groups of 32) q8c (one scale per row) w8a8 (q8c that wants int8 inputs)
+// | q4 = q4g32, q4g64, q4g128 | q4a = q4ag32, ... | q3 = q3g32, ... | q2 = q2g32, ...
 struct Codec {
   CodecKind kind = CodecKind::kF32;
   std::int64_t group = 0;  // inputs per scale; 0 for floats; kPerRow: one scale per row
+  // What the linear multiplies with is part of the model too: its inputs rounded to int8, one scale per token
+  // (runtime/FORMAT.md section 4). Only with kQ8 and kPerRow.
+  bool int8_inputs = false;
   static constexpr std::int64_t kPerRow = -1;
 
   static Codec parse(std::string_view name, const std::string& place);  // exit 2 with the nearest name
   std::string name() const;
   bool is_float() const { return kind <= CodecKind::kBf16; }
+  // The same layout for a tensor that has no inputs to round, such as an embedding.
+  Codec layout() const { return {kind, group}; }
   int bits() const;
   std::int64_t groups(std::int64_t cols) const;          // scales per row; 0 for floats
   bool fits(std::int64_t cols) const;                    // the group divides the row

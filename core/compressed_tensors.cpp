@@ -13,6 +13,19 @@ namespace {
 // The lowest code of a symmetric integer of that width; q4a codes are already unsigned.
 int offset_of(const Codec& codec) { return codec.kind == CodecKind::kQ4a ? 0 : 1 << (codec.bits() - 1); }
 
+constexpr const char* kPackedFormat = "pack-quantized";
+constexpr const char* kIntFormat = "int-quantized";
+constexpr const char* kMixedFormat = "mixed-precision";
+
+// What rounds inputs at run time: int8, symmetric, one scale per token, found from the token itself.
+bool rounds_tokens(const Json& inputs) {
+  const auto is = [&](const char* key, const Json& value) { return inputs.contains(key) && inputs[key] == value; };
+  const auto absent = [&](const char* key) { return !inputs.contains(key) || inputs[key].is_null(); };
+  return inputs.is_object() && is("num_bits", 8) && (absent("type") || is("type", "int")) &&
+         (absent("symmetric") || is("symmetric", true)) && is("strategy", "token") && is("dynamic", true) &&
+         absent("group_size") && absent("scale_dtype");
+}
+
 // Python's re.match: anchored at the start only.
 bool matches(const std::string& pattern, const std::string& text, const std::string& place) {
   int code = 0;
@@ -33,11 +46,15 @@ bool matches(const std::string& pattern, const std::string& text, const std::str
 Codec codec_of_scheme(const Json& group, const std::string& place) {
   if (!group.is_object() || !group.contains("weights") || !group["weights"].is_object())
     throw input_error(place, "a scheme with weights", "none");
-  for (const char* key : {"input_activations", "output_activations"})
-    if (group.contains(key) && !group[key].is_null())
-      throw input_error(place + "." + key, "null: weights only", "quantized activations");
-  if (group.contains("format") && !group["format"].is_null() && group["format"] != "pack-quantized")
-    throw input_error(place + ".format", "pack-quantized", group["format"].dump());
+  if (group.contains("output_activations") && !group["output_activations"].is_null())
+    throw input_error(place + ".output_activations", "null", "quantized activations");
+  const bool int8_inputs = group.contains("input_activations") && !group["input_activations"].is_null();
+  if (int8_inputs && !rounds_tokens(group["input_activations"]))
+    throw input_error(place + ".input_activations", "null, or dynamic symmetric int 8 bits per token",
+                      group["input_activations"].dump());
+  if (group.contains("format") && !group["format"].is_null() && group["format"] != kPackedFormat &&
+      group["format"] != kIntFormat)
+    throw input_error(place + ".format", std::string(kPackedFormat) + " or " + kIntFormat, group["format"].dump());
   const Json& weights = group["weights"];
   const auto text = [&](const char* key) {
     return weights.contains(key) && weights[key].is_string() ? weights[key].get<std::string>() : std::string();
@@ -51,13 +68,20 @@ Codec codec_of_scheme(const Json& group, const std::string& place) {
   std::string strategy = text("strategy");
   if (strategy.empty()) strategy = size > 0 ? "group" : "channel";
   if (type == "int") {
-    if (bits == 8 && symmetric && strategy == "channel") return {CodecKind::kQ8, Codec::kPerRow};
+    if (bits == 8 && symmetric && strategy == "channel") return {CodecKind::kQ8, Codec::kPerRow, int8_inputs};
+    if (int8_inputs)
+      throw input_error(place, "symmetric int 8 bits per channel where inputs are rounded",
+                        std::to_string(bits) + " bits, " + strategy);
     if (bits == 8 && symmetric && strategy == "group" && size == 32) return {CodecKind::kQ8, 32};
-    if (bits == 4 && strategy == "group" && (size == 32 || size == 64 || size == 128))
-      return {symmetric ? CodecKind::kQ4 : CodecKind::kQ4a, size};
+    if (strategy == "group" && (size == 32 || size == 64 || size == 128)) {
+      if (bits == 4) return {symmetric ? CodecKind::kQ4 : CodecKind::kQ4a, size};
+      if (bits == 3 && symmetric) return {CodecKind::kQ3, size};
+      if (bits == 2 && symmetric) return {CodecKind::kQ2, size};
+    }
   }
   throw input_error(place + ".weights",
-                    "int 4 bits in groups of 32, 64 or 128, or symmetric int 8 bits per channel or in groups of 32",
+                    "int 4, or symmetric int 3 or 2 bits in groups of 32, 64 or 128, or symmetric int 8 bits per "
+                    "channel or in groups of 32",
                     type + " " + std::to_string(bits) + " bits, " + (symmetric ? "symmetric, " : "asymmetric, ") +
                         strategy + (size > 0 ? " of " + std::to_string(size) : ""));
 }
@@ -67,34 +91,48 @@ Codec codec_of_scheme(const Json& group, const std::string& place) {
 std::int64_t packed_words(std::int64_t count, int bits) { return (count * bits + 31) / 32; }
 
 std::vector<std::int32_t> pack_weight(const QuantizedTensor& tensor) {
-  const int bits = tensor.codec.bits(), per_word = 32 / bits, offset = offset_of(tensor.codec);
+  const int bits = tensor.codec.bits(), offset = offset_of(tensor.codec);
   const std::int64_t words = packed_words(tensor.cols, bits);
   std::vector<std::int32_t> out(static_cast<std::size_t>(tensor.rows * words));
   for (std::int64_t row = 0; row < tensor.rows; ++row) {
-    for (std::int64_t word = 0; word < words; ++word) {
-      std::uint32_t value = 0;
-      for (int k = 0; k < per_word && word * per_word + k < tensor.cols; ++k) {
-        const int code = tensor.codes[static_cast<std::size_t>(row * tensor.cols + word * per_word + k)] + offset;
-        value |= static_cast<std::uint32_t>(code) << (k * bits);
-      }
-      out[static_cast<std::size_t>(row * words + word)] = static_cast<std::int32_t>(value);
+    const std::int8_t* codes = tensor.codes.data() + row * tensor.cols;
+    std::int32_t* to = out.data() + row * words;
+    std::uint64_t waiting = 0;
+    int held = 0;  // bits
+    for (std::int64_t col = 0; col < tensor.cols; ++col) {
+      waiting |= static_cast<std::uint64_t>(codes[col] + offset) << held;
+      held += bits;
+      if (held < 32) continue;
+      *to++ = static_cast<std::int32_t>(static_cast<std::uint32_t>(waiting));
+      waiting >>= 32;
+      held -= 32;
     }
+    if (held > 0) *to = static_cast<std::int32_t>(static_cast<std::uint32_t>(waiting));
   }
   return out;
 }
 
 void unpack_weight(const TensorView& packed, QuantizedTensor& tensor) {
-  const int bits = tensor.codec.bits(), per_word = 32 / bits, offset = offset_of(tensor.codec);
+  const int bits = tensor.codec.bits(), offset = offset_of(tensor.codec);
   const std::uint32_t mask = (1u << bits) - 1;
   const std::int64_t words = packed_words(tensor.cols, bits);
   tensor.codes.resize(static_cast<std::size_t>(tensor.rows * tensor.cols));
   for (std::int64_t row = 0; row < tensor.rows; ++row) {
-    for (std::int64_t word = 0; word < words; ++word) {
-      std::uint32_t value;
-      std::memcpy(&value, packed.data.data() + (row * words + word) * 4, 4);
-      for (int k = 0; k < per_word && word * per_word + k < tensor.cols; ++k)
-        tensor.codes[static_cast<std::size_t>(row * tensor.cols + word * per_word + k)] =
-            static_cast<std::int8_t>(static_cast<int>((value >> (k * bits)) & mask) - offset);
+    const std::byte* from = packed.data.data() + row * words * 4;
+    std::int8_t* codes = tensor.codes.data() + row * tensor.cols;
+    std::uint64_t waiting = 0;
+    int held = 0;  // bits
+    for (std::int64_t col = 0; col < tensor.cols; ++col) {
+      if (held < bits) {
+        std::uint32_t word;
+        std::memcpy(&word, from, 4);
+        from += 4;
+        waiting |= static_cast<std::uint64_t>(word) << held;
+        held += 32;
+      }
+      codes[col] = static_cast<std::int8_t>(static_cast<int>(static_cast<std::uint32_t>(waiting) & mask) - offset);
+      waiting >>= bits;
+      held -= bits;
     }
   }
 }
@@ -115,6 +153,7 @@ Json quantization_config(const std::map<std::string, Codec>& modules, const std:
   std::map<std::string, std::vector<std::string>> by_codec;  // ordered, so that the same model gives the same text
   for (const auto& [module, codec] : modules) by_codec[codec.name()].push_back(module);
   Json groups = Json::object();
+  std::string format;
   for (const auto& [name, targets] : by_codec) {
     const Codec codec = Codec::parse(name, "quantization_config");
     const bool channel = codec.group == Codec::kPerRow;
@@ -128,14 +167,21 @@ Json quantization_config(const std::map<std::string, Codec>& modules, const std:
                     {"block_structure", nullptr},
                     {"observer", "minmax"},
                     {"observer_kwargs", Json::object()}};
-    groups["group_" + std::to_string(groups.size())] = {{"targets", targets},
-                                                        {"weights", weights},
-                                                        {"input_activations", nullptr},
-                                                        {"output_activations", nullptr},
-                                                        {"format", "pack-quantized"}};
+    const Json inputs = {{"num_bits", 8},          {"type", "int"},         {"symmetric", true},
+                         {"strategy", "token"},    {"group_size", nullptr}, {"dynamic", true},
+                         {"actorder", nullptr},    {"observer", nullptr},   {"block_structure", nullptr},
+                         {"observer_kwargs", Json::object()}};
+    const std::string own = codec.int8_inputs ? kIntFormat : kPackedFormat;
+    groups["group_" + std::to_string(groups.size())] = {
+        {"targets", targets},
+        {"weights", weights},
+        {"input_activations", codec.int8_inputs ? inputs : Json(nullptr)},
+        {"output_activations", nullptr},
+        {"format", own}};
+    format = format.empty() || format == own ? own : kMixedFormat;
   }
   return {{"quant_method", "compressed-tensors"},
-          {"format", "pack-quantized"},
+          {"format", format},
           {"quantization_status", "compressed"},
           {"global_compression_ratio", nullptr},
           {"kv_cache_scheme", nullptr},
@@ -152,8 +198,9 @@ QuantizationSchemes::QuantizationSchemes(const Json& config, const std::string& 
     throw input_error(place + ".quant_method", "compressed-tensors", "\"" + text("quant_method") + "\"",
                       "other quantized folders are not supported; start from the float model");
   const std::string format = text("format");
-  if (format != "pack-quantized" && format != "mixed-precision")
-    throw input_error(place + ".format", "pack-quantized", "\"" + format + "\"");
+  if (format != kPackedFormat && format != kIntFormat && format != kMixedFormat)
+    throw input_error(place + ".format", std::string(kPackedFormat) + ", " + kIntFormat + " or " + kMixedFormat,
+                      "\"" + format + "\"");
   if (config.contains("kv_cache_scheme") && !config["kv_cache_scheme"].is_null())
     throw input_error(place + ".kv_cache_scheme", "null", "a quantized key-value cache");
   if (!config.contains("config_groups") || !config["config_groups"].is_object())

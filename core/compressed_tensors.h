@@ -1,5 +1,6 @@
-// The `pack-quantized` form of compressed-tensors (https://github.com/neuralmagic/compressed-tensors): what a linear
-// "X.weight" becomes, and the quantization_config that says so.
+// The `pack-quantized` and `int-quantized` forms of compressed-tensors
+// (https://github.com/neuralmagic/compressed-tensors): what a linear "X.weight" becomes, and the quantization_config
+// that says so. The second form is that of codecs with int8_inputs: "X.weight" stays, as I8 [out, in].
 #pragma once
 
 #include <map>
@@ -20,7 +21,8 @@ inline constexpr const char* kZeroSuffix = "weight_zero_point";      // I32 [cei
 
 std::int64_t packed_words(std::int64_t count, int bits);
 
-// Dense bit stream along a row, lowest bits first, code + 2^(bits - 1). Zero points run along the rows, the same way.
+// Dense bit stream along a row, lowest bits first, code + 2^(bits - 1); 3-bit codes may lie in two words. Zero points
+// run along the rows, the same way.
 std::vector<std::int32_t> pack_weight(const QuantizedTensor& tensor);
 // `tensor` has codec, rows and cols; fills codes or zeros.
 void unpack_weight(const TensorView& packed, QuantizedTensor& tensor);

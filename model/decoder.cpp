@@ -46,6 +46,14 @@ void fill_tables(const ModelConfig& config, RopeKind kind, std::int64_t position
 
 }  // namespace
 
+Tensor round_tokens(const Tensor& x) {
+  const Tensor exact = x.detach().to(torch::kFloat);
+  const Tensor peak = exact.abs().amax(-1, true);
+  const Tensor inverse = torch::where(peak > 1e-30, 127.0 / peak, torch::zeros_like(peak));
+  const Tensor rounded = (torch::round(exact * inverse) * (peak / 127.0)).to(x.scalar_type());
+  return x.requires_grad() ? x + (rounded - x.detach()) : rounded;
+}
+
 Tensor norm_factor(const ModelConfig& config, const Tensor& weight) {
   return config.norm_adds_one ? weight + 1 : weight;
 }
@@ -90,8 +98,9 @@ DecoderBlockImpl::DecoderBlockImpl(const ModelConfig& config, int layer, bool ex
     for (std::int64_t e = 0; e < names.count; ++e) {
       const std::string expert = names.module + ".experts." + std::to_string(e) + ".";
       const std::int64_t inner = experts ? f : 0, outer = experts ? h : 0;
-      experts_.push_back({add_weight(expert + names.gate, inner, outer), add_weight(expert + names.up, inner, outer),
-                          add_weight(expert + names.down, outer, inner)});
+      experts_.push_back({add_linear(expert + names.gate, inner, outer, false),
+                          add_linear(expert + names.up, inner, outer, false),
+                          add_linear(expert + names.down, outer, inner, false)});
     }
   } else {
     if (config.fused_gate_up) {
@@ -120,7 +129,7 @@ DecoderBlockImpl::DecoderBlockImpl(const ModelConfig& config, int layer, bool ex
 
 DecoderBlockImpl::Linear DecoderBlockImpl::add_linear(const std::string& module, std::int64_t out, std::int64_t in,
                                                       bool bias) {
-  Linear linear{add_weight(module, out, in), Tensor()};
+  Linear linear{add_weight(module, out, in), Tensor(), module};
   if (bias) linear.bias = add_parameter(*this, module + ".bias", torch::zeros({out}));
   return linear;
 }
@@ -147,12 +156,17 @@ Tensor DecoderBlockImpl::norm(const Tensor& x, const Norm& norm) {
   return apply_norm(config_, exact, norm.weight, norm.bias, matmul_dtype());
 }
 
+Tensor DecoderBlockImpl::multiply(const Tensor& x, const Linear& linear) {
+  return project(rounded_.contains(linear.module) ? round_tokens(x) : x, linear.weight, linear.bias);
+}
+
 // The rows of several projections as one product; the gradient is split again by cat's own backward.
 Tensor DecoderBlockImpl::project_packed(const Tensor& x, const std::vector<Linear>& parts) {
-  if (parts.size() == 1) return project(x, parts[0].weight, parts[0].bias);
-  if (!torch::GradMode::is_enabled()) {  // joining the results costs less than joining the weights
+  if (parts.size() == 1) return multiply(x, parts[0]);
+  // Without gradients joining the results costs less than joining the weights.
+  if (!torch::GradMode::is_enabled() || !rounded_.empty()) {
     std::vector<Tensor> results;
-    for (const Linear& part : parts) results.push_back(project(x, part.weight, part.bias));
+    for (const Linear& part : parts) results.push_back(multiply(x, part));
     return torch::cat(results, -1);
   }
   std::vector<Tensor> weights, biases;
@@ -201,7 +215,7 @@ Tensor DecoderBlockImpl::attention_mix(const Tensor& normed, const RopeTables& r
 }
 
 Tensor DecoderBlockImpl::attention_output(const Tensor& hidden, const Tensor& mix) {
-  return add(hidden, observed(BlockStage::kO, project(mix, o_.weight, o_.bias)), post_attention_norm_);
+  return add(hidden, observed(BlockStage::kO, multiply(mix, o_)), post_attention_norm_);
 }
 
 Tensor DecoderBlockImpl::mlp_input(const Tensor& hidden) {
@@ -213,7 +227,7 @@ Tensor DecoderBlockImpl::mlp_mix(const Tensor& normed) {
 }
 
 Tensor DecoderBlockImpl::mlp_output(const Tensor& hidden, const Tensor& mix) {
-  return add(hidden, observed(BlockStage::kDown, project(mix, down_.weight, down_.bias)), post_mlp_norm_);
+  return add(hidden, observed(BlockStage::kDown, multiply(mix, down_)), post_mlp_norm_);
 }
 
 Tensor DecoderBlockImpl::expert_shares(const Tensor& normed) {
@@ -227,7 +241,7 @@ Tensor DecoderBlockImpl::expert_shares(const Tensor& normed) {
 
 Tensor DecoderBlockImpl::expert_mix(const Tensor& rows, std::int64_t expert) {
   const Expert& e = experts_[static_cast<std::size_t>(expert)];
-  return activated(project_packed(rows, {{e.gate, Tensor()}, {e.up, Tensor()}}));
+  return activated(project_packed(rows, {e.gate, e.up}));
 }
 
 Tensor DecoderBlockImpl::add_expert(const Tensor& sum, const Tensor& normed, const Tensor& shares,
@@ -236,7 +250,7 @@ Tensor DecoderBlockImpl::add_expert(const Tensor& sum, const Tensor& normed, con
   const Tensor rows = share.detach().nonzero().squeeze(1);
   if (rows.numel() == 0) return sum;
   const Tensor x = normed.reshape({-1, config_.hidden_size}).index_select(0, rows);
-  const Tensor out = project(expert_mix(x, expert), experts_[static_cast<std::size_t>(expert)].down, {});
+  const Tensor out = multiply(expert_mix(x, expert), experts_[static_cast<std::size_t>(expert)].down);
   return sum.index_add(0, rows, (out * share.index_select(0, rows).unsqueeze(1)).to(sum.scalar_type()));
 }
 
@@ -291,7 +305,8 @@ Tensor DecoderImpl::embed(const Tensor& ids) {
 
 Tensor DecoderImpl::final_norm(const Tensor& hidden) {
   const auto dtype = norm_.scalar_type() == torch::kFloat ? matmul_dtype_ : norm_.scalar_type();
-  return apply_norm(config_, hidden, norm_, norm_bias_, dtype);
+  const Tensor normed = apply_norm(config_, hidden, norm_, norm_bias_, dtype);
+  return round_head_ ? round_tokens(normed) : normed;  // the head alone reads it
 }
 
 Tensor DecoderImpl::head_weight() const { return lm_head_.defined() ? lm_head_ : embed_; }

@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -61,6 +62,8 @@ class DecoderBlockImpl : public torch::nn::Module {
   // on the thread that runs forward.
   using Observer = std::function<void(BlockStage stage, const torch::Tensor& output)>;
   void set_observer(Observer observer) { observer_ = std::move(observer); }
+  // From now on this linear multiplies with inputs rounded to int8, one scale per token (codecs with int8_inputs).
+  void round_inputs(const std::string& module) { rounded_.insert(module); }
   int layer() const { return layer_; }
 
   // What products are computed in: kFloat (default) or kBFloat16 (inputs rounded, sums in float32; for training speed).
@@ -70,15 +73,17 @@ class DecoderBlockImpl : public torch::nn::Module {
  private:
   struct Linear {
     torch::Tensor weight, bias;  // bias undefined when absent
+    std::string module = {};
   };
   struct Expert {
-    torch::Tensor gate, up, down;
+    Linear gate, up, down;
   };
   struct Norm {
     torch::Tensor weight, bias;  // no bias: RMSNorm
   };
   Linear add_linear(const std::string& module, std::int64_t out, std::int64_t in, bool bias);
   torch::Tensor add_weight(const std::string& module, std::int64_t out, std::int64_t in);
+  torch::Tensor multiply(const torch::Tensor& x, const Linear& linear);
   Norm add_norm(const std::string& module, std::int64_t width, bool bias);
   torch::Tensor norm(const torch::Tensor& x, const Norm& norm);  // -> the products' dtype
   torch::Tensor project_packed(const torch::Tensor& x, const std::vector<Linear>& parts);
@@ -96,6 +101,7 @@ class DecoderBlockImpl : public torch::nn::Module {
   std::vector<Expert> experts_;
   std::map<std::string, torch::Tensor> modules_;  // weights by module name
   Observer observer_;
+  std::set<std::string, std::less<>> rounded_;    // modules whose inputs are rounded
 };
 TORCH_MODULE(DecoderBlock);
 
@@ -114,12 +120,14 @@ class DecoderImpl : public torch::nn::Module {
   OutputHead output_head() const { return {head_weight(), config_.final_softcap}; }
   DecoderBlock block(int layer) const { return blocks_[static_cast<std::size_t>(layer)]; }
   torch::Tensor& tensor(const std::string& hf_name);           // a parameter by its checkpoint name
+  void round_head_inputs() { round_head_ = true; }             // see DecoderBlockImpl::round_inputs; not if tied
   void set_matmul_dtype(torch::ScalarType dtype);              // see DecoderBlockImpl; hidden() returns this dtype
   const RopeTables& rope(std::int64_t positions);              // kept and grown on demand, on the module's device
 
  private:
   ModelConfig config_;
   torch::ScalarType matmul_dtype_ = torch::kFloat;
+  bool round_head_ = false;
   RopeTables rope_;
   bool rope_beyond_ = false;  // which side of LongRoPE's switch rope_ is for
   std::map<std::string, torch::Tensor> by_name_;
@@ -131,13 +139,17 @@ TORCH_MODULE(Decoder);
 // Normal(0, 0.02) as the Llama family does (norms 1, biases 0), from the seed alone.
 void initialize(Decoder& decoder, std::uint64_t seed);
 
-// Float32 module from a checkpoint (codes are unpacked), every tensor used exactly once.
-Decoder load_decoder(const Checkpoint& checkpoint, const torch::Device& device);
+// Float32 module from a checkpoint (codes are unpacked), every tensor used exactly once. float_inputs: as if no codec
+// rounded the inputs of its linear.
+Decoder load_decoder(const Checkpoint& checkpoint, const torch::Device& device, bool float_inputs = false);
 // One block only: bounded memory for the block walk. experts = false: without their weights, which load_expert puts in
 // and drop_expert takes out.
 DecoderBlock load_block(const Checkpoint& checkpoint, int layer, const torch::Device& device, bool experts = true);
 void load_expert(const Checkpoint& checkpoint, DecoderBlock& block, std::int64_t expert, const torch::Device& device);
 void drop_expert(DecoderBlock& block, const ModelConfig& config, std::int64_t expert);
+// x as w8a8 reads it: per row of the last dimension round(x * (127 / max|x|)) * (max|x| / 127), ties to even; a row
+// with a value that is not finite is NaN. Gradients pass straight through.
+torch::Tensor round_tokens(const torch::Tensor& x);
 // What RMSNorm multiplies by: the weight, or 1 + weight.
 torch::Tensor norm_factor(const ModelConfig& config, const torch::Tensor& weight);
 // The model's norm over the last dimension of x: RMSNorm, or with a bias LayerNorm. -> `out` dtype.

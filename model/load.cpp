@@ -31,10 +31,15 @@ Tensor load_tensor(const Checkpoint& checkpoint, const std::string& name, const 
   return values.to(device);
 }
 
-Decoder load_decoder(const Checkpoint& checkpoint, const torch::Device& device) {
+Decoder load_decoder(const Checkpoint& checkpoint, const torch::Device& device, bool float_inputs) {
   const torch::NoGradGuard no_grad;
   Decoder decoder(checkpoint.config());
-  for (const TensorSpec& spec : checkpoint.tensors()) fill(checkpoint, spec.name, decoder->tensor(spec.name));
+  for (const TensorSpec& spec : checkpoint.tensors()) {
+    fill(checkpoint, spec.name, decoder->tensor(spec.name));
+    if (float_inputs || !checkpoint.codec(spec.name).int8_inputs) continue;
+    if (spec.layer < 0) decoder->round_head_inputs();
+    else decoder->block(spec.layer)->round_inputs(spec.module);
+  }
   decoder->to(device);
   return decoder;
 }
@@ -48,6 +53,7 @@ DecoderBlock load_block(const Checkpoint& checkpoint, int layer, const torch::De
   auto parameters = block->named_parameters();
   const std::string prefix = "model.layers." + std::to_string(layer) + ".";
   for (const TensorSpec& spec : checkpoint.tensors()) {
+    if (spec.layer == layer && checkpoint.codec(spec.name).int8_inputs) block->round_inputs(spec.module);
     if (spec.layer != layer || (!experts && spec.expert >= 0)) continue;
     fill(checkpoint, spec.name, parameters[spec.name.substr(prefix.size())]);
   }

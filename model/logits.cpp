@@ -10,8 +10,10 @@ namespace {
 
 class TorchLogits final : public LogitsSource {
  public:
-  TorchLogits(const Checkpoint& checkpoint, const std::string& device)
-      : device_(parse_device(device)), decoder_(load_decoder(checkpoint, device_)), name_(checkpoint.folder().string()) {
+  TorchLogits(const Checkpoint& checkpoint, const std::string& device, bool float_inputs)
+      : device_(parse_device(device)),
+        decoder_(load_decoder(checkpoint, device_, float_inputs)),
+        name_(checkpoint.folder().string()) {
     decoder_->eval();
   }
 
@@ -41,9 +43,10 @@ class TorchLogits final : public LogitsSource {
 
 }  // namespace
 
-std::unique_ptr<LogitsSource> torch_logits(const Checkpoint& checkpoint, const std::string& device, int threads) {
+std::unique_ptr<LogitsSource> torch_logits(const Checkpoint& checkpoint, const std::string& device, int threads,
+                                           bool float_inputs) {
   if (threads > 0) set_library_threads(threads);
-  return std::make_unique<TorchLogits>(checkpoint, device);
+  return std::make_unique<TorchLogits>(checkpoint, device, float_inputs);
 }
 
 }  // namespace pare

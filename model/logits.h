@@ -9,7 +9,9 @@
 
 namespace pare {
 
-// threads of LibTorch from now on; 0: as they are.
-std::unique_ptr<LogitsSource> torch_logits(const Checkpoint& checkpoint, const std::string& device, int threads = 0);
+// threads of LibTorch from now on; 0: as they are. float_inputs: what codecs with int8_inputs would compute without
+// that rounding.
+std::unique_ptr<LogitsSource> torch_logits(const Checkpoint& checkpoint, const std::string& device, int threads = 0,
+                                           bool float_inputs = false);
 
 }  // namespace pare

@@ -25,7 +25,7 @@ std::optional<Codec> parse_choice(const std::string& name, const std::string& pl
 // The next codec that fits: smaller groups of the same kind, then one scale per row at 8 bits.
 Codec fitting(const Codec& asked, std::int64_t cols) {
   if (asked.fits(cols)) return asked;
-  if (asked.kind == CodecKind::kQ4 || asked.kind == CodecKind::kQ4a) {
+  if (asked.kind != CodecKind::kQ8) {
     for (std::int64_t group : {64, 32}) {
       const Codec smaller{asked.kind, group};
       if (group < asked.group && smaller.fits(cols)) return smaller;
@@ -113,6 +113,9 @@ std::vector<TensorPlan> plan_codecs(const ModelConfig& config, const QuantizePol
       }
       if (tensor.codec) {
         tensor.asked = *tensor.codec;
+        if (spec.role == TensorRole::kEmbedding && tensor.codec->int8_inputs)
+          problems.push_back(spec.name + ": " + tensor.codec->name() + " rounds the inputs of linears, and rows of an "
+                             "embedding are looked up; q8c has its layout");
         if (const auto why = not_splittable(config, spec)) split.push_back(spec.name + ": " + *why);
         const std::int64_t cols = spec.shape[1];
         if (!tensor.codec->fits(cols)) {

@@ -140,6 +140,21 @@ struct Extremes {
   Lanes low, high;  // min(0, ...) and max(0, ...)
 };
 
+// Scales tried, as shares of the smallest one that clips nothing. The fewer codes, the more clipping pays.
+struct SearchGrid {
+  double first = 1, step = 0;
+  int steps = 0;
+};
+
+SearchGrid search_grid(CodecKind kind) {
+  switch (kind) {
+    case CodecKind::kQ4: return {1.05, 0.025, 20};
+    case CodecKind::kQ3: return {1.05, 0.025, 30};
+    case CodecKind::kQ2: return {1.05, 0.025, 36};
+    default: return {1.0, 0.01, 6};
+  }
+}
+
 void symmetric_group(Group& g, const Extremes& e, CodecKind kind, ScaleRule rule, Best& best) {
   const CodeRange range = code_range(kind);
   const Lanes zero;
@@ -147,15 +162,14 @@ void symmetric_group(Group& g, const Extremes& e, CodecKind kind, ScaleRule rule
   for (int r = 0; r < kLanes; ++r) {
     absmax.at[r] = std::max(-e.low.at[r], e.high.at[r]);
     scale.at[r] = to_f16(absmax.at[r] / range.high);
-    // The smallest scale that clips nothing: the negative end of int4 reaches one step further.
+    // The smallest scale that clips nothing: below 8 bits the negative end reaches one step further.
     widest.at[r] = std::max(e.low.at[r] / range.low, e.high.at[r] / range.high);
   }
   consider(g, scale, zero, range, best, refit);
   if (rule == ScaleRule::kAbsmax) return;
-  const int steps = kind == CodecKind::kQ4 ? 20 : 6;
-  const double step = kind == CodecKind::kQ4 ? 0.025 : 0.01;
-  for (int k = 0; k < steps; ++k) {
-    const double shrink = (kind == CodecKind::kQ4 ? 1.05 : 1.0) - step * k;
+  const SearchGrid grid = search_grid(kind);
+  for (int k = 0; k < grid.steps; ++k) {
+    const double shrink = grid.first - grid.step * k;
     for (int r = 0; r < kLanes; ++r) scale.at[r] = to_f16(std::min(widest.at[r] * shrink, kF16Max));
     consider(g, scale, zero, range, best, refit);
     consider(g, Lanes(refit), zero, range, best, refit);
@@ -196,15 +210,6 @@ void asymmetric_group(Group& g, const Extremes& e, ScaleRule rule, Best& best) {
 }
 
 }  // namespace
-
-CodeRange code_range(CodecKind kind) {
-  switch (kind) {
-    case CodecKind::kQ8: return {-127, 127};
-    case CodecKind::kQ4: return {-8, 7};
-    case CodecKind::kQ4a: return {0, 15};
-    default: return {0, 0};
-  }
-}
 
 void require_finite(const float* weight, std::int64_t rows, std::int64_t cols, const std::string& place) {
   for (std::int64_t i = 0; i < rows * cols; ++i) {

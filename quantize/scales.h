@@ -9,7 +9,7 @@
 namespace pare {
 
 enum class ScaleRule {
-  kAbsmax,    // absmax / 7, absmax / 127, (max - min) / 15: the null that everything is measured against
+  kAbsmax,    // absmax / largest code, (max - min) / 15: the null that everything is measured against
   kSearched,  // the best of a grid around it, refined by least squares, under the importance below
 };
 
@@ -31,11 +31,5 @@ QuantizedTensor round_to_nearest(const float* weight, std::int64_t rows, std::in
 
 // Throws (exit 3) at the first value that is NaN or infinite, naming place, row and column.
 void require_finite(const float* weight, std::int64_t rows, std::int64_t cols, const std::string& place);
-
-// Smallest and largest code of a codec, and what the zero point adds: kQ4 [-8, 7], kQ8 [-127, 127], kQ4a [0, 15].
-struct CodeRange {
-  int low = 0, high = 0;
-};
-CodeRange code_range(CodecKind kind);
 
 }  // namespace pare

@@ -577,7 +577,7 @@ Json run(const Options& given, Context& context) {
 Command quantize_command() {
   Command command;
   command.name = "quantize";
-  command.summary = "Round the weights to 4 or 8 bits with GPTQ or searched scales";
+  command.summary = "Round the weights to 2, 3, 4 or 8 bits with GPTQ or searched scales";
   command.example = "pare quantize --model DIR --out DIR --codec q4 --text train.txt";
   command.is_stage = true;
   command.options = {
@@ -587,7 +587,8 @@ Command quantize_command() {
        .help = "fast: searched scales; balanced: GPTQ, re-targeted; best: that, sensitivities and tuning on the whole model",
        .choices = {"fast", "balanced", "best"}},
       {.name = "codec",
-       .help = "codec of the linears inside the blocks: q4 q4g64 q4g128 q4a q4ag64 q4ag128 q8 q8c, or keep",
+       .help = "codec of the linears inside the blocks: q4 q4g64 q4g128 q4a q4ag64 q4ag128 q3 q3g64 q3g128 q2 q2g64 "
+               "q2g128 q8 q8c, w8a8 (q8c whose inputs are rounded to int8, one scale per token), or keep",
        .default_value = "q4"},
       {.name = "embedding-codec",
        .help = "codec of the embedding, of the head too where the two are tied",

@@ -43,6 +43,7 @@ ExportPlan plan_export(const Checkpoint& checkpoint, const ExportOptions& option
     } else if (spec.shape.size() == 2) {
       // A router decides by small differences and is tiny: it stays as it is.
       codec = keep || spec.role == TensorRole::kRouter ? kept_float(checkpoint.dtype(spec.name)) : wanted;
+      if (spec.role == TensorRole::kEmbedding) codec = codec.layout();
       // Small beside the rest, and one row is added to every token: no codes, but no more than 16 bits with them.
       if (spec.role == TensorRole::kPosition && !codec.is_float()) codec = Codec{CodecKind::kF16, 0};
       if (const auto why = not_splittable(checkpoint.config(), spec); why && !codec.is_float()) {

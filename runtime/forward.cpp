@@ -69,6 +69,7 @@ struct Forward::Input {
   const float* x = nullptr;
   std::int64_t ldx = 0;
   const Int8Activations* int8 = nullptr;
+  const Int8Activations* token_int8 = nullptr;  // for codecs with int8_inputs, whatever the engine was asked for
 };
 
 struct Forward::Output {
@@ -102,6 +103,7 @@ Forward::Forward(const ModelConfig& config, const Weights& weights, const Kernel
     s.accumulator.reserve(kMaxQueries * round_up(config.head_dim, 16));
     s.normed.reserve(kActTile * widest_);
     s.int8.resize(kActTile, widest_);
+    s.token_int8.resize(kActTile, widest_, Int8Activations::Form::kToken);
   }
 }
 
@@ -113,6 +115,7 @@ void Forward::begin(std::int64_t stages, std::int64_t tokens) {
   if (tokens > kActTile) {
     normed_.reserve(tokens * widest_);
     int8_input_.resize(tokens, widest_);
+    token_int8_input_.resize(tokens, widest_, Int8Activations::Form::kToken);
   }
 }
 
@@ -153,28 +156,50 @@ struct Forward::Worker {
     for (std::int64_t i = 0; i < n; ++i) out[i] += norm.bias[i];
   }
 
+  // Which roundings of an input its matrices read.
+  struct Forms {
+    bool group = false, token = false;
+    bool any() const { return group || token; }
+  };
+  Forms forms(std::initializer_list<const LinearWeights*> linears) const {
+    Forms wanted;
+    for (const LinearWeights* w : linears) {
+      const Codec& codec = w->matrix.codec;
+      if (codec.int8_inputs) wanted.token = true;
+      else if (f.int8_ && !codec.is_float()) wanted.group = true;
+    }
+    return wanted;
+  }
+
   // Normalizes (with a norm) and quantizes [tokens, cols] once for all matrices that read it. Up to one tile of
   // tokens every thread does it for itself, which is cheaper than waiting for another. Takes one stage.
-  Input prepare(const float* x, std::int64_t cols, const NormWeights& norm, bool int8) {
-    Input input{x, cols, nullptr};
+  Input prepare(const float* x, std::int64_t cols, const NormWeights& norm, Forms wanted) {
+    constexpr auto kToken = Int8Activations::Form::kToken;
+    Input input{x, cols, nullptr, nullptr};
     const bool normed_first = norm.weight != nullptr;
     const bool alone = tokens <= kActTile;
     float* normed = alone ? mine.normed.data() : f.normed_.data();
     Int8Activations& to = alone ? mine.int8 : f.int8_input_;
+    Int8Activations& token_to = alone ? mine.token_int8 : f.token_int8_input_;
+    const auto resize = [&] {
+      if (wanted.group) to.resize(tokens, cols);
+      if (wanted.token) token_to.resize(tokens, cols, kToken);
+    };
     const auto tile = [&](std::int64_t i) {
       if (normed_first) {
         for (std::int64_t t = i * kActTile; t < std::min(tokens, (i + 1) * kActTile); ++t)
           normalize(x + t * cols, norm, cols, normed + t * cols);
       }
-      if (int8) f.kernels_.quantize_tile(normed_first ? normed : x, cols, i, to);
+      if (wanted.group) f.kernels_.quantize_tile(normed_first ? normed : x, cols, i, to);
+      if (wanted.token) f.kernels_.quantize_tile(normed_first ? normed : x, cols, i, token_to);
     };
     if (alone) {
       ++stage;
-      if (int8) to.resize(tokens, cols);
+      resize();
       tile(0);
-    } else if (normed_first || int8) {
-      if (int8) {
-        if (omp_get_thread_num() == 0) to.resize(tokens, cols);
+    } else if (normed_first || wanted.any()) {
+      if (wanted.any()) {
+        if (omp_get_thread_num() == 0) resize();
         barrier();
       }
       share((tokens + kActTile - 1) / kActTile, tile);
@@ -183,14 +208,16 @@ struct Forward::Worker {
       ++stage;
     }
     if (normed_first) input.x = normed;
-    if (int8) input.int8 = &to;
+    if (wanted.group) input.int8 = &to;
+    if (wanted.token) input.token_int8 = &token_to;
     return input;
   }
 
   void rows(const Output& to, const Input& input, std::int64_t block_begin, std::int64_t block_end) {
     const PackedMatrix& w = to.linear->matrix;
-    if (input.int8 != nullptr && !w.codec.is_float()) {
-      f.kernels_.matmul_int8(w, *input.int8, 0, input.int8->tiles(), block_begin, block_end, to.out, to.ldo, to.add);
+    const Int8Activations* int8 = w.codec.int8_inputs ? input.token_int8 : input.int8;
+    if (w.codec.int8_inputs || (int8 != nullptr && !w.codec.is_float())) {
+      f.kernels_.matmul_int8(w, *int8, 0, int8->tiles(), block_begin, block_end, to.out, to.ldo, to.add);
     } else {
       f.kernels_.matmul_float(w, input.x, input.ldx, tokens, block_begin, block_end, to.out, to.ldo, to.add,
                               mine.panel.data());
@@ -361,33 +388,25 @@ struct Forward::Worker {
     barrier();
   }
 
-  bool wants_int8(std::initializer_list<const LinearWeights*> linears) const {
-    if (!f.int8_) return false;
-    for (const LinearWeights* w : linears) {
-      if (!w->matrix.codec.is_float()) return true;
-    }
-    return false;
-  }
-
   void block(std::int64_t index, std::int64_t position, KvCache& cache, float* hidden) {
     const BlockWeights& b = f.weights_.blocks[static_cast<std::size_t>(index)];
     const std::int64_t h = f.config_.hidden_size;
-    Input in = prepare(hidden, h, b.attention_norm, wants_int8({&b.q, &b.k, &b.v}));
+    Input in = prepare(hidden, h, b.attention_norm, forms({&b.q, &b.k, &b.v}));
     multiply(in, {{&b.q, f.q_.data(), f.q_width_, false},
                   {&b.k, f.k_.data(), f.kv_width_, false},
                   {&b.v, f.v_.data(), f.kv_width_, false}});
     rotate_and_store(index, position, cache);
     attend(index, position, cache);
     const auto add_attention = [&] {
-      in = prepare(f.mixed_.data(), f.q_width_, {}, wants_int8({&b.o}));
+      in = prepare(f.mixed_.data(), f.q_width_, {}, forms({&b.o}));
       multiply_into(hidden, in, b.o, b.post_attention_norm);
     };
     if (!f.config_.parallel_residual) add_attention();
     if (!b.experts.empty()) return run_experts(b, hidden);
-    in = prepare(hidden, h, b.mlp_norm, wants_int8({&b.mlp.gate, &b.mlp.up}));
+    in = prepare(hidden, h, b.mlp_norm, forms({&b.mlp.gate, &b.mlp.up}));
     gate_up(in, b.mlp);
     if (f.config_.parallel_residual) add_attention();
-    in = prepare(f.gate_.data(), f.config_.intermediate_size, {}, wants_int8({&b.mlp.down}));
+    in = prepare(f.gate_.data(), f.config_.intermediate_size, {}, forms({&b.mlp.down}));
     multiply_into(hidden, in, b.mlp.down, b.post_mlp_norm);
   }
 
@@ -409,7 +428,7 @@ struct Forward::Worker {
   // gate_up keep one expert's sums apart from the next one's buffers.
   void run_experts(const BlockWeights& b, float* hidden) {
     const std::int64_t h = f.config_.hidden_size, inner = f.config_.intermediate_size;
-    const Input in = prepare(hidden, h, b.mlp_norm, false);
+    const Input in = prepare(hidden, h, b.mlp_norm, Forms{});
     multiply(in, {{&b.router, f.router_.data(), f.config_.experts.count, false}});
     share(1, [&](std::int64_t) { f.route(tokens); });
     barrier();
@@ -427,9 +446,9 @@ struct Forward::Worker {
         x = f.expert_in_.data();
       }
       Worker part{f, mine, own, threads, stage};
-      Input inputs = part.prepare(x, h, {}, wants_int8({&mlp.gate, &mlp.up}));
+      Input inputs = part.prepare(x, h, {}, forms({&mlp.gate, &mlp.up}));
       part.gate_up(inputs, mlp);
-      inputs = part.prepare(f.gate_.data(), inner, {}, wants_int8({&mlp.down}));
+      inputs = part.prepare(f.gate_.data(), inner, {}, forms({&mlp.down}));
       part.multiply(inputs, {{&mlp.down, f.added_.data(), h, false}});
       part.share(own, [&](std::int64_t i) {
         const float weight = route.weights[static_cast<std::size_t>(i)];
@@ -558,7 +577,7 @@ void Forward::head(const float* hidden, std::int64_t count, float* out) {
     {
       Worker worker{*this, scratch_[static_cast<std::size_t>(omp_get_thread_num())], tokens, omp_get_num_threads()};
       const Input in = worker.prepare(hidden + first * config_.hidden_size, config_.hidden_size, weights_.final_norm,
-                                      worker.wants_int8({&linear}));
+                                      worker.forms({&linear}));
       worker.multiply(in, {{&linear, to, config_.vocab_size, false}});
       if (config_.final_softcap > 0) {
         constexpr std::int64_t kPiece = 4096;

@@ -53,7 +53,7 @@ class Forward {
   };
   struct Scratch {
     FloatBuffer panel, scores, accumulator, normed;
-    Int8Activations int8;
+    Int8Activations int8, token_int8;
   };
 
   // What an expert has to do in a call: its tokens, in order, and their weights.
@@ -83,7 +83,7 @@ class Forward {
   FloatBuffer normed_, q_, k_, v_, mixed_, gate_, up_, added_, router_, expert_in_, position_;
   FloatBuffer cos_[3], sin_[3];  // by RopeKind: [tokens, rotated pairs]
   std::vector<Route> routes_;    // by expert
-  Int8Activations int8_input_;
+  Int8Activations int8_input_, token_int8_input_;
 };
 
 }  // namespace pare

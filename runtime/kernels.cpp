@@ -27,7 +27,7 @@ PackedMatrix packed_matrix(const Codec& codec, std::int64_t rows, std::int64_t c
   w.data = payload.data();
   if (codec.is_float()) return w;
   w.groups = codec.groups(cols);
-  w.lines = codec.bits() == 4 ? cols / 8 : (cols + 3) / 4;
+  w.lines = codec.bits() == 8 ? (cols + 3) / 4 : cols * codec.bits() / 32;
   for (std::int64_t g = codec.group; g > kActGroup; g /= 2) ++w.group_shift;
   const std::byte* scales = w.data + w.row_blocks() * w.lines * 64;
   w.scales = reinterpret_cast<const std::uint16_t*>(scales);
@@ -55,12 +55,17 @@ void unpack_matrix_row(const PackedMatrix& w, std::int64_t row, float* out) {
   const std::int64_t block = row / kBlockRows, r = row % kBlockRows;
   const std::uint8_t* line = bytes + block * w.lines * 64 + r * 4;
   const std::int64_t group = w.groups == 1 ? w.cols : w.codec.group;
-  const bool wide = w.codec.bits() == 8;
   for (std::int64_t c = 0; c < w.cols; ++c) {
     const std::int64_t g = c / group;
     int code;
-    if (wide) {
+    if (w.codec.kind == CodecKind::kQ8) {
       code = line[c / 4 * 64 + c % 4] - 128;
+    } else if (w.codec.kind == CodecKind::kQ2) {
+      code = (line[c / 16 * 64 + c % 4] >> (c / 4 % 4 * 2) & 3) - 2;
+    } else if (w.codec.kind == CodecKind::kQ3) {
+      const std::uint8_t* lines = line + c / 32 * 3 * 64 + c % 4;
+      const std::int64_t j = c / 4 % 8;
+      code = (lines[j / 4 * 64] >> (j % 4 * 2) & 3) + (lines[128] >> j & 1) * 4 - 4;
     } else {
       const std::uint8_t byte = line[c / 8 * 64 + c % 4];
       code = c % 8 < 4 ? byte & 15 : byte >> 4;
@@ -75,10 +80,13 @@ void unpack_matrix_row(const PackedMatrix& w, std::int64_t row, float* out) {
   }
 }
 
-void Int8Activations::resize(std::int64_t new_tokens, std::int64_t new_cols) {
+void Int8Activations::resize(std::int64_t new_tokens, std::int64_t new_cols, Form new_form) {
   tokens = new_tokens;
   cols = new_cols;
-  groups = (cols + kActGroup - 1) / kActGroup;
+  form = new_form;
+  padded = round_up(cols, kActGroup);
+  const std::int64_t group = form == Form::kToken ? kRowSpan : kActGroup;
+  groups = (cols + group - 1) / group;
   const auto n = static_cast<std::size_t>(tokens * groups);
   // Never shrinks: sessions alternate between the few widths of one model.
   if (scale.size() < n) {
@@ -87,7 +95,8 @@ void Int8Activations::resize(std::int64_t new_tokens, std::int64_t new_cols) {
     minus128.resize(n);
     minus1.resize(n);
   }
-  if (codes.size() < n * kActGroup) codes.resize(n * kActGroup);
+  const auto bytes = static_cast<std::size_t>(tokens * padded);
+  if (codes.size() < bytes) codes.resize(bytes);
 }
 
 Int8Tile int8_tile(const Int8Activations& x, std::int64_t tile) {
@@ -95,7 +104,8 @@ Int8Tile int8_tile(const Int8Activations& x, std::int64_t tile) {
   Int8Tile view;
   view.width = std::min(kActTile, x.tokens - tile * kActTile);
   view.groups = x.groups;
-  view.codes = x.codes.data() + at * kActGroup;
+  view.quads = (x.form == Int8Activations::Form::kToken ? kRowSpan : kActGroup) / 4;
+  view.codes = x.codes.data() + tile * kActTile * x.padded;
   view.scale = x.scale.data() + at;
   view.minus8 = x.minus8.data() + at;
   view.minus128 = x.minus128.data() + at;

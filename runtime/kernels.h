@@ -16,6 +16,7 @@
 namespace pare {
 
 constexpr std::int64_t kActGroup = 32;    // inputs per int8 activation scale
+constexpr std::int64_t kRowSpan = 1 << 14;  // inputs per int32 sum where a token has one scale: 2^14 * 2^15 < 2^31
 constexpr std::int64_t kActTile = 12;     // tokens that are packed side by side
 constexpr std::int64_t kPage = 128;       // positions per page of the KV cache
 constexpr std::int64_t kMaxQueries = 16;  // query rows per attention call
@@ -42,26 +43,32 @@ PackedMatrix packed_matrix(const Codec& codec, std::int64_t rows, std::int64_t c
 // One row as floats, exactly code * scale: embedding look-up. out: cols floats.
 void unpack_matrix_row(const PackedMatrix& w, std::int64_t row, float* out);
 
-// Activations as int8 with one symmetric scale per token and 32 inputs: scale = max|x| / 127, code = x * (127 / max|x|)
-// rounded to nearest even. Tokens lie in tiles of up to 12 in the order the kernels read:
-//   codes  [tile][group][8 quads][token of tile][4 inputs]
+// Activations as int8: symmetric, scale = max|x| / 127, code = x * (127 / max|x|) rounded to nearest even. Tokens lie
+// in tiles of up to 12 in the order the kernels read:
+//   codes  [tile][group][quads of the group][token of tile][4 inputs], inputs padded to a multiple of 32
 //   scale, minus8, minus128, minus1: [tile][group][token of tile]
-// minus8 and minus128 are -8 and -128 times the sum of the group's codes (start values that undo the offset of q4 and
-// q8 codes); minus1 is the negated sum as 16 bits, for zero points that differ by row.
+// kGroup: one scale per token and 32 inputs. minus8 and minus128 are -8 and -128 times the sum of the group's codes
+// (start values that undo the offset of q4 and q8 codes; those of q3 and q2 are a half and a quarter of the first);
+// minus1 is the negated sum as 16 bits, for zero points that differ by row.
+// kToken: one scale per token, what w8a8 means. A group is kRowSpan inputs, all groups of a token have the same scale;
+// minus128 alone is kept.
 // A non-finite input makes the scale of its group NaN, so it reaches the output.
 struct Int8Activations {
-  std::int64_t tokens = 0, cols = 0, groups = 0;
+  enum class Form { kGroup, kToken };
+  Form form = Form::kGroup;
+  std::int64_t tokens = 0, cols = 0, padded = 0, groups = 0;
   std::vector<std::int8_t> codes;
   std::vector<float> scale;
   std::vector<std::int32_t> minus8, minus128, minus1;
 
-  void resize(std::int64_t tokens, std::int64_t cols);
+  void resize(std::int64_t tokens, std::int64_t cols, Form form = Form::kGroup);
   std::int64_t tiles() const { return (tokens + kActTile - 1) / kActTile; }
 };
 
 // The tile as kernels see it: `width` tokens.
 struct Int8Tile {
   std::int64_t width = 0, groups = 0;
+  std::int64_t quads = 0;  // of a group
   const std::int8_t* codes = nullptr;
   const float* scale = nullptr;
   const std::int32_t *minus8 = nullptr, *minus128 = nullptr, *minus1 = nullptr;
@@ -82,11 +89,11 @@ struct Kernels {
   void (*matmul_float)(const PackedMatrix& w, const float* x, std::int64_t ldx, std::int64_t tokens,
                        std::int64_t block_begin, std::int64_t block_end, float* out, std::int64_t ldo, bool add,
                        float* scratch);
-  // The same with int8 activations, quantized codecs only, tokens of tiles [tile_begin, tile_end); `out` is the row of
-  // the first token of `x`, whatever the tile range.
+  // The same with int8 activations, quantized codecs only (with kToken: 8 bits, one scale per row), tokens of tiles
+  // [tile_begin, tile_end); `out` is the row of the first token of `x`, whatever the tile range.
   void (*matmul_int8)(const PackedMatrix& w, const Int8Activations& x, std::int64_t tile_begin, std::int64_t tile_end,
                       std::int64_t block_begin, std::int64_t block_end, float* out, std::int64_t ldo, bool add);
-  // Fills one tile of `to` (resized) from x, the row of the first token of all tiles.
+  // Fills one tile of `to` (resized, in its form) from x, the row of the first token of all tiles.
   void (*quantize_tile)(const float* x, std::int64_t ldx, std::int64_t tile, Int8Activations& to);
 
   // out[i] = x[i] / rms(x) * weight[i]; out may be x.

@@ -47,12 +47,22 @@ inline __m256i tail_mask(std::int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(std::clamp<std::int64_t>(n, 0, 8))), lane);
 }
 
+// u of quad j of the 32 inputs whose half lines begin at `line`, for 2 and 3 bits (core/codecs/q2.cpp, q3.cpp).
+template <CodecKind kKind>
+inline __m256i low_codes(const std::uint8_t* line, int j) {
+  const __m256i low = _mm256_and_si256(_mm256_srli_epi16(load(line + j / 4 * 64), j % 4 * 2), _mm256_set1_epi8(3));
+  if constexpr (kKind == CodecKind::kQ2) return low;
+  const __m256i bits = load(line + 128);
+  const __m256i third = j < 2 ? _mm256_slli_epi16(bits, 2 - j) : _mm256_srli_epi16(bits, j - 2);
+  return _mm256_or_si256(low, _mm256_and_si256(third, _mm256_set1_epi8(4)));
+}
+
 // kHalves * 8 outputs from 16 * block + 8 * half on, kTokens tokens from token `first` of the tile on. Few tokens take
 // both halves at once, so that a line of codes is read once; more tokens need the registers.
 template <CodecKind kKind, int kTokens, int kHalves>
 void part_int8(const PackedMatrix& w, std::int64_t block, int half, const Int8Tile& x, std::int64_t first, float* out,
                std::int64_t ldo, bool add) {
-  constexpr std::int64_t kLines = kKind == CodecKind::kQ8 ? 8 : 4;  // per activation group
+  constexpr bool kLow = kKind == CodecKind::kQ3 || kKind == CodecKind::kQ2;
   const std::int64_t width = x.width;
   const auto* line = reinterpret_cast<const std::uint8_t*>(w.data) + block * w.lines * 64 + half * 32;
   const std::uint16_t* scales = w.scales + block * w.groups * kBlockRows + half * 8;
@@ -72,7 +82,7 @@ void part_int8(const PackedMatrix& w, std::int64_t block, int half, const Int8Ti
       PARE_UNROLL for (int t = 0; t < kTokens; ++t) acc[h][t] = _mm256_setzero_si256();
     }
     if constexpr (kKind == CodecKind::kQ8) {
-      const std::int64_t count = std::min(kLines, w.lines - g * kLines);
+      const std::int64_t count = std::min(x.quads, w.lines - g * x.quads);
       const __m256i top = _mm256_set1_epi8(static_cast<char>(0x80));
       for (std::int64_t c = 0; c < count; ++c, line += 64) {
         PARE_UNROLL for (int h = 0; h < kHalves; ++h) {
@@ -85,29 +95,43 @@ void part_int8(const PackedMatrix& w, std::int64_t block, int half, const Int8Ti
         }
       }
     } else {
-      const __m256i nibble = _mm256_set1_epi8(15);
-      PARE_UNROLL for (int c = 0; c < kLines; ++c, line += 64) {
-        PARE_UNROLL for (int h = 0; h < kHalves; ++h) {
-          const __m256i both = load(line + 32 * h);
-          const __m256i low = _mm256_and_si256(both, nibble);
-          const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
-          PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
-            const __m256i a = _mm256_maddubs_epi16(low, quad(codes + (2 * c * width + t) * 4));
-            const __m256i b = _mm256_maddubs_epi16(high, quad(codes + ((2 * c + 1) * width + t) * 4));
-            acc[h][t] = _mm256_add_epi16(acc[h][t], _mm256_add_epi16(a, b));
+      if constexpr (kLow) {
+        PARE_UNROLL for (int j = 0; j < 8; ++j) {
+          PARE_UNROLL for (int h = 0; h < kHalves; ++h) {
+            const __m256i u = low_codes<kKind>(line + 32 * h, j);
+            PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+              const __m256i products = _mm256_maddubs_epi16(u, quad(codes + (j * width + t) * 4));
+              acc[h][t] = _mm256_add_epi16(acc[h][t], products);
+            }
+          }
+        }
+        line += kKind == CodecKind::kQ3 ? 192 : 128;
+      } else {
+        const __m256i nibble = _mm256_set1_epi8(15);
+        PARE_UNROLL for (int c = 0; c < 4; ++c, line += 64) {
+          PARE_UNROLL for (int h = 0; h < kHalves; ++h) {
+            const __m256i both = load(line + 32 * h);
+            const __m256i low = _mm256_and_si256(both, nibble);
+            const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
+            PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+              const __m256i a = _mm256_maddubs_epi16(low, quad(codes + (2 * c * width + t) * 4));
+              const __m256i b = _mm256_maddubs_epi16(high, quad(codes + ((2 * c + 1) * width + t) * 4));
+              acc[h][t] = _mm256_add_epi16(acc[h][t], _mm256_add_epi16(a, b));
+            }
           }
         }
       }
       PARE_UNROLL for (int h = 0; h < kHalves; ++h) {
         const __m256i zero = kKind == CodecKind::kQ4a ? load_zeros(zeros + wg * 8, half + h) : _mm256_setzero_si256();
         PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+          constexpr int kPart = kKind == CodecKind::kQ3 ? 2 : kKind == CodecKind::kQ2 ? 4 : 1;
           const __m256i offset = kKind == CodecKind::kQ4a ? _mm256_madd_epi16(zero, _mm256_set1_epi32(x.minus1[at + t]))
-                                                          : _mm256_set1_epi32(x.minus8[at + t]);
+                                                          : _mm256_set1_epi32(x.minus8[at + t] / kPart);
           acc[h][t] = _mm256_add_epi32(_mm256_madd_epi16(acc[h][t], ones), offset);
         }
       }
     }
-    codes += kActGroup * width;
+    codes += (kKind == CodecKind::kQ8 ? x.quads * 4 : kActGroup) * width;
     PARE_UNROLL for (int h = 0; h < kHalves; ++h) {
       const __m256 scale = load_scales(scales + wg * kBlockRows + 8 * h);
       PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
@@ -146,15 +170,68 @@ void tile_int8(const PackedMatrix& w, std::int64_t block_begin, std::int64_t blo
 
 void matmul_int8(const PackedMatrix& w, const Int8Activations& x, std::int64_t tile_begin, std::int64_t tile_end,
                  std::int64_t block_begin, std::int64_t block_end, float* out, std::int64_t ldo, bool add) {
-  const auto kernel = w.codec.kind == CodecKind::kQ8   ? tile_int8<CodecKind::kQ8>
-                      : w.codec.kind == CodecKind::kQ4 ? tile_int8<CodecKind::kQ4>
-                                                       : tile_int8<CodecKind::kQ4a>;
+  const auto kernel = w.codec.kind == CodecKind::kQ8    ? tile_int8<CodecKind::kQ8>
+                      : w.codec.kind == CodecKind::kQ4  ? tile_int8<CodecKind::kQ4>
+                      : w.codec.kind == CodecKind::kQ4a ? tile_int8<CodecKind::kQ4a>
+                      : w.codec.kind == CodecKind::kQ3  ? tile_int8<CodecKind::kQ3>
+                                                        : tile_int8<CodecKind::kQ2>;
   for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
     kernel(w, block_begin, block_end, int8_tile(x, tile), out + tile * kActTile * ldo, ldo, add);
   }
 }
 
+inline int reduce_max(__m256i v) {
+  __m128i top = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0x4e));
+  top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0xb1));
+  return _mm_cvtsi128_si32(top);
+}
+
+inline std::int32_t reduce_add(__m256i v) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+  return _mm_cvtsi128_si32(s);
+}
+
+void quantize_tokens(const float* x, std::int64_t ldx, std::int64_t tile, Int8Activations& to) {
+  const std::int64_t width = std::min(kActTile, to.tokens - tile * kActTile);
+  const std::int64_t base = tile * kActTile * to.groups;
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  for (std::int64_t t = 0; t < width; ++t) {
+    const float* row = x + (tile * kActTile + t) * ldx;
+    __m256i peaks = _mm256_setzero_si256();
+    for (std::int64_t i = 0; i < to.cols; i += 8) {
+      const __m256 v = _mm256_maskload_ps(row + i, tail_mask(to.cols - i));
+      peaks = _mm256_max_epi32(peaks, _mm256_and_si256(_mm256_castps_si256(v), magnitude));
+    }
+    const int largest = reduce_max(peaks);
+    float peak;
+    std::memcpy(&peak, &largest, 4);
+    const bool finite = largest < 0x7f800000;
+    const __m256 inverse = _mm256_set1_ps(finite && peak > 1e-30f ? 127.0f / peak : 0.0f);
+    std::int8_t* codes = to.codes.data() + tile * kActTile * to.padded + t * 4;
+    for (std::int64_t g = 0; g < to.groups; ++g) {
+      __m256i total = _mm256_setzero_si256();
+      for (std::int64_t i = g * kRowSpan; i < std::min(to.padded, (g + 1) * kRowSpan); i += 8) {
+        __m256i q = _mm256_setzero_si256();
+        if (i < to.cols && finite)
+          q = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_maskload_ps(row + i, tail_mask(to.cols - i)), inverse));
+        total = _mm256_add_epi32(total, q);
+        const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+        std::int32_t quads[2];
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(quads), _mm_packs_epi16(words, words));
+        for (int k = 0; k < 2; ++k) std::memcpy(codes + (i / 4 + k) * width * 4, quads + k, 4);
+      }
+      const auto at = static_cast<std::size_t>(base + g * width + t);
+      to.scale[at] = finite ? peak / 127.0f : __builtin_nanf("");
+      to.minus128[at] = -128 * reduce_add(total);
+    }
+  }
+}
+
 void quantize_tile(const float* x, std::int64_t ldx, std::int64_t tile, Int8Activations& to) {
+  if (to.form == Int8Activations::Form::kToken) return quantize_tokens(x, ldx, tile, to);
   const std::int64_t width = std::min(kActTile, to.tokens - tile * kActTile);
   const std::int64_t base = tile * kActTile * to.groups;
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
@@ -168,10 +245,7 @@ void quantize_tile(const float* x, std::int64_t ldx, std::int64_t tile, Int8Acti
         v[k] = _mm256_maskload_ps(row + g * kActGroup + std::min<std::int64_t>(8 * k, count), tail_mask(count - 8 * k));
         peaks = _mm256_max_epi32(peaks, _mm256_and_si256(_mm256_castps_si256(v[k]), magnitude));
       }
-      __m128i top = _mm_max_epi32(_mm256_castsi256_si128(peaks), _mm256_extracti128_si256(peaks, 1));
-      top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0x4e));
-      top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0xb1));
-      const int largest = _mm_cvtsi128_si32(top);
+      const int largest = reduce_max(peaks);
       float peak;
       std::memcpy(&peak, &largest, 4);
       const bool finite = largest < 0x7f800000;
@@ -185,10 +259,7 @@ void quantize_tile(const float* x, std::int64_t ldx, std::int64_t tile, Int8Acti
         const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
         _mm_storel_epi64(reinterpret_cast<__m128i*>(quads + 2 * k), _mm_packs_epi16(words, words));
       }
-      __m128i s = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
-      s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-      s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
-      const std::int32_t sum = _mm_cvtsi128_si32(s);
+      const std::int32_t sum = reduce_add(total);
       std::int8_t* codes = to.codes.data() + base * kActGroup + (g * 8 * width + t) * 4;
       for (int k = 0; k < 8; ++k) std::memcpy(codes + k * width * 4, quads + k, 4);
       const auto at = static_cast<std::size_t>(base + g * width + t);
@@ -213,12 +284,24 @@ void unpack_panel(const PackedMatrix& w, std::int64_t block, float* panel) {
       __m256i offset;
       if constexpr (kKind == CodecKind::kQ8) offset = _mm256_set1_epi32(128);
       if constexpr (kKind == CodecKind::kQ4) offset = _mm256_set1_epi32(8);
+      if constexpr (kKind == CodecKind::kQ3) offset = _mm256_set1_epi32(4);
+      if constexpr (kKind == CodecKind::kQ2) offset = _mm256_set1_epi32(2);
       if constexpr (kKind == CodecKind::kQ4a) offset = load_zeros(w.zeros + (block * w.groups + g) * 8, half);
       const auto put = [&](__m256i codes) {
         codes = _mm256_and_si256(codes, low_byte);
         _mm256_storeu_ps(to, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(codes, offset)), scale));
         to += 16;
       };
+      if constexpr (kKind == CodecKind::kQ3 || kKind == CodecKind::kQ2) {
+        constexpr std::int64_t kLines = kKind == CodecKind::kQ3 ? 3 : 2;
+        for (std::int64_t c = 0; c < per_group; c += kLines, line += kLines * 64) {
+          for (int j = 0; j < 8; ++j) {
+            const __m256i codes = low_codes<kKind>(line, j);
+            for (int k = 0; k < 4; ++k) put(_mm256_srli_epi32(codes, 8 * k));
+          }
+        }
+        continue;
+      }
       for (std::int64_t c = 0; c < per_group; ++c, line += 64) {
         const __m256i codes = load(line);
         put(codes);
@@ -366,6 +449,8 @@ void matmul_float(const PackedMatrix& w, const float* x, std::int64_t ldx, std::
     if (w.codec.kind == CodecKind::kQ8) unpack_panel<CodecKind::kQ8>(w, block, scratch);
     if (w.codec.kind == CodecKind::kQ4) unpack_panel<CodecKind::kQ4>(w, block, scratch);
     if (w.codec.kind == CodecKind::kQ4a) unpack_panel<CodecKind::kQ4a>(w, block, scratch);
+    if (w.codec.kind == CodecKind::kQ3) unpack_panel<CodecKind::kQ3>(w, block, scratch);
+    if (w.codec.kind == CodecKind::kQ2) unpack_panel<CodecKind::kQ2>(w, block, scratch);
     const std::int64_t rows = w.rows - block * kBlockRows;
     float* to = out + block * kBlockRows;
     std::int64_t t = 0;

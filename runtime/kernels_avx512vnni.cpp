@@ -41,9 +41,21 @@ inline __m512i quad(const std::int8_t* p) {
   return _mm512_set1_epi32(value);
 }
 
+// u of quad j of the 32 inputs that begin at `line`, for 2 and 3 bits (core/codecs/q2.cpp, q3.cpp).
+template <CodecKind kKind>
+inline __m512i low_codes(const std::uint8_t* line, int j) {
+  const __m512i pairs = _mm512_load_si512(line + j / 4 * 64);
+  const __m512i low = _mm512_and_si512(_mm512_srli_epi16(pairs, static_cast<unsigned>(j % 4 * 2)), _mm512_set1_epi8(3));
+  if constexpr (kKind == CodecKind::kQ2) return low;
+  const __m512i bits = _mm512_load_si512(line + 128);
+  const __m512i third = j < 2 ? _mm512_slli_epi16(bits, static_cast<unsigned>(2 - j))
+                              : _mm512_srli_epi16(bits, static_cast<unsigned>(j - 2));
+  return _mm512_or_si512(low, _mm512_and_si512(third, _mm512_set1_epi8(4)));
+}
+
 template <CodecKind kKind, int kTokens>
 void tile_int8(const PackedMatrix& w, std::int64_t block, const Int8Tile& x, float* out, std::int64_t ldo, bool add) {
-  constexpr std::int64_t kLines = kKind == CodecKind::kQ8 ? 8 : 4;  // per activation group
+  constexpr bool kLow = kKind == CodecKind::kQ3 || kKind == CodecKind::kQ2;
   const auto* line = reinterpret_cast<const std::uint8_t*>(w.data) + block * w.lines * 64;
   const std::uint16_t* scales = w.scales + block * w.groups * kBlockRows;
   const std::uint8_t* zeros = kKind == CodecKind::kQ4a ? w.zeros + block * w.groups * 8 : nullptr;
@@ -59,6 +71,9 @@ void tile_int8(const PackedMatrix& w, std::int64_t block, const Int8Tile& x, flo
       PARE_UNROLL for (int t = 0; t < kTokens; ++t) acc[t] = _mm512_set1_epi32(x.minus128[g * kTokens + t]);
     } else if constexpr (kKind == CodecKind::kQ4) {
       PARE_UNROLL for (int t = 0; t < kTokens; ++t) acc[t] = _mm512_set1_epi32(x.minus8[g * kTokens + t]);
+    } else if constexpr (kLow) {
+      constexpr int kPart = kKind == CodecKind::kQ3 ? 2 : 4;
+      PARE_UNROLL for (int t = 0; t < kTokens; ++t) acc[t] = _mm512_set1_epi32(x.minus8[g * kTokens + t] / kPart);
     } else {
       const __m512i zero = load_zeros(zeros + wg * 8);
       PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
@@ -66,15 +81,23 @@ void tile_int8(const PackedMatrix& w, std::int64_t block, const Int8Tile& x, flo
       }
     }
     if constexpr (kKind == CodecKind::kQ8) {
-      const std::int64_t count = std::min(kLines, w.lines - g * kLines);
+      const std::int64_t count = std::min(x.quads, w.lines - g * x.quads);
       for (std::int64_t c = 0; c < count; ++c, line += 64) {
         const __m512i u = _mm512_load_si512(line);
         PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
           acc[t] = _mm512_dpbusd_epi32(acc[t], u, quad(codes + (c * kTokens + t) * 4));
         }
       }
+    } else if constexpr (kLow) {
+      PARE_UNROLL for (int j = 0; j < 8; ++j) {
+        const __m512i u = low_codes<kKind>(line, j);
+        PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
+          acc[t] = _mm512_dpbusd_epi32(acc[t], u, quad(codes + (j * kTokens + t) * 4));
+        }
+      }
+      line += kKind == CodecKind::kQ3 ? 192 : 128;
     } else {
-      PARE_UNROLL for (int c = 0; c < kLines; ++c, line += 64) {
+      PARE_UNROLL for (int c = 0; c < 4; ++c, line += 64) {
         const __m512i both = _mm512_load_si512(line);
         const __m512i low = _mm512_and_si512(both, nibble);
         const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
@@ -86,7 +109,7 @@ void tile_int8(const PackedMatrix& w, std::int64_t block, const Int8Tile& x, flo
         }
       }
     }
-    codes += kActGroup * kTokens;
+    codes += (kKind == CodecKind::kQ8 ? x.quads * 4 : kActGroup) * kTokens;
     const __m512 scale = load_scales(scales + wg * kBlockRows);
     PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
       const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x.scale[g * kTokens + t]));
@@ -115,15 +138,53 @@ void matmul_int8(const PackedMatrix& w, const Int8Activations& x, std::int64_t t
                  std::int64_t block_begin, std::int64_t block_end, float* out, std::int64_t ldo, bool add) {
   for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
     const Int8Tile view = int8_tile(x, tile);
-    const TileInt8 kernel = w.codec.kind == CodecKind::kQ8   ? tile_for<CodecKind::kQ8>(view.width)
-                            : w.codec.kind == CodecKind::kQ4 ? tile_for<CodecKind::kQ4>(view.width)
-                                                             : tile_for<CodecKind::kQ4a>(view.width);
+    const TileInt8 kernel = w.codec.kind == CodecKind::kQ8    ? tile_for<CodecKind::kQ8>(view.width)
+                            : w.codec.kind == CodecKind::kQ4  ? tile_for<CodecKind::kQ4>(view.width)
+                            : w.codec.kind == CodecKind::kQ4a ? tile_for<CodecKind::kQ4a>(view.width)
+                            : w.codec.kind == CodecKind::kQ3  ? tile_for<CodecKind::kQ3>(view.width)
+                                                              : tile_for<CodecKind::kQ2>(view.width);
     float* to = out + tile * kActTile * ldo;
     for (std::int64_t block = block_begin; block < block_end; ++block) kernel(w, block, view, to, ldo, add);
   }
 }
 
+void quantize_tokens(const float* x, std::int64_t ldx, std::int64_t tile, Int8Activations& to) {
+  const std::int64_t width = std::min(kActTile, to.tokens - tile * kActTile);
+  const std::int64_t base = tile * kActTile * to.groups;
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  for (std::int64_t t = 0; t < width; ++t) {
+    const float* row = x + (tile * kActTile + t) * ldx;
+    __m512i peaks = _mm512_setzero_si512();
+    for (std::int64_t i = 0; i < to.cols; i += 16) {
+      const __m512 v = _mm512_maskz_loadu_ps(tail_mask(to.cols - i), row + i);
+      peaks = _mm512_max_epi32(peaks, _mm512_and_si512(_mm512_castps_si512(v), magnitude));
+    }
+    const int largest = _mm512_reduce_max_epi32(peaks);
+    float peak;
+    std::memcpy(&peak, &largest, 4);
+    const bool finite = largest < 0x7f800000;
+    const __m512 inverse = _mm512_set1_ps(finite && peak > 1e-30f ? 127.0f / peak : 0.0f);
+    std::int8_t* codes = to.codes.data() + tile * kActTile * to.padded + t * 4;
+    for (std::int64_t g = 0; g < to.groups; ++g) {
+      __m512i total = _mm512_setzero_si512();
+      for (std::int64_t i = g * kRowSpan; i < std::min(to.padded, (g + 1) * kRowSpan); i += 16) {
+        __m512i q = _mm512_setzero_si512();
+        if (i < to.cols && finite)
+          q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(tail_mask(to.cols - i), row + i), inverse));
+        total = _mm512_add_epi32(total, q);
+        alignas(16) std::int32_t quads[4];
+        _mm_store_si128(reinterpret_cast<__m128i*>(quads), _mm512_cvtsepi32_epi8(q));
+        for (int k = 0; k < 4; ++k) std::memcpy(codes + (i / 4 + k) * width * 4, quads + k, 4);
+      }
+      const auto at = static_cast<std::size_t>(base + g * width + t);
+      to.scale[at] = finite ? peak / 127.0f : __builtin_nanf("");
+      to.minus128[at] = -128 * _mm512_reduce_add_epi32(total);
+    }
+  }
+}
+
 void quantize_tile(const float* x, std::int64_t ldx, std::int64_t tile, Int8Activations& to) {
+  if (to.form == Int8Activations::Form::kToken) return quantize_tokens(x, ldx, tile, to);
   const std::int64_t width = std::min(kActTile, to.tokens - tile * kActTile);
   const std::int64_t base = tile * kActTile * to.groups;
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
@@ -169,11 +230,23 @@ void unpack_panel(const PackedMatrix& w, std::int64_t block, float* panel) {
     __m512i offset;
     if constexpr (kKind == CodecKind::kQ8) offset = _mm512_set1_epi32(128);
     if constexpr (kKind == CodecKind::kQ4) offset = _mm512_set1_epi32(8);
+    if constexpr (kKind == CodecKind::kQ3) offset = _mm512_set1_epi32(4);
+    if constexpr (kKind == CodecKind::kQ2) offset = _mm512_set1_epi32(2);
     if constexpr (kKind == CodecKind::kQ4a) offset = load_zeros(w.zeros + (block * w.groups + g) * 8);
     const auto put = [&](__m512i codes) {
       _mm512_store_ps(panel, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(codes, offset)), scale));
       panel += 16;
     };
+    if constexpr (kKind == CodecKind::kQ3 || kKind == CodecKind::kQ2) {
+      constexpr std::int64_t kLines = kKind == CodecKind::kQ3 ? 3 : 2;
+      for (std::int64_t c = 0; c < per_group; c += kLines, line += kLines * 64) {
+        for (int j = 0; j < 8; ++j) {
+          const __m512i codes = low_codes<kKind>(line, j);
+          for (unsigned k = 0; k < 4; ++k) put(_mm512_and_si512(_mm512_srli_epi32(codes, 8 * k), _mm512_set1_epi32(7)));
+        }
+      }
+      continue;
+    }
     for (std::int64_t c = 0; c < per_group; ++c, line += 64) {
       const __m512i codes = _mm512_load_si512(line);
       put(_mm512_and_si512(codes, low_byte));
@@ -320,6 +393,8 @@ void matmul_float(const PackedMatrix& w, const float* x, std::int64_t ldx, std::
     if (w.codec.kind == CodecKind::kQ8) unpack_panel<CodecKind::kQ8>(w, block, scratch);
     if (w.codec.kind == CodecKind::kQ4) unpack_panel<CodecKind::kQ4>(w, block, scratch);
     if (w.codec.kind == CodecKind::kQ4a) unpack_panel<CodecKind::kQ4a>(w, block, scratch);
+    if (w.codec.kind == CodecKind::kQ3) unpack_panel<CodecKind::kQ3>(w, block, scratch);
+    if (w.codec.kind == CodecKind::kQ2) unpack_panel<CodecKind::kQ2>(w, block, scratch);
     const __mmask16 mask = tail_mask(w.rows - block * kBlockRows);
     float* to = out + block * kBlockRows;
     std::int64_t t = 0;

@@ -38,10 +38,19 @@ void matmul_float(const PackedMatrix& w, const float* x, std::int64_t ldx, std::
   }
 }
 
+// u of one of the 4 inputs of quad j (< 8) of the 32 inputs that begin at `line`; byte: 4 * output + input of the quad.
+template <CodecKind kKind>
+int low_code(const std::uint8_t* line, int j, std::int64_t byte) {
+  if constexpr (kKind == CodecKind::kQ2) return line[j / 4 * 64 + byte] >> (j % 4 * 2) & 3;
+  return (line[j / 4 * 64 + byte] >> (j % 4 * 2) & 3) | (line[128 + byte] >> j & 1) << 2;
+}
+
 template <CodecKind kKind>
 void block_int8(const PackedMatrix& w, std::int64_t block, const Int8Tile& x, std::int64_t t, float* out) {
   const auto* line = reinterpret_cast<const std::uint8_t*>(w.data) + block * w.lines * 64;
-  constexpr std::int64_t kLines = kKind == CodecKind::kQ8 ? 8 : 4;  // per activation group
+  constexpr bool kLow = kKind == CodecKind::kQ3 || kKind == CodecKind::kQ2;
+  constexpr std::int64_t kLowLines = kKind == CodecKind::kQ3 ? 3 : 2;  // per activation group
+  const std::int64_t lines = kKind == CodecKind::kQ8 ? x.quads : 4;    // per activation group
   const std::uint16_t* scales = w.scales + block * w.groups * kBlockRows;
   float sum[kBlockRows] = {};
   for (std::int64_t g = 0; g < x.groups; ++g) {
@@ -51,13 +60,24 @@ void block_int8(const PackedMatrix& w, std::int64_t block, const Int8Tile& x, st
     for (std::int64_t r = 0; r < kBlockRows; ++r) {
       if constexpr (kKind == CodecKind::kQ8) acc[r] = x.minus128[at];
       if constexpr (kKind == CodecKind::kQ4) acc[r] = x.minus8[at];
+      if constexpr (kKind == CodecKind::kQ3) acc[r] = x.minus8[at] / 2;
+      if constexpr (kKind == CodecKind::kQ2) acc[r] = x.minus8[at] / 4;
       if constexpr (kKind == CodecKind::kQ4a) {
         const std::uint8_t zero = w.zeros[(block * w.groups + wg) * 8 + r % 8];
         acc[r] = (r < 8 ? zero & 15 : zero >> 4) * static_cast<std::int16_t>(x.minus1[at]);
       }
     }
-    const std::int64_t count = std::min(kLines, w.lines - g * kLines);
-    const std::int8_t* codes = x.codes + (g * 8 * x.width + t) * 4;
+    const std::int8_t* codes = x.codes + (g * x.quads * x.width + t) * 4;
+    if constexpr (kLow) {
+      for (int j = 0; j < 8; ++j) {
+        const std::int8_t* quad = codes + j * x.width * 4;
+        for (std::int64_t r = 0; r < kBlockRows; ++r) {
+          for (int k = 0; k < 4; ++k) acc[r] += low_code<kKind>(line, j, r * 4 + k) * quad[k];
+        }
+      }
+      line += kLowLines * 64;
+    }
+    const std::int64_t count = kLow ? 0 : std::min(lines, w.lines - g * lines);
     for (std::int64_t c = 0; c < count; ++c, line += 64) {
       if constexpr (kKind == CodecKind::kQ8) {
         const std::int8_t* quad = codes + c * x.width * 4;
@@ -81,9 +101,11 @@ void block_int8(const PackedMatrix& w, std::int64_t block, const Int8Tile& x, st
 
 void matmul_int8(const PackedMatrix& w, const Int8Activations& x, std::int64_t tile_begin, std::int64_t tile_end,
                  std::int64_t block_begin, std::int64_t block_end, float* out, std::int64_t ldo, bool add) {
-  const auto kernel = w.codec.kind == CodecKind::kQ8   ? block_int8<CodecKind::kQ8>
-                      : w.codec.kind == CodecKind::kQ4 ? block_int8<CodecKind::kQ4>
-                                                       : block_int8<CodecKind::kQ4a>;
+  const auto kernel = w.codec.kind == CodecKind::kQ8    ? block_int8<CodecKind::kQ8>
+                      : w.codec.kind == CodecKind::kQ4  ? block_int8<CodecKind::kQ4>
+                      : w.codec.kind == CodecKind::kQ4a ? block_int8<CodecKind::kQ4a>
+                      : w.codec.kind == CodecKind::kQ3  ? block_int8<CodecKind::kQ3>
+                                                        : block_int8<CodecKind::kQ2>;
   for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
     const Int8Tile view = int8_tile(x, tile);
     for (std::int64_t block = block_begin; block < block_end; ++block) {
@@ -98,7 +120,40 @@ void matmul_int8(const PackedMatrix& w, const Int8Activations& x, std::int64_t t
   }
 }
 
+// Of |x| as bits: NaN above infinity above every number.
+std::uint32_t largest_magnitude(const float* x, std::int64_t count) {
+  std::uint32_t largest = 0;
+  for (std::int64_t i = 0; i < count; ++i)
+    largest = std::max(largest, std::bit_cast<std::uint32_t>(x[i]) & 0x7fffffffu);
+  return largest;
+}
+
+void quantize_tokens(const float* x, std::int64_t ldx, std::int64_t tile, Int8Activations& to) {
+  const std::int64_t width = std::min(kActTile, to.tokens - tile * kActTile);
+  const std::int64_t base = tile * kActTile * to.groups;
+  for (std::int64_t t = 0; t < width; ++t) {
+    const float* row = x + (tile * kActTile + t) * ldx;
+    const std::uint32_t largest = largest_magnitude(row, to.cols);
+    const bool finite = largest < 0x7f800000u;
+    const float peak = std::bit_cast<float>(largest);
+    const float inverse = finite && peak > 1e-30f ? 127.0f / peak : 0.0f;
+    std::int8_t* codes = to.codes.data() + tile * kActTile * to.padded + t * 4;
+    for (std::int64_t g = 0; g < to.groups; ++g) {
+      std::int32_t sum = 0;
+      for (std::int64_t i = g * kRowSpan; i < std::min(to.padded, (g + 1) * kRowSpan); ++i) {
+        const float code = i < to.cols && finite ? std::nearbyint(row[i] * inverse) : 0.0f;
+        codes[i / 4 * width * 4 + i % 4] = static_cast<std::int8_t>(code);
+        sum += static_cast<std::int32_t>(code);
+      }
+      const auto at = static_cast<std::size_t>(base + g * width + t);
+      to.scale[at] = finite ? peak / 127.0f : std::bit_cast<float>(0x7fc00000u);
+      to.minus128[at] = -128 * sum;
+    }
+  }
+}
+
 void quantize_tile(const float* x, std::int64_t ldx, std::int64_t tile, Int8Activations& to) {
+  if (to.form == Int8Activations::Form::kToken) return quantize_tokens(x, ldx, tile, to);
   const std::int64_t width = std::min(kActTile, to.tokens - tile * kActTile);
   const std::int64_t base = tile * kActTile * to.groups;
   for (std::int64_t t = 0; t < width; ++t) {
@@ -106,9 +161,7 @@ void quantize_tile(const float* x, std::int64_t ldx, std::int64_t tile, Int8Acti
     for (std::int64_t g = 0; g < to.groups; ++g) {
       const std::int64_t count = std::min(kActGroup, to.cols - g * kActGroup);
       const float* in = row + g * kActGroup;
-      std::uint32_t largest = 0;  // of |x| as bits: NaN above infinity above every number
-      for (std::int64_t i = 0; i < count; ++i)
-        largest = std::max(largest, std::bit_cast<std::uint32_t>(in[i]) & 0x7fffffffu);
+      const std::uint32_t largest = largest_magnitude(in, count);
       const float peak = std::bit_cast<float>(largest);
       const bool finite = largest < 0x7f800000u;
       const float inverse = finite && peak > 1e-30f ? 127.0f / peak : 0.0f;

@@ -15,10 +15,11 @@ QuantizedTensor round_to_nearest(const Codec& codec, std::int64_t rows, std::int
   out.cols = cols;
   const std::int64_t groups = codec.groups(cols), width = cols / groups;
   const bool asymmetric = codec.kind == CodecKind::kQ4a;
-  const int low = codec.kind == CodecKind::kQ8 ? -127 : asymmetric ? 0 : -8;
-  const int high = codec.kind == CodecKind::kQ8 ? 127 : asymmetric ? 15 : 7;
+  const auto [low, high] = code_range(codec.kind);
   // An 8-bit code uses only +-127, so its extreme value can be met exactly.
-  const float steps = codec.kind == CodecKind::kQ8 ? 127.0f : asymmetric ? 15.0f : 7.5f;
+  const float steps = codec.kind == CodecKind::kQ8 ? 127.0f
+                      : asymmetric                 ? 15.0f
+                                                   : static_cast<float>(high) + 0.5f;
   out.codes.resize(static_cast<std::size_t>(rows * cols));
   out.scales.resize(static_cast<std::size_t>(rows * groups));
   if (asymmetric) out.zeros.resize(out.scales.size());
@@ -44,7 +45,7 @@ QuantizedTensor round_to_nearest(const Codec& codec, std::int64_t rows, std::int
       // A scale that underflows to a tiny value must not overflow the quotient's integer.
       const float quotient = scale > 0 ? std::clamp(group[i] / scale, -1000.0f, 1000.0f) : 0.0f;
       const int code = static_cast<int>(std::lround(quotient)) + zero;
-      out.codes[static_cast<std::size_t>(at * width + i)] = static_cast<std::int8_t>(std::clamp(code, low, high));
+      out.codes[static_cast<std::size_t>(at * width + i)] = static_cast<std::int8_t>(std::clamp<int>(code, low, high));
     }
   }
   return out;

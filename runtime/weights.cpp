@@ -16,6 +16,14 @@ PackedMatrix view_matrix(const CompactFile& file, const std::string& name, std::
   return packed_matrix(tensor.codec, rows, cols, tensor.payload, place);
 }
 
+// Of rows that are looked up, or that decide between experts: no linear whose inputs a codec may round.
+PackedMatrix view_table(const CompactFile& file, const std::string& name, std::int64_t rows, std::int64_t cols) {
+  const PackedMatrix matrix = view_matrix(file, name, rows, cols);
+  if (matrix.codec.int8_inputs)
+    throw input_error(file.path().string() + ": " + name, "a codec for a table", matrix.codec.name());
+  return matrix;
+}
+
 const float* view_vector(const CompactFile& file, const std::string& name, std::int64_t length) {
   const CompactTensor& tensor = file.tensor(name);
   const std::string place = file.path().string() + ": " + name;
@@ -71,10 +79,10 @@ Weights view_weights(const CompactFile& file) {
   const auto norm = [&](const std::string& name) {
     return NormWeights{factors(name, h), c.layer_norm ? view_vector(file, name + ".bias", h) : nullptr};
   };
-  weights.embedding = view_matrix(file, "model.embed_tokens.weight", c.vocab_size, h);
+  weights.embedding = view_table(file, "model.embed_tokens.weight", c.vocab_size, h);
   weights.head = c.tie_word_embeddings ? weights.embedding : view_matrix(file, "lm_head.weight", c.vocab_size, h);
   if (c.learned_positions)
-    weights.positions = view_matrix(file, "model.embed_positions.weight", c.max_position_embeddings, h);
+    weights.positions = view_table(file, "model.embed_positions.weight", c.max_position_embeddings, h);
   weights.final_norm = norm("model.norm");
   for (std::int64_t i = 0; i < c.num_layers; ++i) {
     const std::string prefix = "model.layers." + std::to_string(i) + ".";
@@ -112,7 +120,7 @@ Weights view_weights(const CompactFile& file) {
       b.k_norm = factors(prefix + "self_attn.k_norm", c.head_dim);
     }
     if (c.has_experts()) {
-      b.router = linear(c.experts.module + ".gate", c.experts.count, h, false);
+      b.router.matrix = view_table(file, prefix + c.experts.module + ".gate.weight", c.experts.count, h);
       for (std::int64_t e = 0; e < c.experts.count; ++e) {
         const std::string expert = c.experts.module + ".experts." + std::to_string(e) + ".";
         b.experts.push_back({linear(expert + c.experts.gate, f, h, false), linear(expert + c.experts.up, f, h, false),

@@ -73,9 +73,10 @@ GgmlType stored_type(DType dtype) {
   return GgmlType::kF32;
 }
 
+// Codes of 3 and 2 bits are 4-bit codes too: the same weights, at 4.5 bits.
 GgmlType block_type(CodecKind kind) {
   if (kind == CodecKind::kQ8) return GgmlType::kQ8_0;
-  return kind == CodecKind::kQ4 ? GgmlType::kQ4_0 : GgmlType::kQ4_1;
+  return kind == CodecKind::kQ4a ? GgmlType::kQ4_1 : GgmlType::kQ4_0;
 }
 
 // The codec that a float matrix is given, checked once.
@@ -231,12 +232,15 @@ GgufPlan plan_gguf(const Checkpoint& checkpoint, const GgufOptions& options) {
   const bool keep = options.codec == "keep";
   GgufPlan plan;
   std::map<GgmlType, std::uint64_t> matrices;
+  int widened = 0, rounding = 0;
   for (const TensorSpec& spec : checkpoint.tensors()) {
     GgmlType type = GgmlType::kF32;
     std::string obstacle;
     if (checkpoint.is_quantized(spec.name)) {
       const Codec codec = checkpoint.codec(spec.name);
       type = block_type(codec.kind);
+      widened += codec.bits() < 4 ? 1 : 0;
+      rounding += codec.int8_inputs ? 1 : 0;
       if (spec.shape[1] % 32 != 0)
         obstacle = "rows of " + std::to_string(spec.shape[1]) + " are no whole blocks of 32";
       else if (codec.kind == CodecKind::kQ4a && !minima_are_halves(checkpoint.codes(spec.name)))
@@ -259,6 +263,12 @@ GgufPlan plan_gguf(const Checkpoint& checkpoint, const GgufOptions& options) {
     plan.sources.push_back(spec.name);
     if (spec.shape.size() == 2) matrices[type] += plan.tensors.back().bytes();
   }
+  if (widened > 0)
+    plan.notes.push_back(std::to_string(widened) +
+                         " matrices of 3 or 2 bits: stored in Q4_0, the same weights at 4.5 bits");
+  if (rounding > 0)
+    plan.notes.push_back(std::to_string(rounding) + " matrices of w8a8: stored in Q8_0, the same weights; their inputs "
+                         "are rounded as llama.cpp does, not one scale per token");
   if (config.rope_llama3) {
     plan.tensors.push_back({"rope_freqs.weight", GgmlType::kF32, {config.head_dim / 2}});
     plan.sources.emplace_back();

@@ -26,6 +26,14 @@ std::uint64_t q4a_zero_bytes(std::int64_t rows, std::int64_t groups);
 void pack_q4a_zeros(const QuantizedTensor& tensor, std::span<std::byte> plane);
 void unpack_q4a_zeros(std::span<const std::byte> plane, QuantizedTensor& tensor);
 
+std::uint64_t q3_code_bytes(std::int64_t rows, std::int64_t cols);
+void pack_q3_codes(const QuantizedTensor& tensor, std::span<std::byte> plane);
+void unpack_q3_codes(std::span<const std::byte> plane, QuantizedTensor& tensor);
+
+std::uint64_t q2_code_bytes(std::int64_t rows, std::int64_t cols);
+void pack_q2_codes(const QuantizedTensor& tensor, std::span<std::byte> plane);
+void unpack_q2_codes(std::span<const std::byte> plane, QuantizedTensor& tensor);
+
 std::uint64_t q8_code_bytes(std::int64_t rows, std::int64_t cols);
 void pack_q8_codes(const QuantizedTensor& tensor, std::span<std::byte> plane);
 void unpack_q8_codes(std::span<const std::byte> plane, QuantizedTensor& tensor);

@@ -176,7 +176,7 @@ Command bench_command() {
        .short_name = "r"},
       {.name = "act",
        .type = OptionType::kText,
-       .help = "activations that meet quantized weights",
+       .help = "activations that meet quantized weights; w8a8 linears round theirs either way",
        .default_value = "int8",
        .choices = {"int8", "float"}},
   };

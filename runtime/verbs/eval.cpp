@@ -513,7 +513,7 @@ Command make_eval_command(EvalBackend backend) {
                "sentence/option1/option2/label; or folders"},
       {.name = "act",
        .type = OptionType::kText,
-       .help = "activations that meet quantized weights of a compact file",
+       .help = "activations that meet quantized weights of a compact file; w8a8 linears round theirs either way",
        .default_value = "int8",
        .choices = {"int8", "float"}},
       {.name = "speed",

@@ -35,8 +35,8 @@ Command export_command() {
        .choices = {"compact"}},
       {.name = "codec",
        .type = OptionType::kText,
-       .help = "storage of float matrices: keep, f32, f16, bf16, q8, q8c, q4, q4g64, q4g128, q4a, q4ag64, q4ag128; "
-               "codes stay codes",
+       .help = "storage of float matrices: keep, f32, f16, bf16, q8, q8c, w8a8, q4, q4g64, q4g128, q4a, q4ag64, "
+               "q4ag128, q3, q3g64, q3g128, q2, q2g64, q2g128; codes stay codes",
        .default_value = "keep"},
       {.name = "no-fallback",
        .type = OptionType::kFlag,

@@ -136,7 +136,7 @@ Command run_command() {
        .maximum = 1},
       {.name = "act",
        .type = OptionType::kText,
-       .help = "activations that meet quantized weights",
+       .help = "activations that meet quantized weights; w8a8 linears round theirs either way",
        .default_value = "int8",
        .choices = {"int8", "float"}},
       {.name = "ignore-eos", .type = OptionType::kFlag, .help = "go on after an end token", .default_value = false},

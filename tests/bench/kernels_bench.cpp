@@ -43,7 +43,7 @@ void multiply(benchmark::State& state, const std::string& kernels, const std::st
   std::vector<float> x(static_cast<std::size_t>(tokens * cols)), out(static_cast<std::size_t>(tokens * rows));
   for (std::size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 17) - 8.0f;
   Int8Activations q;
-  q.resize(tokens, cols);
+  q.resize(tokens, cols, w.matrix.codec.int8_inputs ? Int8Activations::Form::kToken : Int8Activations::Form::kGroup);
   for (std::int64_t tile = 0; tile < q.tiles(); ++tile) k.quantize_tile(x.data(), cols, tile, q);
   const std::int64_t blocks = w.matrix.row_blocks(), step = tokens > kActTile ? 8 : 64;
   std::vector<std::unique_ptr<std::byte, Free>> scratch;
@@ -70,7 +70,7 @@ void multiply(benchmark::State& state, const std::string& kernels, const std::st
 
 void register_all() {
   for (const std::string& kernels : available_kernels()) {
-    for (const char* codec : {"q4", "q4g128", "q4a", "q8", "q8c", "bf16", "f32"}) {
+    for (const char* codec : {"q4", "q4g128", "q4a", "q8", "q8c", "w8a8", "q3", "q3g128", "q2", "bf16", "f32"}) {
       for (const bool int8 : {true, false}) {
         if (int8 && Codec::parse(codec, "bench").is_float()) continue;
         for (const int threads : {1, 2}) {

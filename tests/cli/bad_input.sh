@@ -157,6 +157,9 @@ rm -rf "$T/m"; cp -r "$T/ragged" "$T/m"
 refuse "group does not divide, no fallback" "${GROUP_CODE:-3}" "172" "$PARE" quantize --model "$IN" --out "$OUT" --text "$TEXT" --codec q4g128 --fallback none
 refuse "the same in a dry run" "${GROUP_CODE:-3}" "172" "$PARE" compress --dry-run --model "$IN" --out "$OUT" --text "$TEXT" --set quantize.codec=q4g128 --set quantize.fallback=none
 
+refuse "quantize: an embedding has no inputs to round" 2 "embed_tokens.*q8c" "$PARE" quantize --model "$IN" --out "$OUT" --text "$TEXT" --embedding-codec w8a8
+refuse "quantize: a codec that is not there" 2 "did you mean \"q3" "$PARE" quantize --model "$IN" --out "$OUT" --text "$TEXT" --codec q3g16
+
 echo "--- options that would do nothing"
 unused() { # NAME OPTION COMMAND...
   local name=$1 option=$2

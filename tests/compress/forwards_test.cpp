@@ -95,7 +95,8 @@ TEST_P(PackedForwards, RuntimeOnPackedCodesAgreesWithLibTorchOnUnpackedOnes) {
     for (const TensorSpec& spec : original.tensors()) {
       const auto values = original.read_f32(spec.name);
       if (spec.shape.size() == 2) {
-        const Codec codec = wanted.fits(spec.shape[1]) ? wanted : Codec{CodecKind::kQ8, Codec::kPerRow};
+        Codec codec = wanted.fits(spec.shape[1]) ? wanted : Codec{CodecKind::kQ8, Codec::kPerRow};
+        if (spec.role == TensorRole::kEmbedding) codec = codec.layout();
         writer.put_codes(spec.name, testing::round_to_nearest(codec, spec.shape[0], spec.shape[1], values.data()));
         packed += codec == wanted;
       } else {
@@ -119,15 +120,25 @@ TEST_P(PackedForwards, RuntimeOnPackedCodesAgreesWithLibTorchOnUnpackedOnes) {
       return compare(*torch, runtime.get(), windows, {}, progress).kl.value;
     };
     const double exact = kl(false), int8 = kl(true);
-    EXPECT_LE(exact, 1e-5) << fixture.name;
-    EXPECT_GT(int8, exact) << fixture.name << ": the runtime did not round its activations";
-    EXPECT_LE(int8, 3e-3) << fixture.name;
+    if (wanted.int8_inputs) {
+      // A value at the boundary of two codes may fall to either side; still far nearer than without that rounding.
+      const auto unrounded = torch_logits(model, "cpu", 0, true);
+      const double cost = compare(*torch, unrounded.get(), windows, {}, progress).kl.value;
+      EXPECT_GT(cost, 1e-4) << fixture.name << ": LibTorch did not round the inputs";
+      EXPECT_LE(exact, 0.3 * cost) << fixture.name;
+    } else {
+      EXPECT_LE(exact, 1e-5) << fixture.name;
+      EXPECT_GT(int8, exact) << fixture.name << ": the runtime did not round its activations";
+    }
+    EXPECT_LE(int8, wanted.bits() > 2 ? 3e-3 : 0.1) << fixture.name;  // plain rounding to 2 bits leaves a wild model
     std::printf("%s %s: mean KL %.1e with float activations, %.1e with int8 ones\n", fixture.name, GetParam(), exact,
                 int8);
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Codecs, PackedForwards, ::testing::Values("q4g32", "q4g64", "q4g128", "q4ag32", "q8", "q8c"),
+INSTANTIATE_TEST_SUITE_P(Codecs, PackedForwards,
+                         ::testing::Values("q4g32", "q4g64", "q4g128", "q4ag32", "q8", "q8c", "q3g32", "q3g128",
+                                           "q2g32", "w8a8"),
                          [](const auto& info) { return std::string(info.param); });
 
 }  // namespace

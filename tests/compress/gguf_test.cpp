@@ -199,8 +199,9 @@ TEST(Gguf, CodesAreLaidOutAnewAndNotRoundedAgain) {
   const Scratch scratch("gguf-codes");
   testing::make_tiny_model(scratch / "model", {});
   const Checkpoint model(scratch / "model");
-  for (const char* name : {"q4g64", "q8", "q4a"}) {
+  for (const char* name : {"q4g64", "q8", "q4a", "q3", "q3g64", "q2", "w8a8"}) {
     const Codec codec = Codec::parse(name, "test");
+    const CodeRange range = code_range(codec.kind);
     FolderTransaction folder(scratch / name);
     CheckpointWriter writer(folder.work(), model.config(), "float32");
     std::uint64_t state = 9;
@@ -215,9 +216,7 @@ TEST(Gguf, CodesAreLaidOutAnewAndNotRoundedAgain) {
       tensor.cols = spec.shape[1];
       for (std::int64_t i = 0; i < tensor.rows * tensor.cols; ++i) {
         const auto random = static_cast<int>(testing::next_random(state) % 16);
-        tensor.codes.push_back(static_cast<std::int8_t>(codec.kind == CodecKind::kQ4   ? random - 8
-                                                        : codec.kind == CodecKind::kQ8 ? random * 16 - 127
-                                                                                       : random));
+        tensor.codes.push_back(static_cast<std::int8_t>(range.low + random * (range.high - range.low) / 15));
       }
       for (std::int64_t i = 0; i < tensor.rows * codec.groups(tensor.cols); ++i) {
         // Powers of two, so that zero * scale is a half.
@@ -238,6 +237,11 @@ TEST(Gguf, CodesAreLaidOutAnewAndNotRoundedAgain) {
         wanted = neighbours(wanted, codes.spec(source).shape[1], codes.config().head_dim);
       EXPECT_EQ(reader.floats(target), wanted) << name << " " << target;
     }
+    const std::vector<std::string> notes = plan_gguf(codes, {scratch / "x.gguf", "keep", true}).notes;
+    const bool said = std::any_of(notes.begin(), notes.end(), [&](const std::string& note) {
+      return note.find(codec.int8_inputs ? "one scale per token" : "4.5 bits") != std::string::npos;
+    });
+    EXPECT_EQ(said, codec.int8_inputs || codec.bits() < 4) << name;
   }
 }
 

@@ -67,12 +67,12 @@ TEST(Checkpoint, ListsAllProblemsAtOnce) {
 
 // Codes for every 2-D tensor, mixing all codecs; norms as floats.
 void put_one(CheckpointWriter& writer, const TensorSpec& spec, std::size_t index) {
-  static const char* kNames[] = {"q4g32", "q8", "q4ag32", "q8c", "q4g64", "q4g128", "q4ag64"};
+  static const char* kNames[] = {"q4g32", "q8", "q4ag32", "q8c", "q4g64", "q3g32", "q4ag64", "w8a8", "q2g64"};
   if (spec.shape.size() == 1 || index % 8 == 7) {
     writer.put(spec.name, values_of(spec).data());
     return;
   }
-  Codec codec = Codec::parse(kNames[index % 7], "");
+  Codec codec = Codec::parse(kNames[index % 9], "");
   if (!codec.fits(spec.shape[1])) codec = Codec::parse("q8c", "");
   writer.put_codes(spec.name, random_codes(codec, spec.shape[0], spec.shape[1], static_cast<std::uint32_t>(index)));
 }
@@ -90,8 +90,9 @@ TEST(Checkpoint, CodesComeBackTheVerySame) {
         writer.put(specs[i].name, values_of(specs[i]).data());
         continue;
       }
-      static const char* kNames[] = {"q4g32", "q8", "q4ag32", "q8c", "q4g64", "q4g128", "q4ag128"};
-      Codec codec = Codec::parse(kNames[put.size() % 7], "");
+      static const char* kNames[] = {"q4g32", "q8",    "q4ag32", "q8c",  "q4g64",  "q4g128", "q4ag128",
+                                     "q3g32", "q2g32", "q3g64",  "w8a8", "q2g128", "q3g128"};
+      Codec codec = Codec::parse(kNames[put.size() % 13], "");
       if (!codec.fits(specs[i].shape[1])) codec = Codec::parse("q8", "");
       put[specs[i].name] = random_codes(codec, specs[i].shape[0], specs[i].shape[1], static_cast<std::uint32_t>(i));
       writer.put_codes(specs[i].name, put[specs[i].name]);
@@ -124,10 +125,13 @@ TEST(Checkpoint, CodesComeBackTheVerySame) {
 
 // Words written from the specification of compressed-tensors: dense bit stream, low bits first, plus 2^(bits-1).
 TEST(Checkpoint, PackedWordsFollowTheSpecification) {
-  for (const char* name : {"q4g32", "q8"}) {
+  for (const char* name : {"q4g32", "q8", "q3g32", "q2g32"}) {
     const QuantizedTensor tensor = random_codes(Codec::parse(name, ""), 3, 96, 4);
     const int bits = tensor.codec.bits();
     const std::vector<std::int32_t> words = pack_weight(tensor);
+    QuantizedTensor back{tensor.codec, 3, 96, {}, tensor.scales, {}};
+    unpack_weight({"x", DType::kI32, {3, 3 * bits}, std::as_bytes(std::span(words))}, back);
+    EXPECT_TRUE(same(back, tensor)) << name;
     ASSERT_EQ(words.size(), static_cast<std::size_t>(3 * 96 * bits / 32));
     for (int row = 0; row < 3; ++row)
       for (int bit = 0; bit < 96 * bits; ++bit) {
@@ -193,11 +197,94 @@ TEST(Checkpoint, ReadsForeignAsymmetricFoldersAndPatternTargets) {
   const auto weights = [](Json& q) -> Json& { return q["config_groups"]["group_0"]["weights"]; };
   EXPECT_TRUE(contains(refused([](Json& q) { q["quant_method"] = "gptq"; }), "gptq"));
   EXPECT_TRUE(contains(refused([](Json& q) { q["format"] = "float-quantized"; }), "float-quantized"));
-  EXPECT_TRUE(contains(refused([&](Json& q) { weights(q)["num_bits"] = 3; }), "int 3 bits"));
+  EXPECT_TRUE(contains(refused([&](Json& q) { weights(q)["num_bits"] = 3; }), "int 3 bits, asymmetric"));
+  EXPECT_TRUE(contains(refused([&](Json& q) { weights(q)["num_bits"] = 5; }), "int 5 bits"));
+  const Json three = {{"num_bits", 3}, {"group_size", 64}, {"strategy", "group"}};
+  EXPECT_TRUE(contains(refused([&](Json& q) { weights(q) = three; }), "instead of"));
   EXPECT_TRUE(contains(refused([&](Json& q) { weights(q)["group_size"] = 32; }), "instead of"));
   EXPECT_TRUE(contains(refused([](Json& q) { q["config_groups"]["group_0"]["targets"] = {"re:("}; }), "regular expression"));
   EXPECT_TRUE(contains(refused([](Json& q) { q["config_groups"]["group_0"]["targets"] = {"nobody"}; }), "targets it"));
   EXPECT_TRUE(contains(refused([](Json& q) { q["config_groups"]["group_0"]["input_activations"] = {{"num_bits", 8}}; }), "activations"));
+}
+
+// int-quantized as other programs write it: bytes for codes, scales in any float, pattern targets, inputs per token.
+TEST(Checkpoint, ReadsForeignInt8FoldersWithRoundedInputs) {
+  const Scratch scratch;
+  Json config = small_config();
+  config["quantization_config"] = Json::parse(R"({
+    "quant_method":"compressed-tensors","format":"int-quantized","ignore":["lm_head"],
+    "config_groups":{"group_0":{"targets":["re:.*q_proj$"],
+      "weights":{"num_bits":8,"type":"int","symmetric":true,"strategy":"channel"},
+      "input_activations":{"num_bits":8,"type":"int","symmetric":true,"strategy":"token","dynamic":true}}}})");
+  const std::string name = "model.layers.0.self_attn.q_proj.weight";
+  const QuantizedTensor tensor = random_codes(Codec::parse("w8a8", ""), 128, 128, 3);
+  const auto write = [&](const Json& json, bool scales_there) {
+    fs::remove_all(scratch / "m");
+    fs::create_directories(scratch / "m");
+    write_bytes(scratch.path() / "m" / "config.json", json.dump());
+    std::vector<TensorDecl> decls;
+    std::string data;
+    const auto add = [&](const std::string& text, DType dtype, std::vector<std::int64_t> shape,
+                         std::span<const std::byte> bytes) {
+      decls.push_back({text, dtype, shape});
+      data.append(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+    };
+    for (const TensorSpec& spec : expected_tensors(small())) {
+      if (spec.name != name) {
+        const auto values = values_of(spec);
+        add(spec.name, DType::kF32, spec.shape, std::as_bytes(std::span(values)));
+        continue;
+      }
+      add(name, DType::kI8, {128, 128}, std::as_bytes(std::span(tensor.codes)));
+      if (scales_there) add(name + "_scale", DType::kF16, {128, 1}, std::as_bytes(std::span(tensor.scales)));
+    }
+    SafetensorsWriter writer(scratch / "m" / "model.safetensors", decls, {{"format", "pt"}});
+    writer.write(as_bytes(data));
+    writer.finish();
+  };
+  write(config, true);
+  {
+    const Checkpoint folder(scratch / "m");
+    EXPECT_EQ(folder.codec(name).name(), "w8a8");
+    EXPECT_TRUE(same(folder.codes(name), tensor));
+  }
+  const auto refused = [&](const std::function<void(Json&)>& change, bool scales_there = true) {
+    Json other = config;
+    change(other["quantization_config"]["config_groups"]["group_0"]);
+    write(other, scales_there);
+    return error_of([&] { Checkpoint model(scratch / "m"); });
+  };
+  EXPECT_EQ(refused([](Json&) {}), "no error");
+  EXPECT_EQ(refused([](Json& g) { g["input_activations"] = nullptr; }), "no error");
+  EXPECT_EQ(Checkpoint(scratch / "m").codec(name).name(), "q8c");
+  EXPECT_TRUE(contains(refused([](Json&) {}, false), "weight_scale is missing"));
+  for (const auto& [key, value] : std::map<std::string, Json>{
+           {"num_bits", 4}, {"type", "float"}, {"symmetric", false}, {"strategy", "tensor"}, {"dynamic", false}}) {
+    const std::string message = refused([&](Json& g) { g["input_activations"][key] = value; });
+    EXPECT_TRUE(message.starts_with("3 ") && contains(message, "per token")) << key << ": " << message;
+  }
+  EXPECT_TRUE(contains(refused([](Json& g) { g["weights"]["num_bits"] = 4; }), "inputs are rounded"));
+  EXPECT_TRUE(contains(refused([](Json& g) { g["output_activations"] = g["input_activations"]; }), "output_activ"));
+  EXPECT_TRUE(contains(refused([](Json& g) {
+                         g["input_activations"] = nullptr;
+                         g["weights"] = {{"num_bits", 4}, {"group_size", 32}, {"strategy", "group"}};
+                       }), "a byte a code"));
+  Json plain = config;
+  plain.erase("quantization_config");
+  write(plain, true);
+  EXPECT_TRUE(contains(error_of([&] { Checkpoint model(scratch / "m"); }), "without a quantization_config"));
+}
+
+TEST(Checkpoint, TablesCannotRoundInputs) {
+  const Scratch scratch;
+  const ModelConfig config = small();
+  CheckpointWriter writer(scratch.path(), config, "float32");
+  for (const TensorSpec& spec : expected_tensors(config)) {
+    if (spec.role != TensorRole::kEmbedding) writer.put(spec.name, values_of(spec).data());
+    else writer.put_codes(spec.name, random_codes(Codec::parse("w8a8", ""), spec.shape[0], spec.shape[1], 1));
+  }
+  const std::string message = error_of([&] { writer.finish(); });
+  EXPECT_TRUE(message.starts_with("3 ") && contains(message, "embed_tokens") && contains(message, "w8a8")) << message;
 }
 
 TEST(CheckpointWriter, InterruptionsLeaveNoTrace) {

@@ -55,10 +55,16 @@ TEST(CodecFloat, HalfAndBrainRoundToNearestEven) {
 }
 
 TEST(Codec, NamesGoBothWays) {
-  for (const char* name : {"f32", "f16", "bf16", "q8", "q8c", "q4g32", "q4g64", "q4g128", "q4ag32", "q4ag64", "q4ag128"})
+  for (const char* name : {"f32", "f16", "bf16", "q8", "q8c", "w8a8", "q4g32", "q4g64", "q4g128", "q4ag32", "q4ag64",
+                           "q4ag128", "q3g32", "q3g64", "q3g128", "q2g32", "q2g64", "q2g128"})
     EXPECT_EQ(Codec::parse(name, "").name(), name);
   EXPECT_EQ(Codec::parse("q4", ""), Codec::parse("q4g32", ""));
   EXPECT_EQ(Codec::parse("q4a", ""), Codec::parse("q4ag32", ""));
+  EXPECT_EQ(Codec::parse("q3", ""), Codec::parse("q3g32", ""));
+  EXPECT_EQ(Codec::parse("q2", ""), Codec::parse("q2g32", ""));
+  EXPECT_NE(Codec::parse("w8a8", ""), Codec::parse("q8c", ""));
+  EXPECT_EQ(Codec::parse("w8a8", "").layout(), Codec::parse("q8c", ""));
+  EXPECT_TRUE(error_of([] { Codec::parse("q3g16", "--codec"); }).starts_with("2 "));
   const std::string message = error_of([] { Codec::parse("q4g63", "--codec"); });
   EXPECT_TRUE(message.starts_with("2 --codec") && contains(message, "did you mean \"q4g")) << message;
   EXPECT_FALSE(Codec::parse("q4g64", "").fits(96));
@@ -71,14 +77,24 @@ std::vector<std::byte> naive_payload(const QuantizedTensor& t) {
   const std::size_t rows = static_cast<std::size_t>(t.rows), cols = static_cast<std::size_t>(t.cols);
   const std::size_t blocks = (rows + 15) / 16, groups = static_cast<std::size_t>(t.codec.groups(t.cols));
   const bool eight = t.codec.kind == CodecKind::kQ8, asymmetric = t.codec.kind == CodecKind::kQ4a;
-  const std::size_t per_line = eight ? 4 : 8, chunks = (cols + per_line - 1) / per_line;
+  const bool three = t.codec.kind == CodecKind::kQ3, two = t.codec.kind == CodecKind::kQ2;
+  // Lines come in chunks; 3 bits: of three lines and 32 inputs, so 32 / 3 inputs a line.
+  const std::size_t per_line = eight ? 4 : two ? 16 : 8;
+  const std::size_t chunks = three ? cols / 32 * 3 : (cols + per_line - 1) / per_line;
   const std::size_t scales_at = blocks * chunks * 64, zeros_at = scales_at + pad64(blocks * groups * 32);
   std::vector<std::byte> out(zeros_at + (asymmetric ? pad64(blocks * groups * 8) : 0));
   for (std::size_t row = 0; row < blocks * 16; ++row) {
-    for (std::size_t col = 0; col < chunks * per_line; ++col) {
+    for (std::size_t col = 0; col < (three ? cols : chunks * per_line); ++col) {
       const int code = row < rows && col < cols ? t.codes[row * cols + col] : 0;
       const std::size_t line = (row / 16 * chunks + col / per_line) * 64 + row % 16 * 4;
-      if (eight) {
+      if (three) {
+        const auto u = static_cast<unsigned>(code + 4);
+        const std::size_t first = (row / 16 * chunks + col / 32 * 3) * 64 + row % 16 * 4 + col % 4;
+        out[first + col % 32 / 16 * 64] |= std::byte((u & 3) << (col % 16 / 4 * 2));
+        out[first + 128] |= std::byte((u >> 2) << (col % 32 / 4));
+      } else if (two) {
+        out[line + col % 4] |= std::byte(static_cast<unsigned>(code + 2) << (col % 16 / 4 * 2));
+      } else if (eight) {
         out[line + col % 4] = std::byte(code + 128);
       } else {
         const auto u = static_cast<unsigned>(code + (asymmetric ? 0 : 8));
@@ -97,7 +113,8 @@ std::vector<std::byte> naive_payload(const QuantizedTensor& t) {
 }
 
 TEST(Codec, PayloadMatchesTheSpecificationAndComesBack) {
-  for (const char* name : {"q8", "q8c", "q4g32", "q4g64", "q4g128", "q4ag32", "q4ag64", "q4ag128"}) {
+  for (const char* name : {"q8", "q8c", "w8a8", "q4g32", "q4g64", "q4g128", "q4ag32", "q4ag64", "q4ag128", "q3g32",
+                           "q3g64", "q3g128", "q2g32", "q2g64", "q2g128"}) {
     const Codec codec = Codec::parse(name, "");
     for (const std::int64_t rows : {1, 7, 8, 15, 16, 17, 40}) {
       for (const std::int64_t cols : {1, 3, 32, 64, 96, 101, 128, 384}) {
@@ -114,7 +131,39 @@ TEST(Codec, PayloadMatchesTheSpecificationAndComesBack) {
   }
 }
 
-// The worked example of runtime/FORMAT.md section 4.
+TEST(Codec, BitsOfTheWholePayload) {
+  const auto bits = [](const char* name) {
+    return static_cast<double>(Codec::parse(name, "").payload_bytes(256, 512)) * 8 / (256 * 512);
+  };
+  EXPECT_EQ(bits("q3g32"), 3.5);
+  EXPECT_EQ(bits("q3g128"), 3.125);
+  EXPECT_EQ(bits("q2g32"), 2.5);
+  EXPECT_EQ(bits("q2g64"), 2.25);
+  EXPECT_EQ(bits("q4g32"), 4.5);
+}
+
+// The worked examples of runtime/FORMAT.md section 5.
+TEST(Codec, TheDocumentedExampleOfThreeBits) {
+  QuantizedTensor tensor;
+  tensor.codec = Codec::parse("q3g32", "");
+  tensor.rows = 1;
+  tensor.cols = 32;
+  for (int i = 0; i < 32; ++i) tensor.codes.push_back(static_cast<std::int8_t>(i % 8 - 4));
+  tensor.scales = {f32_to_f16(0.5f)};
+  std::vector<unsigned> expected;
+  for (int line = 0; line < 2; ++line) {
+    expected.insert(expected.end(), {0x00u, 0x55u, 0xaau, 0xffu});
+    expected.insert(expected.end(), 60, 0u);
+  }
+  expected.insert(expected.end(), 4, 0xaau);
+  expected.insert(expected.end(), 60, 0xffu);
+  expected.insert(expected.end(), {0x00u, 0x38u});
+  expected.insert(expected.end(), 62, 0u);
+  std::vector<unsigned> bytes;
+  for (const std::byte byte : pack_payload(tensor)) bytes.push_back(std::to_integer<unsigned>(byte));
+  EXPECT_EQ(bytes, expected);
+}
+
 TEST(Codec, TheDocumentedExample) {
   QuantizedTensor tensor;
   tensor.codec = Codec::parse("q4g32", "");
@@ -137,7 +186,7 @@ TEST(Codec, TheDocumentedExample) {
 }
 
 TEST(Codec, UnpackIsOneProduct) {
-  for (const char* name : {"q8", "q8c", "q4g32", "q4ag64"}) {
+  for (const char* name : {"q8", "q8c", "q4g32", "q4ag64", "q3g64", "q2g32"}) {
     const Codec codec = Codec::parse(name, "");
     const QuantizedTensor tensor = random_codes(codec, 5, 128, 9);
     std::vector<float> values(5 * 128);
@@ -163,6 +212,11 @@ TEST(Codec, ValidateRefusesValuesOutOfRange) {
   EXPECT_TRUE(contains(broken("q4", [](auto& t) { t.codes[5] = 8; }), "-8 to 7"));
   EXPECT_TRUE(contains(broken("q4", [](auto& t) { t.codes[5] = -9; }), "-8 to 7"));
   EXPECT_TRUE(contains(broken("q4a", [](auto& t) { t.codes[5] = -1; }), "0 to 15"));
+  EXPECT_TRUE(contains(broken("q3", [](auto& t) { t.codes[5] = 4; }), "-4 to 3"));
+  EXPECT_TRUE(contains(broken("q3", [](auto& t) { t.codes[5] = -5; }), "-4 to 3"));
+  EXPECT_TRUE(contains(broken("q2", [](auto& t) { t.codes[5] = 2; }), "-2 to 1"));
+  EXPECT_TRUE(contains(broken("q2", [](auto& t) { t.codes[5] = -3; }), "-2 to 1"));
+  EXPECT_TRUE(contains(broken("w8a8", [](auto& t) { t.codes[5] = -128; }), "-127"));
   EXPECT_TRUE(contains(broken("q4a", [](auto& t) { t.zeros[0] = 16; }), "zeros"));
   EXPECT_TRUE(contains(broken("q4", [](auto& t) { t.scales[0] = 0x7c00; }), "finite"));
   EXPECT_TRUE(contains(broken("q4", [](auto& t) { t.scales[0] = 0x7e00; }), "finite"));

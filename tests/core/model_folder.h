@@ -67,10 +67,10 @@ inline QuantizedTensor random_codes(const Codec& codec, std::int64_t rows, std::
     seed = seed * 1664525u + 1013904223u;
     return seed >> 8;
   };
+  const CodeRange range = code_range(codec.kind);
+  const auto count = static_cast<std::uint32_t>(range.high - range.low + 1);
   for (std::int64_t i = 0; i < rows * cols; ++i)
-    tensor.codes.push_back(static_cast<std::int8_t>(codec.kind == CodecKind::kQ8   ? static_cast<int>(next() % 255) - 127
-                                                    : codec.kind == CodecKind::kQ4 ? static_cast<int>(next() % 16) - 8
-                                                                                   : static_cast<int>(next() % 16)));
+    tensor.codes.push_back(static_cast<std::int8_t>(range.low + static_cast<int>(next() % count)));
   for (std::int64_t i = 0; i < rows * codec.groups(cols); ++i) {
     tensor.scales.push_back(static_cast<std::uint16_t>(next() % 0x3c00));  // 0 up to 1, subnormals too
     if (codec.kind == CodecKind::kQ4 && tensor.scales.back() % 3 == 1) tensor.scales.back() |= 0x8000u;

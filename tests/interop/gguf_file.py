@@ -28,15 +28,17 @@ def pare(*arguments):
 
 
 def weights_of(folder):
-    """Float weights that transformers computes with; packed linears are read with an identity batch."""
+    """Float weights that transformers computes with; linears of codes are read with an identity batch."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     packed = [name.removesuffix(".weight_packed") for name in state if name.endswith(".weight_packed")]
+    packed += [name.removesuffix(".weight") for name in state if state[name].dtype == torch.int8]
     weights = {name: value for name, value in state.items() if ".weight_" not in name}
     modules = dict(model.named_modules())
     with torch.no_grad():
         model(torch.arange(1, 17)[None])  # makes packed layers ready
         for name in packed:
+            modules[name].quantization_enabled = False  # the identity is not rounded to int8
             weights[name + ".weight"] = modules[name](torch.eye(modules[name].in_features)).T
     return {name: value.numpy() for name, value in weights.items()}
 

@@ -82,7 +82,9 @@ TEST(Gptq, EqualsTheLiteralAlgorithmCodeForCode) {
   for (const Case& c :
        {Case{"q4", 33, 64, false, false}, Case{"q4", 5, 160, true, false}, Case{"q4g128", 40, 256, true, false},
         Case{"q4a", 17, 96, false, false}, Case{"q4ag64", 9, 192, true, true}, Case{"q8c", 12, 172, true, false},
-        Case{"q8", 7, 64, false, true}, Case{"q4", 20, 128, false, true}}) {
+        Case{"q8", 7, 64, false, true}, Case{"q4", 20, 128, false, true}, Case{"q3", 33, 96, true, false},
+        Case{"q3g64", 9, 192, false, true}, Case{"q2", 12, 160, false, false}, Case{"q2g128", 7, 256, true, true},
+        Case{"w8a8", 12, 172, false, false}}) {
     std::vector<float> w = random_weight(random, c.rows, c.cols);
     if (c.pruned) {
       for (std::size_t i = 0; i < w.size(); i += 3) w[i] = 0.0f;
@@ -239,7 +241,7 @@ void literal_pass(const std::vector<float>& w, QuantizedTensor& t, const std::ve
 TEST(Polish, EqualsTheDescentOfOneRowAtATime) {
   std::mt19937_64 random(16);
   // More columns than a block and more rows than a tile; groups of a block, of less and of the whole row.
-  for (const char* codec : {"q4", "q4a", "q4g128", "q8c"}) {
+  for (const char* codec : {"q4", "q4a", "q4g128", "q8c", "q3", "q2g128"}) {
     const std::int64_t rows = 67, cols = std::string(codec) == "q4a" ? 160 : 256;  // 160: no whole blocks
     std::vector<float> w = random_weight(random, rows, cols);
     for (std::size_t i = 0; i < w.size(); i += 7) w[i] = 0.0f;
@@ -271,7 +273,7 @@ TEST(Polish, EqualsTheDescentOfOneRowAtATime) {
 
 TEST(Polish, EndsWhereNoSingleCodeCanBeImproved) {
   std::mt19937_64 random(6);
-  for (const char* codec : {"q4", "q4a", "q4g64", "q8"}) {
+  for (const char* codec : {"q4", "q4a", "q4g64", "q8", "q3", "q3g64", "q2"}) {
     const std::int64_t rows = 11, cols = 64;
     std::vector<float> w = random_weight(random, rows, cols);
     for (std::size_t i = 0; i < w.size(); i += 5) w[i] = 0.0f;

@@ -64,6 +64,30 @@ TEST(Policy, FallbackIsTheNextSmallerGroupThenPerRow) {
   EXPECT_EQ(notes.back(), "mlp.down_proj (2 tensors): q4g128 does not divide 172 columns, q8c instead");
 }
 
+TEST(Policy, LowBitsFallBackLikeTheOthersAndInt8InputsNeedALinear) {
+  QuantizePolicy policy;
+  policy.linear = "q3g128";
+  policy.embedding = "q2g128";
+  const std::vector<TensorPlan> plan = plan_codecs(small_config(64, 172, true), policy);
+  EXPECT_EQ(codec_of(plan, "model.layers.0.self_attn.q_proj.weight"), "q3g64");
+  EXPECT_EQ(codec_of(plan, "model.layers.0.mlp.down_proj.weight"), "q8c");
+  EXPECT_EQ(codec_of(plan, "model.embed_tokens.weight"), "q2g64");
+
+  policy.linear = "w8a8";
+  policy.rules = {"*.down_proj=q8c"};
+  const std::vector<TensorPlan> int8 = plan_codecs(small_config(64, 172, true), policy);
+  EXPECT_EQ(codec_of(int8, "model.layers.0.self_attn.q_proj.weight"), "w8a8");
+  EXPECT_EQ(codec_of(int8, "model.layers.0.mlp.down_proj.weight"), "q8c");
+  policy.embedding = "w8a8";
+  try {
+    plan_codecs(small_config(64, 172, true), policy);
+    FAIL() << "accepted";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ExitCode::kUsage);
+    EXPECT_NE(error.found().find("model.embed_tokens.weight"), std::string::npos) << error.found();
+  }
+}
+
 TEST(Policy, WithoutFallbackEveryTensorIsNamed) {
   QuantizePolicy policy;
   policy.fallback = false;

@@ -17,7 +17,8 @@ using testing::quadratic;
 using testing::random_hessian;
 using testing::random_weight;
 
-const std::vector<std::string> kCodecs = {"q4", "q4g64", "q4g128", "q4a", "q4ag64", "q8", "q8c"};
+const std::vector<std::string> kCodecs = {"q4", "q4g64", "q4g128", "q4a",    "q4ag64", "q8", "q8c",
+                                         "q3", "q3g64", "q3g128", "q2", "q2g64",  "q2g128", "w8a8"};
 
 double group_error(const std::vector<float>& weight, const QuantizedTensor& q, std::int64_t row, std::int64_t begin,
                    std::int64_t end, const std::vector<double>& metric) {
@@ -82,7 +83,7 @@ TEST(Scales, SearchIsNeverWorseThanAbsmaxUnderItsObjective) {
       }
       EXPECT_LT(best_sum, plain_sum) << name;
       if (codec.kind != CodecKind::kQ8) {
-        EXPECT_LT(best_sum, (codec.kind == CodecKind::kQ4 ? 0.9 : 0.97) * plain_sum)
+        EXPECT_LT(best_sum, (codec.kind == CodecKind::kQ4a ? 0.97 : 0.9) * plain_sum)
             << name << " objective " << objective;
       }
     }
@@ -114,34 +115,37 @@ TEST(Scales, CodesAreTheNearestUnderTheStoredScale) {
 
 // Every scale f16 can hold near the optimum, tried one by one: the grid with refit must come within 2 % in sum.
 TEST(Scales, SearchIsCloseToTheExhaustiveOptimum) {
-  std::mt19937_64 random(4);
-  const std::int64_t rows = 40, cols = 32;
-  const std::vector<float> w = random_weight(random, rows, cols);
-  const QuantizedTensor q =
-      round_to_nearest(w.data(), rows, cols, Codec::parse("q4", "t"), ScaleRule::kSearched, {}, "w", 1);
-  std::vector<double> identity(static_cast<std::size_t>(cols * cols), 0.0);
-  for (std::int64_t i = 0; i < cols; ++i) identity[static_cast<std::size_t>(i * cols + i)] = 1.0;
-  double found = 0, optimum = 0;
-  for (std::int64_t r = 0; r < rows; ++r) {
-    found += group_error(w, q, r, 0, cols, identity);
-    double absmax = 0, best = std::numeric_limits<double>::infinity();
-    for (std::int64_t j = 0; j < cols; ++j)
-      absmax = std::max(absmax, std::fabs(static_cast<double>(w[static_cast<std::size_t>(r * cols + j)])));
-    for (std::uint16_t bits = 1; bits < 0x7c00; ++bits) {
-      const double scale = static_cast<double>(f16_to_f32(bits));
-      if (scale < absmax / 40 || scale > absmax / 5) continue;
-      double error = 0;
-      for (std::int64_t j = 0; j < cols; ++j) {
-        const double value = static_cast<double>(w[static_cast<std::size_t>(r * cols + j)]);
-        const double d = value - scale * std::clamp(std::nearbyint(value / scale), -8.0, 7.0);
-        error += d * d;
+  for (const CodecKind kind : {CodecKind::kQ4, CodecKind::kQ3, CodecKind::kQ2}) {
+    std::mt19937_64 random(4);
+    const std::int64_t rows = 40, cols = 32;
+    const std::vector<float> w = random_weight(random, rows, cols);
+    const QuantizedTensor q =
+        round_to_nearest(w.data(), rows, cols, {kind, 32}, ScaleRule::kSearched, {}, "w", 1);
+    const CodeRange range = code_range(kind);
+    std::vector<double> identity(static_cast<std::size_t>(cols * cols), 0.0);
+    for (std::int64_t i = 0; i < cols; ++i) identity[static_cast<std::size_t>(i * cols + i)] = 1.0;
+    double found = 0, optimum = 0;
+    for (std::int64_t r = 0; r < rows; ++r) {
+      found += group_error(w, q, r, 0, cols, identity);
+      double absmax = 0, best = std::numeric_limits<double>::infinity();
+      for (std::int64_t j = 0; j < cols; ++j)
+        absmax = std::max(absmax, std::fabs(static_cast<double>(w[static_cast<std::size_t>(r * cols + j)])));
+      for (std::uint16_t bits = 1; bits < 0x7c00; ++bits) {
+        const double scale = static_cast<double>(f16_to_f32(bits));
+        if (scale < absmax / 40 || scale > absmax * 1.1 / range.high) continue;
+        double error = 0;
+        for (std::int64_t j = 0; j < cols; ++j) {
+          const double value = static_cast<double>(w[static_cast<std::size_t>(r * cols + j)]);
+          const double d = value - scale * std::clamp<double>(std::nearbyint(value / scale), range.low, range.high);
+          error += d * d;
+        }
+        best = std::min(best, error);
       }
-      best = std::min(best, error);
+      optimum += best;
     }
-    optimum += best;
+    EXPECT_GE(found, optimum * 0.999999);
+    EXPECT_LE(found, optimum * 1.02) << range.high;
   }
-  EXPECT_GE(found, optimum * 0.999999);
-  EXPECT_LE(found, optimum * 1.02);
 }
 
 TEST(Scales, EdgesZeroGroupsTinyHugeAndZeros) {

@@ -110,7 +110,8 @@ TEST(QuantizeStage, EveryCodecAndThePolicy) {
   ScratchFolder scratch;
   write_tiny(scratch / "in", tiny_config(2, false));
   int number = 0;
-  for (const char* codec : {"q4", "q4g64", "q4g128", "q4a", "q4ag64", "q8", "q8c"}) {
+  for (const char* codec :
+       {"q4", "q4g64", "q4g128", "q4a", "q4ag64", "q8", "q8c", "q3", "q3g64", "q2", "q2g128", "w8a8"}) {
     const fs::path out = scratch / std::to_string(number++);
     const Json result =
         run_quantize({{"model", (scratch / "in").string()},
@@ -126,6 +127,9 @@ TEST(QuantizeStage, EveryCodecAndThePolicy) {
     EXPECT_EQ(quantized.read_f32("model.layers.0.mlp.up_proj.weight"),
               original.read_f32("model.layers.0.mlp.up_proj.weight"));
     EXPECT_EQ(quantized.codec("lm_head.weight"), Codec::parse("q4", "t"));
+    const Codec q_proj = quantized.codec("model.layers.0.self_attn.q_proj.weight"), asked = Codec::parse(codec, "t");
+    EXPECT_EQ(q_proj.kind, asked.kind);  // 64 columns: some groups fall back to smaller ones
+    EXPECT_EQ(q_proj.int8_inputs, asked.int8_inputs);
     EXPECT_LT(result.at("layer_error").get<double>(), result.at("layer_error_before").get<double>()) << codec;
   }
 }

@@ -30,7 +30,7 @@ class ExportTest : public ::testing::Test {
 };
 
 TEST_F(ExportTest, RoundToNearestIsNearest) {
-  for (const char* name : {"q8", "q8c", "q4g32", "q4g64", "q4ag32", "q4ag128"}) {
+  for (const char* name : {"q8", "q8c", "w8a8", "q4g32", "q4g64", "q4ag32", "q4ag128", "q3g32", "q3g128", "q2g32"}) {
     const Codec codec = Codec::parse(name, "");
     std::vector<float> values = values_of({"x", {6, 128}, TensorRole::kLinear, 0, ""});
     std::fill(values.begin(), values.begin() + 128, 0.0f);                               // a row of zeros
@@ -41,8 +41,7 @@ TEST_F(ExportTest, RoundToNearestIsNearest) {
     tensor.validate("t");
     std::vector<float> back(values.size());
     tensor.unpack(back.data());
-    const int low = codec.kind == CodecKind::kQ8 ? -127 : codec.kind == CodecKind::kQ4 ? -8 : 0;
-    const int high = codec.kind == CodecKind::kQ8 ? 127 : codec.kind == CodecKind::kQ4 ? 7 : 15;
+    const auto [low, high] = code_range(codec.kind);
     const auto groups = static_cast<std::size_t>(codec.groups(128));
     for (std::size_t i = 0; i < values.size(); ++i) {
       const std::size_t at = i / 128 * groups + i % 128 / (128 / groups);
@@ -68,7 +67,10 @@ TEST_F(ExportTest, CodesAreNeverRoundedAgain) {
     if (spec.shape.size() == 1 || spec.module == "mlp.up_proj") {
       writer.put(spec.name, values_of(spec).data());
     } else {
-      put[spec.name] = random_codes(Codec::parse(put.size() % 2 ? "q4ag32" : "q4g32", ""), spec.shape[0], spec.shape[1], 7);
+      static const char* kNames[] = {"q4g32", "q4ag32", "q3g32", "q2g32", "q8c", "w8a8"};
+      Codec codec = Codec::parse(kNames[put.size() % 6], "");
+      if (spec.role == TensorRole::kEmbedding) codec = codec.layout();
+      put[spec.name] = random_codes(codec, spec.shape[0], spec.shape[1], 7);
       writer.put_codes(spec.name, put[spec.name]);
     }
   }
@@ -83,6 +85,45 @@ TEST_F(ExportTest, CodesAreNeverRoundedAgain) {
       EXPECT_TRUE(same(unpack_payload(tensor.codec, tensor.rows, tensor.cols, file.tensor(name).payload, name), tensor));
     EXPECT_EQ(file.tensor("model.layers.1.mlp.up_proj.weight").codec.name(), codec == std::string("keep") ? "f32" : codec);
     EXPECT_EQ(file.tensor("model.norm.weight").codec.name(), "f32");
+  }
+}
+
+// A compact file is a way through, not an end: its codes in a folder again are the codes of the first folder.
+TEST_F(ExportTest, CodesSurviveFolderToCompactToFolder) {
+  Json json = small_config();
+  json["tie_word_embeddings"] = false;
+  const ModelConfig config = parse_config(json, nullptr, "config.json");
+  const auto written = [&](const fs::path& path, const auto& codes_of) {
+    fs::create_directories(path);
+    CheckpointWriter writer(path, config, "float32");
+    for (const TensorSpec& spec : expected_tensors(config)) {
+      if (spec.shape.size() == 1) writer.put(spec.name, values_of(spec).data());
+      else writer.put_codes(spec.name, codes_of(spec));
+    }
+    writer.finish();
+  };
+  for (const char* name : {"q3g32", "q2g32", "w8a8", "q8c", "q8", "q4g32", "q4ag32"}) {
+    const fs::path first = scratch_ / (std::string(name) + "-1"), second = scratch_ / (std::string(name) + "-2");
+    const fs::path compact = scratch_ / (std::string(name) + ".pare");
+    written(first, [&](const TensorSpec& spec) {
+      Codec codec = Codec::parse(name, "");
+      if (spec.role == TensorRole::kEmbedding) codec = codec.layout();
+      return random_codes(codec, spec.shape[0], spec.shape[1], 9);
+    });
+    export_compact(Checkpoint(first), {.out = compact}, context_);
+    const CompactFile file(compact);
+    written(second, [&](const TensorSpec& spec) {
+      const CompactTensor& tensor = file.tensor(spec.name);
+      return unpack_payload(tensor.codec, tensor.shape[0], tensor.shape[1], tensor.payload, spec.name);
+    });
+    const Checkpoint a(first), b(second);
+    for (const TensorSpec& spec : a.tensors()) {
+      ASSERT_EQ(a.codec(spec.name), b.codec(spec.name)) << name << " " << spec.name;
+      if (!a.is_quantized(spec.name)) continue;
+      EXPECT_TRUE(same(a.codes(spec.name), b.codes(spec.name))) << name << " " << spec.name;
+    }
+    EXPECT_EQ(read_text(first / "model.safetensors"), read_text(second / "model.safetensors")) << name;
+    EXPECT_EQ(read_text(first / "config.json"), read_text(second / "config.json")) << name;
   }
 }
 

@@ -49,7 +49,14 @@ std::vector<Codec> codecs() {
           {q4, 128},
           {q4a, 32},
           {q4a, 64},
-          {q4a, 128}};
+          {q4a, 128},
+          {CodecKind::kQ3, 32},
+          {CodecKind::kQ3, 64},
+          {CodecKind::kQ3, 128},
+          {CodecKind::kQ2, 32},
+          {CodecKind::kQ2, 64},
+          {CodecKind::kQ2, 128},
+          {CodecKind::kQ8, Codec::kPerRow, true}};
 }
 
 bool fits(const ModelConfig& c, const Codec& codec) {
@@ -93,8 +100,9 @@ TEST(ForwardTest, EveryIngredientCodecAndInstructionSetMatchesDoubles) {
       const fs::path path = scratch.path / ("m" + std::to_string(checked) + ".pare");
       const TinyModel model = write_tiny_model(path, shape.config, codec, static_cast<std::uint32_t>(++checked));
       const auto ids = random_ids(20, shape.config.vocab_size, 7);
-      const auto exact = BruteForce(model, false).logits(ids);
+      const auto exact = BruteForce(model, false, false).logits(ids);
       const auto with_int8 = codec.is_float() ? exact : BruteForce(model, true).logits(ids);
+      const auto tokens_rounded = codec.int8_inputs ? BruteForce(model, false).logits(ids) : exact;
       for (const std::string& kernels : available_kernels()) {
         for (const bool int8 : {false, true}) {
           if (int8 && codec.is_float()) continue;
@@ -103,11 +111,12 @@ TEST(ForwardTest, EveryIngredientCodecAndInstructionSetMatchesDoubles) {
           const auto got = all_logits(session, 20, shape.config.vocab_size);
           const std::string what =
               std::string(shape.name) + ", " + codec.name() + ", " + kernels + (int8 ? ", int8" : ", float");
-          if (int8) {
+          if (int8 || codec.int8_inputs) {
+            const auto& rounded = int8 ? with_int8 : tokens_rounded;
             // A value next to a rounding boundary may fall to the other side and shift what follows a little, but far
             // less than int8 activations differ from float ones.
-            EXPECT_LT(relative_error(got, with_int8), 1e-2) << what;
-            EXPECT_LT(relative_error(got, with_int8), 0.6 * relative_error(got, exact)) << what;
+            EXPECT_LT(relative_error(got, rounded), 1e-2) << what;
+            EXPECT_LT(relative_error(got, rounded), 0.6 * relative_error(got, exact)) << what;
           } else {
             EXPECT_LT(relative_error(got, exact), 3e-6) << what;
           }
@@ -139,7 +148,8 @@ TEST(ForwardTest, IncrementalDecodingAndAnyThreadCountGiveTheBitsOfOnePrefill) {
   some.resize(2);
   for (const Shape& shape : some) {
     for (const Codec& codec : {Codec{CodecKind::kF32, 0}, Codec{CodecKind::kQ8, 32}, Codec{CodecKind::kQ4, 32},
-                               Codec{CodecKind::kQ4a, 32}}) {
+                               Codec{CodecKind::kQ4a, 32}, Codec{CodecKind::kQ3, 32},
+                               Codec{CodecKind::kQ8, Codec::kPerRow, true}}) {
       if (!fits(shape.config, codec)) continue;
       const fs::path path = scratch.path / (std::to_string(file++) + ".pare");
       write_tiny_model(path, shape.config, codec, 11);
@@ -239,10 +249,12 @@ TEST(ForwardTest, LogitsSourceRestartsAtEachWindow) {
 }
 
 // Damaged files: an error or a working model, never a crash, and the same for every length of a cut file.
-TEST(ForwardTest, DamagedFilesNeverCrash) {
+class DamagedFiles : public ::testing::TestWithParam<const char*> {};
+
+TEST_P(DamagedFiles, NeverCrash) {
   const ScratchFolder scratch;
   const fs::path path = scratch.path / "m.pare", bad = scratch.path / "bad.pare";
-  write_tiny_model(path, tiny_config("llama", 32, 64, 4, 2, 8, 40, true), {CodecKind::kQ4a, 32}, 5);
+  write_tiny_model(path, tiny_config("llama", 32, 64, 4, 2, 8, 40, true), Codec::parse(GetParam(), ""), 5);
   const std::string good = read_text(path);
   const auto try_file = [&](const std::string& bytes) {
     {
@@ -282,6 +294,43 @@ TEST(ForwardTest, DamagedFilesNeverCrash) {
     std::string bytes = good;
     bytes[8 + header + rng() % (good.size() - 8 - header)] ^= static_cast<char>(1 << rng() % 8);
     try_file(bytes);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Codecs, DamagedFiles, ::testing::Values("q4ag32", "q3g32", "q2g32", "w8a8"),
+                         [](const auto& given) { return std::string(given.param); });
+
+// Rows that are looked up have no inputs to round; a file that says otherwise is refused.
+TEST(EngineTest, TablesCannotRoundInputs) {
+  const ScratchFolder scratch;
+  const ModelConfig config = tiny_config("llama", 32, 64, 4, 2, 8, 40, false);
+  const Codec rounded = Codec::parse("w8a8", "");
+  for (const bool embedding : {true, false}) {
+    std::vector<CompactWriter::Plan> plan;
+    for (const TensorSpec& spec : expected_tensors(config)) {
+      const TensorRole wanted = embedding ? TensorRole::kEmbedding : TensorRole::kHead;
+      plan.push_back({spec.name, spec.role == wanted ? rounded : Codec{}, spec.shape});
+    }
+    const fs::path path = scratch.path / (embedding ? "embedding.pare" : "head.pare");
+    CompactWriter writer(path, plan, {{"config.json", write_config(config, "float32").dump()}});
+    for (const CompactWriter::Plan& tensor : plan) {
+      const std::int64_t rows = tensor.shape[0], cols = tensor.shape.size() == 2 ? tensor.shape[1] : 1;
+      const std::vector<float> values(static_cast<std::size_t>(rows * cols), 0.5f);
+      if (tensor.codec.is_float()) writer.add(values.data());
+      else writer.add(testing::round_to_nearest(tensor.codec, rows, cols, values.data()));
+    }
+    writer.seal("[]");
+    if (!embedding) {
+      EXPECT_NO_THROW(Engine::open(path));
+      continue;
+    }
+    try {
+      Engine::open(path);
+      FAIL() << "accepted";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ExitCode::kInput);
+      EXPECT_NE(std::string(error.what()).find("embed_tokens"), std::string::npos) << error.what();
+    }
   }
 }
 

@@ -63,8 +63,7 @@ Sample make_sample(const Codec& codec, std::int64_t rows, std::int64_t cols, std
     q.codec = codec;
     q.rows = rows;
     q.cols = cols;
-    const int low = codec.kind == CodecKind::kQ8 ? -127 : codec.kind == CodecKind::kQ4 ? -8 : 0;
-    const int high = codec.kind == CodecKind::kQ8 ? 127 : codec.kind == CodecKind::kQ4 ? 7 : 15;
+    const auto [low, high] = code_range(codec.kind);
     std::uniform_int_distribution<int> code(low, high), zero(0, 15);
     const std::int64_t groups = codec.groups(cols);
     for (std::int64_t i = 0; i < rows * cols; ++i) {
@@ -121,7 +120,7 @@ std::vector<Case> cases() {
   }
   for (const auto& [rows, cols] : {std::pair{1, 32}, {17, 32}, {40, 96}, {31, 160}, {16, 576}})
     all.push_back({q8, rows, cols});
-  for (const CodecKind kind : {CodecKind::kQ4, CodecKind::kQ4a}) {
+  for (const CodecKind kind : {CodecKind::kQ4, CodecKind::kQ4a, CodecKind::kQ3, CodecKind::kQ2}) {
     for (const int group : {32, 64, 128}) {
       for (const auto& [rows, groups] : {std::pair{1, 1}, {17, 1}, {23, 3}, {48, 5}}) {
         all.push_back({Codec{kind, group}, rows, groups * group});
@@ -234,6 +233,80 @@ TEST_P(KernelsTest, Int8ProductsMatchDoublesOnTheSameQuantizedActivations) {
   }
 }
 
+// One scale per token: the sums are whole numbers, so the result is exact but for three roundings.
+TEST_P(KernelsTest, TokenProductsMatchTheDefinitionOfW8a8) {
+  const Kernels& k = kernels_named(GetParam());
+  const Codec codec{CodecKind::kQ8, Codec::kPerRow, true};
+  std::uint32_t seed = 500;
+  for (const auto& [rows, cols] :
+       {std::pair<int, int>{1, 4}, {17, 32}, {16, 172}, {33, 100}, {8, 7}, {29, 30}, {40, 576}, {18, kRowSpan - 1},
+        {3, kRowSpan + 40}, {2, 2 * kRowSpan + 1}}) {
+    const Sample s = make_sample(codec, rows, cols, ++seed);
+    for (const std::int64_t tokens : {1, 2, 3, 4, 5, 7, 11, 12, 13, 26}) {
+      if (cols > 1000 && tokens > 5) continue;
+      const std::int64_t ldx = cols + 3, ldo = rows + 5;
+      std::vector<float> x = random_floats(tokens * ldx, seed * 31 + static_cast<std::uint32_t>(tokens));
+      const auto token = [&](std::int64_t t) { return x.begin() + static_cast<std::ptrdiff_t>(t * ldx); };
+      if (tokens > 1) std::fill(token(0), token(0) + cols, 0.0f);
+      if (tokens > 2) std::fill(token(1), token(1) + cols, -3.0f);  // all codes -127: largest sums
+      if (tokens > 3) *token(2) = 900.0f;                           // an outlier: most other codes are 0
+      Int8Activations q;
+      q.resize(tokens, cols, Int8Activations::Form::kToken);
+      for (std::int64_t tile = 0; tile < q.tiles(); ++tile) k.quantize_tile(x.data(), ldx, tile, q);
+      std::vector<double> quantized(static_cast<std::size_t>(tokens * cols));
+      for (std::int64_t t = 0; t < tokens; ++t) {
+        float peak = 0;
+        for (std::int64_t i = 0; i < cols; ++i)
+          peak = std::max(peak, std::abs(x[static_cast<std::size_t>(t * ldx + i)]));
+        const float inverse = peak > 0 ? 127.0f / peak : 0.0f;
+        for (std::int64_t i = 0; i < cols; ++i)
+          quantized[static_cast<std::size_t>(t * cols + i)] =
+              std::nearbyint(x[static_cast<std::size_t>(t * ldx + i)] * inverse) * static_cast<double>(peak / 127.0f);
+      }
+      for (const bool add : {false, true}) {
+        std::vector<float> out(static_cast<std::size_t>(tokens * ldo), 2.0f);
+        const std::int64_t blocks = s.matrix.row_blocks(), middle = blocks / 2;
+        k.matmul_int8(s.matrix, q, 0, q.tiles(), 0, middle, out.data(), ldo, add);
+        for (std::int64_t tile = 0; tile < q.tiles(); ++tile)
+          k.matmul_int8(s.matrix, q, tile, tile + 1, middle, blocks, out.data(), ldo, add);
+        for (std::int64_t t = 0; t < tokens; ++t) {
+          for (std::int64_t r = 0; r < ldo; ++r) {
+            double product = 0;
+            for (std::int64_t i = 0; i < cols && r < rows; ++i)
+              product += s.weights[static_cast<std::size_t>(r * cols + i)] *
+                         quantized[static_cast<std::size_t>(t * cols + i)];
+            const double want = product + (r >= rows || add ? 2.0 : 0.0);
+            ASSERT_NEAR(out[static_cast<std::size_t>(t * ldo + r)], want, 1e-6 * (2 + std::abs(product)))
+                << rows << " x " << cols << ", tokens " << tokens << ", token " << t << ", row " << r;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(KernelsTest, TokenRoundingIsTheSameOnEveryInstructionSet) {
+  const Kernels& k = kernels_named(GetParam());
+  for (const std::int64_t cols : {4, 31, 32, 172, 576, 40000}) {
+    std::vector<float> x = random_floats(14 * cols, static_cast<std::uint32_t>(cols));
+    x[0] = 1e-38f;
+    x[static_cast<std::size_t>(cols)] = 3e38f;
+    for (std::int64_t i = 0; i < cols; ++i) x[static_cast<std::size_t>(2 * cols + i)] *= 1e-44f;  // subnormal
+    x[static_cast<std::size_t>(3 * cols + 1)] = std::numeric_limits<float>::quiet_NaN();
+    Int8Activations mine, reference;
+    mine.resize(14, cols, Int8Activations::Form::kToken);
+    reference.resize(14, cols, Int8Activations::Form::kToken);
+    for (std::int64_t tile = 0; tile < 2; ++tile) {
+      k.quantize_tile(x.data(), cols, tile, mine);
+      kPlainKernels.quantize_tile(x.data(), cols, tile, reference);
+    }
+    EXPECT_EQ(mine.codes, reference.codes) << cols;
+    EXPECT_EQ(mine.minus128, reference.minus128) << cols;
+    EXPECT_EQ(0, std::memcmp(mine.scale.data(), reference.scale.data(), mine.scale.size() * 4)) << cols;
+    EXPECT_TRUE(std::isnan(mine.scale[3]));
+  }
+}
+
 TEST_P(KernelsTest, AnOutputHasTheSameBitsInAnyBatch) {
   const Kernels& k = kernels_named(GetParam());
   std::uint32_t seed = 300;
@@ -256,11 +329,13 @@ TEST_P(KernelsTest, AnOutputHasTheSameBitsInAnyBatch) {
     }
     if (c.codec.is_float()) continue;
     Int8Activations many, single;
-    many.resize(kTokens, c.cols);
+    const auto form = seed % 2 == 0 && c.codec.group == Codec::kPerRow ? Int8Activations::Form::kToken
+                                                                       : Int8Activations::Form::kGroup;
+    many.resize(kTokens, c.cols, form);
     for (std::int64_t tile = 0; tile < many.tiles(); ++tile) k.quantize_tile(x.data(), c.cols, tile, many);
     k.matmul_int8(s.matrix, many, 0, many.tiles(), 0, s.matrix.row_blocks(), all.data(), c.rows, false);
     for (std::int64_t t = 0; t < kTokens; ++t) {
-      single.resize(1, c.cols);
+      single.resize(1, c.cols, form);
       k.quantize_tile(x.data() + t * c.cols, c.cols, 0, single);
       k.matmul_int8(s.matrix, single, 0, 1, 0, s.matrix.row_blocks(), one.data(), c.rows, false);
       ASSERT_EQ(0, std::memcmp(one.data(), all.data() + t * c.rows, static_cast<std::size_t>(c.rows) * 4))

@@ -77,8 +77,8 @@ inline QuantizedTensor round_to_nearest(const Codec& codec, std::int64_t rows, s
       const float low = std::min(0.0f, *std::min_element(in, in + width));
       const float high = std::max(0.0f, *std::max_element(in, in + width));
       const bool asymmetric = codec.kind == CodecKind::kQ4a;
-      const int top = codec.kind == CodecKind::kQ8 ? 127 : 7;
-      const float ideal = asymmetric ? (high - low) / 15 : std::max(high, -low) / static_cast<float>(top);
+      const CodeRange range = code_range(codec.kind);
+      const float ideal = asymmetric ? (high - low) / 15 : std::max(high, -low) / static_cast<float>(range.high);
       const std::uint16_t bits = f32_to_f16(ideal);
       const float scale = f16_to_f32(bits);
       const float inverse = scale > 0 ? 1 / scale : 0;
@@ -87,10 +87,7 @@ inline QuantizedTensor round_to_nearest(const Codec& codec, std::int64_t rows, s
       if (asymmetric) q.zeros.push_back(static_cast<std::uint8_t>(zero));
       for (std::int64_t i = 0; i < width; ++i) {
         const float code = std::round(in[i] * inverse) + zero;
-        const float bounded = asymmetric
-                                  ? std::clamp(code, 0.0f, 15.0f)
-                                  : std::clamp(code, static_cast<float>(codec.kind == CodecKind::kQ8 ? -127 : -8),
-                                               static_cast<float>(top));
+        const float bounded = std::clamp(code, static_cast<float>(range.low), static_cast<float>(range.high));
         q.codes[static_cast<std::size_t>(r * cols + g * width + i)] = static_cast<std::int8_t>(bounded);
       }
     }
@@ -107,7 +104,8 @@ inline TinyModel write_tiny_model(const fs::path& path, const ModelConfig& confi
   std::vector<CompactWriter::Plan> plan;
   const std::vector<TensorSpec> specs = expected_tensors(config);
   for (const TensorSpec& spec : specs) {
-    plan.push_back({spec.name, spec.shape.size() == 2 ? codec : Codec{}, spec.shape});
+    const Codec own = spec.role == TensorRole::kEmbedding ? codec.layout() : codec;
+    plan.push_back({spec.name, spec.shape.size() == 2 ? own : Codec{}, spec.shape});
   }
   embedded["config.json"] = write_config(config, "float32").dump();
   CompactWriter writer(path, plan, embedded);
@@ -121,7 +119,8 @@ inline TinyModel write_tiny_model(const fs::path& path, const ModelConfig& confi
     for (float& v : values) v = (spec.role == TensorRole::kNorm ? 1.0f : 0.0f) + spread * normal(rng);
     std::vector<double>& held = model.weights[spec.name];
     if (spec.shape.size() == 2 && !codec.is_float()) {
-      const QuantizedTensor q = round_to_nearest(codec, rows, cols, values.data());
+      const Codec own = spec.role == TensorRole::kEmbedding ? codec.layout() : codec;
+      const QuantizedTensor q = round_to_nearest(own, rows, cols, values.data());
       writer.add(q);
       std::vector<float> row(static_cast<std::size_t>(cols));
       for (std::int64_t r = 0; r < rows; ++r) {
@@ -146,7 +145,9 @@ inline TinyModel write_tiny_model(const fs::path& path, const ModelConfig& confi
 // The Llama-style decoder by its definition, in double, one position after the other, no cache.
 class BruteForce {
  public:
-  BruteForce(const TinyModel& model, bool int8_activations) : m_(model), c_(model.config), int8_(int8_activations) {}
+  // round_tokens false: codecs with int8_inputs as if they had none.
+  BruteForce(const TinyModel& model, bool int8_activations, bool round_tokens = true)
+      : m_(model), c_(model.config), int8_(int8_activations), round_tokens_(round_tokens && model.codec.int8_inputs) {}
 
   // Logits [ids, vocab].
   std::vector<std::vector<double>> logits(const std::vector<std::int32_t>& ids) const {
@@ -237,7 +238,11 @@ class BruteForce {
     return y;
   }
   std::vector<double> matrix(std::vector<double> x, const std::string& name) const {
-    if (int8_ && m_.quantized(name)) {
+    if (round_tokens_ && m_.quantized(name) && name != "model.embed_tokens.weight") {
+      double peak = 0;
+      for (const double v : x) peak = std::max(peak, std::abs(v));
+      for (double& v : x) v = peak > 0 ? std::nearbyint(v * (127 / peak)) * (peak / 127) : 0;
+    } else if (int8_ && m_.quantized(name)) {
       for (std::size_t g = 0; g < x.size(); g += 32) {
         const std::size_t end = std::min(x.size(), g + 32);
         double peak = 0;
@@ -255,7 +260,7 @@ class BruteForce {
 
   const TinyModel& m_;
   const ModelConfig& c_;
-  bool int8_;
+  bool int8_, round_tokens_;
 };
 
 inline std::vector<std::int32_t> random_ids(std::int64_t count, std::int64_t vocab, std::uint32_t seed) {
