@@ -176,8 +176,8 @@ void QuantizedTensor::validate(const std::string& place) const {
       throw input_error(place, "codes from " + std::to_string(low) + " to " + std::to_string(high),
                         std::to_string(codes[i]) + " at row " + std::to_string(i / static_cast<std::size_t>(cols)));
   }
-  // Codes of q4 reach one step further down than up: with either sign, the longer arm can point either way.
-  const bool either_sign = codec.kind == CodecKind::kQ4;
+  // Codes below 8 bits reach one step further down than up: with either sign, the longer arm can point either way.
+  const bool either_sign = codec.kind == CodecKind::kQ4 || codec.kind == CodecKind::kQ3 || codec.kind == CodecKind::kQ2;
   for (std::size_t i = 0; i < scale_count; ++i) {
     const bool finite = (scales[i] & 0x7c00u) != 0x7c00u, negative = (scales[i] & 0x8000u) != 0;
     if (!finite || (negative && (!either_sign || scales[i] == 0x8000u)))

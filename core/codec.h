@@ -57,7 +57,7 @@ struct QuantizedTensor {
   Codec codec;
   std::int64_t rows = 0, cols = 0;
   std::vector<std::int8_t> codes;     // [rows * cols], one code per element
-  std::vector<std::uint16_t> scales;  // [rows * groups], IEEE half bits, finite; >= 0, kQ4: either sign, not -0
+  std::vector<std::uint16_t> scales;  // [rows * groups], IEEE half bits, finite; >= 0, kQ4, kQ3, kQ2: either sign, not -0
   std::vector<std::uint8_t> zeros;    // [rows * groups], kQ4a only
 
   // w = float(code - zero) * float(scale): one rounding, the same bits everywhere. out: cols floats.

@@ -10,7 +10,7 @@
 namespace pare {
 namespace {
 
-constexpr const char* kChoices[] = {"q4g128", "q4g64", "q4g32", "q8"};
+constexpr const char* kChoices[] = {"q3g32", "q4g128", "q4g64", "q4g32", "q8"};
 
 double bits_of(const Codec& codec, std::int64_t rows, std::int64_t cols) {
   const double scale = codec.kind == CodecKind::kQ4a ? 20.0 : 16.0;

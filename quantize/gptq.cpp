@@ -105,13 +105,14 @@ class PolishTile {
     for (std::int64_t i = 0; i < end - begin; ++i) {
       const double* line = corner_.data() + i * kPolishBlock;
       const double step_size = scale(row, (begin + i) / size_), curvature = line[i];
-      if (!(step_size > 0 && curvature > 0) || (keep_zeros_ && weight_[row * cols_ + begin + i] == 0.0f)) continue;
+      if (!(step_size != 0 && curvature > 0) || (keep_zeros_ && weight_[row * cols_ + begin + i] == 0.0f)) continue;
       const double wanted = static_cast<double>(code[i]) + g[i] / (step_size * curvature);
       const double step =
           std::nearbyint(std::clamp<double>(wanted, range_.low, range_.high)) - static_cast<double>(code[i]);
-      if (step == 0 || 2.0 * step * g[i] <= step * step * step_size * curvature * (1 + 1e-9)) continue;
+      const double move = step * step_size;
+      if (step == 0 || 2.0 * move * g[i] <= move * move * curvature * (1 + 1e-9)) continue;
       code[i] = static_cast<std::int8_t>(code[i] + static_cast<int>(step));
-      moves[i] = step * step_size;
+      moves[i] = move;
       add_scaled(g, line, -moves[i], end - begin);
       moved = true;
     }
@@ -122,10 +123,10 @@ class PolishTile {
   double move_scale(std::int64_t row, std::int64_t group, double slope, double curvature) {
     if (!(curvature > 0)) return 0;
     const double now = scale(row, group), wanted = now + slope / curvature;
-    if (!(wanted > 0 && wanted < 65504.0)) return 0;
+    if (!(std::fabs(wanted) < 65504.0) || (now < 0 ? wanted >= 0 : wanted <= 0)) return 0;  // it keeps its sign
     const std::uint16_t bits = f32_to_f16(static_cast<float>(wanted));
     const double step = static_cast<double>(f16_to_f32(bits)) - now;
-    if (step == 0 || 2.0 * step * slope <= step * step * curvature) return 0;
+    if (bits == 0x8000 || step == 0 || 2.0 * step * slope <= step * step * curvature) return 0;
     tensor_.scales[static_cast<std::size_t>(row * groups_ + group)] = bits;
     return step;
   }
@@ -218,7 +219,7 @@ class NearestRule : public SweepRule {
       const float scale = f16_to_f32(tensor_.scales[group]);
       const int zero = tensor_.zeros.empty() ? 0 : tensor_.zeros[group];
       double offset = 0;
-      if (scale > 0 && !(keep_zeros_ && weight_[row * tensor_.cols + column] == 0.0f)) {
+      if (scale != 0 && !(keep_zeros_ && weight_[row * tensor_.cols + column] == 0.0f)) {
         offset =
             std::nearbyint(std::clamp(current[r] / static_cast<double>(scale), static_cast<double>(range_.low - zero),
                                       static_cast<double>(range_.high - zero)));

@@ -138,6 +138,14 @@ void consider(Group& g, const Lanes& scale, const Lanes& zero, CodeRange range, 
 
 struct Extremes {
   Lanes low, high;  // min(0, ...) and max(0, ...)
+  Extremes negated() const {
+    Extremes other;
+    for (int r = 0; r < kLanes; ++r) {
+      other.low.at[r] = -high.at[r];
+      other.high.at[r] = -low.at[r];
+    }
+    return other;
+  }
 };
 
 // Scales tried, as shares of the smallest one that clips nothing. The fewer codes, the more clipping pays.
@@ -178,6 +186,26 @@ void symmetric_group(Group& g, const Extremes& e, CodecKind kind, ScaleRule rule
     consider(g, Lanes(best.scale), zero, range, best, refit);
     consider(g, Lanes(refit), zero, range, best, refit);
   }
+}
+
+// Where codes reach one step further down than up, the best of both signs of the scale: a negative scale is a positive one
+// for the negated weights. Leaves the weights of the lanes that are better negated negated, and says which they are.
+Lanes either_sign(Group& g, const Extremes& e, CodecKind kind, Best& best) {
+  Lanes sign;
+  Best negative;
+  for (double& w : g.w) w = -w;
+  for (double& v : g.v) v = -v;
+  symmetric_group(g, e.negated(), kind, ScaleRule::kSearched, negative);
+  for (int r = 0; r < kLanes; ++r) {
+    sign.at[r] = negative.error.at[r] < best.error.at[r] && negative.scale.at[r] > 0 ? -1 : 1;
+    if (sign.at[r] < 0) {
+      best.scale.at[r] = negative.scale.at[r];
+      best.error.at[r] = negative.error.at[r];
+      continue;
+    }
+    for (std::int64_t j = 0; j < g.size; ++j) g.w[static_cast<std::size_t>(j * kLanes + r)] *= -1;
+  }
+  return sign;
 }
 
 void asymmetric_group(Group& g, const Extremes& e, ScaleRule rule, Best& best) {
@@ -273,17 +301,21 @@ QuantizedTensor round_to_nearest(const float* weight, std::int64_t rows, std::in
         g.diagonal = importance.mean_square ? importance.mean_square + begin : nullptr;
         prepare(g);
         Best best;
+        Lanes sign;
+        std::fill_n(sign.at, kLanes, 1.0);
         if (codec.kind == CodecKind::kQ4a) {
           asymmetric_group(g, extremes, rule, best);
         } else {
           symmetric_group(g, extremes, codec.kind, rule, best);
+          if (rule == ScaleRule::kSearched && range.low != -range.high)
+            sign = either_sign(g, extremes, codec.kind, best);
         }
         Lanes b, c;
         project(g, best.scale, best.zero, range, b, c);
         for (std::int64_t r = 0; r < count; ++r) {
           const std::size_t at = static_cast<std::size_t>((first + r) * groups + group);
           const int zero = static_cast<int>(best.zero.at[r]);
-          out.scales[at] = f32_to_f16(static_cast<float>(best.scale.at[r]));
+          out.scales[at] = f32_to_f16(static_cast<float>(sign.at[r] * best.scale.at[r]));
           if (codec.kind == CodecKind::kQ4a) out.zeros[at] = static_cast<std::uint8_t>(zero);
           for (std::int64_t j = 0; j < size; ++j) {
             out.codes[static_cast<std::size_t>((first + r) * cols + begin + j)] =

@@ -22,7 +22,7 @@ struct Importance {
 };
 inline constexpr std::int64_t kBlockObjectiveLimit = 128;
 
-// Scales (rounded to f16 first, finite, >= 0), zero points and the nearest codes of weight [rows * cols]. A weight that
+// Scales (rounded to f16 first, finite; of searched int4, int3 and int2 of either sign, else >= 0), zero points and the nearest codes of weight [rows * cols]. A weight that
 // is exactly 0 gets a code that means exactly 0. kSearched is never worse than kAbsmax under the objective, in any
 // group. Errors (exit 3, naming `place`): NaN or infinity, or a magnitude whose scale f16 cannot hold. The same bits at
 // any number of threads.

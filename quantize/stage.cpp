@@ -648,7 +648,7 @@ Command quantize_command() {
       {.name = "bits",
        .type = OptionType::kNumber,
        .help = "bits a weight of the blocks' linears, scales included: each gets the codec that its effect on the loss asks "
-               "for, from q4g128 to q8",
+               "for, from q3 to q8",
        .minimum = 1,
        .maximum = 16},
       {.name = "tune-codes",

@@ -63,7 +63,8 @@ struct Matrix {
   double low = 0, high = 0;       // of a code
 
   Tensor stored_scales() const {
-    return (scales * log_factors.value.exp()).clamp_max(65504.0).to(torch::kHalf).to(torch::kFloat);
+    // + 0: no negative zero
+    return (scales * log_factors.value.exp()).clamp(-65504.0, 65504.0).to(torch::kHalf).to(torch::kFloat) + 0.0;
   }
   Tensor rounded() const {
     Tensor q = latent->value.round();

@@ -45,7 +45,7 @@ std::vector<std::int8_t> literal_gptq(const std::vector<float>& weight, const Qu
       const double scale = static_cast<double>(f16_to_f32(grid.scales[g]));
       const int zero = grid.zeros.empty() ? 0 : grid.zeros[g];
       int code = zero;
-      if (scale > 0 && !(keep_zeros && weight[static_cast<std::size_t>(r * n + i)] == 0.0f)) {
+      if (scale != 0 && !(keep_zeros && weight[static_cast<std::size_t>(r * n + i)] == 0.0f)) {
         code = std::clamp(static_cast<int>(std::nearbyint(w(r, i) / scale)) + zero, range.low, range.high);
       }
       codes[static_cast<std::size_t>(r * n + i)] = static_cast<std::int8_t>(code);
@@ -214,11 +214,12 @@ void literal_pass(const std::vector<float>& w, QuantizedTensor& t, const std::ve
     };
     for (std::int64_t j = 0; j < n; ++j) {
       const double curvature = h[static_cast<std::size_t>(j * n + j)], s = scale(j / size);
-      if (!(s > 0 && curvature > 0) || (keep_zeros && w[static_cast<std::size_t>(r * n + j)] == 0.0f)) continue;
+      if (!(s != 0 && curvature > 0) || (keep_zeros && w[static_cast<std::size_t>(r * n + j)] == 0.0f)) continue;
       const double g = gradient(j);
       const double step =
           std::nearbyint(std::clamp<double>(code(j) + g / (s * curvature), range.low, range.high)) - code(j);
-      if (step != 0 && 2 * step * g > step * step * s * curvature * (1 + 1e-9))
+      const double move = step * s;
+      if (step != 0 && 2 * move * g > move * move * curvature * (1 + 1e-9))
         code(j) = static_cast<std::int8_t>(code(j) + static_cast<int>(step));
     }
     for (std::int64_t group = 0; group < groups; ++group) {
@@ -229,7 +230,7 @@ void literal_pass(const std::vector<float>& w, QuantizedTensor& t, const std::ve
           curvature += h[static_cast<std::size_t>(i * n + j)] * (code(i) - zero(group)) * (code(j) - zero(group));
       }
       const double wanted = scale(group) + slope / curvature;
-      if (!(curvature > 0) || !(wanted > 0 && wanted < 65504.0)) continue;
+      if (!(curvature > 0) || std::fabs(wanted) >= 65504.0 || wanted * scale(group) <= 0) continue;
       const std::uint16_t bits = f32_to_f16(static_cast<float>(wanted));
       const double step = static_cast<double>(f16_to_f32(bits)) - scale(group);
       if (step != 0 && 2 * step * slope > step * step * curvature)

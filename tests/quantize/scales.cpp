@@ -133,13 +133,15 @@ TEST(Scales, SearchIsCloseToTheExhaustiveOptimum) {
       for (std::uint16_t bits = 1; bits < 0x7c00; ++bits) {
         const double scale = static_cast<double>(f16_to_f32(bits));
         if (scale < absmax / 40 || scale > absmax * 1.1 / range.high) continue;
-        double error = 0;
-        for (std::int64_t j = 0; j < cols; ++j) {
-          const double value = static_cast<double>(w[static_cast<std::size_t>(r * cols + j)]);
-          const double d = value - scale * std::clamp<double>(std::nearbyint(value / scale), range.low, range.high);
-          error += d * d;
+        for (const double sign : {1.0, -1.0}) {
+          double error = 0;
+          for (std::int64_t j = 0; j < cols; ++j) {
+            const double value = sign * static_cast<double>(w[static_cast<std::size_t>(r * cols + j)]);
+            const double d = value - scale * std::clamp<double>(std::nearbyint(value / scale), range.low, range.high);
+            error += d * d;
+          }
+          best = std::min(best, error);
         }
-        best = std::min(best, error);
       }
       optimum += best;
     }

@@ -88,7 +88,7 @@ def compact_header(path):
     return json.loads(header["__metadata__"]["pare"])["tensors"]
 
 
-CODE_BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8": 8, "q4": 4, "q4a": 4}
+CODE_BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8": 8, "q4": 4, "q4a": 4, "q3": 3, "q2": 2}
 
 
 def tensor_bits(codec, shape):
@@ -101,7 +101,7 @@ def tensor_bits(codec, shape):
     kind, _, group = codec.partition("g")
     if codec in ("q8", "q4", "q4a"):
         group = 32
-    elif codec == "q8c":
+    elif codec in ("q8c", "w8a8"):
         kind, group = "q8", shape[1]
     groups = shape[0] * (shape[1] // int(group))
     return count * CODE_BITS[kind] + groups * (16 + (4 if kind == "q4a" else 0))

@@ -15,6 +15,7 @@ FORMATS = {
     "q4g32": ["--codec", "q4g32"],
     "q4g128": ["--codec", "q4g128"],
     "q4ag32": ["--codec", "q4ag32"],
+    "q3g32": ["--codec", "q3g32"],
     "q8": ["--codec", "q8"],
 }
 DEFAULT_FORMATS = ["q4g32", "q4g128", "q4ag32"]
@@ -34,6 +35,13 @@ METHODS = {
     "rtn-imatrix": quantize("--method", "rtn-imatrix", "{calibrate}") | {"formats": Q4},
     "rtn": quantize("--method", "rtn", "{calibrate}"),
     "gptq": quantize("--method", "gptq", "{calibrate}"),
+    "gptq, Fisher": quantize("{calibrate}", "--fisher") | {"formats": ["q4g32"]},
+    "gptq, re-targeted": quantize("{calibrate}", "--preset", "balanced"),
+    "gptq, re-targeted, Fisher": quantize("{calibrate}", "--retarget", "--fisher") | {"formats": ["q4g32", "q3g32"]},
+    "same, scales tuned": quantize("{calibrate}", "--retarget", "--fisher", "--tune", "300", "--tune-batch", "4",
+                                   "--tune-lr", "0.002", "--tune-text", "{tuning}") | {"formats": ["q4g32"]},
+    "best": quantize("{calibrate}", "--preset", "best", "--tune-text", "{tuning}") | {"formats": ["q4g32", "q3g32"]},
+    "gptq, re-targeted, --bits 4.5": quantize("{calibrate}", "--retarget", "--bits", "4.5") | {"formats": ["q4g32"]},
 }
 
 # The method and format that "gap closed" counts from.
