@@ -29,7 +29,7 @@ constexpr std::int64_t kValidationWindows = 16;
 constexpr double kValidationShare = 0.05;  // of the tuning text, at its end
 // --preset best
 constexpr int kBestCodeSteps = 1000, kBestSteps = 200, kBestBatch = 4;
-constexpr double kBestRate = 2e-3;
+constexpr double kBestRate = 2e-3, kBestCodeRate = 5e-3;
 
 QuantizeMethod method_of(const Options& options) {
   const auto name = options.get<std::string>("method");
@@ -84,6 +84,7 @@ Options with_preset(const Options& given, const ModelConfig& config) {
     add("tune", kBestSteps);
     add("tune-batch", kBestBatch);
     add("tune-lr", kBestRate);
+    if (chosen.value("tune-codes", 1) > 0) add("tune-code-lr", kBestCodeRate);
   }
   return Options(quantize_command().options, chosen, "pare quantize --preset " + preset);
 }

@@ -97,6 +97,21 @@ def pair_table(text, pairs):
             for p in pairs]
 
 
+def summary(texts):
+    """One line per row: mean KL and gap closed on each text."""
+    entries = {text: {(e["format"], e["method"]): e for e in found} for text, found in texts.items()}
+    first = next(iter(entries.values()))
+    lines = []
+    for key, entry in first.items():
+        of = [entries[text][key] for text in entries]
+        gaps = [(e["gap_closed"] or {}).get("kl") for e in of]
+        lines.append([*key, f"{entry['bits_per_block_linear_weight']:.3f}"] + [e["metrics"]["kl"]["value"] for e in of]
+                     + ["-" if g is None or g["value"] is None else f"{100 * g['value']:.1f} %" for g in gaps]
+                     + [e["metrics"]["top1"]["value"] for e in of[:1]])
+    return {"columns": ["format", "method", "bits"] + [f"KL, {text}" for text in entries]
+            + [f"gap closed, {text}" for text in entries] + [f"top-1, {next(iter(entries))}"], "table": lines}
+
+
 def save(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=1) + "\n")
@@ -139,6 +154,10 @@ def write(out, runs, models, absent_peers, baseline, meta):
             title = head["name"]
             (out / f"accuracy_{name}_{text}_kl.svg").write_text(plots.methods(entries, title))
             (out / f"accuracy_{name}_{text}_bits.svg").write_text(plots.bits(entries, title))
+        measured = raw["estimates"].get(name)
+        if measured:
+            save(out / f"accuracy_{name}_summary.json",
+                 {"name": f"{name}: all texts"} | provenance(meta, own) | summary(measured))
         if all_pairs:
             head = {"name": f"{name}: differences"} | provenance(meta, own)
             save(out / f"accuracy_{name}_differences.json", head | {"columns": PAIR_COLUMNS, "table": all_pairs})
