@@ -4,6 +4,7 @@
 #include <signal.h>
 #include <sys/wait.h>
 
+#include <array>
 #include <chrono>
 #include <random>
 #include <thread>
@@ -37,13 +38,23 @@ int wait_for(pid_t child) {
   return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
 }
 
-TEST(QuantizeResume, KilledAnywhereTheBytesAreTheSame) {
+// What a run does besides rounding, and how often it is tried.
+struct Kind {
+  Json more;
+  int rounds = 20;
+};
+
+class QuantizeResume : public ::testing::TestWithParam<Kind> {};
+
+TEST_P(QuantizeResume, KilledAnywhereTheBytesAreTheSame) {
   ScratchFolder scratch;
   const fs::path in = scratch / "in", whole = scratch / "whole", out = scratch / "out";
   ASSERT_EQ(wait_for(start([&] { testing::write_tiny(in, testing::tiny_config(6)); })), 0);
   const auto quantize = [&](const fs::path& to) {
-    testing::run_quantize(
-        {{"model", in.string()}, {"out", to.string()}, {"random-tokens", true}, {"samples", 24}, {"context", 64}});
+    Json given = {
+        {"model", in.string()}, {"out", to.string()}, {"random-tokens", true}, {"samples", 24}, {"context", 64}};
+    given.update(GetParam().more);
+    testing::run_quantize(given);
   };
   const auto begin = std::chrono::steady_clock::now();
   ASSERT_EQ(wait_for(start([&] { quantize(whole); })), 0);
@@ -52,7 +63,7 @@ TEST(QuantizeResume, KilledAnywhereTheBytesAreTheSame) {
 
   std::mt19937_64 random(11);
   int killed = 0, resumed_with_blocks = 0;
-  for (int round = 0; round < 20; ++round) {
+  for (int round = 0; round < GetParam().rounds; ++round) {
     fs::remove_all(out);
     for (int attempt = 0; !fs::exists(out); ++attempt) {
       ASSERT_LT(attempt, 60) << "never finishes";
@@ -78,11 +89,19 @@ TEST(QuantizeResume, KilledAnywhereTheBytesAreTheSame) {
     ASSERT_EQ(folder_hash(out), expected) << "round " << round;
     ASSERT_FALSE(fs::exists(out.string() + ".partial"));
   }
-  EXPECT_GT(killed, 10);
-  EXPECT_GT(resumed_with_blocks, 3) << "the kills came too early to prove anything";
+  EXPECT_GT(killed, GetParam().rounds / 2);
+  EXPECT_GT(resumed_with_blocks, GetParam().rounds / 7) << "the kills came too early to prove anything";
 }
 
-TEST(QuantizeResume, AnInterruptionIsExit130AndResumable) {
+INSTANTIATE_TEST_SUITE_P(Kinds, QuantizeResume,
+                         ::testing::Values(Kind{Json::object()},
+                                           Kind{{{"retarget", true}, {"fisher", true}, {"bits", 5.0}}, 8},
+                                           Kind{{{"tune-codes", 6}, {"tune", 4}, {"tune-batch", 4}}, 8}),
+                         [](const auto& info) {
+                           return std::string(std::array{"Rounding", "Allocation", "Tuning"}[info.index]);
+                         });
+
+TEST(QuantizeInterrupt, AnInterruptionIsExit130AndResumable) {
   ScratchFolder scratch;
   const fs::path in = scratch / "in", whole = scratch / "whole", out = scratch / "out";
   ASSERT_EQ(wait_for(start([&] { testing::write_tiny(in, testing::tiny_config(6)); })), 0);
