@@ -17,6 +17,8 @@ FORMATS = {
     "q4ag32": ["--codec", "q4ag32"],
     "q3g32": ["--codec", "q3g32"],
     "q8": ["--codec", "q8"],
+    "q8c": ["--codec", "q8c"],
+    "w8a8": ["--codec", "w8a8"],
 }
 DEFAULT_FORMATS = ["q4g32", "q4g128", "q4ag32"]
 
