@@ -358,8 +358,10 @@ std::uint64_t tune_peak_bytes(const ModelConfig& config, const std::vector<Tenso
     if (tensor.spec.role == TensorRole::kLinear) latent += count * 4;
   }
   const std::uint64_t graph = static_cast<std::uint64_t>(config.num_layers) * 2 * block_work_bytes(config, length);
-  // Original, quantized, the sum of gradients and those of each thread's window.
-  return model * (3 + workers) + scales * 4 + codes + (codes_move ? 3 * latent : 0) + workers * graph;
+  const std::uint64_t head = static_cast<std::uint64_t>(config.vocab_size * config.hidden_size) * 4;
+  // Original, quantized, the sum of gradients and those of each thread's window, of the head in three pieces; the largest
+  // matrix once more while its weights are made.
+  return model * (3 + workers) + head * (2 + 2 * workers) + scales * 4 + codes + (codes_move ? 3 * latent : 0) + workers * graph;
 }
 
 }  // namespace pare
