@@ -147,6 +147,10 @@ class Program:
         return json.loads(done.stdout)["result"]
 
 
+class NotMeasured(Exception):
+    """With --cached: a run that is not in the work folder."""
+
+
 class Bench:
     """The cached runs of one work folder."""
 
@@ -241,6 +245,8 @@ class Bench:
         place = self.work / "runs" / f"{key}-{os.getpid()}"
         file = place / "result.pare"
         made = self.lookup("made-" + key)
+        if made is None and self.given.cached:
+            raise NotMeasured
 
         def subject():
             nonlocal made
@@ -342,6 +348,7 @@ def options(description):
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores [1]")
     parser.add_argument("--resamples", type=int, default=2000, help="of the bootstrap [2000]")
     parser.add_argument("--any-build", action="store_true", help="accept cached runs of other builds of the program")
+    parser.add_argument("--cached", action="store_true", help="tables of the runs that are there; what is not is skipped")
     parser.add_argument("--publish", action="store_true", help="write results and plots to tests/bench/results")
     parser.add_argument("--teacher-text", help="what make_text.sh made; default: made in the work folder")
     parser.add_argument("--test-bytes", type=int, default=160_000, help="characters of each test text [160000]")
@@ -360,7 +367,7 @@ def main():
     for name, model in models.items():
         for what, why in model["absent"].items():
             print(f"absent: {name}, {what}: {why}", flush=True)
-    runs, failures = [], []
+    runs, failures, skipped = [], [], []
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
         futures = {pool.submit(bench.run, task): task for task in tasks}
         try:
@@ -368,6 +375,8 @@ def main():
                 task = futures[future]
                 try:
                     runs.append(future.result())
+                except NotMeasured:
+                    skipped.append(f"{task['model']} {task['format']} {task['method']} seed {task['seed']}")
                 except Failed as error:
                     failures.append(f"{task['model']} {task['format']} {task['method']} seed {task['seed']}: {error}")
                     print(f"failed: {failures[-1]}", flush=True)
@@ -383,6 +392,7 @@ def main():
     out = RESULTS if given.publish else bench.work / "results"
     report.write(out, runs, models, absent_peers, rows.BASELINE,
                  {"command": command, "commit": bench.program.commit, "machine": machine(), "failures": failures,
+                  "not run": skipped,
                   "resamples": given.resamples, "act": given.act, "samples": given.samples})
     print(f"results in {out}")
     if failures:

@@ -105,10 +105,10 @@ def summary(texts):
     for key, entry in first.items():
         of = [entries[text][key] for text in entries]
         gaps = [(e["gap_closed"] or {}).get("kl") for e in of]
-        lines.append([*key, f"{entry['bits_per_block_linear_weight']:.3f}"] + [e["metrics"]["kl"]["value"] for e in of]
+        lines.append([*key, f"{entry['bits_per_block_linear_weight']:.3f}", entry["runs"]] + [e["metrics"]["kl"]["value"] for e in of]
                      + ["-" if g is None or g["value"] is None else f"{100 * g['value']:.1f} %" for g in gaps]
                      + [e["metrics"]["top1"]["value"] for e in of[:1]])
-    return {"columns": ["format", "method", "bits"] + [f"KL, {text}" for text in entries]
+    return {"columns": ["format", "method", "bits", "seeds"] + [f"KL, {text}" for text in entries]
             + [f"gap closed, {text}" for text in entries] + [f"top-1, {next(iter(entries))}"], "table": lines}
 
 
