@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <map>
+#include <utility>
 
 #include "core/error.h"
 #include "quantize/scales.h"
@@ -36,8 +37,8 @@ class Meter : public BlockVisitor {
       std::vector<float> unpacked(linear.original.size());
       for (BitChoice& choice : found->second) {
         const Importance importance{nullptr, input.mean_square.data(), false};
-        round_to_nearest(linear.original.data(), linear.rows, linear.cols, choice.codec, ScaleRule::kSearched, importance,
-                         linear.name, job_.threads)
+        round_to_nearest(linear.original.data(), linear.rows, linear.cols, choice.codec, ScaleRule::kSearched,
+                         importance, linear.name, job_.threads)
             .unpack(unpacked.data());
         const std::vector<double> errors = input.hessian.visit([&](const auto* hessian) {
           return row_errors(linear.original.data(), unpacked.data(), linear.rows, linear.cols, hessian, job_.threads);
@@ -67,8 +68,7 @@ std::vector<std::size_t> choose_bits(const std::vector<std::vector<BitChoice>>& 
     // Cheapest in bits; then always the steepest way down.
     std::size_t at = 0;
     for (std::size_t c = 1; c < choices.size(); ++c)
-      if (choices[c].bits < choices[at].bits || (choices[c].bits == choices[at].bits && choices[c].cost < choices[at].cost))
-        at = c;
+      if (std::pair(choices[c].bits, choices[c].cost) < std::pair(choices[at].bits, choices[at].cost)) at = c;
     chosen[t] = at;
     used += choices[at].bits;
     for (;;) {
@@ -89,7 +89,8 @@ std::vector<std::size_t> choose_bits(const std::vector<std::vector<BitChoice>>& 
     std::snprintf(have, sizeof have, "%.0f", budget);
     throw usage_error("--bits", need, have, "the narrowest codecs that these tensors take need that much");
   }
-  std::stable_sort(upgrades.begin(), upgrades.end(), [](const Upgrade& a, const Upgrade& b) { return a.gain > b.gain; });
+  std::stable_sort(upgrades.begin(), upgrades.end(),
+                   [](const Upgrade& a, const Upgrade& b) { return a.gain > b.gain; });
   std::vector<bool> ended(tensors.size(), false);
   for (const Upgrade& upgrade : upgrades) {
     if (ended[upgrade.tensor]) continue;

@@ -18,9 +18,9 @@ struct BitChoice {
 };
 
 // One choice for each tensor, with the sum of bits at most `budget`: upgrades along the lower convex hulls of cost over
-// bits in the order of what they gain per bit (the greedy solution of the multiple-choice knapsack: it is the best one at
-// every budget that an upgrade fills exactly, and else at most one upgrade away from the bound). Error: exit 2 where not
-// even the smallest choices fit.
+// bits in the order of what they gain per bit, the greedy solution of the multiple-choice knapsack: the best one at every
+// budget that an upgrade fills exactly, else at most one upgrade from the bound. Error: exit 2 where not even the
+// smallest choices fit.
 std::vector<std::size_t> choose_bits(const std::vector<std::vector<BitChoice>>& tensors, double budget);
 
 struct AllocateJob {
@@ -36,10 +36,11 @@ struct AllocateJob {
 // The tensors of the plan that are free: block linears whose codec is the one asked for all of them.
 std::vector<std::size_t> free_tensors(const std::vector<TensorPlan>& plan, const Codec& asked);
 
-// Gives every free tensor the codec that the knapsack chooses from q3, q4g128, q4g64, q4 and q8 (those that divide its rows). What
-// a codec costs is the KL that rounding this tensor alone to it brings, to second order: 1/2 sum_j r_j D_j H D_j^T with D
-// the rounding error under searched scales, H the token-weighted Hessian of the input and r_j the Fisher information of
-// output j (errors of different tokens are taken as independent, which is too kind to v). Returns [{"name", "codec", "bits", "cost"}, ...]. Error: exit 2 where the bits are too few.
+// Gives every free tensor the codec that the knapsack chooses from q3, q4g128, q4g64, q4 and q8, as far as they divide its
+// rows. What a codec costs is the KL that rounding this tensor alone to it brings, to second order: 1/2 sum_j r_j D_j H
+// D_j^T with D the rounding error under searched scales, H the token-weighted Hessian of the input and r_j the Fisher
+// information of output j. Errors of different tokens are taken as independent, which is too kind to v.
+// Returns [{"name", "codec", "bits", "costs"}, ...]. Error: exit 2 where the bits are too few.
 Json allocate_bits(const AllocateJob& job, const std::vector<std::size_t>& free, std::vector<TensorPlan>& plan,
                    Context& context);
 

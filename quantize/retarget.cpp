@@ -66,7 +66,8 @@ void Retargeter::divide(Rows& rows, const SweepFactor& factor, const SquareMatri
   const std::int64_t n = input_.columns;
   Rows ordered(rows.size()), half(rows.size(), 0.0);
   const auto place = [&](std::int64_t i) { return factor.order[static_cast<std::size_t>(i)] * kSweepRows; };
-  for (std::int64_t i = 0; i < n; ++i) std::copy_n(rows.begin() + place(i), kSweepRows, ordered.begin() + i * kSweepRows);
+  for (std::int64_t i = 0; i < n; ++i)
+    std::copy_n(rows.begin() + place(i), kSweepRows, ordered.begin() + i * kSweepRows);
   subtract(half, ordered, u_transposed, n);
   std::fill(ordered.begin(), ordered.end(), 0.0);
   subtract(ordered, half, factor.u, n);
