@@ -1,6 +1,7 @@
 #include "quantize/allocate.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <map>
 #include <utility>
@@ -18,6 +19,20 @@ double bits_of(const Codec& codec, std::int64_t rows, std::int64_t cols) {
   return static_cast<double>(codec.bits()) * static_cast<double>(rows * cols) +
          scale * static_cast<double>(rows * codec.groups(cols));
 }
+
+std::vector<BitChoice> choices_of(const TensorSpec& spec) {
+  const std::int64_t rows = spec.shape[0], cols = spec.shape[1];
+  std::vector<BitChoice> choices;
+  for (const char* name : kChoices) {
+    const Codec codec = Codec::parse(name, "--bits");
+    if (codec.fits(cols)) choices.push_back({codec, bits_of(codec, rows, cols), 0});
+  }
+  const Codec row{CodecKind::kQ8, Codec::kPerRow};
+  if (choices.empty()) choices.push_back({row, bits_of(row, rows, cols), 0});
+  return choices;
+}
+
+double weights_of(const TensorSpec& spec) { return static_cast<double>(spec.shape[0] * spec.shape[1]); }
 
 // Measures every choice of every free tensor on one walk through the original.
 class Meter : public BlockVisitor {
@@ -111,22 +126,31 @@ std::vector<std::size_t> free_tensors(const std::vector<TensorPlan>& plan, const
   return free;
 }
 
+void require_bits(const std::vector<TensorPlan>& plan, const std::vector<std::size_t>& free, double bits) {
+  if (free.empty())
+    throw usage_error("--bits", "block linears whose codec is that of --codec", "none", "leave --policy rules out");
+  double least = 0, weights = 0;
+  for (const std::size_t i : free) {
+    const std::vector<BitChoice> choices = choices_of(plan[i].spec);
+    least += std::min_element(choices.begin(), choices.end(),
+                              [](const BitChoice& a, const BitChoice& b) { return a.bits < b.bits; })
+                 ->bits;
+    weights += weights_of(plan[i].spec);
+  }
+  if (least <= bits * weights * (1 + 1e-12)) return;
+  char need[64], have[64];
+  std::snprintf(need, sizeof need, "at least %.3f", std::ceil(1000 * least / weights) / 1000);
+  std::snprintf(have, sizeof have, "%g", bits);
+  throw usage_error("--bits", need, have, "the narrowest codecs that these tensors take need that much");
+}
+
 Json allocate_bits(const AllocateJob& job, const std::vector<std::size_t>& free, std::vector<TensorPlan>& plan,
                    Context& context) {
   std::map<std::string, std::vector<BitChoice>> measured;
   double weights = 0;
   for (const std::size_t i : free) {
-    const std::int64_t rows = plan[i].spec.shape[0], cols = plan[i].spec.shape[1];
-    weights += static_cast<double>(rows * cols);
-    std::vector<BitChoice>& choices = measured[plan[i].spec.name];
-    for (const char* name : kChoices) {
-      const Codec codec = Codec::parse(name, "--bits");
-      if (codec.fits(cols)) choices.push_back({codec, bits_of(codec, rows, cols), 0});
-    }
-    if (choices.empty()) {
-      const Codec row{CodecKind::kQ8, Codec::kPerRow};
-      choices.push_back({row, bits_of(row, rows, cols), 0});
-    }
+    weights += weights_of(plan[i].spec);
+    measured[plan[i].spec.name] = choices_of(plan[i].spec);
   }
   Meter meter(job, measured);
   WalkOptions walk;
@@ -150,7 +174,7 @@ Json allocate_bits(const AllocateJob& job, const std::vector<std::size_t>& free,
     for (const BitChoice& other : tensors[t]) costs[other.codec.name()] = other.cost;
     rows.push_back({{"name", tensor.spec.name},
                     {"codec", choice.codec.name()},
-                    {"bits", choice.bits / static_cast<double>(tensor.spec.shape[0] * tensor.spec.shape[1])},
+                    {"bits", choice.bits / weights_of(tensor.spec)},
                     {"costs", costs}});
   }
   return rows;

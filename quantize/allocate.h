@@ -36,6 +36,10 @@ struct AllocateJob {
 // The tensors of the plan that are free: block linears whose codec is the one asked for all of them.
 std::vector<std::size_t> free_tensors(const std::vector<TensorPlan>& plan, const Codec& asked);
 
+// Before anything is measured. Errors: exit 2 where no tensor is free, or the narrowest codecs of those that are need
+// more than `bits` a weight.
+void require_bits(const std::vector<TensorPlan>& plan, const std::vector<std::size_t>& free, double bits);
+
 // Gives every free tensor the codec that the knapsack chooses from q3, q4g128, q4g64, q4 and q8, as far as they divide its
 // rows. What a codec costs is the KL that rounding this tensor alone to it brings, to second order: 1/2 sum_j r_j D_j H
 // D_j^T with D the rounding error under searched scales, H the token-weighted Hessian of the input and r_j the Fisher

@@ -87,6 +87,7 @@ void refuse_unused_options(const Options& options, const ModelConfig& config) {
     refuse_unused(options, {"tune-text", "tune-batch", "tune-lr"}, "without --tune or --tune-codes", place);
   if (options.get<std::int64_t>("tune-codes") == 0)
     refuse_unused(options, {"tune-code-lr"}, "without --tune-codes", place);
+  if (options.get<bool>("random-tokens")) refuse_unused(options, {"tune-text"}, "with --random-tokens", place);
   if (!text) refuse_unused(options, {"split"}, "without --text", place);
   if (!calibrated(options)) {
     refuse_unused(options,
@@ -101,6 +102,13 @@ void refuse_unused_options(const Options& options, const ModelConfig& config) {
   if (config.tie_word_embeddings) {
     refuse_unused(options, {"head-codec"}, "where the head is the embedding: --embedding-codec decides", place);
   }
+}
+
+// Those that --bits decides about.
+std::vector<std::size_t> free_linears(const Options& options, const std::vector<TensorPlan>& tensors) {
+  const auto codec = options.get<std::string>("codec");
+  if (codec == "keep") throw usage_error("--bits", "a --codec that quantizes", "keep", "leave one of the two out");
+  return free_tensors(tensors, Codec::parse(codec, "--codec"));
 }
 
 // Everything that can be wrong before weights are touched.
@@ -143,6 +151,7 @@ std::vector<TensorPlan> check(const Options& options, const PlannedModel& model)
     throw usage_error("--method " + options.get<std::string>("method"), "a tensor in q4, q4g64 or q4g128",
                       "none, the rule is for no other codec", "choose another --codec or --method rtn");
   }
+  if (options.has("bits")) require_bits(tensors, free_linears(options, tensors), options.get<double>("bits"));
   return tensors;
 }
 
@@ -257,7 +266,7 @@ StagePlan plan(const Options& given, const PlannedModel& input) {
   memory.add_note(notes);
   Sizes sizes = sizes_of(config, tensors, input.dtype);
   if (options.has("bits")) {
-    for (const std::size_t i : free_tensors(tensors, Codec::parse(options.get<std::string>("codec"), "--codec"))) {
+    for (const std::size_t i : free_linears(options, tensors)) {
       const std::int64_t rows = tensors[i].spec.shape[0], cols = tensors[i].spec.shape[1];
       const auto planned = static_cast<std::uint64_t>(options.get<double>("bits") * static_cast<double>(rows * cols) / 8);
       const std::uint64_t counted = tensors[i].codec->payload_bytes(rows, cols);
@@ -446,13 +455,12 @@ Json run(const Options& given, Context& context) {
     const fs::path rounded = tunes ? folder.work() / kRounded : folder.work();
     fs::create_directories(rounded);
     const fs::path allocated = folder.work() / kAllocation;
-    if (fs::exists(allocated)) {
-      allocation = read_json(allocated);
-      for (const Json& row : allocation)
-        for (TensorPlan& tensor : tensors)
-          if (tensor.spec.name == row.at("name"))
-            tensor.codec = tensor.asked = Codec::parse(row.at("codec").get<std::string>(), allocated.string());
-    }
+    allocation = done.value("bits", Json());  // of a run that had ended but for the rename
+    if (allocation.is_null() && fs::exists(allocated)) allocation = read_json(allocated);
+    for (const Json& row : allocation)
+      for (TensorPlan& tensor : tensors)
+        if (tensor.spec.name == row.at("name"))
+          tensor.codec = tensor.asked = Codec::parse(row.at("codec").get<std::string>(), allocated.string());
     if (linears.is_null()) {
       TokenWeights sensitivity;
       if (options.get<bool>("fisher") || (options.has("bits") && allocation.is_null()))
@@ -461,7 +469,7 @@ Json run(const Options& given, Context& context) {
       if (options.has("bits") && allocation.is_null()) {
         allocation = allocate_bits({model, windows, sensitivity, options.get<double>("bits"),
                                     options.get<std::string>("device"), context.threads, spill ? folder.work() : fs::path()},
-                                   free_tensors(tensors, Codec::parse(options.get<std::string>("codec"), "--codec")),
+                                   free_linears(options, tensors),
                                    tensors, context);
         write_text(allocated, allocation.dump(1) + "\n");
       }
