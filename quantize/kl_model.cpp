@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include "core/error.h"
+#include "model/sampled_labels.h"
 #include "model/shards.h"
 #include "model/threads.h"
 
@@ -88,6 +89,31 @@ std::vector<Tensor> KlModel::gradients(const CalibrationWindows& windows, std::i
           else
             sums[i] = part.gradients[i].contiguous();
         }
+      });
+  return sums;
+}
+
+std::vector<Tensor> KlModel::curvature(const CalibrationWindows& windows, std::int64_t count, std::uint64_t seed,
+                                       const std::vector<Tensor>& parameters) {
+  const SingleThreadedTorch single;
+  std::vector<Tensor> sums;
+  for (const Tensor& parameter : parameters) sums.push_back(torch::zeros_like(parameter));
+  const double scale = 1.0 / static_cast<double>(count * windows.length);
+  in_order(
+      count, threads_,
+      [&](std::int64_t window) {
+        throw_if_interrupted("curvature of the original model", "the same command continues here");
+        const torch::AutoGradMode with_gradients(true);
+        const Tensor hidden = original_->hidden(ids(windows, window)).view({windows.length, -1});
+        const Tensor labels = sampled_labels(original_, hidden.detach(), seed,
+                                             static_cast<std::uint64_t>(window * windows.length));
+        const Tensor loss = cross_entropy_loss(hidden, original_->output_head(), labels, 1.0, nullptr);
+        return torch::autograd::grad({loss}, parameters, {}, false, false, /*allow_unused=*/true);
+      },
+      [&](std::int64_t, const std::vector<Tensor>& gradients) {
+        const torch::NoGradGuard no_grad;
+        for (std::size_t i = 0; i < sums.size(); ++i)
+          if (gradients[i].defined()) sums[i].addcmul_(gradients[i], gradients[i], scale);
       });
   return sums;
 }

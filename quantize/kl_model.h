@@ -28,6 +28,13 @@ class KlModel {
   std::vector<torch::Tensor> gradients(const CalibrationWindows& windows, std::int64_t first, std::int64_t count,
                                        const std::vector<torch::Tensor>& parameters, double& kl);
 
+  // Diagonal of the Fisher information of the original per token, with respect to its `parameters`, which require a
+  // gradient: at equal predictions the second derivative of the mean KL. Squares of the gradients of whole windows, the
+  // labels of which are drawn from the model itself: they are independent, so that products of different tokens vanish in
+  // expectation. Zeros where a parameter took no part.
+  std::vector<torch::Tensor> curvature(const CalibrationWindows& windows, std::int64_t count, std::uint64_t seed,
+                                       const std::vector<torch::Tensor>& parameters);
+
  private:
   torch::Tensor ids(const CalibrationWindows& windows, std::int64_t window) const;
   torch::Tensor loss(const torch::Tensor& ids, double scale, LossSums& sums);

@@ -26,6 +26,8 @@ constexpr double kBeta1 = 0.9, kBeta2 = 0.99, kEps = 1e-12, kWarmup = 0.05;
 constexpr const char* kMetaKey = "pare.tune";
 constexpr double kSaveSeconds = 120;
 constexpr double kLatentReach = 0.35;  // of a code
+constexpr std::int64_t kCurvatureWindows = 64;
+constexpr std::uint64_t kCurvatureSeed = 0x63757276;
 
 // One trained row of numbers and its Adam moments.
 struct Trained {
@@ -59,6 +61,7 @@ struct Matrix {
   Tensor offsets;  // [rows, groups, size] int8
   Trained log_factors;
   std::optional<Trained> latent;  // [rows, groups, size], offsets before rounding
+  Tensor curvature;               // latent only: second derivative of the KL by each weight, [rows, groups, size]
   Tensor kept;                    // latent only: 0 where a pruned zero stays, else undefined
   double low = 0, high = 0;       // of a code
 
@@ -101,6 +104,7 @@ class Tuner {
  private:
   void add(const TensorPlan& plan);
   void add_matrix(const TensorPlan& plan, const Tensor& weight);
+  void measure_curvature();
   void compute_weights();
   void update(const std::vector<Tensor>& gradients, std::int64_t step);
   std::int64_t write(CheckpointWriter& writer, bool improved);
@@ -141,7 +145,7 @@ void Tuner::add_matrix(const TensorPlan& plan, const Tensor& weight) {
     zeros = zeros.to(device_);
   }
   Matrix matrix{&plan, weight, scales.to(device_), zeros, offsets.to(device_), Trained(torch::zeros_like(scales).to(device_)),
-                {}, {}, 0, 0};
+                {}, {}, {}, 0, 0};
   const CodeRange range = code_range(codes.codec.kind);
   matrix.low = range.low;
   matrix.high = range.high;
@@ -157,6 +161,21 @@ void Tuner::add_matrix(const TensorPlan& plan, const Tensor& weight) {
     if (zero.to(torch::kFloat).mean().item<double>() >= 0.05) matrix.kept = zero.logical_not().to(torch::kFloat);
   }
   matrices_.push_back(std::move(matrix));
+}
+
+void Tuner::measure_curvature() {
+  std::vector<Tensor> parameters;
+  std::vector<Matrix*> owners;
+  for (Matrix& matrix : matrices_) {
+    if (!matrix.latent) continue;
+    owners.push_back(&matrix);
+    parameters.push_back(models_.original()->tensor(matrix.plan->spec.name));
+  }
+  for (Tensor& parameter : parameters) parameter.set_requires_grad(true);
+  const std::vector<Tensor> found =
+      models_.curvature(job_.windows, std::min(job_.windows.count, kCurvatureWindows), kCurvatureSeed, parameters);
+  for (Tensor& parameter : parameters) parameter.set_requires_grad(false);
+  for (std::size_t i = 0; i < owners.size(); ++i) owners[i]->curvature = found[i].view(owners[i]->offsets.sizes());
 }
 
 void Tuner::compute_weights() {
@@ -181,7 +200,11 @@ void Tuner::update(const std::vector<Tensor>& gradients, std::int64_t step) {
     const Tensor g = gradients[i].view(m.offsets.sizes()), scale = m.stored_scales();
     m.log_factors.step((g * m.offsets).sum(-1) * scale, lr, step + 1);
     if (!m.latent) continue;
+    // The gradient at the code, and with a weight that rises from 0 to 1 what it lacks to that at the latent code, by the
+    // second derivative: in the end a code moves only where that lowers the loss, and does not swing between two.
     Tensor pull = g * scale.unsqueeze(-1);
+    const double settled = static_cast<double>(step) / static_cast<double>(s.code_steps);
+    pull.addcmul_(m.curvature * scale.square().unsqueeze(-1), m.latent->value - m.offsets, settled);
     if (m.kept.defined()) pull.mul_(m.kept);
     m.latent->step(pull, s.code_lr * schedule(step, s.code_steps), step + 1);
     if (step + 1 == s.code_steps) {  // from here on codes stay as they are
@@ -299,6 +322,7 @@ TuneResult Tuner::run(CheckpointWriter& writer) {
   } else {
     result.kl_before = models_.divergence(job_.validation);  // of the codes as rounded
   }
+  if (step < job_.settings.code_steps) measure_curvature();
   context_.progress->begin("tune", steps);
   auto saved = std::chrono::steady_clock::now();
   double smoothed = 0;
@@ -361,7 +385,7 @@ std::uint64_t tune_peak_bytes(const ModelConfig& config, const std::vector<Tenso
   const std::uint64_t head = static_cast<std::uint64_t>(config.vocab_size * config.hidden_size) * 4;
   // Original, quantized, the sum of gradients and those of each thread's window, of the head in three pieces; the largest
   // matrix once more while its weights are made.
-  return model * (3 + workers) + head * (2 + 2 * workers) + scales * 4 + codes + (codes_move ? 3 * latent : 0) + workers * graph;
+  return model * (3 + workers) + head * (2 + 2 * workers) + scales * 4 + codes + (codes_move ? 4 * latent : 0) + workers * graph;
 }
 
 }  // namespace pare

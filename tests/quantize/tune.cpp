@@ -6,6 +6,7 @@
 
 #include "core/error.h"
 #include "core/random_weights.h"
+#include "quantize/kl_model.h"
 #include "tests/quantize/tiny_model.h"
 
 namespace pare {
@@ -41,6 +42,56 @@ double divergence(const fs::path& original, const fs::path& quantized) {
   const torch::Tensor p = torch::log_softmax(a->forward(ids).to(torch::kDouble), -1),
                       q = torch::log_softmax(b->forward(ids).to(torch::kDouble), -1);
   return (p.exp() * (p - q)).sum(-1).mean().item<double>();
+}
+
+// Of single weights, against sum over t, v of p(v | t) (d log p(v | t) / d w)^2 by central differences in double.
+TEST(Tune, CurvatureIsTheFisherInformationOfEachWeight) {
+  ScratchFolder scratch;
+  write_lively(scratch / "in", tiny_config(2));
+  const Checkpoint model(scratch / "in");
+  CalibrationWindows windows = random_windows(96, 1, 6, 4);
+  constexpr std::int64_t kDraws = 500;
+  CalibrationWindows repeated = windows;
+  repeated.count = kDraws;
+  repeated.ids.clear();
+  for (std::int64_t i = 0; i < kDraws; ++i) repeated.ids.insert(repeated.ids.end(), windows.ids.begin(), windows.ids.end());
+
+  const std::vector<std::string> names = {"model.layers.0.self_attn.v_proj.weight", "model.layers.1.mlp.down_proj.weight"};
+  KlModel one(model, model, "cpu", 1, windows.length), two(model, model, "cpu", 2, windows.length);
+  std::vector<std::vector<torch::Tensor>> found;
+  for (KlModel* models : {&one, &two}) {
+    std::vector<torch::Tensor> parameters;
+    for (const std::string& name : names)
+      parameters.push_back(models->original()->tensor(name).set_requires_grad(true));
+    found.push_back(models->curvature(repeated, kDraws, 7, parameters));
+  }
+  Decoder decoder = load_decoder(model, torch::kCPU);
+  decoder->to(torch::kDouble);
+  const torch::NoGradGuard no_grad;
+  torch::Tensor ids = torch::empty({1, windows.length}, torch::kLong);
+  std::copy(windows.ids.begin(), windows.ids.end(), ids.data_ptr<std::int64_t>());
+  const auto log_p = [&] { return torch::log_softmax(decoder->forward(ids), -1); };
+  const torch::Tensor p = log_p().exp();
+  for (std::size_t n = 0; n < names.size(); ++n) {
+    EXPECT_TRUE(torch::equal(found[0][n], found[1][n])) << names[n];
+    torch::Tensor weight = decoder->tensor(names[n]).view(-1), ours = found[0][n].view(-1);
+    double sum = 0, sum_ours = 0;
+    for (std::int64_t i = 0; i < weight.numel(); i += weight.numel() / 40) {
+      constexpr double kStep = 1e-4;
+      torch::Tensor one_weight = weight[i];
+      const double at = one_weight.item<double>();
+      one_weight.fill_(at + kStep);
+      const torch::Tensor above = log_p();
+      one_weight.fill_(at - kStep);
+      const torch::Tensor slope = (above - log_p()) / (2 * kStep);
+      one_weight.fill_(at);
+      const double exact = (p * slope.square()).sum().item<double>() / static_cast<double>(windows.length);
+      EXPECT_NEAR(ours[i].item<double>(), exact, 0.5 * exact) << names[n] << " " << i;
+      sum += exact;
+      sum_ours += ours[i].item<double>();
+    }
+    EXPECT_NEAR(sum_ours, sum, 0.1 * sum) << names[n];
+  }
 }
 
 TEST(Tune, ScalesAndNormsLowerTheDivergenceAndCodesStay) {
