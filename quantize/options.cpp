@@ -8,8 +8,8 @@ namespace pare {
 namespace {
 
 // --preset best
-constexpr int kBestCodeSteps = 1000, kBestSteps = 200, kBestBatch = 4;
-constexpr double kBestRate = 2e-3, kBestCodeRate = 5e-3;
+constexpr int kBestCodeSteps = 3000, kBestBatch = 4;
+constexpr double kBestRate = 2e-3, kBestCodeRate = 7e-3;
 
 }  // namespace
 
@@ -146,10 +146,12 @@ Options with_preset(const Options& given, const ModelConfig& config) {
   if (preset == "best") {
     if (!experts) add("fisher", true);
     add("tune-codes", kBestCodeSteps);
-    add("tune", kBestSteps);
-    add("tune-batch", kBestBatch);
-    add("tune-lr", kBestRate);
-    if (chosen.value("tune-codes", 1) > 0) add("tune-code-lr", kBestCodeRate);
+    const bool codes = chosen.at("tune-codes") > 0;
+    if (codes || chosen.value("tune", 0) > 0) {
+      add("tune-batch", kBestBatch);
+      add("tune-lr", kBestRate);
+    }
+    if (codes) add("tune-code-lr", kBestCodeRate);
   }
   return Options(quantize_options(), chosen, "pare quantize --preset " + preset);
 }

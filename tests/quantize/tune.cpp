@@ -208,7 +208,7 @@ TEST(Tune, PresetsStandForOptionsAndTheUsersOwnStand) {
   EXPECT_EQ(hash("c", {{"preset", "balanced"}}), hash("d", {{"retarget", true}}));
   EXPECT_EQ(hash("e", {{"preset", "best"}, {"tune-codes", 2}, {"tune", 1}}),
             hash("f", {{"retarget", true}, {"fisher", true}, {"tune-codes", 2}, {"tune", 1}, {"tune-batch", 4},
-                       {"tune-lr", 0.002}, {"tune-code-lr", 0.005}}));
+                       {"tune-lr", 0.002}, {"tune-code-lr", 0.007}}));
   EXPECT_EQ(hash("g", {{"preset", "balanced"}, {"method", "rtn"}}), hash("h", {{"method", "rtn"}}));
 }
 

@@ -133,8 +133,8 @@ def training_text(corpus, sources, calibration_budget, tuning_budget):
         manual, novels = files(sources.teacher_text() / "manual"), files(sources.teacher_text() / "novels")
         calibration = (spread(pages(share(manual, 0, 30)), calibration_budget // 2)
                        + books(share(novels, 0, 30), calibration_budget // 2))
-        tuning = (spread(pages(share(manual, 30, 100)), tuning_budget // 4)
-                  + books(share(novels, 30, 100), tuning_budget * 3 // 4))
+        tuning = (spread(pages(share(manual, 30, 100)), tuning_budget // 2)
+                  + books(share(novels, 30, 100), tuning_budget // 2))
         return calibration, tuning
     raise ValueError(corpus)
 

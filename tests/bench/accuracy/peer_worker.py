@@ -4,17 +4,35 @@
 usage: peer_worker.py PEER MODEL CALIBRATION.jsonl OUT [--samples N] [--context N] [--seed S] [--iters N]
 Runs in the tool's own virtual environment (peers.py starts it); tokens: N windows of `context` ids drawn at random from
 the joined calibration documents, as many as pare itself is given. 4 bits, groups of 32, symmetric, block linears only;
-everything else as the tool has it by default, and in float32. Last line of stdout: a JSON object with versions.
+everything else as the tool has it by default, and in float32. Last line of stdout: a JSON object with versions, the
+seconds of the tool's own call (models read and written, and the imports, not counted) and the peak memory of the process.
+CALIBRATION "random": uniform random ids, for measurements of cost on random weights. OUT "none": nothing is kept.
 """
 import argparse
 import json
 import pathlib
 import random
+import resource
 import shutil
 import sys
+import tempfile
+import time
+
+CLOCK = {}
+
+
+def timed(work):
+    began = time.time()
+    result = work()
+    CLOCK["seconds"] = time.time() - began
+    return result
 
 
 def windows(model, calibration, samples, context, seed):
+    draw = random.Random(seed)
+    if calibration == "random":
+        vocabulary = json.loads(pathlib.Path(model, "config.json").read_text())["vocab_size"]
+        return [[draw.randrange(vocabulary) for _ in range(context)] for _ in range(samples)]
     from tokenizers import Tokenizer
     tokenizer = Tokenizer.from_file(str(pathlib.Path(model, "tokenizer.json")))
     if tokenizer.encode("a").ids != tokenizer.encode("a", add_special_tokens=False).ids:
@@ -22,7 +40,6 @@ def windows(model, calibration, samples, context, seed):
     ids = []
     for line in open(calibration):
         ids += tokenizer.encode(json.loads(line)["text"], add_special_tokens=False).ids
-    draw = random.Random(seed)
     starts = [draw.randrange(len(ids) - context + 1) for _ in range(samples)]
     return [ids[s:s + context] for s in starts]
 
@@ -93,7 +110,7 @@ def llmcompressor(given, scratch, gptq):
     ids = windows(given.model, given.calibration, given.samples, given.context, given.seed)
     data = datasets.Dataset.from_list([{"input_ids": w, "attention_mask": [1] * len(w)} for w in ids])
     words = {"dataset": data, "max_seq_length": given.context, "num_calibration_samples": given.samples} if gptq else {}
-    oneshot(model=model, recipe=Modifier(config_groups=groups, ignore=["lm_head"]), **words)
+    timed(lambda: oneshot(model=model, recipe=Modifier(config_groups=groups, ignore=["lm_head"]), **words))
     model.save_pretrained(scratch, save_compressed=True)
     from safetensors.torch import load_file
     stored = {}
@@ -147,7 +164,7 @@ def gptqmodel(given, scratch):
     config = QuantizeConfig(bits=4, group_size=32, sym=True)
     model = GPTQModel.load(given.model, config, device="cpu")
     ids = windows(given.model, given.calibration, given.samples, given.context, given.seed)
-    model.quantize([{"input_ids": w, "attention_mask": [1] * len(w)} for w in ids], batch_size=1)
+    timed(lambda: model.quantize([{"input_ids": w, "attention_mask": [1] * len(w)} for w in ids], batch_size=1))
     model.save(str(scratch))
     return gptq_tensors(scratch), {"gptqmodel": package.__version__}
 
@@ -164,7 +181,7 @@ def autoround(given, scratch):
     rounder = AutoRound(float_model(given.model), AutoTokenizer.from_pretrained(given.model), bits=4, group_size=32,
                         sym=True, dataset=data, nsamples=given.samples, seqlen=given.context, iters=given.iters,
                         seed=given.seed, amp=False, enable_torch_compile=False, device_map="cpu")
-    rounder.quantize_and_save(str(scratch), format="auto_gptq")
+    timed(lambda: rounder.quantize_and_save(str(scratch), format="auto_gptq"))
     found = scratch if list(scratch.glob("*.safetensors")) else next(scratch.rglob("*.safetensors")).parent
     return gptq_tensors(found), {"auto-round": package.__version__, "iters": given.iters}
 
@@ -188,9 +205,13 @@ def main():
     import torch
     import transformers
     torch.manual_seed(given.seed)
-    scratch = given.out.with_name(given.out.name + ".native")
-    changed, versions = PEERS[given.peer](given, scratch)
-    save(given.model, given.out, changed)
+    if str(given.out) == "none":
+        with tempfile.TemporaryDirectory() as place:
+            _, versions = PEERS[given.peer](given, pathlib.Path(place, "native"))
+    else:
+        changed, versions = PEERS[given.peer](given, given.out.with_name(given.out.name + ".native"))
+        save(given.model, given.out, changed)
+    versions |= CLOCK | {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     versions |= {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
     print("\n" + json.dumps(versions))
 
