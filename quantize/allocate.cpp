@@ -68,25 +68,30 @@ class Meter : public BlockVisitor {
   std::map<std::string, std::vector<BitChoice>>& choices_;
 };
 
-}  // namespace
+struct Upgrade {
+  double gain = 0, bits = 0;  // gain: of cost per bit
+  std::size_t tensor = 0, choice = 0;
+};
 
-std::vector<std::size_t> choose_bits(const std::vector<std::vector<BitChoice>>& tensors, double budget) {
-  struct Upgrade {
-    double gain = 0, bits = 0;  // gain: per bit
-    std::size_t tensor = 0, choice = 0;
-  };
-  std::vector<std::size_t> chosen(tensors.size());
+// The cheapest choices in bits, and all steps up the lower convex hulls of cost over bits, the best per bit first.
+struct Ladder {
+  std::vector<std::size_t> chosen;
+  double bits = 0, cost = 0;
   std::vector<Upgrade> upgrades;
-  double used = 0;
+};
+
+Ladder ladder_of(const std::vector<std::vector<BitChoice>>& tensors) {
+  Ladder ladder;
+  ladder.chosen.resize(tensors.size());
   for (std::size_t t = 0; t < tensors.size(); ++t) {
     const auto& choices = tensors[t];
-    // Cheapest in bits; then always the steepest way down.
     std::size_t at = 0;
     for (std::size_t c = 1; c < choices.size(); ++c)
       if (std::pair(choices[c].bits, choices[c].cost) < std::pair(choices[at].bits, choices[at].cost)) at = c;
-    chosen[t] = at;
-    used += choices[at].bits;
-    for (;;) {
+    ladder.chosen[t] = at;
+    ladder.bits += choices[at].bits;
+    ladder.cost += choices[at].cost;
+    for (;;) {  // always the steepest way down
       Upgrade best{0, 0, t, at};
       for (std::size_t c = 0; c < choices.size(); ++c) {
         const double bits = choices[c].bits - choices[at].bits;
@@ -94,29 +99,50 @@ std::vector<std::size_t> choose_bits(const std::vector<std::vector<BitChoice>>& 
         if (gain > best.gain || (gain == best.gain && gain > 0 && bits > best.bits)) best = {gain, bits, t, c};
       }
       if (best.gain <= 0) break;
-      upgrades.push_back(best);
+      ladder.upgrades.push_back(best);
       at = best.choice;
     }
   }
-  if (used > budget * (1 + 1e-12)) {
+  std::stable_sort(ladder.upgrades.begin(), ladder.upgrades.end(),
+                   [](const Upgrade& a, const Upgrade& b) { return a.gain > b.gain; });
+  return ladder;
+}
+
+}  // namespace
+
+std::vector<std::size_t> choose_bits(const std::vector<std::vector<BitChoice>>& tensors, double budget) {
+  Ladder ladder = ladder_of(tensors);
+  if (ladder.bits > budget * (1 + 1e-12)) {
     char need[64], have[64];
-    std::snprintf(need, sizeof need, "at least %.0f bits in all", used);
+    std::snprintf(need, sizeof need, "at least %.0f bits in all", ladder.bits);
     std::snprintf(have, sizeof have, "%.0f", budget);
     throw usage_error("--bits", need, have, "the narrowest codecs that these tensors take need that much");
   }
-  std::stable_sort(upgrades.begin(), upgrades.end(),
-                   [](const Upgrade& a, const Upgrade& b) { return a.gain > b.gain; });
   std::vector<bool> ended(tensors.size(), false);
-  for (const Upgrade& upgrade : upgrades) {
+  for (const Upgrade& upgrade : ladder.upgrades) {
     if (ended[upgrade.tensor]) continue;
-    if (used + upgrade.bits > budget * (1 + 1e-12)) {
+    if (ladder.bits + upgrade.bits > budget * (1 + 1e-12)) {
       ended[upgrade.tensor] = true;
       continue;
     }
-    used += upgrade.bits;
-    chosen[upgrade.tensor] = upgrade.choice;
+    ladder.bits += upgrade.bits;
+    ladder.chosen[upgrade.tensor] = upgrade.choice;
   }
-  return chosen;
+  return ladder.chosen;
+}
+
+std::vector<std::size_t> choose_cost(const std::vector<std::vector<BitChoice>>& tensors, double limit) {
+  Ladder ladder = ladder_of(tensors);
+  for (const Upgrade& upgrade : ladder.upgrades) {
+    if (ladder.cost <= limit) return ladder.chosen;
+    ladder.cost -= upgrade.gain * upgrade.bits;
+    ladder.chosen[upgrade.tensor] = upgrade.choice;
+  }
+  if (ladder.cost <= limit * (1 + 1e-9)) return ladder.chosen;
+  char need[64], have[64];
+  std::snprintf(need, sizeof need, "at least %.2g nats", ladder.cost);
+  std::snprintf(have, sizeof have, "%g", limit);
+  throw usage_error("--kl", need, have, "the widest codecs are estimated to cost that much");
 }
 
 std::vector<std::size_t> free_tensors(const std::vector<TensorPlan>& plan, const Codec& asked) {
@@ -126,9 +152,12 @@ std::vector<std::size_t> free_tensors(const std::vector<TensorPlan>& plan, const
   return free;
 }
 
-void require_bits(const std::vector<TensorPlan>& plan, const std::vector<std::size_t>& free, double bits) {
+void require_free(const std::vector<std::size_t>& free, const std::string& option) {
   if (free.empty())
-    throw usage_error("--bits", "block linears whose codec is that of --codec", "none", "leave --policy rules out");
+    throw usage_error(option, "block linears whose codec is that of --codec", "none", "leave --policy rules out");
+}
+
+void require_bits(const std::vector<TensorPlan>& plan, const std::vector<std::size_t>& free, double bits) {
   double least = 0, weights = 0;
   for (const std::size_t i : free) {
     const std::vector<BitChoice> choices = choices_of(plan[i].spec);
@@ -164,7 +193,7 @@ Json allocate_bits(const AllocateJob& job, const std::vector<std::size_t>& free,
 
   std::vector<std::vector<BitChoice>> tensors;
   for (const std::size_t i : free) tensors.push_back(measured.at(plan[i].spec.name));
-  const std::vector<std::size_t> chosen = choose_bits(tensors, job.bits * weights);
+  const std::vector<std::size_t> chosen = job.bits ? choose_bits(tensors, *job.bits * weights) : choose_cost(tensors, *job.kl);
   Json rows = Json::array();
   for (std::size_t t = 0; t < free.size(); ++t) {
     const BitChoice& choice = tensors[t][chosen[t]];

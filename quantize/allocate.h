@@ -1,6 +1,7 @@
 // Which linear gets how many bits, by what the loss of the whole model says about each. No LibTorch types.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -22,12 +23,16 @@ struct BitChoice {
 // budget that an upgrade fills exactly, else at most one upgrade from the bound. Error: exit 2 where not even the
 // smallest choices fit.
 std::vector<std::size_t> choose_bits(const std::vector<std::vector<BitChoice>>& tensors, double budget);
+// The other way round: the fewest bits along the same hulls with the sum of costs at most `limit`. Error: exit 2 where
+// not even the largest choices reach it.
+std::vector<std::size_t> choose_cost(const std::vector<std::vector<BitChoice>>& tensors, double limit);
 
 struct AllocateJob {
   const Checkpoint& model;
   const CalibrationWindows& windows;
   const TokenWeights& sensitivity;  // of these windows, with `outputs`
-  double bits = 4.5;                // a weight, scales included, over the tensors that are free
+  std::optional<double> bits;       // a weight, scales included, over the tensors that are free; or
+  std::optional<double> kl;         // nats per token, of the costs added up
   std::string device = "cpu";
   int threads = 0;
   fs::path spill;
@@ -36,8 +41,9 @@ struct AllocateJob {
 // The tensors of the plan that are free: block linears whose codec is the one asked for all of them.
 std::vector<std::size_t> free_tensors(const std::vector<TensorPlan>& plan, const Codec& asked);
 
-// Before anything is measured. Errors: exit 2 where no tensor is free, or the narrowest codecs of those that are need
+// Before anything is measured. Errors: exit 2 where no tensor is free; where the narrowest codecs of those that are need
 // more than `bits` a weight.
+void require_free(const std::vector<std::size_t>& free, const std::string& option);
 void require_bits(const std::vector<TensorPlan>& plan, const std::vector<std::size_t>& free, double bits);
 
 // Gives every free tensor the codec that the knapsack chooses from q3, q4g128, q4g64, q4 and q8, as far as they divide its

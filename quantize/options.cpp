@@ -86,6 +86,12 @@ std::vector<OptionDecl> quantize_options() {
              "for, from q3 to q8",
      .minimum = 1,
      .maximum = 16},
+    {.name = "kl",
+     .type = OptionType::kNumber,
+     .help = "instead of --bits: the fewest bits at which nearest codes are estimated to cost at most this, nats per token; "
+             "GPTQ and tuning then leave less",
+     .minimum = 1e-6,
+     .maximum = 100},
     {.name = "tune-codes",
      .type = OptionType::kInteger,
      .help = "afterwards, steps in which codes, scales, norms and biases follow the KL to the original",

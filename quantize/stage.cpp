@@ -87,15 +87,17 @@ void refuse_unused_options(const Options& options, const ModelConfig& config) {
     refuse_unused(options, {"tune-text", "tune-batch", "tune-lr"}, "without --tune or --tune-codes", place);
   if (options.get<std::int64_t>("tune-codes") == 0)
     refuse_unused(options, {"tune-code-lr"}, "without --tune-codes", place);
+  if (options.has("bits") && options.has("kl"))
+    throw usage_error("--kl", "one of --bits and --kl", "both", "leave one of the two out");
   if (options.get<bool>("random-tokens")) refuse_unused(options, {"tune-text"}, "with --random-tokens", place);
   if (!text) refuse_unused(options, {"split"}, "without --text", place);
   if (!calibrated(options)) {
     refuse_unused(options,
-                  {"samples", "context", "device", "expert-tokens", "fisher", "bits", "tune", "tune-codes"},
+                  {"samples", "context", "device", "expert-tokens", "fisher", "bits", "kl", "tune", "tune-codes"},
                   "without --text or --random-tokens", place);
   }
   if (!config.has_experts()) refuse_unused(options, {"expert-tokens"}, "in a model without experts", place);
-  if (config.has_experts()) refuse_unused(options, {"retarget", "fisher", "bits"}, "in a model with experts", place);
+  if (config.has_experts()) refuse_unused(options, {"retarget", "fisher", "bits", "kl"}, "in a model with experts", place);
   if (options.get<bool>("retarget") && options.get<std::int64_t>("samples") < kHeldOutEvery)
     throw usage_error("--retarget", "at least " + std::to_string(kHeldOutEvery) + " --samples",
                       std::to_string(options.get<std::int64_t>("samples")));
@@ -104,10 +106,14 @@ void refuse_unused_options(const Options& options, const ModelConfig& config) {
   }
 }
 
-// Those that --bits decides about.
+// Whether codecs are chosen by what they cost.
+bool allocates(const Options& options) { return options.has("bits") || options.has("kl"); }
+
+// Those that --bits and --kl decide about.
 std::vector<std::size_t> free_linears(const Options& options, const std::vector<TensorPlan>& tensors) {
   const auto codec = options.get<std::string>("codec");
-  if (codec == "keep") throw usage_error("--bits", "a --codec that quantizes", "keep", "leave one of the two out");
+  if (codec == "keep")
+    throw usage_error(options.has("bits") ? "--bits" : "--kl", "a --codec that quantizes", "keep", "leave one of the two out");
   return free_tensors(tensors, Codec::parse(codec, "--codec"));
 }
 
@@ -151,7 +157,11 @@ std::vector<TensorPlan> check(const Options& options, const PlannedModel& model)
     throw usage_error("--method " + options.get<std::string>("method"), "a tensor in q4, q4g64 or q4g128",
                       "none, the rule is for no other codec", "choose another --codec or --method rtn");
   }
-  if (options.has("bits")) require_bits(tensors, free_linears(options, tensors), options.get<double>("bits"));
+  if (allocates(options)) {
+    const std::vector<std::size_t> free = free_linears(options, tensors);
+    require_free(free, options.has("bits") ? "--bits" : "--kl");
+    if (options.has("bits")) require_bits(tensors, free, options.get<double>("bits"));
+  }
   return tensors;
 }
 
@@ -214,7 +224,7 @@ MemoryPlan memory_of(const Options& options, const ModelConfig& config, const st
     std::uint64_t walking = calibrated(options) ? walk_peak_bytes(config, samples, context, walk) + factor : 0;
     if (options.get<bool>("retarget")) walking += 3 * factor;  // of the other windows, and both transposed
     std::uint64_t whole = 0;  // steps that hold the whole model
-    if (options.get<bool>("fisher") || options.has("bits")) whole = fisher_peak_bytes(config, samples, context, 0);
+    if (options.get<bool>("fisher") || allocates(options)) whole = fisher_peak_bytes(config, samples, context, 0);
     if (tuning_steps(options) > 0)
       whole = std::max(whole, tune_peak_bytes(config, tensors, context, tuning_of(options).code_steps > 0, 0));
     return base + std::max({outside, walking + work, whole});
@@ -259,8 +269,8 @@ StagePlan plan(const Options& given, const PlannedModel& input) {
   if (tuning_steps(options) > 0)  // the original once, the quantized model forwards and backwards
     operations += static_cast<double>(tuning_steps(options) * options.get<std::int64_t>("tune-batch") * context) * 8.0 *
                   static_cast<double>(parameter_count(config));
-  if (options.has("bits")) operations += 4.0 * operations;
-  if (options.get<bool>("fisher") || options.has("bits"))
+  if (allocates(options)) operations += 4.0 * operations;
+  if (options.get<bool>("fisher") || allocates(options))
     operations += static_cast<double>(samples * context) * 4.0 * static_cast<double>(parameter_count(config));
   const MemoryPlan memory = memory_of(options, config, tensors);
   memory.add_note(notes);
@@ -274,6 +284,8 @@ StagePlan plan(const Options& given, const PlannedModel& input) {
       sizes.folder = sizes.folder + planned - std::min(sizes.folder, counted);
     }
     notes.push_back("which tensor gets which codec is decided by measuring them: sizes are those of --bits");
+  } else if (options.has("kl")) {
+    notes.push_back("which tensor gets which codec is decided by measuring them: sizes are those of --codec everywhere");
   }
   StagePlan plan{1.0 + operations / (1.2e10 * omp_get_num_procs()), memory.peak, sizes.folder, std::move(notes), input};
   plan.result.quantized =
@@ -463,11 +475,14 @@ Json run(const Options& given, Context& context) {
           tensor.codec = tensor.asked = Codec::parse(row.at("codec").get<std::string>(), allocated.string());
     if (linears.is_null()) {
       TokenWeights sensitivity;
-      if (options.get<bool>("fisher") || (options.has("bits") && allocation.is_null()))
+      if (options.get<bool>("fisher") || (allocates(options) && allocation.is_null()))
         sensitivity = fisher_weights(model, windows, context.seed, options.get<std::string>("device"), context.threads,
                                      context);
-      if (options.has("bits") && allocation.is_null()) {
-        allocation = allocate_bits({model, windows, sensitivity, options.get<double>("bits"),
+      if (allocates(options) && allocation.is_null()) {
+        const auto given = [&](const char* name) {
+          return options.has(name) ? std::optional<double>(options.get<double>(name)) : std::nullopt;
+        };
+        allocation = allocate_bits({model, windows, sensitivity, given("bits"), given("kl"),
                                     options.get<std::string>("device"), context.threads, spill ? folder.work() : fs::path()},
                                    free_linears(options, tensors),
                                    tensors, context);

@@ -99,6 +99,33 @@ TEST(Allocate, TooFewBitsAreRefused) {
   }
 }
 
+TEST(Allocate, AGivenCostIsMetWithTheFewestBits) {
+  std::mt19937_64 random(5);
+  for (int trial = 0; trial < 40; ++trial) {
+    const Instance instance = random_instance(random, 6);
+    double most = 0, least = 0;
+    for (const auto& choices : instance) {
+      most += choices.front().cost;
+      least += choices.back().cost;
+    }
+    for (const double share : {0.0, 0.05, 0.3, 1.0}) {
+      const double limit = least + share * (most - least);
+      const Sum found = sum_of(instance, choose_cost(instance, limit));
+      EXPECT_LE(found.cost, limit * (1 + 1e-9) + 1e-15);
+      // One bit less, and the limit is out of reach along the hulls: the exhaustive optimum there is no more than the last
+      // upgrade's gain better.
+      if (share == 1.0) {
+        EXPECT_DOUBLE_EQ(found.cost, most);
+      } else {
+        const Sum again = sum_of(instance, choose_bits(instance, found.bits));
+        EXPECT_LE(again.cost, found.cost * (1 + 1e-9));
+        EXPECT_GE(found.cost, exhaustive(instance, found.bits) * (1 - 1e-12));
+      }
+    }
+    EXPECT_THROW(choose_cost(instance, least / 2), Error);
+  }
+}
+
 // What a codec costs by the second-order estimate against the KL when this tensor alone is replaced.
 TEST(Allocate, EstimatesFollowTheMeasuredDivergence) {
   ScratchFolder scratch;
@@ -149,6 +176,28 @@ TEST(Allocate, EstimatesFollowTheMeasuredDivergence) {
   EXPECT_GT(bits, 4.6 * weights);
   EXPECT_GT(codecs.size(), 1u);
   EXPECT_FALSE(fs::exists(scratch / "out" / "quantize.bits.json"));
+}
+
+TEST(Allocate, ASmallerDivergenceTakesMoreBits) {
+  ScratchFolder scratch;
+  write_tiny(scratch / "in", tiny_config(2), "float32", [](Decoder& decoder) {
+    for (auto& item : decoder->named_parameters())
+      if (item.value().dim() == 2) item.value().mul_(4.0);
+  });
+  double bits = 0;
+  for (const double kl : {1.0, 0.02, 0.002}) {
+    const fs::path out = scratch / ("out" + std::to_string(kl));
+    const Json result = run_quantize({{"model", (scratch / "in").string()}, {"out", out.string()}, {"random-tokens", true},
+                                      {"samples", 16}, {"context", 32}, {"kl", kl}});
+    double sum = 0, cost = 0;
+    for (const Json& row : result.at("bits")) {
+      sum += row.at("bits").get<double>();
+      cost += row.at("costs").at(row.at("codec").get<std::string>()).get<double>();
+    }
+    EXPECT_LE(cost, kl);
+    EXPECT_GT(sum, bits) << kl;
+    bits = sum;
+  }
 }
 
 TEST(Allocate, SameBytesAtAnyThreadCount) {

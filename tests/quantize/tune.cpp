@@ -222,6 +222,8 @@ TEST(Tune, OptionsThatDoNothingAreRefused) {
                                                            {{{"retarget", true}, {"samples", 4}}, "--retarget"},
                                                            {{{"tune", 5}, {"tune-text", {"x.txt"}}}, "--tune-text"},
                                                            {{{"bits", 3.0}}, "--bits"},
+                                                           {{{"bits", 5.0}, {"kl", 0.1}}, "--kl"},
+                                                           {{{"kl", 0.1}, {"codec", "keep"}}, "--kl"},
                                                            {{{"bits", 5.0}, {"codec", "keep"}}, "--bits"},
                                                            {{{"bits", 5.0}, {"policy", {"*proj=q8"}}}, "--bits"}};
   for (const auto& [more, name] : cases) {
