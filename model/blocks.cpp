@@ -19,6 +19,8 @@ namespace {
 // Windows whose inputs are held at a time; a constant, so that sums do not depend on the machine.
 constexpr std::int64_t kShardWindows = 8;
 
+bool held_out(std::int64_t window) { return window % kHeldOutEvery == kHeldOutEvery - 1; }
+
 torch::Tensor stage_input(DecoderBlock& block, BlockStage stage, const torch::Tensor& hidden, const RopeTables& rope) {
   switch (stage) {
     case BlockStage::kQkv:
@@ -109,6 +111,8 @@ class Walk {
                              WindowRows& rows);
   void cap_first_tokens(std::vector<float>& inputs, std::vector<float>* paired, std::span<const WindowRows> windows,
                         std::int64_t columns);
+  void take_sample(std::int64_t first, std::span<const WindowRows> windows, const std::vector<float>& inputs,
+                   InputStatistics& result) const;
   double drift();
 
   torch::Tensor hidden(Activations& stream, std::int64_t window) const {
@@ -250,6 +254,32 @@ torch::Tensor Walk::expert_input(DecoderBlock& block, Step step, const torch::Te
   return (step.stage == BlockStage::kDown ? block->expert_mix(x, step.expert) : x) * share;
 }
 
+// Of windows from `first` on, whose rows lie in `inputs` one after the other.
+void Walk::take_sample(std::int64_t first, std::span<const WindowRows> windows, const std::vector<float>& inputs,
+                       InputStatistics& result) const {
+  const std::int64_t held = windows_.count / kHeldOutEvery, columns = result.columns;
+  const std::int64_t quota = std::max<std::int64_t>(1, options_.sample_tokens / std::max<std::int64_t>(1, held));
+  result.peak.resize(static_cast<std::size_t>(columns), 0.0f);
+  const float* rows = inputs.data();
+  for (std::size_t w = 0; w < windows.size(); ++w) {
+    const std::int64_t left = options_.sample_tokens - static_cast<std::int64_t>(result.sample.size()) / columns;
+    const std::int64_t count = windows[w].count, take = std::min({quota, count, left});
+    if (held_out(first + static_cast<std::int64_t>(w))) {
+      for (std::int64_t k = 0; k < take; ++k) {
+        const float* row = rows + (2 * k + 1) * count / (2 * take) * columns;
+        result.sample.insert(result.sample.end(), row, row + columns);
+      }
+    } else {
+      for (std::int64_t t = 0; t < count; ++t)
+        for (std::int64_t j = 0; j < columns; ++j) {
+          float& peak = result.peak[static_cast<std::size_t>(j)];
+          peak = std::max(peak, std::abs(rows[t * columns + j]));
+        }
+    }
+    rows += count * columns;
+  }
+}
+
 InputStatistics Walk::statistics(DecoderBlock& block, int layer, Step step, std::int64_t columns) {
   InputStatistics result;
   result.columns = columns;
@@ -312,8 +342,9 @@ InputStatistics Walk::statistics(DecoderBlock& block, int layer, Step step, std:
     if (options_.cross) {
       result.cross.visit([&](auto* sum) { add_gram(paired.data(), inputs.data(), rows, columns, sum, sum_threads_); });
     }
+    if (options_.sample_tokens > 0) take_sample(first, added, inputs, result);
     for (std::int64_t w = first; options_.held_out && w < last; ++w) {
-      if (w % kHeldOutEvery != kHeldOutEvery - 1) continue;
+      if (!held_out(w)) continue;
       const std::int64_t at = (w - first) * windows_.length * columns;
       const auto add = [&](const float* left, SquareMatrix& sum) {
         sum.visit([&](auto* values) {
@@ -642,7 +673,8 @@ std::uint64_t walk_peak_bytes(const ModelConfig& config, std::int64_t windows, s
   const std::uint64_t walking = block * (options.cross ? 2 : 1) +
                                 std::max(originals, 2 * inputs * (options.cross ? 2 : 1) + computing) +
                                 (options.hessian ? square * (options.cross ? 2 : 1) : 0) +
-                                (options.held_out ? 2 * wide * wide * 4 : 0);
+                                (options.held_out ? 2 * wide * wide * 4 : 0) +
+                                static_cast<std::uint64_t>(options.sample_tokens) * wide * 4;
   return (options.spill.empty() ? streams * tokens * hidden * 4 : 0) + walking;
 }
 

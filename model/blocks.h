@@ -57,6 +57,9 @@ struct InputStatistics {
   SquareMatrix cross;               // [columns * columns] E[w x_original x^T]; empty unless asked for
   // What every kHeldOutEvery-th window adds to the two above, in float32; empty unless asked for.
   SquareMatrix held_hessian, held_cross;
+  // Both empty unless asked for; in the compressed stream, weighted like the rest.
+  std::vector<float> peak;    // [columns] max |x_j| over the windows that are not held out
+  std::vector<float> sample;  // [rows * columns] inputs of held-out windows, evenly spaced
 };
 
 // One linear of the block. Writing `weight` replaces it in the compressed stream.
@@ -108,6 +111,7 @@ struct WalkOptions {
   bool hessian = false;                        // else only mean_square
   bool cross = false;                          // needs hessian
   bool held_out = false;                       // needs cross: see InputStatistics
+  std::int64_t sample_tokens = 0;              // at most so many rows in InputStatistics::sample; needs held-out windows
   const TokenWeights* token_weights = nullptr; // of each input, mean 1; null: all 1. Not with experts
   std::int64_t expert_tokens = kExpertTokens;  // see InputStatistics; at least 1
   bool original_stream = true;                 // false: drift is 0 and half of the activation memory is saved

@@ -60,6 +60,11 @@ std::vector<OptionDecl> quantize_options() {
      .help = "tokens per window, a BOS included (default: 512, or the model's positions where those are fewer)",
      .minimum = 2,
      .maximum = 1e6},
+    {.name = "equalize",
+     .help = "before rounding, scale what linears read where that folds away (norms, rows of v and up), by the least output "
+             "error on held-out windows: awq; for w8a8 smoothquant, or least-noise",
+     .default_value = "none",
+     .choices = {"none", "awq", "smoothquant", "least-noise"}},
     {.name = "damping",
      .type = OptionType::kNumber,
      .help = "GPTQ damping as a fraction of the mean Hessian diagonal",

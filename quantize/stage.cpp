@@ -10,6 +10,7 @@
 #include "core/tokenizer.h"
 #include "model/fisher.h"
 #include "quantize/allocate.h"
+#include "quantize/equalize.h"
 #include "quantize/layers.h"
 #include "quantize/options.h"
 #include "quantize/quantize.h"
@@ -22,6 +23,9 @@ constexpr int kManifestVersion = 1;
 // Stays in the output: what was done to which input, and the error of every linear.
 constexpr const char* kManifest = "quantize.json";
 constexpr const char* kRows = "quantize.rows";
+// While it is being quantized: the model with its inputs scaled, in float32.
+constexpr const char* kEqualized = "quantize.equalized";
+constexpr const char* kEqualizedRows = "quantize.equalized_rows";
 // While it is being tuned: the model as rounded, and how far tuning has come.
 constexpr const char* kRounded = "quantize.rounded";
 constexpr const char* kAllocation = "quantize.bits.json";  // which tensor gets which codec, once that is known
@@ -54,10 +58,19 @@ bool calibrated(const Options& options) {
   return !texts(options, "text").empty() || options.get<bool>("random-tokens");
 }
 
+bool equalizes(const Options& options) {
+  return options.get<std::string>("equalize") != "none";
+}
+
 TuneSettings tuning_of(const Options& options) {
   return {options.get<std::int64_t>("tune-codes"), options.get<std::int64_t>("tune"),
           options.get<std::int64_t>("tune-batch"), options.get<double>("tune-lr"), options.get<double>("tune-code-lr")};
 }
+Equalizing equalizing_of(const Options& options) {
+  const auto name = options.get<std::string>("equalize");
+  return name == "awq" ? Equalizing::kAwq : name == "smoothquant" ? Equalizing::kSmoothQuant : Equalizing::kLeastNoise;
+}
+
 std::int64_t tuning_steps(const Options& options) {
   return options.get<std::int64_t>("tune") + options.get<std::int64_t>("tune-codes");
 }
@@ -93,13 +106,15 @@ void refuse_unused_options(const Options& options, const ModelConfig& config) {
   if (!text) refuse_unused(options, {"split"}, "without --text", place);
   if (!calibrated(options)) {
     refuse_unused(options,
-                  {"samples", "context", "device", "expert-tokens", "fisher", "bits", "kl", "tune", "tune-codes"},
+                  {"samples", "context", "device", "expert-tokens", "equalize", "fisher", "bits", "kl", "tune",
+                   "tune-codes"},
                   "without --text or --random-tokens", place);
   }
   if (!config.has_experts()) refuse_unused(options, {"expert-tokens"}, "in a model without experts", place);
   if (config.has_experts()) refuse_unused(options, {"retarget", "fisher", "bits", "kl"}, "in a model with experts", place);
-  if (options.get<bool>("retarget") && options.get<std::int64_t>("samples") < kHeldOutEvery)
-    throw usage_error("--retarget", "at least " + std::to_string(kHeldOutEvery) + " --samples",
+  if ((options.get<bool>("retarget") || equalizes(options)) && options.get<std::int64_t>("samples") < kHeldOutEvery)
+    throw usage_error(equalizes(options) ? "--equalize" : "--retarget",
+                      "at least " + std::to_string(kHeldOutEvery) + " --samples",
                       std::to_string(options.get<std::int64_t>("samples")));
   if (config.tie_word_embeddings) {
     refuse_unused(options, {"head-codec"}, "where the head is the embedding: --embedding-codec decides", place);
@@ -203,7 +218,7 @@ MemoryPlan memory_of(const Options& options, const ModelConfig& config, const st
   for (const TensorPlan& tensor : tensors) {
     const std::uint64_t count = elements(tensor.spec);
     if (tensor.spec.layer < 0) {
-      outside = std::max(outside, count * (tensor.codec ? 1 : 4));
+      outside = std::max(outside, count * (tensor.codec && !equalizes(options) ? 1 : 4));
       continue;
     }
     if (!tensor.codec) continue;
@@ -223,6 +238,7 @@ MemoryPlan memory_of(const Options& options, const ModelConfig& config, const st
     walk.cross = walk.held_out = options.get<bool>("retarget");
     std::uint64_t walking = calibrated(options) ? walk_peak_bytes(config, samples, context, walk) + factor : 0;
     if (options.get<bool>("retarget")) walking += 3 * factor;  // of the other windows, and both transposed
+    if (equalizes(options)) walking = std::max(walking, equalize_peak_bytes(config, linear, samples, context, spill));
     std::uint64_t whole = 0;  // steps that hold the whole model
     if (options.get<bool>("fisher") || allocates(options)) whole = fisher_peak_bytes(config, samples, context, 0);
     if (tuning_steps(options) > 0)
@@ -244,7 +260,7 @@ StagePlan plan(const Options& given, const PlannedModel& input) {
   const ModelConfig& config = input.config;
   const auto samples = options.get<std::int64_t>("samples"), context = context_of(options, config);
   std::vector<std::string> notes = fallback_notes(tensors);
-  double operations = 0, block_parameters = 0;
+  double operations = 0, block_parameters = 0, search = 0;
   std::uint64_t widest = 0;
   for (const TensorPlan& tensor : tensors) {
     if (tensor.spec.role != TensorRole::kLinear) continue;
@@ -253,10 +269,11 @@ StagePlan plan(const Options& given, const PlannedModel& input) {
     block_parameters += count;
     if (!tensor.codec) continue;
     const double group = static_cast<double>(tensor.spec.shape[1] / tensor.codec->groups(tensor.spec.shape[1]));
-    operations += count * 45.0 * std::min(group, 128.0);  // scale search
+    search += count * 45.0 * std::min(group, 128.0);  // of scales
     if (calibrated(options))
       operations += count * 8.0 * static_cast<double>(tensor.spec.shape[1]);  // sweep, errors, polish
   }
+  operations += search;
   if (calibrated(options)) {
     const auto tokens = static_cast<double>(samples * context);
     operations += tokens * 2.0 * 3.0 * block_parameters;  // the original once, the compressed stream twice
@@ -265,6 +282,11 @@ StagePlan plan(const Options& given, const PlannedModel& input) {
       notes.push_back("few calibration tokens: " + std::to_string(samples * context) + " for inputs of width " +
                       std::to_string(widest));
     }
+  }
+  if (equalizes(options)) {
+    notes.push_back("a float32 copy of the model with its inputs scaled lies beside the output while it is made");
+    for (std::string& note : equalize_notes(config)) notes.push_back(std::move(note));
+    operations += kEqualizeCandidates * (search + 2.0 * static_cast<double>(kScaleTokens) * block_parameters);
   }
   if (tuning_steps(options) > 0)  // the original once, the quantized model forwards and backwards
     operations += static_cast<double>(tuning_steps(options) * options.get<std::int64_t>("tune-batch") * context) * 8.0 *
@@ -436,34 +458,59 @@ Json report(const Options& options, const ModelConfig& config, const std::vector
   return summary;
 }
 
+// The model that is rounded: the original with its inputs scaled, as a folder in the work folder. Returns what was scaled.
+Json equalize_into(const fs::path& work, const Options& options, const Checkpoint& model,
+                   const std::vector<TensorPlan>& tensors, const CalibrationWindows& windows, const std::string& dtype,
+                   bool spill, Context& context) {
+  for (const std::string& note : equalize_notes(model.config())) context.progress->note(note);
+  fs::create_directories(work / kEqualized);
+  CheckpointWriter writer(work / kEqualized, model.config(), "float32");
+  equalize({model, tensors, writer, work / kEqualizedRows,
+            equalizing_of(options),
+            method_of(options) == QuantizeMethod::kAbsmax ? ScaleRule::kAbsmax : ScaleRule::kSearched, windows, dtype,
+            options.get<std::string>("device"), context.threads, options.get<std::int64_t>("expert-tokens"),
+            spill ? work : fs::path()},
+           context);
+  writer.finish();
+  return equalize_rows(model.config(), work / kEqualizedRows);
+}
+
 Json run(const Options& given, Context& context) {
   const auto start = std::chrono::steady_clock::now();
-  const Checkpoint model(given.get<std::string>("model"));
-  const Options options = with_preset(given, model.config());
-  refuse_codes(model);
-  const PlannedModel planned = planned_model(model);
+  const Checkpoint original(given.get<std::string>("model"));
+  const Options options = with_preset(given, original.config());
+  refuse_codes(original);
+  const PlannedModel planned = planned_model(original);
   std::vector<TensorPlan> tensors = check(options, planned);
-  const bool spill = memory_of(options, model.config(), tensors).spill;
+  const bool spill = memory_of(options, original.config(), tensors).spill;
   FolderTransaction folder(options.get<std::string>("out"));
-  Json linears, tuned, allocation;
+  Json linears, tuned, allocation, scaled;
   const std::string& dtype = planned.dtype;
   const bool fresh = fs::is_empty(folder.work());
   try {
     for (const std::string& note : fallback_notes(tensors)) context.progress->note(note);
-    CalibrationWindows windows = calibration(options, model, context.seed);
+    CalibrationWindows windows = calibration(options, original, context.seed);
     Json said = options.resolved();
     for (const char* key : {"model", "out", "text", "tune-text", "split", "max-ram"})
       said.erase(key);  // by content: input and windows
-    Json manifest = {{"stage", "quantize"}, {"version", kManifestVersion}, {"input", model.content_hash()},
+    Json manifest = {{"stage", "quantize"}, {"version", kManifestVersion}, {"input", original.content_hash()},
                      {"dtype", dtype},      {"windows", windows.hash()},   {"options", said}};
     const bool tunes = tuning_steps(options) > 0;
     std::pair<CalibrationWindows, CalibrationWindows> tuning;
     if (tunes) {
-      tuning = tuning_windows(options, model, context.seed);
+      tuning = tuning_windows(options, original, context.seed);
       manifest["tuning_windows"] = tuning.first.hash();
     }
     const Json done = claim(folder.work(), manifest, context);
     linears = done.value("linears", Json());
+    tuned = done.value("tuned", Json());
+    scaled = done.value("scaled", Json());
+    std::optional<Checkpoint> equalized;
+    if (equalizes(options) && (linears.is_null() || (tunes && tuned.is_null()))) {
+      scaled = equalize_into(folder.work(), options, original, tensors, windows, dtype, spill, context);
+      equalized.emplace(folder.work() / kEqualized);
+    }
+    const Checkpoint& model = equalized ? *equalized : original;
     const fs::path rounded = tunes ? folder.work() / kRounded : folder.work();
     fs::create_directories(rounded);
     const fs::path allocated = folder.work() / kAllocation;
@@ -488,7 +535,7 @@ Json run(const Options& given, Context& context) {
                                    tensors, context);
         write_text(allocated, allocation.dump(1) + "\n");
       }
-      CheckpointWriter writer(rounded, model.config(), dtype);
+      CheckpointWriter writer(rounded, original.config(), dtype);
       const QuantizeJob job{model,
                             tensors,
                             writer,
@@ -504,15 +551,14 @@ Json run(const Options& given, Context& context) {
                             options.get<bool>("retarget"),
                             options.get<bool>("fisher") ? &sensitivity : nullptr};
       quantize_layers(job, context);
-      linears = collect_rows(model.config(), job.rows);
+      linears = collect_rows(original.config(), job.rows);
       if (tunes) {
         writer.finish();
         manifest["linears"] = linears;
         write_text(folder.work() / kManifest, manifest.dump(1) + "\n");
       }
     }
-    CheckpointWriter writer(folder.work(), model.config(), dtype);
-    tuned = done.value("tuned", Json());
+    CheckpointWriter writer(folder.work(), original.config(), dtype);
     if (tunes && tuned.is_null()) {
       const Checkpoint codes(rounded);
       const TuneResult result =
@@ -524,22 +570,25 @@ Json run(const Options& given, Context& context) {
                {"improved", result.improved},
                {"codes_moved", result.codes_moved}};
     }
-    writer.copy_side_files(model.folder());
+    writer.copy_side_files(original.folder());
     writer.finish();
     manifest["linears"] = linears;
     if (tunes) manifest["tuned"] = tuned;
     if (!allocation.is_null()) manifest["bits"] = allocation;
+    if (!scaled.is_null()) manifest["scaled"] = scaled;
     write_text(folder.work() / kManifest, manifest.dump(1) + "\n");
     fs::remove_all(folder.work() / kRows);
     fs::remove_all(folder.work() / kRounded);
     fs::remove(folder.work() / kTuneState);
+    fs::remove_all(folder.work() / kEqualized);
+    fs::remove_all(folder.work() / kEqualizedRows);
     fs::remove(folder.work() / kAllocation);
   } catch (const Error& error) {
     // A refusal leaves nothing behind, an interruption or a full disk what can be resumed.
     if (fresh && (error.code() == ExitCode::kInput || error.code() == ExitCode::kUsage)) folder.discard();
     throw;
   }
-  Json summary = report(options, model.config(), tensors, dtype, linears, context);
+  Json summary = report(options, original.config(), tensors, dtype, linears, context);
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   if (!allocation.is_null()) {
     summary["bits"] = allocation;
@@ -554,6 +603,7 @@ Json run(const Options& given, Context& context) {
     for (const auto& [kind, sum] : kinds)
       context.report.add({"quantize", "bits " + kind, {}, sum.first / sum.second, "mean of its layers", {}});
   }
+  if (!scaled.is_null()) summary["scaled"] = equalize_report(scaled, context.report);
   if (!tuned.is_null()) {
     context.report.add({"quantize", "tuning_kl", tuned.at("kl_before").get<double>(), tuned.at("kl_after").get<double>(),
                         "nats/token", {}});

@@ -96,9 +96,10 @@ TEST_P(QuantizeResume, KilledAnywhereTheBytesAreTheSame) {
 INSTANTIATE_TEST_SUITE_P(Kinds, QuantizeResume,
                          ::testing::Values(Kind{Json::object()},
                                            Kind{{{"retarget", true}, {"fisher", true}, {"bits", 5.0}}, 8},
-                                           Kind{{{"tune-codes", 6}, {"tune", 4}, {"tune-batch", 4}}, 8}),
+                                           Kind{{{"tune-codes", 6}, {"tune", 4}, {"tune-batch", 4}}, 8},
+                                           Kind{{{"equalize", "awq"}, {"tune", 4}, {"tune-batch", 4}}, 8}),
                          [](const auto& info) {
-                           return std::string(std::array{"Rounding", "Allocation", "Tuning"}[info.index]);
+                           return std::string(std::array{"Rounding", "Allocation", "Tuning", "Scaling"}[info.index]);
                          });
 
 TEST(QuantizeInterrupt, AnInterruptionIsExit130AndResumable) {
