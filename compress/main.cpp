@@ -3,7 +3,6 @@
 
 #include "compress/compress.h"
 #include "compress/eval_verb.h"
-#include "compress/export/export_verb.h"
 #include "compress/toolbox.h"
 #include "distill/distill.h"
 #include "model/train.h"
@@ -18,7 +17,6 @@ int main(int argc, char** argv) {
   for (Command& command : runtime_commands()) {
     // The LibTorch program scores folders without a detour through a compact file.
     if (command.name == "eval") command = eval_command();
-    if (command.name == "export") command = export_command_full();
     commands.push_back(std::move(command));
   }
   commands.push_back(doctor_command());

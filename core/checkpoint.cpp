@@ -5,9 +5,13 @@
 #include <cstring>
 #include <set>
 
+#include "core/compact.h"
 #include "core/compressed_tensors.h"
 #include "core/error.h"
+#include "core/gguf_file.h"
 #include "core/placement.h"
+#include "core/tensor_store.h"
+#include "core/tokenizer.h"
 
 namespace pare {
 namespace {
@@ -23,6 +27,8 @@ Codec float_codec(DType dtype) {
   if (dtype == DType::kBF16) return {CodecKind::kBf16, 0};
   return {CodecKind::kF32, 0};
 }
+
+std::int64_t elements_of(const TensorSpec& spec) { return spec.shape[0] * (spec.shape.size() == 2 ? spec.shape[1] : 1); }
 
 // "model.layers.0.mlp.up_proj.weight" -> "model.layers.0.mlp.up_proj"
 std::string module_of(const std::string& weight) { return weight.substr(0, weight.size() - std::strlen(".weight")); }
@@ -114,7 +120,8 @@ const std::vector<std::string>& side_file_names() {
 
 Checkpoint::Checkpoint(const fs::path& folder) : folder_(folder) {
   if (!fs::is_directory(folder))
-    throw input_error(folder.string(), "a model folder", fs::exists(folder) ? "a file" : "nothing there");
+    throw input_error(folder.string(), "a model folder", fs::exists(folder) ? "a file" : "nothing there",
+                      fs::exists(folder) ? "pare export FILE --to folder makes one of a GGUF or compact file" : "");
   if (!fs::exists(folder / "config.json"))
     throw input_error(folder.string(), "a model folder with config.json", "none in it");
   const Json config = read_json(folder / "config.json");
@@ -280,6 +287,31 @@ Checkpoint::Checkpoint(const fs::path& folder) : folder_(folder) {
   problems.finish(folder.string());
 }
 
+Checkpoint::Checkpoint(std::shared_ptr<TensorStore> store, const fs::path& path)
+    : folder_(path), store_(std::move(store)), config_(store_->config()), specs_(expected_tensors(config_)) {
+  for (std::size_t i = 0; i < specs_.size(); ++i) spec_of_.emplace(specs_[i].name, i);
+}
+
+Checkpoint Checkpoint::open(const fs::path& path) {
+  if (GgufFile::is_gguf(path)) return Checkpoint(open_gguf_model(path), path);
+  if (CompactFile::is_compact(path)) return Checkpoint(open_compact_model(path), path);
+  if (fs::is_regular_file(path))
+    throw input_error(path.string(), "a model folder, a GGUF file or a compact file", "another file");
+  return Checkpoint(path);
+}
+
+std::vector<std::string> Checkpoint::notes() const { return store_ ? store_->notes() : std::vector<std::string>(); }
+
+std::optional<std::string> Checkpoint::side_file(const std::string& name) const {
+  if (store_) return store_->side_file(name);
+  if (!fs::is_regular_file(folder_ / name)) return std::nullopt;
+  return read_text(folder_ / name);
+}
+
+std::optional<std::string> Checkpoint::tokenizer_text() const {
+  return store_ ? store_->side_file("tokenizer.json") : tokenizer_json_text(folder_);
+}
+
 const TensorSpec& Checkpoint::spec(std::string_view name) const {
   const auto found = spec_of_.find(name);
   if (found == spec_of_.end()) throw std::logic_error("Checkpoint: no tensor " + std::string(name));
@@ -295,24 +327,29 @@ const Checkpoint::Source& Checkpoint::source(std::string_view name) const {
 }
 
 DType Checkpoint::dtype(std::string_view name) const {
+  if (store_) return store_->dtype(spec(name));
   const Source& from = source(name);
   return from.codec.is_float() ? from.dense->dtype : DType::kF32;
 }
 
 std::string Checkpoint::float_dtype() const {
   std::int64_t f32 = 0, f16 = 0, bf16 = 0;
-  for (const auto& [name, from] : sources_) {
-    if (!from->codec.is_float()) continue;
-    auto& count = from->codec.kind == CodecKind::kF16 ? f16 : from->codec.kind == CodecKind::kBf16 ? bf16 : f32;
-    count += from->rows * from->cols;
+  for (const TensorSpec& spec : specs_) {
+    const CodecKind kind = codec(spec.name).kind;
+    if (!codec(spec.name).is_float()) continue;
+    auto& count = kind == CodecKind::kF16 ? f16 : kind == CodecKind::kBf16 ? bf16 : f32;
+    count += elements_of(spec);
   }
   if (bf16 > f32 && bf16 >= f16) return "bfloat16";
   return f16 > f32 ? "float16" : "float32";
 }
 
-Codec Checkpoint::codec(std::string_view name) const { return source(name).codec; }
+Codec Checkpoint::codec(std::string_view name) const {
+  return store_ ? store_->codec(spec(name)) : source(name).codec;
+}
 
 QuantizedTensor Checkpoint::codes(std::string_view name) const {
+  if (store_) return store_->codes(spec(name));
   const Source& from = source(name);
   if (from.codec.is_float()) throw std::logic_error("Checkpoint: " + std::string(name) + " has no codes");
   const std::string place = folder_.string() + ": " + std::string(name);
@@ -346,6 +383,7 @@ QuantizedTensor Checkpoint::codes(std::string_view name) const {
 }
 
 const TensorView& Checkpoint::view(std::string_view name) const {
+  if (store_) throw std::logic_error("Checkpoint: views are of folders");
   const Source& from = source(name);
   if (!from.codec.is_float()) throw std::logic_error("Checkpoint: " + std::string(name) + " is stored as codes");
   if (from.place) throw std::logic_error("Checkpoint: " + std::string(name) + " has no bytes of its own");
@@ -353,12 +391,12 @@ const TensorView& Checkpoint::view(std::string_view name) const {
 }
 
 void Checkpoint::read_f32(std::string_view name, float* out) const {
-  const Source& from = source(name);
-  if (from.codec.is_float()) read_rows_f32(name, 0, from.rows, out);
+  if (codec(name).is_float()) read_rows_f32(name, 0, spec(name).shape[0], out);
   else codes(name).unpack(out);
 }
 
 void Checkpoint::read_rows_f32(std::string_view name, std::int64_t first, std::int64_t count, float* out) const {
+  if (store_) return store_->read_rows_f32(spec(name), first, count, out);
   const Source& from = source(name);
   if (!from.codec.is_float()) throw std::logic_error("rows of codes: " + std::string(name));
   if (!from.place) return to_f32(*from.dense, first * from.cols, count * from.cols, out);
@@ -369,30 +407,31 @@ void Checkpoint::read_rows_f32(std::string_view name, std::int64_t first, std::i
 }
 
 std::vector<float> Checkpoint::read_f32(std::string_view name) const {
-  const Source& from = source(name);
-  std::vector<float> values(static_cast<std::size_t>(from.rows * from.cols));
+  std::vector<float> values(static_cast<std::size_t>(elements_of(spec(name))));
   read_f32(name, values.data());
   return values;
 }
 
 std::uint64_t Checkpoint::tensor_bytes() const {
   std::uint64_t bytes = 0;
-  for (const auto& [name, from] : sources_) {
-    if (from->codec.is_float()) {
-      bytes += static_cast<std::uint64_t>(from->rows * from->cols) * element_size(*from->dense);
+  for (const TensorSpec& spec : specs_) {
+    const Codec as = codec(spec.name);
+    const auto elements = static_cast<std::uint64_t>(elements_of(spec));
+    if (as.is_float()) {
+      bytes += elements * static_cast<std::uint64_t>(dtype_bits(dtype(spec.name))) / 8;
     } else {
       // The unpacked copy of a codes.pare tensor is for other readers and 8-bit storage of 4-bit codes is a
       // convenience: counted is what the codes need.
-      const auto elements = static_cast<std::uint64_t>(from->rows) * static_cast<std::uint64_t>(from->cols);
-      const auto scales = static_cast<std::uint64_t>(from->rows * from->codec.groups(from->cols));
-      bytes += elements * static_cast<std::uint64_t>(from->codec.bits()) / 8 + scales * 2;
-      if (from->codec.kind == CodecKind::kQ4a) bytes += (scales + 1) / 2;
+      const auto scales = static_cast<std::uint64_t>(spec.shape[0] * as.groups(spec.shape[1]));
+      bytes += elements * static_cast<std::uint64_t>(as.bits()) / 8 + scales * 2;
+      if (as.kind == CodecKind::kQ4a) bytes += (scales + 1) / 2;
     }
   }
   return bytes;
 }
 
 void Checkpoint::release(std::string_view name) const {
+  if (store_) return store_->release(spec(name));
   const auto drop = [](const SafetensorsFile& file, const TensorView& view) {
     const auto all = file.file().bytes();
     if (view.data.empty() || view.data.data() < all.data() || view.data.data() >= all.data() + all.size()) return;
@@ -406,6 +445,7 @@ void Checkpoint::release(std::string_view name) const {
 }
 
 std::string Checkpoint::content_hash() const {
+  if (store_) return store_->content_hash();
   Hasher hasher;
   const auto file = [&](const std::string& name) {
     if (!fs::is_regular_file(folder_ / name)) return;

@@ -1,4 +1,4 @@
-// Checkpoint: a Hugging Face model folder, the one currency that stages take and give. Weights are either float
+// Checkpoint: a Hugging Face model folder, the one currency that stages take and give; or a file that holds a model. Weights are either float
 // tensors or codes (a folder written by `quantize`); whoever asks for floats gets exactly the unpacked codes.
 #pragma once
 
@@ -14,6 +14,8 @@
 
 namespace pare {
 
+class TensorStore;
+
 class Checkpoint {
  public:
   // Reads config.json, generation_config.json and all headers, and checks that every expected tensor is there once
@@ -22,8 +24,16 @@ class Checkpoint {
   // Quantized folders: compressed-tensors pack-quantized (int2/3/4/8, group or channel) and int-quantized (int8,
   // channel, with or without int8 inputs), plus codes.pare.
   explicit Checkpoint(const fs::path& folder);
+  // A folder, or a file: GGUF (core/gguf_arch.h) or compact.
+  static Checkpoint open(const fs::path& path);
 
-  const fs::path& folder() const { return folder_; }
+  const fs::path& folder() const { return folder_; }  // or the file
+  bool is_file() const { return store_ != nullptr; }
+  std::vector<std::string> notes() const;              // what opening a file had to decide
+  // The text of one of side_file_names(), or nothing. Of files, what they say in its place.
+  std::optional<std::string> side_file(const std::string& name) const;
+  // The text of a tokenizer.json, also where the model has another form of it; nothing where it has none. Exit 3.
+  std::optional<std::string> tokenizer_text() const;
   const ModelConfig& config() const { return config_; }
   const std::vector<TensorSpec>& tensors() const { return specs_; }
   const TensorSpec& spec(std::string_view name) const;
@@ -46,7 +56,9 @@ class Checkpoint {
   std::string content_hash() const;
 
  private:
+  explicit Checkpoint(std::shared_ptr<TensorStore> store, const fs::path& path);
   fs::path folder_;
+  std::shared_ptr<TensorStore> store_;  // of a file; null: a folder
   ModelConfig config_;
   std::vector<TensorSpec> specs_;
   std::map<std::string, std::size_t, std::less<>> spec_of_;
@@ -69,6 +81,8 @@ class CheckpointWriter {
 
   bool has(std::string_view name) const;
   void put(std::string_view name, const float* values);              // converted to dtype, shape from the config
+  // In a type of its own, which has to hold the values bit for bit, finite or not.
+  void put_stored(std::string_view name, DType dtype, const float* values);
   void put_codes(std::string_view name, const QuantizedTensor& codes);
   // Puts a whole group (one decoder block, say) as one durable piece: either all of it is there after a crash or none.
   void begin_piece(const std::string& piece);
@@ -80,6 +94,7 @@ class CheckpointWriter {
   void read_rows_f32(std::string_view name, std::int64_t first, std::int64_t count, float* out) const;
   // Copies tokenizer, chat template and generation files byte for byte from the original folder.
   void copy_side_files(const fs::path& from);
+  void put_side_file(const std::string& name, std::string_view text);
   void finish();
 
  private:

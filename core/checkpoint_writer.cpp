@@ -10,6 +10,7 @@
 #include "core/error.h"
 #include "core/placement.h"
 #include "core/shards.h"
+#include "core/tensor_store.h"
 
 // A piece is a file of its own under <work>/pieces, complete or absent:
 //
@@ -54,6 +55,7 @@ std::span<const std::byte> bytes_of(const std::vector<T>& values) {
 struct Entry {
   bool dense = true;
   Codec codec;
+  DType dtype = DType::kF32;  // of floats
   std::shared_ptr<MappedFile> file;
   std::uint64_t offset = 0, bytes = 0;
   std::span<const std::byte> data() const { return file->bytes().subspan(offset, bytes); }
@@ -102,6 +104,7 @@ struct CheckpointWriter::State {
         const auto codec = row.at("codec").get<std::string>();
         entry.dense = codec.empty();
         if (!entry.dense) entry.codec = Codec::parse(codec, path.string());
+        entry.dtype = row.contains("dtype") ? parse_dtype(row["dtype"].get<std::string>(), path.string()) : dtype;
         entry.file = file;
         entry.offset = row.at("offset").get<std::uint64_t>();
         entry.bytes = row.at("bytes").get<std::uint64_t>();
@@ -153,11 +156,13 @@ struct CheckpointWriter::State {
   void end() {
     if (!open) throw std::logic_error("CheckpointWriter: no piece is open");
     nlohmann::json index = {{"piece", open_name}, {"tensors", nlohmann::json::array()}};
-    for (const auto& [name, entry] : pending)
+    for (const auto& [name, entry] : pending) {
       index["tensors"].push_back({{"name", name},
                                   {"codec", entry.dense ? "" : entry.codec.name()},
                                   {"offset", entry.offset},
                                   {"bytes", entry.bytes}});
+      if (entry.dense && entry.dtype != dtype) index["tensors"].back()["dtype"] = dtype_name(entry.dtype);
+    }
     const std::string text = index.dump();
     const std::uint64_t length = text.size();
     open->write(std::string_view(text));
@@ -256,7 +261,9 @@ void CheckpointWriter::put(std::string_view name, const float* values) {
   const DType dtype = state_->dtype;
   std::int64_t count = 1;
   for (const std::int64_t size : spec.shape) count *= size;
-  state_->put(name, {}, [&](AtomicFile& out) {
+  Entry entry;
+  entry.dtype = dtype;
+  state_->put(name, entry, [&](AtomicFile& out) {
     std::vector<std::uint16_t> chunk;
     for (std::int64_t first = 0; first < count; first += kChunk) {
       const auto n = static_cast<std::size_t>(std::min(kChunk, count - first));
@@ -276,12 +283,29 @@ void CheckpointWriter::put(std::string_view name, const float* values) {
   });
 }
 
+void CheckpointWriter::put_stored(std::string_view name, DType dtype, const float* values) {
+  const TensorSpec& spec = state_->spec(name);
+  std::size_t count = 1;
+  for (const std::int64_t size : spec.shape) count *= static_cast<std::size_t>(size);
+  const std::span all(values, count);
+  if (!holds_exactly(dtype, all))
+    throw std::logic_error("CheckpointWriter: " + std::string(dtype_name(dtype)) + " does not hold " + spec.name);
+  Entry entry;
+  entry.dtype = dtype;
+  state_->put(name, entry, [&](AtomicFile& out) {
+    if (dtype == DType::kF32) return out.write(std::as_bytes(all));
+    std::vector<std::uint16_t> halves(count);
+    std::transform(all.begin(), all.end(), halves.begin(), dtype == DType::kF16 ? f32_to_f16 : f32_to_bf16);
+    out.write(bytes_of(halves));
+  });
+}
+
 void CheckpointWriter::put_codes(std::string_view name, const QuantizedTensor& codes) {
   const TensorSpec& spec = state_->spec(name);
   codes.validate("tensor " + spec.name);
   if (spec.shape != std::vector<std::int64_t>{codes.rows, codes.cols})
     throw std::logic_error("CheckpointWriter: codes of another shape for " + spec.name);
-  state_->put(name, {.dense = false, .codec = codes.codec, .file = nullptr}, [&](AtomicFile& out) {
+  state_->put(name, {.dense = false, .codec = codes.codec, .dtype = DType::kF32, .file = nullptr}, [&](AtomicFile& out) {
     out.write(bytes_of(codes.codes));
     out.write(bytes_of(codes.scales));
     out.write(bytes_of(codes.zeros));
@@ -308,7 +332,7 @@ void CheckpointWriter::read_rows_f32(std::string_view name, std::int64_t first, 
   if (found == state_->entries.end()) throw std::logic_error("CheckpointWriter: " + spec.name + " is not in a piece");
   const Entry& entry = found->second;
   if (!entry.dense) return state_->code_rows(spec, entry, first, count).unpack(out);
-  const TensorView view{spec.name, state_->dtype, spec.shape, entry.data()};
+  const TensorView view{spec.name, entry.dtype, spec.shape, entry.data()};
   const std::int64_t cols = spec.shape.size() == 2 ? spec.shape[1] : 1;
   to_f32(view, first * cols, count * cols, out);
 }
@@ -316,6 +340,10 @@ void CheckpointWriter::read_rows_f32(std::string_view name, std::int64_t first, 
 void CheckpointWriter::copy_side_files(const fs::path& from) {
   for (const std::string& name : side_file_names())
     if (fs::is_regular_file(from / name)) copy_file_durably(from / name, state_->work / name);
+}
+
+void CheckpointWriter::put_side_file(const std::string& name, std::string_view text) {
+  write_text(state_->work / name, text);
 }
 
 // The floats of a stored tensor, from those of its parts, in `to`; codes are unpacked.
@@ -327,14 +355,14 @@ std::vector<std::byte> CheckpointWriter::State::stored_floats(const StoredTensor
   for (std::size_t i = 0; i < stored.parts.size(); ++i) {
     const TensorSpec& spec = *stored.parts[i];
     const Entry& entry = entries.find(spec.name)->second;
-    if (entry.dense && to == dtype) {
+    if (entry.dense && to == entry.dtype) {
       put_into(stored.places[i], spec, entry.data().data(), size, bytes.data());
       entry.file->release(entry.offset, entry.bytes);
       continue;
     }
     std::vector<float> values(static_cast<std::size_t>(spec.shape[0] * (spec.shape.size() == 2 ? spec.shape[1] : 1)));
     if (entry.dense)
-      to_f32({spec.name, dtype, spec.shape, entry.data()}, 0, static_cast<std::int64_t>(values.size()), values.data());
+      to_f32({spec.name, entry.dtype, spec.shape, entry.data()}, 0, static_cast<std::int64_t>(values.size()), values.data());
     else
       codes(spec, entry).unpack(values.data());
     put_into(stored.places[i], spec, bytes_of(values).data(), size, bytes.data());
@@ -394,8 +422,13 @@ void CheckpointWriter::State::assemble() const {
     });
     if (dense) {
       if (linear) ignored.push_back(module);
-      outputs.push_back({{stored.name, dtype, stored.shape}, [&](SafetensorsWriter& out) {
-                           if (!stored.whole()) return out.write(stored_floats(stored, dtype));
+      // Parts of one tensor that differ in type, which no folder of origin has, meet in F32.
+      const bool alike = std::all_of(stored.parts.begin(), stored.parts.end(), [&](const TensorSpec* part) {
+        return entries.find(part->name)->second.dtype == entry.dtype;
+      });
+      const DType type = alike ? entry.dtype : DType::kF32;
+      outputs.push_back({{stored.name, type, stored.shape}, [&, type](SafetensorsWriter& out) {
+                           if (!stored.whole()) return out.write(stored_floats(stored, type));
                            out.write(entry.data());
                            entry.file->release(entry.offset, entry.bytes);
                          }});

@@ -9,7 +9,7 @@
 
 namespace pare {
 
-// IEEE half and bfloat16, round to nearest even; NaN stays NaN.
+// IEEE half and bfloat16, round to nearest even; NaN stays NaN, with the payload that both types have room for.
 float f16_to_f32(std::uint16_t bits);
 std::uint16_t f32_to_f16(float value);
 float bf16_to_f32(std::uint16_t bits);

@@ -163,6 +163,11 @@ std::uint64_t CompactFile::tensor_bytes() const {
   return bytes;
 }
 
+void CompactFile::release(const CompactTensor& tensor) const {
+  const auto bytes = file_->file().bytes();
+  file_->file().release(static_cast<std::size_t>(tensor.payload.data() - bytes.data()), tensor.payload.size());
+}
+
 std::vector<std::string> CompactFile::verify() const {
   std::vector<std::string> damaged;
   for (const CompactTensor& tensor : tensors_)
@@ -252,7 +257,7 @@ void CompactWriter::add(const QuantizedTensor& tensor) {
   s.file->write(payload);
 }
 
-void CompactWriter::add(const float* values) {
+void CompactWriter::add(const float* values, bool as_stored) {
   State& s = *state_;
   const Plan& plan = s.expect(false);
   const std::int64_t count = rows_of(plan.shape) * cols_of(plan.shape);
@@ -273,7 +278,7 @@ void CompactWriter::add(const float* values) {
       float stored = from[i];
       if (kind == CodecKind::kF16) stored = f16_to_f32(half[i] = f32_to_f16(from[i]));
       if (kind == CodecKind::kBf16) stored = bf16_to_f32(half[i] = f32_to_bf16(from[i]));
-      if (!std::isfinite(stored))
+      if (!std::isfinite(stored) && !as_stored)
         throw failure("tensor " + plan.name, "finite values that " + plan.codec.name() + " can hold",
                       std::to_string(from[i]) + " at element " + std::to_string(first + static_cast<std::int64_t>(i)));
     }

@@ -38,6 +38,7 @@ class CompactFile {
   std::uint64_t file_bytes() const;
   std::uint64_t tensor_bytes() const;    // payloads of weights only, padding counted
   std::vector<std::string> embedded_names() const;
+  void release(const CompactTensor& tensor) const;  // drop its pages from memory
   // Recomputes all hashes; returns the names that differ ("pare.report" for the report, "file" for the file hash).
   // Empty: intact.
   std::vector<std::string> verify() const;
@@ -66,7 +67,8 @@ class CompactWriter {
   CompactWriter(fs::path path, std::vector<Plan> plan, std::map<std::string, std::string> embedded);
   ~CompactWriter();
   void add(const QuantizedTensor& tensor);     // next planned tensor has a quantized codec
-  void add(const float* values);               // next planned tensor has a float codec (converted)
+  // Next planned tensor has a float codec (converted). as_stored: values that it holds bit for bit, finite or not.
+  void add(const float* values, bool as_stored = false);
   const fs::path& finish_payload();
   void seal(const std::string& report_json);
 

@@ -68,46 +68,6 @@ float minimum(const QuantizedTensor& tensor, std::size_t group) {
 
 }  // namespace
 
-const char* ggml_type_name(GgmlType type) {
-  switch (type) {
-    case GgmlType::kF32:
-      return "F32";
-    case GgmlType::kF16:
-      return "F16";
-    case GgmlType::kQ4_0:
-      return "Q4_0";
-    case GgmlType::kQ4_1:
-      return "Q4_1";
-    case GgmlType::kQ8_0:
-      return "Q8_0";
-    case GgmlType::kBF16:
-      return "BF16";
-  }
-  throw std::logic_error("ggml type");
-}
-
-std::int64_t ggml_block_values(GgmlType type) {
-  return type == GgmlType::kF32 || type == GgmlType::kF16 || type == GgmlType::kBF16 ? 1 : kBlock;
-}
-
-std::uint64_t ggml_bytes(GgmlType type, std::int64_t values) {
-  const auto blocks = static_cast<std::uint64_t>(values / ggml_block_values(type));
-  switch (type) {
-    case GgmlType::kF32:
-      return blocks * 4;
-    case GgmlType::kF16:
-    case GgmlType::kBF16:
-      return blocks * 2;
-    case GgmlType::kQ4_0:
-      return blocks * 18;
-    case GgmlType::kQ4_1:
-      return blocks * 20;
-    case GgmlType::kQ8_0:
-      return blocks * 34;
-  }
-  throw std::logic_error("ggml type");
-}
-
 std::uint64_t GgufTensor::bytes() const {
   std::int64_t values = 1;
   for (const std::int64_t size : shape) values *= size;
@@ -190,11 +150,7 @@ void pack_ggml_row(GgmlType type, const QuantizedTensor& tensor, std::int64_t ro
       out += kBlock;
       continue;
     }
-    if (type == GgmlType::kQ4_1) {
-      const std::uint16_t bits = f32_to_f16(minimum(tensor, group));
-      if (f16_to_f32(bits) != minimum(tensor, group)) throw std::logic_error("Q4_1: a minimum that is no half");
-      half(bits);
-    }
+    if (type == GgmlType::kQ4_1) half(f32_to_f16(minimum(tensor, group)));
     const int shift = type == GgmlType::kQ4_0 ? 8 : 0;
     for (std::int64_t i = 0; i < kBlock / 2; ++i)
       *out++ = static_cast<std::byte>((codes[i] + shift) | ((codes[i + kBlock / 2] + shift) << 4));

@@ -16,10 +16,18 @@ namespace pare {
 using GgufValue = std::variant<std::uint32_t, std::int32_t, float, bool, std::string, std::vector<std::string>,
                                std::vector<std::int32_t>, std::vector<float>>;
 
-enum class GgmlType : std::uint32_t { kF32 = 0, kF16 = 1, kQ4_0 = 2, kQ4_1 = 3, kQ8_0 = 8, kBF16 = 30 };
+// The numbers of ggml.h. Written are floats, Q4_0, Q4_1 and Q8_0; read are all.
+enum class GgmlType : std::uint32_t {
+  kF32 = 0, kF16 = 1, kQ4_0 = 2, kQ4_1 = 3, kQ5_0 = 6, kQ5_1 = 7, kQ8_0 = 8, kQ2_K = 10, kQ3_K = 11, kQ4_K = 12,
+  kQ5_K = 13, kQ6_K = 14, kIQ4_NL = 20, kBF16 = 30
+};
+bool is_ggml_type(std::uint32_t number);        // one of these
+std::string ggml_type_names();                  // "F32, F16, ..."
 const char* ggml_type_name(GgmlType type);      // "Q4_0"
-std::int64_t ggml_block_values(GgmlType type);  // values of a block: 1 or 32
+std::int64_t ggml_block_values(GgmlType type);  // values of a block: 1, 32 or 256
 std::uint64_t ggml_bytes(GgmlType type, std::int64_t values);
+// Values of whole blocks, by the formulas of ggml-quants.c, in single precision.
+void ggml_to_f32(GgmlType type, const std::byte* blocks, std::int64_t values, float* out);
 
 struct GgufTensor {
   std::string name;  // at most 63 bytes
@@ -46,10 +54,14 @@ class GgufWriter {
 };
 
 // One row of codes as blocks of 32. Q4: values [-8, 7] become q = value + 8; Q8: as they are; Q4a (Q4_1): minimum
-// m = -zero * scale, which must be exact in half precision (std::logic_error otherwise). A scale of a longer group is
-// repeated. scales: halves of the row's groups; out: ggml_bytes(type, columns) bytes.
+// m = -zero * scale, rounded to half precision. A scale of a longer group is repeated.
+// scales: halves of the row's groups; out: ggml_bytes(type, columns) bytes.
 void pack_ggml_row(GgmlType type, const QuantizedTensor& tensor, std::int64_t row, std::byte* out);
-// Whether -zero * scale of every group is a half: what Q4_1 needs.
+// Whether -zero * scale of every group is a half: what Q4_1 needs to hold the same weights.
 bool minima_are_halves(const QuantizedTensor& tensor);
+// The other way: blocks of one row as codes [cols] with a scale (and a zero, Q4_1) for each block. false where codes of
+// ours cannot hold the same weights: Q8_0 with a code of -128, Q4_1 whose minimum is no multiple -0 to -15 of its scale.
+bool unpack_ggml_row(GgmlType type, const std::byte* blocks, std::int64_t cols, std::int8_t* codes,
+                     std::uint16_t* scales, std::uint8_t* zeros);
 
 }  // namespace pare

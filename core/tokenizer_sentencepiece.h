@@ -30,6 +30,8 @@ struct SpmModel {
   std::int32_t unknown = -1, bos = -1, eos = -1;
   bool byte_fallback = false;
   bool add_dummy_prefix = true, remove_extra_whitespaces = true;
+  bool legacy = true;     // where it does not say legacy: the prefix stands before every stretch of text
+  bool adds_eos = false;  // where tokenizer_config.json does not say add_eos_token
 };
 
 // What the library's interface does not tell; filled by a walk over the file that trusts nothing.
@@ -53,7 +55,7 @@ bool reads_sentencepiece();
 SpmModel read_spm_model(const fs::path& file);
 
 // tokenizer.json of the model with its neighbours in `folder`: tokenizer_config.json, special_tokens_map.json and
-// added_tokens.json, each of which may be missing.
+// added_tokens.json, each of which may be missing; an empty `folder`: no neighbours.
 std::string spm_tokenizer_json(const SpmModel& model, const fs::path& folder, const std::string& place);
 
 }  // namespace pare::tok

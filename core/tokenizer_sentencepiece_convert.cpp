@@ -48,6 +48,7 @@ std::vector<Merge> merges_of(const SpmModel& model, const Vocabulary& vocabulary
 // The small files beside the model.
 class Neighbours {
  public:
+  Neighbours() = default;
   explicit Neighbours(const fs::path& folder)
       : config_(object(folder / "tokenizer_config.json")), config_place_((folder / "tokenizer_config.json").string()) {
     // A list of added tokens in the configuration replaces the two older files.
@@ -177,13 +178,13 @@ bool Neighbours::is_named(const std::string& content) const {
 class Conversion {
  public:
   Conversion(const SpmModel& model, const fs::path& folder, const std::string& place)
-      : model_(model), neighbours_(folder), place_(place) {
+      : model_(model), neighbours_(folder.empty() ? Neighbours() : Neighbours(folder)), place_(place) {
     const std::string name = neighbours_.tokenizer_class();
     gemma_ = name == "GemmaTokenizer";
     prefix_ = neighbours_.flag("add_prefix_space").value_or(model.add_dummy_prefix);
     // `legacy` (absent in older files, which mean true): the prefix stands before every stretch of text between added
     // tokens, as in the library; otherwise at the very beginning alone, and not before a space.
-    legacy_ = gemma_ || neighbours_.flag("legacy").value_or(true);
+    legacy_ = gemma_ || neighbours_.flag("legacy").value_or(model.legacy);
     for (const SpmPiece& piece : model.pieces) spelled_.push_back(piece.text);
   }
 
@@ -345,7 +346,7 @@ class Conversion {
 
   Json post_processor() const {
     const auto bos = end_piece("add_bos_token", true, "bos_token", model_.bos);
-    const auto eos = end_piece("add_eos_token", false, "eos_token", model_.eos);
+    const auto eos = end_piece("add_eos_token", model_.adds_eos, "eos_token", model_.eos);
     Json single = Json::array(), pair = Json::array(), special = Json::object();
     const auto piece = [&](Json& list, const std::string& content, int side) {
       list.push_back({{"SpecialToken", {{"id", content}, {"type_id", side}}}});

@@ -7,8 +7,11 @@
 #include <optional>
 
 #include "core/error.h"
+#include "core/gguf_file.h"
+#include "runtime/export.h"
 #include "runtime/forward.h"
 #include "runtime/kernels.h"
+#include "runtime/temporary_folder.h"
 
 namespace pare {
 namespace {
@@ -54,8 +57,12 @@ class MappedEngine : public Engine {
 
 }  // namespace
 
-std::shared_ptr<const Engine> Engine::open(const fs::path& compact_file, const EngineOptions& options) {
-  return std::make_shared<MappedEngine>(compact_file, options);
+std::shared_ptr<const Engine> Engine::open(const fs::path& file, const EngineOptions& options) {
+  if (!GgufFile::is_gguf(file)) return std::make_shared<MappedEngine>(file, options);
+  const TemporaryFolder folder;
+  const fs::path compact = folder.path() / file.filename();
+  export_temporary(Checkpoint::open(file), compact);
+  return std::make_shared<MappedEngine>(compact, options);  // the mapping outlives the name
 }
 
 namespace {

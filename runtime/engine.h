@@ -23,7 +23,8 @@ struct EngineOptions {
 // Weights, shared by any number of sessions. Thread-compatible: one session per thread.
 class Engine {
  public:
-  static std::shared_ptr<const Engine> open(const fs::path& compact_file, const EngineOptions& options = {});
+  // A compact file, or a GGUF file, which is taken through a temporary compact one (in TMPDIR, gone when this returns).
+  static std::shared_ptr<const Engine> open(const fs::path& file, const EngineOptions& options = {});
   virtual ~Engine() = default;
   virtual const CompactFile& file() const = 0;
   virtual const ModelConfig& config() const = 0;

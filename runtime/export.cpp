@@ -1,7 +1,10 @@
 #include "runtime/export.h"
 
+#include <functional>
+
 #include "core/error.h"
 #include "core/fused_rows.h"
+#include "core/tensor_store.h"
 #include "core/tokenizer.h"
 #include "runtime/round_to_nearest.h"
 
@@ -19,11 +22,14 @@ Codec kept_float(DType dtype) {
 
 }  // namespace
 
-std::optional<std::string> embedded_tokenizer(const fs::path& folder, std::vector<std::string>* notes) {
+namespace {
+
+std::optional<std::string> tokenizer_or_note(const std::function<std::optional<std::string>()>& read,
+                                             std::vector<std::string>* notes) {
   constexpr const char* kConsequence = "the file can be measured but not given text: ";
   try {
-    auto text = tokenizer_json_text(folder);
-    if (!text && notes) notes->push_back(std::string(kConsequence) + "the folder has no tokenizer");
+    auto text = read();
+    if (!text && notes) notes->push_back(std::string(kConsequence) + "the model has no tokenizer");
     return text;
   } catch (const Error& error) {
     if (error.code() != ExitCode::kInput) throw;
@@ -32,8 +38,35 @@ std::optional<std::string> embedded_tokenizer(const fs::path& folder, std::vecto
   }
 }
 
+// Types of vectors, which a compact file holds in f32, where they are not what its reader would take them for.
+std::optional<std::string> vector_types(const Checkpoint& checkpoint, const ExportPlan& plan) {
+  VectorTypes types({}, "");
+  types.set_fallback(checkpoint.float_dtype());
+  const auto type_of = [](CodecKind kind) {
+    return kind == CodecKind::kF16 ? DType::kF16 : kind == CodecKind::kBf16 ? DType::kBF16 : DType::kF32;
+  };
+  for (const CompactWriter::Plan& tensor : plan.tensors)
+    if (tensor.shape.size() == 2 && tensor.codec.is_float())
+      types.count_matrix(type_of(tensor.codec.kind), tensor.shape[0] * tensor.shape[1]);
+  for (const TensorSpec& spec : checkpoint.tensors())
+    if (spec.shape.size() == 1 && checkpoint.dtype(spec.name) != DType::kF64)
+      types.expect(spec.name, checkpoint.dtype(spec.name), checkpoint.read_f32(spec.name));
+  return types.exceptions();
+}
+
+}  // namespace
+
+std::optional<std::string> embedded_tokenizer(const fs::path& folder, std::vector<std::string>* notes) {
+  return tokenizer_or_note([&] { return tokenizer_json_text(folder); }, notes);
+}
+
+std::optional<std::string> embedded_tokenizer(const Checkpoint& checkpoint, std::vector<std::string>* notes) {
+  return tokenizer_or_note([&] { return checkpoint.tokenizer_text(); }, notes);
+}
+
 ExportPlan plan_export(const Checkpoint& checkpoint, const ExportOptions& options) {
   ExportPlan plan;
+  plan.notes = checkpoint.notes();
   const bool keep = options.codec == "keep";
   const Codec wanted = keep ? Codec{} : Codec::parse(options.codec, "--codec");
   for (const TensorSpec& spec : checkpoint.tensors()) {
@@ -65,7 +98,7 @@ ExportPlan plan_export(const Checkpoint& checkpoint, const ExportOptions& option
     plan.payload_bytes += codec.payload_bytes(spec.shape.size() == 2 ? spec.shape[0] : 1, spec.shape.back());
     plan.tensors.push_back({spec.name, codec, spec.shape});
   }
-  embedded_tokenizer(checkpoint.folder(), &plan.notes);
+  embedded_tokenizer(checkpoint, &plan.notes);
   return plan;
 }
 
@@ -74,9 +107,13 @@ std::unique_ptr<CompactWriter> begin_export(const Checkpoint& checkpoint, const 
   for (const std::string& note : plan.notes)
     if (context.progress != nullptr) context.progress->note(note);
   std::map<std::string, std::string> embedded;
-  for (const char* name : kEmbeddedFiles)
-    if (fs::is_regular_file(checkpoint.folder() / name)) embedded[name] = read_text(checkpoint.folder() / name);
-  if (auto text = embedded_tokenizer(checkpoint.folder())) embedded["tokenizer.json"] = std::move(*text);
+  for (const char* name : kEmbeddedFiles) {
+    if (name == std::string_view("tokenizer.json")) continue;
+    if (auto text = checkpoint.side_file(name)) embedded[name] = std::move(*text);
+  }
+  if (auto text = embedded_tokenizer(checkpoint)) embedded["tokenizer.json"] = std::move(*text);
+  if (options.codec == "keep")
+    if (auto types = vector_types(checkpoint, plan)) embedded["dtypes"] = std::move(*types);
   embedded["config.json"] = write_config(checkpoint.config(), checkpoint.float_dtype()).dump(2) + "\n";
   if (!options.recipe.empty()) embedded["recipe"] = options.recipe;
 
@@ -90,7 +127,8 @@ std::unique_ptr<CompactWriter> begin_export(const Checkpoint& checkpoint, const 
       writer->add(checkpoint.codes(tensor.name));
     } else {
       const std::vector<float> values = checkpoint.read_f32(tensor.name);
-      if (tensor.codec.is_float()) writer->add(values.data());
+      const bool as_stored = options.codec == "keep" && checkpoint.dtype(tensor.name) != DType::kF64;
+      if (tensor.codec.is_float()) writer->add(values.data(), as_stored);
       else writer->add(round_to_nearest(tensor.codec, tensor.shape[0], tensor.shape[1], values.data(), "tensor " + tensor.name));
     }
     checkpoint.release(tensor.name);
@@ -110,6 +148,52 @@ void export_compact(const Checkpoint& checkpoint, const ExportOptions& options, 
   writer->seal(context.report.to_json(true).dump(2) + "\n");
   context.report.add({.stage = "compact", .metric = "file_bytes", .before = {},
                       .after = static_cast<double>(fs::file_size(options.out)), .unit = "bytes", .standard_error = {}});
+}
+
+void export_temporary(const Checkpoint& checkpoint, const fs::path& out, Context context) {
+  ExportOptions options;
+  options.out = out;
+  const std::uint64_t bytes = plan_export(checkpoint, options).payload_bytes;
+  std::error_code problem;
+  const fs::space_info space = fs::space(out.parent_path(), problem);
+  if (!problem && bytes > space.available)
+    throw Error(ExitCode::kResources, out.parent_path().parent_path().string(),
+                std::to_string(bytes) + " bytes for a temporary compact file",
+                std::to_string(space.available) + " free",
+                "set TMPDIR to a place with room, or export the model once and use that file");
+  export_compact(checkpoint, options, context);
+}
+
+void export_folder(const Checkpoint& checkpoint, const fs::path& out, Context& context) {
+  FolderTransaction folder(out);
+  CheckpointWriter writer(folder.work(), checkpoint.config(), checkpoint.float_dtype());
+  const auto count = static_cast<std::int64_t>(checkpoint.tensors().size());
+  if (context.progress != nullptr) {
+    for (const std::string& note : checkpoint.notes()) context.progress->note(note);
+    context.progress->begin("export " + out.filename().string(), count);
+  }
+  std::int64_t done = 0;
+  writer.begin_piece("weights");
+  for (const TensorSpec& spec : checkpoint.tensors()) {
+    throw_if_interrupted(out.string(), "nothing was written; run the same command again");
+    if (checkpoint.is_quantized(spec.name))
+      writer.put_codes(spec.name, checkpoint.codes(spec.name));
+    else
+      writer.put_stored(spec.name, checkpoint.dtype(spec.name), checkpoint.read_f32(spec.name).data());
+    checkpoint.release(spec.name);
+    if (context.progress != nullptr) context.progress->update(++done);
+  }
+  writer.end_piece();
+  std::vector<std::string> notes;
+  for (const std::string& name : side_file_names()) {
+    const auto text = name == "tokenizer.json" ? embedded_tokenizer(checkpoint, &notes) : checkpoint.side_file(name);
+    if (text) writer.put_side_file(name, *text);
+  }
+  writer.finish();
+  folder.commit();
+  if (context.progress == nullptr) return;
+  context.progress->end();
+  for (const std::string& note : notes) context.progress->note(note);
 }
 
 }  // namespace pare

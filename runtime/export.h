@@ -31,6 +31,7 @@ struct ExportPlan {
 // tokenizer.model travels as what it means. Nothing, and a note, where the folder has neither or has one that cannot be
 // read: the weights are worth a file all the same.
 std::optional<std::string> embedded_tokenizer(const fs::path& folder, std::vector<std::string>* notes = nullptr);
+std::optional<std::string> embedded_tokenizer(const Checkpoint& checkpoint, std::vector<std::string>* notes = nullptr);
 
 // Headers only. Errors: exit 2 for an unknown codec, exit 3 for a row that does not fit with fallback off.
 ExportPlan plan_export(const Checkpoint& checkpoint, const ExportOptions& options);
@@ -40,5 +41,12 @@ std::unique_ptr<CompactWriter> begin_export(const Checkpoint& checkpoint, const 
 
 // begin_export and seal with the deterministic rows of context.report. Adds the rows "tensor_bytes" and "file_bytes".
 void export_compact(const Checkpoint& checkpoint, const ExportOptions& options, Context& context);
+
+// export_compact without reports. Errors: exit 5 where the place has not the room.
+void export_temporary(const Checkpoint& checkpoint, const fs::path& out, Context context = {});
+
+// Model -> model folder (transformers and pare read it): codes stay codes, floats keep their type and their bits.
+// Errors: exit 2 when `out` exists.
+void export_folder(const Checkpoint& checkpoint, const fs::path& out, Context& context);
 
 }  // namespace pare

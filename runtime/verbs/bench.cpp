@@ -151,7 +151,7 @@ Command bench_command() {
   command.name = "bench";
   command.summary = "Measure prefill and decode speed of a compact file";
   command.options = {
-      {.name = "model", .type = OptionType::kPath, .help = "compact file", .required = true, .positional = true},
+      {.name = "model", .type = OptionType::kPath, .help = "compact file or GGUF file", .required = true, .positional = true},
       {.name = "prompt",
        .type = OptionType::kInteger,
        .help = "tokens of the prefill test, 0: none",

@@ -1,10 +1,6 @@
 #include "runtime/verbs/eval.h"
 
-#include <fcntl.h>
 #include <fmt/format.h>
-#include <sys/file.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -14,11 +10,13 @@
 
 #include "core/corpus.h"
 #include "core/error.h"
+#include "core/gguf_file.h"
 #include "eval/divergence.h"
 #include "eval/speed.h"
 #include "eval/tasks.h"
 #include "runtime/engine.h"
 #include "runtime/export.h"
+#include "runtime/temporary_folder.h"
 #include "runtime/verbs/cli.h"
 
 namespace pare {
@@ -42,6 +40,13 @@ class Subject {
     engine_options.int8_activations = options.get<std::string>("act") == "int8";
     engine_ = Engine::open(path, engine_options);
     file_bytes_ = engine_->file().file_bytes();
+    if (!GgufFile::is_gguf(path)) return;
+    const GgufFile gguf(path);
+    file_bytes_ = gguf.file_bytes();
+    std::uint64_t bytes = 0;
+    for (const GgufView& tensor : gguf.tensors()) bytes += tensor.data.size();
+    gguf_bytes_ = bytes;
+    hash_ = hash_file(path);
   }
 
   const fs::path& path() const { return path_; }
@@ -52,8 +57,14 @@ class Subject {
   const std::shared_ptr<const Engine>& engine() const { return engine_; }
   const ModelConfig& config() const { return engine_ ? engine_->config() : folder_->config(); }
   std::uint64_t file_bytes() const { return file_bytes_; }
-  std::uint64_t tensor_bytes() const { return engine_ ? engine_->file().tensor_bytes() : folder_->tensor_bytes(); }
-  std::string hash() const { return engine_ ? engine_->file().file_hash() : folder_->content_hash(); }
+  std::uint64_t tensor_bytes() const {
+    if (gguf_bytes_) return *gguf_bytes_;
+    return engine_ ? engine_->file().tensor_bytes() : folder_->tensor_bytes();
+  }
+  std::string hash() const {
+    if (!hash_.empty()) return hash_;
+    return engine_ ? engine_->file().file_hash() : folder_->content_hash();
+  }
   std::optional<std::string> tokenizer_text() const {
     if (engine_) return engine_->file().embedded("tokenizer.json");
     return tokenizer_json_text(path_);
@@ -67,6 +78,8 @@ class Subject {
   fs::path path_;
   std::shared_ptr<const Checkpoint> folder_;
   std::shared_ptr<const Engine> engine_;
+  std::optional<std::uint64_t> gguf_bytes_;  // of a GGUF file, which the engine has as a compact one
+  std::string hash_;
   std::unique_ptr<LogitsSource> logits_;
   std::uint64_t file_bytes_ = 0;
 };
@@ -387,82 +400,20 @@ class Evaluation {
 
 }  // namespace
 
-namespace {
-
-constexpr const char* kTemporary = "pare-eval-";
-
-// A folder for one file in the temporary directory. Its lock goes with the process, however that ends: folders that
-// nobody holds are what killed processes left, and are removed.
-class TemporaryFolder {
- public:
-  TemporaryFolder() {
-    const fs::path parent = fs::temp_directory_path();
-    remove_abandoned(parent);
-    std::string name = (parent / (std::string(kTemporary) + "XXXXXX")).string();
-    if (::mkdtemp(name.data()) == nullptr)
-      throw failure(name, "a temporary folder", std::strerror(errno), "set TMPDIR");
-    path_ = name;
-    lock_ = ::open(path_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (lock_ >= 0) ::flock(lock_, LOCK_EX | LOCK_NB);
-  }
-  ~TemporaryFolder() {
-    std::error_code ignored;
-    fs::remove_all(path_, ignored);
-    if (lock_ >= 0) ::close(lock_);
-  }
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-  const fs::path& path() const { return path_; }
-
- private:
-  static void remove_abandoned(const fs::path& parent) {
-    std::error_code problem;
-    std::vector<fs::path> found;
-    for (fs::directory_iterator it(parent, problem), end; !problem && it != end; it.increment(problem)) {
-      if (it->path().filename().string().starts_with(kTemporary)) found.push_back(it->path());
-    }
-    for (const fs::path& folder : found) {
-      struct stat about {};
-      if (::lstat(folder.c_str(), &about) != 0 || !S_ISDIR(about.st_mode) || about.st_uid != ::geteuid()) continue;
-      // A folder that was made a moment ago may not be locked yet.
-      if (std::time(nullptr) - about.st_mtime < 60) continue;
-      const int lock = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-      if (lock < 0) continue;
-      if (::flock(lock, LOCK_EX | LOCK_NB) == 0) fs::remove_all(folder, problem);
-      ::close(lock);
-    }
-  }
-
-  fs::path path_;
-  int lock_ = -1;
-};
-
-}  // namespace
-
 std::unique_ptr<LogitsSource> folder_logits_by_runtime(const Checkpoint& checkpoint, Context& context) {
   const TemporaryFolder folder;
-  ExportOptions export_options;
-  export_options.out = folder.path() / "model.pare";
-  const std::uint64_t bytes = plan_export(checkpoint, export_options).payload_bytes;
-  std::error_code problem;
-  const fs::space_info space = fs::space(folder.path(), problem);
-  if (!problem && bytes > space.available) {
-    throw Error(ExitCode::kResources, folder.path().parent_path().string(),
-                std::to_string(bytes) + " bytes for a temporary compact file",
-                std::to_string(space.available) + " free",
-                "set TMPDIR to a place with room, or export the folder once and score the file");
-  }
+  const fs::path file = folder.path() / "model.pare";
   Context quiet;
   quiet.threads = context.threads;
   quiet.quiet = true;
   quiet.progress = context.progress;
-  export_compact(checkpoint, export_options, quiet);
+  export_temporary(checkpoint, file, quiet);
   EngineOptions engine_options;
   engine_options.threads = context.threads;
   engine_options.int8_activations = false;
   // The mapping outlives the name.
   return std::make_unique<NamedLogits>(checkpoint.folder().filename().string() + " (folder, by the runtime)",
-                                       runtime_logits(Engine::open(export_options.out, engine_options)));
+                                       runtime_logits(Engine::open(file, engine_options)));
 }
 
 Command make_eval_command(EvalBackend backend) {
@@ -474,8 +425,8 @@ Command make_eval_command(EvalBackend backend) {
       {.name = "model",
        .type = OptionType::kPath,
        .help = backend.has_devices
-                   ? "compact file or model folder"
-                   : "compact file, or model folder (scored through a temporary compact file in TMPDIR)",
+                   ? "compact file, GGUF file or model folder"
+                   : "compact file, GGUF file, or model folder (scored through a temporary compact file in TMPDIR)",
        .required = true,
        .positional = true},
       {.name = "against",

@@ -1,22 +1,67 @@
-// pare export: model folder -> compact file. Codes are laid out anew and never rounded again.
+// pare export: a model -> one file for a runtime, or a model folder. Codes are laid out anew and never rounded again
+// unless asked.
 #include "runtime/export.h"
 
 #include "core/error.h"
+#include "runtime/gguf_export.h"
 #include "runtime/verbs/cli.h"
 
 namespace pare {
 namespace {
 
-ExportOptions export_options(const Options& options) {
-  ExportOptions out;
-  out.out = options.get<std::string>("out");
-  out.codec = options.get<std::string>("codec");
-  out.fallback = !options.get<bool>("no-fallback");
-  if (out.codec != "keep") Codec::parse(out.codec, "--codec");  // a wrong name before anything is read
-  if (fs::exists(fs::symlink_status(out.out)))
-    throw usage_error(out.out.string(), "an output that does not exist yet", "an existing one",
+Json run_compact(const Checkpoint& checkpoint, const fs::path& out, const Options& options, Context& context) {
+  ExportOptions chosen;
+  chosen.out = out;
+  chosen.codec = options.get<std::string>("codec");
+  chosen.fallback = !options.get<bool>("no-fallback");
+  const ExportPlan plan = plan_export(checkpoint, chosen);
+  export_compact(checkpoint, chosen, context);
+  const CompactFile file(out);
+  return {{"out", out.string()},
+          {"file_bytes", file.file_bytes()},
+          {"tensor_bytes", file.tensor_bytes()},
+          {"file_hash", file.file_hash()},
+          {"notes", plan.notes}};
+}
+
+Json run_gguf(const Checkpoint& checkpoint, const fs::path& out, const Options& options, Context& context) {
+  GgufOptions chosen;
+  chosen.out = out;
+  chosen.codec = options.get<std::string>("codec");
+  chosen.fallback = !options.get<bool>("no-fallback");
+  chosen.requantize = options.get<bool>("requantize");
+  const GgufPlan plan = plan_gguf(checkpoint, chosen);
+  export_gguf(checkpoint, plan, chosen, context);
+  return {{"out", out.string()}, {"file_bytes", fs::file_size(out)}, {"notes", plan.notes}};
+}
+
+Json run_folder(const Checkpoint& checkpoint, const fs::path& out, Context& context) {
+  export_folder(checkpoint, out, context);
+  const Checkpoint written(out);
+  const auto bytes = static_cast<double>(written.tensor_bytes());
+  context.report.add({.stage = "folder", .metric = "tensor_bytes", .before = static_cast<double>(checkpoint.tensor_bytes()),
+                      .after = bytes, .unit = "bytes", .standard_error = {}});
+  return {{"out", out.string()}, {"tensor_bytes", written.tensor_bytes()}, {"notes", checkpoint.notes()}};
+}
+
+Json run_export(const Options& options, Context& context) {
+  const fs::path out = options.get<std::string>("out");
+  const auto to = options.get<std::string>("to"), codec = options.get<std::string>("codec");
+  if (codec != "keep") Codec::parse(codec, "--codec");  // a wrong name before anything is read
+  if (to == "folder" && codec != "keep")
+    throw usage_error("--codec", "keep with --to folder", codec, "pare quantize makes folders of codes");
+  if (to != "gguf" && options.get<bool>("requantize"))
+    throw usage_error("--requantize", "--to gguf", "--to " + to, "only GGUF blocks may not hold codes as they are");
+  if (fs::exists(fs::symlink_status(out)))
+    throw usage_error(out.string(), "an output that does not exist yet", "an existing one",
                       "remove it or choose another --out");
-  return out;
+  const Checkpoint checkpoint = Checkpoint::open(options.get<std::string>("model"));
+  Json result = to == "gguf"     ? run_gguf(checkpoint, out, options, context)
+                : to == "folder" ? run_folder(checkpoint, out, context)
+                                 : run_compact(checkpoint, out, options, context);
+  context.print(context.report.table());
+  result["report"] = context.report.to_json();
+  return result;
 }
 
 }  // namespace
@@ -24,39 +69,36 @@ ExportOptions export_options(const Options& options) {
 Command export_command() {
   Command command;
   command.name = "export";
-  command.summary = "Write a model folder as one compact file for the runtime";
+  command.summary = "Write a model as one file, compact for pare's runtime or gguf for llama.cpp, or as a model folder";
   command.example = "pare export model-q4 --to compact --out model.pare";
   command.options = {
-      {.name = "model", .type = OptionType::kPath, .help = "model folder", .required = true, .positional = true},
+      {.name = "model",
+       .type = OptionType::kPath,
+       .help = "model folder, GGUF file or compact file",
+       .required = true,
+       .positional = true},
       {.name = "to",
        .type = OptionType::kText,
        .help = "target format",
        .default_value = "compact",
-       .choices = {"compact"}},
+       .choices = {"compact", "gguf", "folder"}},
       {.name = "codec",
        .type = OptionType::kText,
        .help = "storage of float matrices: keep, f32, f16, bf16, q8, q8c, w8a8, q4, q4g64, q4g128, q4a, q4ag64, "
-               "q4ag128, q3, q3g64, q3g128, q2, q2g64, q2g128; codes stay codes",
+               "q4ag128, q3, q3g64, q3g128, q2, q2g64, q2g128 (gguf: keep, f32, f16, bf16, q8, q4; folder: keep); codes "
+               "stay codes",
        .default_value = "keep"},
       {.name = "no-fallback",
        .type = OptionType::kFlag,
-       .help = "refuse rows that the group does not divide instead of storing them as q8c",
+       .help = "refuse matrices that the target cannot hold as asked instead of storing them as q8c (compact) or F32 "
+               "(gguf)",
        .default_value = false},
-      {.name = "out", .type = OptionType::kPath, .help = "compact file to write", .required = true}};
-  command.run = [](const Options& options, Context& context) {
-    const ExportOptions chosen = export_options(options);
-    const Checkpoint checkpoint(options.get<std::string>("model"));
-    const ExportPlan plan = plan_export(checkpoint, chosen);
-    export_compact(checkpoint, chosen, context);
-    const CompactFile file(chosen.out);
-    context.print(context.report.table());
-    return Json{{"out", chosen.out.string()},
-                {"file_bytes", file.file_bytes()},
-                {"tensor_bytes", file.tensor_bytes()},
-                {"file_hash", file.file_hash()},
-                {"notes", plan.notes},
-                {"report", context.report.to_json()}};
-  };
+      {.name = "requantize",
+       .type = OptionType::kFlag,
+       .help = "gguf: round q4a weights to what Q4_1 can hold instead of storing them in F32",
+       .default_value = false},
+      {.name = "out", .type = OptionType::kPath, .help = "file or folder to write", .required = true}};
+  command.run = run_export;
   return command;
 }
 

@@ -6,6 +6,7 @@
 #include "core/checkpoint.h"
 #include "core/compact.h"
 #include "core/error.h"
+#include "core/gguf_file.h"
 #include "runtime/verbs/cli.h"
 
 namespace pare {
@@ -95,6 +96,29 @@ Json inspect_compact(const fs::path& path) {
   return out;
 }
 
+// The container whatever the model; its configuration where it is one of ours.
+Json inspect_gguf(const fs::path& path) {
+  const GgufFile file(path);
+  Json out = {{"kind", "gguf"}, {"path", path.string()}, {"version", file.version()}, {"file_bytes", file.file_bytes()}};
+  try {
+    out["config"] = config_summary(Checkpoint::open(path).config());
+  } catch (const Error& error) {
+    if (error.code() != ExitCode::kInput) throw;
+    out["unsupported"] = error.what();
+  }
+  Json rows = Json::array();
+  std::uint64_t bytes = 0;
+  for (const GgufView& view : file.tensors()) {
+    rows.push_back(tensor_row(view.name, ggml_type_name(view.type), view.shape, view.data.size()));
+    bytes += view.data.size();
+  }
+  out["tensor_bytes"] = bytes;
+  out["metadata"] = Json::object();
+  for (const std::string& key : file.keys()) out["metadata"][key] = file.shown(key);
+  out["tensors"] = std::move(rows);
+  return out;
+}
+
 Json inspect_safetensors(const fs::path& path) {
   const SafetensorsFile file(path);
   Json out = {{"kind", "safetensors"}, {"path", path.string()}, {"file_bytes", file.file().bytes().size()}};
@@ -162,17 +186,18 @@ std::string human(const Json& result) {
 Command inspect_command() {
   Command command;
   command.name = "inspect";
-  command.summary = "Show what a model folder, a compact file or a safetensors file holds";
+  command.summary = "Show what a model folder, a compact file, a GGUF file or a safetensors file holds";
   command.example = "pare inspect model.pare";
   command.options = {{.name = "path",
                       .type = OptionType::kPath,
-                      .help = "model folder, compact file or safetensors file",
+                      .help = "model folder, compact file, GGUF file or safetensors file",
                       .required = true,
                       .positional = true}};
   command.run = [](const Options& options, Context& context) {
     const fs::path path = options.get<std::string>("path");
     if (!fs::exists(path)) throw input_error(path.string(), "a model folder or file", "nothing there");
     Json result = fs::is_directory(path)             ? inspect_folder(path)
+                  : GgufFile::is_gguf(path)       ? inspect_gguf(path)
                   : CompactFile::is_compact(path) ? inspect_compact(path)
                                                   : inspect_safetensors(path);
     context.print(human(result));

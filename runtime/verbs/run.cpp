@@ -106,7 +106,7 @@ Command run_command() {
   command.name = "run";
   command.summary = "Continue a text with a compact file, or talk to it";
   command.options = {
-      {.name = "model", .type = OptionType::kPath, .help = "compact file", .required = true, .positional = true},
+      {.name = "model", .type = OptionType::kPath, .help = "compact file or GGUF file", .required = true, .positional = true},
       {.name = "prompt",
        .type = OptionType::kText,
        .help = "text to continue; empty: start from the begin token (with --chat: a message; empty: lines of stdin)",

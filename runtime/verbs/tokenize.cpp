@@ -2,8 +2,10 @@
 #include <cstdio>
 #include <iostream>
 
+#include "core/checkpoint.h"
 #include "core/compact.h"
 #include "core/error.h"
+#include "core/gguf_file.h"
 #include "core/tokenizer.h"
 #include "runtime/verbs/cli.h"
 
@@ -16,6 +18,11 @@ Tokenizer open_tokenizer(const fs::path& path) {
     const auto text = CompactFile(path).embedded("tokenizer.json");
     if (!text) throw input_error(path.string(), "a compact file with a tokenizer", "none inside");
     return Tokenizer::from_text(*text, path.string() + ": tokenizer.json");
+  }
+  if (GgufFile::is_gguf(path)) {
+    const auto text = Checkpoint::open(path).tokenizer_text();
+    if (!text) throw input_error(path.string(), "a GGUF file with a tokenizer", "none inside");
+    return Tokenizer::from_text(*text, path.string() + ": tokenizer");
   }
   return Tokenizer::from_file(path);
 }

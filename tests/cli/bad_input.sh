@@ -223,9 +223,18 @@ echo "--- GGUF"
 fresh
 refuse "GGUF: codec that it has not" 2 "GGUF blocks" "$PARE" export "$IN" --to gguf --codec q4g128 --out "$OUT"
 refuse "GGUF: existing output" 2 "does not exist yet" "$PARE" export "$IN" --to gguf --out "$IN/config.json"
-refuse "GGUF: no tokenizer" 3 "tokenizer.json" bash -c "mkdir '$T/bare'; cp '$IN'/config.json '$IN'/*.safetensors '$T/bare'; exec '$PARE' export '$T/bare' --to gguf --out '$OUT'"
 refuse "GGUF: tokenizer_config.json that is a list" 3 "tokenizer_config.json" bash -c "cp -r '$IN' '$T/listed'; echo '[]' > '$T/listed/tokenizer_config.json'; exec '$PARE' export '$T/listed' --to gguf --out '$OUT'"
-refuse "GGUF by the torch-free program" 2 "compact" "$EDGE" export "$IN" --to gguf --out "$OUT"
+"$EDGE" export "$IN" --to gguf --out "$T/good.gguf" --quiet || { echo "cannot make a GGUF file"; exit 1; }
+head -c 3000 "$T/good.gguf" > "$T/cut.gguf"
+(head -c 8 "$T/good.gguf"; printf '\377\377\377\377\377\377\377\177'; tail -c +17 "$T/good.gguf") > "$T/many.gguf"
+for verb in inspect run bench; do
+  for file in cut many; do refuse "GGUF: $file, by $verb" 3 "$file.gguf: byte" "$EDGE" $verb "$T/$file.gguf"; done
+done
+refuse "GGUF: cut off, by eval" 3 "cut.gguf: byte" "$EDGE" eval "$T/cut.gguf" --text "$T/good.gguf"
+refuse "GGUF: cut off, by export" 3 "cut.gguf: byte" "$EDGE" export "$T/cut.gguf" --out "$OUT"
+refuse "GGUF where a folder is asked for" 3 "to folder" "$PARE" quantize --model "$T/good.gguf" --out "$OUT" --codec q4 --method rtn
+refuse "GGUF: requantize for another target" 2 "to gguf" "$EDGE" export "$IN" --requantize --out "$OUT"
+refuse "folder: a codec" 2 "keep" "$EDGE" export "$T/good.gguf" --to folder --codec q4 --out "$OUT"
 refuse "quantize: no size" 2 "max-ram.*4G" "$PARE" quantize --model "$IN" --out "$OUT" --text "$TEXT" --max-ram 4GB
 refuse "prune: too little memory" 5 "max-ram" "$PARE" prune --method wanda --sparsity 0.5 --model "$IN" --out "$OUT" --text "$TEXT" --max-ram 100M
 refuse "quantize: too little memory" 5 "max-ram" "$PARE" quantize --model "$IN" --out "$OUT" --text "$TEXT" --max-ram 100M

@@ -7,8 +7,8 @@
 #include <limits>
 #include <map>
 
-#include "compress/export/gguf_export.h"
 #include "core/error.h"
+#include "runtime/gguf_export.h"
 #include "tests/compress/tiny_model.h"
 #include "tests/scratch.h"
 
@@ -127,7 +127,8 @@ void write_gguf(const fs::path& folder, const fs::path& out, const std::string& 
   Context context;
   context.progress = &progress;
   const Checkpoint checkpoint(folder);
-  export_gguf(checkpoint, plan_gguf(checkpoint, {out, codec, true}), out, context);
+  const GgufOptions options{out, codec};
+  export_gguf(checkpoint, plan_gguf(checkpoint, options), options, context);
 }
 
 // Rows of a head in llama.cpp's order: (half, 2) of (2, half).
@@ -237,7 +238,7 @@ TEST(Gguf, CodesAreLaidOutAnewAndNotRoundedAgain) {
         wanted = neighbours(wanted, codes.spec(source).shape[1], codes.config().head_dim);
       EXPECT_EQ(reader.floats(target), wanted) << name << " " << target;
     }
-    const std::vector<std::string> notes = plan_gguf(codes, {scratch / "x.gguf", "keep", true}).notes;
+    const std::vector<std::string> notes = plan_gguf(codes, {scratch / "x.gguf"}).notes;
     const bool said = std::any_of(notes.begin(), notes.end(), [&](const std::string& note) {
       return note.find(codec.int8_inputs ? "one scale per token" : "4.5 bits") != std::string::npos;
     });
@@ -275,7 +276,7 @@ TEST(Gguf, TheDefaultOfNamedChatTemplatesIsTaken) {
   testing::make_tiny_model(scratch / "model", {});
   const Checkpoint model(scratch / "model");
   const auto chat = [&]() -> Json {
-    for (const auto& [key, value] : plan_gguf(model, {scratch / "x.gguf", "keep", true}).metadata)
+    for (const auto& [key, value] : plan_gguf(model, {scratch / "x.gguf"}).metadata)
       if (key == "tokenizer.chat_template") return std::get<std::string>(value);
     return nullptr;
   };

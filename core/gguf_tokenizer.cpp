@@ -2,9 +2,8 @@
 #include <algorithm>
 #include <map>
 
-#include "compress/export/gguf_export.h"
-#include "core/chat_template.h"
 #include "core/error.h"
+#include "core/gguf_arch.h"
 #include "core/tokenizer.h"
 
 namespace pare {
@@ -12,11 +11,6 @@ namespace {
 
 // llama.cpp's token types.
 enum TokenType : std::int32_t { kNormal = 1, kUnknown = 2, kControl = 3, kUserDefined = 4, kUnused = 5, kByte = 6 };
-
-constexpr const char* kLlama3Pattern =
-    R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
-constexpr const char* kQwen2Pattern =
-    R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
 
 std::string type_of(const Json& component) {
   return component.is_object() ? component.value("type", std::string()) : std::string();
@@ -31,35 +25,20 @@ std::vector<Json> members(const Json& component, const char* key) {
 
 // llama.cpp knows pre-tokenizers by name; an unknown one would split text differently without a word.
 std::string pre_tokenizer_name(const Json& tokenizer, const std::string& place) {
-  const auto parts = members(tokenizer.value("pre_tokenizer", Json()), "pretokenizers");
-  const auto byte_level = [](const Json& part, bool regex) {
-    return type_of(part) == "ByteLevel" && part.value("use_regex", true) == regex &&
-           !part.value("add_prefix_space", true);
-  };
-  const auto split = [](const Json& part, const char* pattern) {
-    return type_of(part) == "Split" && part.value("behavior", std::string()) == "Isolated" &&
-           part.value("pattern", Json::object()).value("Regex", std::string()) == pattern;
-  };
-  const bool ignore_merges = tokenizer.at("model").value("ignore_merges", false);
-  if (parts.size() == 1 && byte_level(parts[0], true)) return "gpt-2";
-  if (parts.size() == 2 && type_of(parts[0]) == "Digits" && parts[0].value("individual_digits", false) &&
-      byte_level(parts[1], true))
-    return "smollm";
-  if (parts.size() == 2 && byte_level(parts[1], false)) {
-    if (split(parts[0], kLlama3Pattern) && ignore_merges) return "llama-bpe";
-    if (split(parts[0], kQwen2Pattern) && !ignore_merges) return "qwen2";
-  }
-  throw input_error(place, "a pre-tokenizer that llama.cpp knows by name (GPT-2, SmolLM, Llama 3, Qwen 2)",
+  if (const GgufPreTokenizer* row = find_pre_tokenizer(tokenizer)) return row->name;
+  throw input_error(place, "a pre-tokenizer that llama.cpp knows by name (" + pre_tokenizer_names() + ")",
                     tokenizer.value("pre_tokenizer", Json()).dump().substr(0, 200),
                     "export --to compact carries every tokenizer");
 }
 
-bool adds_space_prefix(const Json& tokenizer) {
+// Where a space is put before the text: "always" (before each stretch between added tokens), "first" (at the very
+// beginning, and not before a space) or "never".
+std::string prepend_scheme(const Json& tokenizer) {
   for (const Json& part : members(tokenizer.value("normalizer", Json()), "normalizers"))
-    if (type_of(part) == "Prepend") return true;
+    if (type_of(part) == "Prepend") return "always";
   for (const Json& part : members(tokenizer.value("pre_tokenizer", Json()), "pretokenizers"))
-    if (type_of(part) == "Metaspace") return part.value("prepend_scheme", std::string("always")) != "never";
-  return false;
+    if (type_of(part) == "Metaspace") return part.value("prepend_scheme", std::string("always"));
+  return "never";
 }
 
 std::vector<std::pair<std::string, std::string>> merges_of(const Json& model) {
@@ -82,11 +61,10 @@ bool is_byte_piece(const std::string& piece) {
 
 }  // namespace
 
-std::vector<std::pair<std::string, GgufValue>> gguf_tokenizer(const fs::path& folder, const ModelConfig& config,
-                                                              std::vector<std::string>& notes) {
-  const std::string place = (folder / "tokenizer.json").string();
-  const Tokenizer tokenizer = Tokenizer::from_file(folder / "tokenizer.json");  // refuses what is malformed
-  const Json json = parse_json(tokenizer_json_text(folder).value(), place);
+GgufPairs gguf_tokenizer_keys(const std::string& text, const std::string& place, const ModelConfig& config,
+                              const std::optional<std::string>& chat, std::vector<std::string>& notes) {
+  const Tokenizer tokenizer = Tokenizer::from_text(text, place);  // refuses what is malformed
+  const Json json = parse_json(text, place);
   const Json& model = json.at("model");
   const bool sentencepiece = model.value("byte_fallback", false);
 
@@ -105,13 +83,19 @@ std::vector<std::pair<std::string, GgufValue>> gguf_tokenizer(const fs::path& fo
   }
   const std::string unknown =
       model.contains("unk_token") && model["unk_token"].is_string() ? model["unk_token"].get<std::string>() : "";
+  int particular = 0;
   for (const Json& added : json.value("added_tokens", Json::array())) {
+    for (const char* flag : {"lstrip", "rstrip", "single_word"}) particular += added.value(flag, false) ? 1 : 0;
     const auto at = added.at("id").get<std::size_t>();
     tokens[at] = added.at("content").get<std::string>();
     types[at] = added.value("special", false) ? kControl : kUserDefined;
   }
 
-  std::vector<std::pair<std::string, GgufValue>> out;
+  if (particular > 0)
+    notes.push_back("added tokens that take spaces around them, or stand as whole words alone: llama.cpp does not see to "
+                    "that");
+
+  GgufPairs out;
   const auto merges = merges_of(model);
   out.emplace_back("tokenizer.ggml.model", std::string(sentencepiece ? "llama" : "gpt2"));
   if (sentencepiece) {
@@ -129,14 +113,19 @@ std::vector<std::pair<std::string, GgufValue>> gguf_tokenizer(const fs::path& fo
     out.emplace_back("tokenizer.ggml.pre", std::string("default"));
   } else {
     out.emplace_back("tokenizer.ggml.pre", pre_tokenizer_name(json, place));
-    if (!json.value("normalizer", Json()).is_null())
-      notes.push_back("llama.cpp does not apply the tokenizer's " + type_of(json["normalizer"]) + " normalizer");
+    for (const Json& part : members(json.value("normalizer", Json()), "normalizers"))
+      notes.push_back("llama.cpp does not apply the tokenizer's " + type_of(part) + " normalizer");
   }
   out.emplace_back("tokenizer.ggml.tokens", tokens);
   out.emplace_back("tokenizer.ggml.token_type", types);
   if (sentencepiece) {
     out.emplace_back("tokenizer.ggml.scores", scores);
-    out.emplace_back("tokenizer.ggml.add_space_prefix", adds_space_prefix(json));
+    const std::string prepend = prepend_scheme(json);
+    out.emplace_back("tokenizer.ggml.add_space_prefix", prepend != "never");
+    if (prepend == "first") {
+      out.emplace_back("pare.prepend", prepend);
+      notes.push_back("llama.cpp puts a space before texts that begin with one too, and after special tokens");
+    }
   } else {
     std::vector<std::string> lines;
     for (const auto& [left, right] : merges) lines.push_back(left + " " + right);
@@ -155,6 +144,20 @@ std::vector<std::pair<std::string, GgufValue>> gguf_tokenizer(const fs::path& fo
   identifier("tokenizer.ggml.bos_token_id",
              prefix.empty() ? named("bos_token_id") : std::optional<std::int64_t>(prefix[0]));
   identifier("tokenizer.ggml.eos_token_id", config.eos_ids.empty() ? named("eos_token_id") : config.eos_ids[0]);
+  // Further ends: of a message that waits for a tool, and of a turn.
+  bool message = false, turn = false;
+  for (std::size_t i = 1; i < config.eos_ids.size(); ++i) {
+    const std::string piece = config.eos_ids[i] < tokenizer.size()
+                                  ? tokenizer.token(static_cast<std::int32_t>(config.eos_ids[i]))
+                                  : std::string();
+    const bool waits = piece.find("eom") != std::string::npos;
+    if (waits ? message : turn) {
+      notes.push_back("generation ends at \"" + piece + "\" too, for which GGUF has no key of its own");
+      continue;
+    }
+    (waits ? message : turn) = true;
+    identifier(waits ? "tokenizer.ggml.eom_token_id" : "tokenizer.ggml.eot_token_id", config.eos_ids[i]);
+  }
   if (!unknown.empty()) identifier("tokenizer.ggml.unknown_token_id", tokenizer.id(unknown));
   identifier("tokenizer.ggml.padding_token_id", named("pad_token_id"));
   const auto bare = tokenizer.encode("a", false), dressed = tokenizer.encode("a", true);
@@ -162,12 +165,7 @@ std::vector<std::pair<std::string, GgufValue>> gguf_tokenizer(const fs::path& fo
     throw input_error(place, "a post-processor that adds at most one token before and one after the text", "more");
   out.emplace_back("tokenizer.ggml.add_bos_token", !prefix.empty());
   out.emplace_back("tokenizer.ggml.add_eos_token", dressed.size() > prefix.size() + bare.size());
-  const auto file = [&](const std::string& name) -> std::optional<std::string> {
-    if (!fs::is_regular_file(folder / name)) return std::nullopt;
-    return read_text(folder / name);
-  };
-  if (const auto chat = ChatTemplate::source(file, folder.string()))
-    out.emplace_back("tokenizer.chat_template", chat->text);
+  if (chat) out.emplace_back("tokenizer.chat_template", *chat);
   return out;
 }
 

@@ -1,0 +1,366 @@
+#include "runtime/gguf_export.h"
+
+#include <algorithm>
+#include <bit>
+#include <cctype>
+#include <cmath>
+#include <cstring>
+#include <map>
+
+#include "core/chat_template.h"
+#include "core/error.h"
+#include "core/tensor_store.h"
+#include "runtime/round_to_nearest.h"
+
+namespace pare {
+namespace {
+
+GgmlType float_type(CodecKind kind) {
+  if (kind == CodecKind::kF16) return GgmlType::kF16;
+  if (kind == CodecKind::kBf16) return GgmlType::kBF16;
+  return GgmlType::kF32;
+}
+
+GgmlType stored_type(DType dtype) {
+  if (dtype == DType::kF16) return GgmlType::kF16;
+  if (dtype == DType::kBF16) return GgmlType::kBF16;
+  return GgmlType::kF32;
+}
+
+// Codes of 3 and 2 bits are 4-bit codes too: the same weights, at 4.5 bits.
+GgmlType block_type(CodecKind kind) {
+  if (kind == CodecKind::kQ8) return GgmlType::kQ8_0;
+  return kind == CodecKind::kQ4a ? GgmlType::kQ4_1 : GgmlType::kQ4_0;
+}
+
+// The codec that a float matrix is given, checked once.
+Codec wanted_codec(const std::string& name) {
+  if (name == "keep") return {};
+  const Codec codec = Codec::parse(name, "--codec");
+  if (codec.is_float() || codec == Codec{CodecKind::kQ8, 32} || codec == Codec{CodecKind::kQ4, 32}) return codec;
+  throw usage_error("--codec", "keep, f32, f16, bf16, q8 or q4: what GGUF blocks of 32 can hold", name);
+}
+
+// llama.cpp: llama_ftype, the type of most matrices.
+std::uint32_t file_type(GgmlType type) {
+  switch (type) {
+    case GgmlType::kF32:
+      return 0;
+    case GgmlType::kF16:
+      return 1;
+    case GgmlType::kQ4_0:
+      return 2;
+    case GgmlType::kQ4_1:
+      return 3;
+    case GgmlType::kQ8_0:
+      return 7;
+    case GgmlType::kBF16:
+      return 32;
+    default:
+      break;
+  }
+  throw std::logic_error("ggml type");
+}
+
+// The bits of 1 + w, less 1, against those of w.
+bool survives_one(float w) {
+  const float back = (1.0f + w) - 1.0f;
+  return std::bit_cast<std::uint32_t>(back) == std::bit_cast<std::uint32_t>(w);
+}
+
+std::int64_t columns_of(const TensorSpec& spec) { return spec.shape.size() == 2 ? spec.shape[1] : 1; }
+
+class TensorWriter {
+ public:
+  TensorWriter(const Checkpoint& checkpoint, bool keep, GgufWriter& out)
+      : checkpoint_(checkpoint), keep_(keep), out_(out) {}
+
+  void write(const GgufPlacement& source, const GgufTensor& target) {
+    for (const TensorSpec* spec : source.parts) write_part(source, *spec, target);
+  }
+  std::int64_t not_finite() const { return not_finite_; }
+
+ private:
+  void write_part(const GgufPlacement& source, const TensorSpec& spec, const GgufTensor& target) {
+    const std::int64_t columns = columns_of(spec), rows = spec.shape[0];
+    const auto order = [&](std::int64_t row) {
+      return source.neighbours ? row_behind(row, checkpoint_.config().head_dim) : row;
+    };
+    row_.resize(static_cast<std::size_t>(std::max<std::uint64_t>(4, ggml_bytes(target.type, columns))));
+    values_.resize(static_cast<std::size_t>(columns));
+    if (checkpoint_.is_quantized(spec.name)) {
+      const QuantizedTensor codes = checkpoint_.codes(spec.name);
+      for (std::int64_t r = 0; r < rows; ++r) {
+        if (ggml_block_values(target.type) > 1) {
+          pack_ggml_row(target.type, codes, order(r), row_.data());
+        } else {
+          codes.unpack_row(order(r), values_.data());
+          std::memcpy(row_.data(), values_.data(), values_.size() * 4);
+        }
+        put(target.type, columns);
+      }
+    } else {
+      for (std::int64_t r = 0; r < rows; ++r) {
+        checkpoint_.read_rows_f32(spec.name, order(r), 1, values_.data());
+        if (source.adds_one)
+          for (float& value : values_) value += 1.0f;
+        convert(target, spec);
+        put(target.type, columns);
+      }
+    }
+    checkpoint_.release(spec.name);
+  }
+
+  void put(GgmlType type, std::int64_t columns) {
+    out_.write(std::span(row_).first(static_cast<std::size_t>(ggml_bytes(type, columns))));
+  }
+  // values_ -> row_
+  void convert(const GgufTensor& target, const TensorSpec& spec) {
+    const auto columns = static_cast<std::int64_t>(values_.size());
+    const bool blocks = ggml_block_values(target.type) > 1;
+    for (const float value : values_) {
+      if (std::isfinite(target.type == GgmlType::kF16 ? f16_to_f32(f32_to_f16(value)) : value)) continue;
+      ++not_finite_;
+      if (keep_ && !blocks) continue;
+      throw input_error("tensor " + spec.name,
+                        std::string("finite values that ") + ggml_type_name(target.type) + " can hold",
+                        std::to_string(value), std::isfinite(value) ? "choose bf16 or f32" : "the model is damaged");
+    }
+    if (target.type == GgmlType::kF32) {
+      std::memcpy(row_.data(), values_.data(), values_.size() * 4);
+    } else if (!blocks) {
+      for (std::size_t i = 0; i < values_.size(); ++i) {
+        const std::uint16_t bits = target.type == GgmlType::kF16 ? f32_to_f16(values_[i]) : f32_to_bf16(values_[i]);
+        std::memcpy(row_.data() + 2 * i, &bits, 2);
+      }
+    } else {
+      const Codec codec{target.type == GgmlType::kQ8_0 ? CodecKind::kQ8 : CodecKind::kQ4, 32};
+      pack_ggml_row(target.type, round_to_nearest(codec, 1, columns, values_.data(), "tensor " + spec.name), 0,
+                    row_.data());
+    }
+  }
+
+  const Checkpoint& checkpoint_;
+  bool keep_;
+  GgufWriter& out_;
+  std::vector<std::byte> row_;
+  std::vector<float> values_;
+  std::int64_t not_finite_ = 0;
+};
+
+class Planner {
+ public:
+  Planner(const Checkpoint& checkpoint, const GgufOptions& options)
+      : checkpoint_(checkpoint),
+        options_(options),
+        config_(checkpoint.config()),
+        place_(checkpoint.folder().string()),
+        arch_(gguf_architecture(config_, place_)),
+        wanted_(wanted_codec(options.codec)),
+        keep_(options.codec == "keep") {}
+
+  GgufPlan run() {
+    plan_.notes = checkpoint_.notes();
+    for (GgufPlacement& source : gguf_placements(config_, arch_, checkpoint_.tensors())) {
+      const GgmlType type = source.always_f32 ? GgmlType::kF32 : type_of(source);
+      plan_.tensors.push_back({source.name, type, source.shape});
+      if (source.shape.size() > 1) matrices_[type] += plan_.tensors.back().bytes();
+      plan_.sources.push_back(std::move(source));
+      plan_.constants.emplace_back();
+    }
+    for (auto& [name, values] : gguf_rope_tensors(config_)) {
+      plan_.tensors.push_back({name, GgmlType::kF32, {static_cast<std::int64_t>(values.size())}});
+      plan_.sources.emplace_back();
+      plan_.constants.push_back(std::move(values));
+    }
+    counted_notes();
+    metadata();
+    return std::move(plan_);
+  }
+
+ private:
+  // The one type of all parts, or F32.
+  GgmlType type_of(const GgufPlacement& source) {
+    const TensorSpec& first = *source.parts[0];
+    const Codec codec = checkpoint_.codec(first.name);
+    const DType dtype = checkpoint_.dtype(first.name);
+    const bool quantized = !codec.is_float();
+    std::string obstacle;
+    const bool alike = std::all_of(source.parts.begin(), source.parts.end(), [&](const TensorSpec* part) {
+      const Codec own = checkpoint_.codec(part->name);
+      return quantized ? !own.is_float() && block_type(own.kind) == block_type(codec.kind)
+                       : own.is_float() && (!keep_ || checkpoint_.dtype(part->name) == dtype);
+    });
+    const GgmlType type = quantized            ? block_type(codec.kind)
+                          : keep_              ? stored_type(dtype)
+                          : wanted_.is_float() ? float_type(wanted_.kind)
+                                               : block_type(wanted_.kind);
+    if (!alike)
+      obstacle = "its parts are of different types";
+    else if (first.shape[1] % ggml_block_values(type) != 0)
+      obstacle = "rows of " + std::to_string(first.shape[1]) + " are no whole blocks of 32";
+    else if (quantized && codec.kind == CodecKind::kQ4a && !exact_minima(source)) {
+      if (options_.requantize) {
+        ++rounded_minima_;
+        return type;
+      }
+      obstacle = "zero x scale is no half, which Q4_1 needs (--requantize rounds it)";
+    }
+    if (obstacle.empty()) {
+      widened_ += quantized && codec.bits() < 4 ? 1 : 0;
+      rounding_ += quantized && codec.int8_inputs ? 1 : 0;
+      doubles_ += !quantized && keep_ && dtype == DType::kF64 ? 1 : 0;
+      return type;
+    }
+    if (!options_.fallback)
+      throw input_error(place_, "matrices that GGUF blocks hold exactly", source.name + ": " + obstacle,
+                        "leave out --no-fallback to store such tensors in F32");
+    plan_.notes.push_back(source.name + ": " + obstacle + "; stored in F32");
+    return GgmlType::kF32;
+  }
+
+  bool exact_minima(const GgufPlacement& source) const {
+    return std::all_of(source.parts.begin(), source.parts.end(),
+                       [&](const TensorSpec* part) { return minima_are_halves(checkpoint_.codes(part->name)); });
+  }
+
+  void counted_notes() {
+    const auto note = [&](std::int64_t count, const char* text) {
+      if (count > 0) plan_.notes.push_back(std::to_string(count) + text);
+    };
+    note(widened_, " matrices of 3 or 2 bits: stored in Q4_0, the same weights at 4.5 bits");
+    note(rounding_, " matrices of w8a8: stored in Q8_0, the same weights; their inputs are rounded as llama.cpp does, "
+                    "not one scale per token");
+    note(rounded_minima_, " matrices of q4a: stored in Q4_1 with minima rounded to half precision, as --requantize asks");
+    note(doubles_, " matrices of F64: stored in F32");
+  }
+
+  void metadata() {
+    const auto most = std::max_element(matrices_.begin(), matrices_.end(),
+                                       [](const auto& a, const auto& b) { return a.second < b.second; });
+    const bool blocks = std::any_of(matrices_.begin(), matrices_.end(),
+                                    [](const auto& m) { return ggml_block_values(m.first) > 1; });
+    const fs::path named =
+        checkpoint_.is_file() ? checkpoint_.folder().stem() : fs::absolute(checkpoint_.folder() / "config.json").parent_path();
+    plan_.metadata = {{"general.architecture", std::string(arch_.name)},
+                      {"general.type", std::string("model")},
+                      {"general.name", named.filename().string()},
+                      {"general.file_type", file_type(most->first)}};
+    if (blocks) plan_.metadata.emplace_back("general.quantization_version", std::uint32_t{2});
+    for (auto& pair : gguf_config_keys(config_, arch_, plan_.notes)) plan_.metadata.push_back(std::move(pair));
+    tokenizer();
+    vectors();
+  }
+
+  // llama.cpp takes a model whose name speaks of Phi-3 for one with Phi-3's tokens, and does not load it without them.
+  void check_name(const GgufPairs& keys) {
+    auto& name = std::get<std::string>(plan_.metadata[2].second);
+    std::string lower = name;
+    std::transform(lower.begin(), lower.end(), lower.begin(),
+                   [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+    if (lower.find("phi3") == std::string::npos && lower.find("phi-3") == std::string::npos) return;
+    for (const auto& [key, value] : keys) {
+      if (key != "tokenizer.ggml.tokens") continue;
+      const auto& tokens = std::get<std::vector<std::string>>(value);
+      for (const char* token : {"</s>", "<unk>", "<s>", "<|endoftext|>"}) {
+        if (std::find(tokens.begin(), tokens.end(), token) != tokens.end()) continue;
+        plan_.notes.push_back("general.name is \"model\": llama.cpp expects the token " + std::string(token) +
+                              " in what is called " + name);
+        name = "model";
+        return;
+      }
+    }
+  }
+
+  void tokenizer() {
+    const auto text = checkpoint_.tokenizer_text();
+    if (!text) {
+      plan_.notes.push_back("no tokenizer: the file has token ids alone");
+      plan_.metadata.emplace_back("tokenizer.ggml.model", std::string("none"));
+      return;
+    }
+    const auto chat =
+        ChatTemplate::source([&](const std::string& name) { return checkpoint_.side_file(name); }, place_);
+    const std::string place = place_ + (checkpoint_.is_file() ? ": tokenizer" : "/tokenizer.json");
+    GgufPairs keys =
+        gguf_tokenizer_keys(*text, place, config_, chat ? std::optional(chat->text) : std::nullopt, plan_.notes);
+    check_name(keys);
+    for (auto& pair : keys) plan_.metadata.push_back(std::move(pair));
+  }
+
+  // What a reader could not tell from F32 vectors: types other than the rule of VectorTypes gives, and norms whose
+  // 1 + weight is rounded.
+  void vectors() {
+    VectorTypes types({}, place_);
+    GgufPairs norms;
+    for (std::size_t i = 0; i < plan_.sources.size(); ++i) {
+      if (plan_.sources[i].always_f32 || ggml_block_values(plan_.tensors[i].type) > 1) continue;
+      for (const TensorSpec* part : plan_.sources[i].parts) {
+        const GgmlType type = plan_.tensors[i].type;
+        types.count_matrix(type == GgmlType::kBF16 ? DType::kBF16 : type == GgmlType::kF16 ? DType::kF16 : DType::kF32,
+                           part->shape[0] * columns_of(*part));
+      }
+    }
+    for (const GgufPlacement& source : plan_.sources) {
+      if (!source.always_f32) continue;
+      for (const TensorSpec* part : source.parts) {
+        const Codec codec = checkpoint_.codec(part->name);
+        const std::vector<float> values = checkpoint_.read_f32(part->name);
+        if (codec.is_float() && checkpoint_.dtype(part->name) != DType::kF64)
+          types.expect(part->name, checkpoint_.dtype(part->name), values);
+        if (source.adds_one && !std::all_of(values.begin(), values.end(), survives_one))
+          norms.emplace_back("pare." + source.name, values);
+      }
+    }
+    if (keep_)
+      if (const auto listed = types.exceptions()) plan_.metadata.emplace_back("pare.dtypes", *listed);
+    for (auto& norm : norms) plan_.metadata.push_back(std::move(norm));
+  }
+
+  const Checkpoint& checkpoint_;
+  const GgufOptions& options_;
+  const ModelConfig& config_;
+  std::string place_;
+  const GgufArchitecture& arch_;
+  Codec wanted_;
+  bool keep_;
+  GgufPlan plan_;
+  std::map<GgmlType, std::uint64_t> matrices_;
+  std::int64_t widened_ = 0, rounding_ = 0, rounded_minima_ = 0, doubles_ = 0;
+};
+
+}  // namespace
+
+GgufPlan plan_gguf(const Checkpoint& checkpoint, const GgufOptions& options) { return Planner(checkpoint, options).run(); }
+
+void export_gguf(const Checkpoint& checkpoint, const GgufPlan& plan, const GgufOptions& options, Context& context) {
+  const fs::path& path = options.out;
+  if (context.progress != nullptr) {
+    for (const std::string& note : plan.notes) context.progress->note(note);
+    context.progress->begin("export " + path.filename().string(), static_cast<std::int64_t>(plan.tensors.size()));
+  }
+  GgufWriter out(path, plan.metadata, plan.tensors);
+  TensorWriter tensors(checkpoint, options.codec == "keep", out);
+  for (std::size_t i = 0; i < plan.tensors.size(); ++i) {
+    throw_if_interrupted(path.string(), "nothing was written; run the same command again");
+    if (plan.sources[i].parts.empty())
+      out.write(std::as_bytes(std::span(plan.constants[i])));
+    else
+      tensors.write(plan.sources[i], plan.tensors[i]);
+    if (context.progress != nullptr) context.progress->update(static_cast<std::int64_t>(i) + 1);
+  }
+  out.finish();
+  if (context.progress != nullptr) {
+    context.progress->end();
+    if (tensors.not_finite() > 0)
+      context.progress->note(std::to_string(tensors.not_finite()) + " weights are not finite; kept bit for bit");
+  }
+  context.report.add({.stage = "gguf",
+                      .metric = "file_bytes",
+                      .before = {},
+                      .after = static_cast<double>(fs::file_size(path)),
+                      .unit = "bytes",
+                      .standard_error = {}});
+}
+
+}  // namespace pare
