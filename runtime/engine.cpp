@@ -146,6 +146,10 @@ std::int64_t Session::position() const {
   return impl_->position;
 }
 
+std::uint64_t Session::cache_bytes() const {
+  return impl_->cache.bytes();
+}
+
 void Session::reset() {
   impl_->position = 0;
   impl_->rows = 0;

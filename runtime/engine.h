@@ -43,6 +43,7 @@ class Session {
   // Rows of the last feed() call: out [count, vocab_size].
   void logits(std::int64_t first, std::int64_t count, float* out);
   std::int64_t position() const;
+  std::uint64_t cache_bytes() const;  // what the keys and values hold in memory
   void reset();
 
  private:
