@@ -23,8 +23,8 @@ class Buffer {
   explicit Buffer(std::int64_t bytes) : bytes_(static_cast<std::size_t>(bytes)) {
     data_ = ::mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (data_ == MAP_FAILED) {
-      throw Error(ExitCode::kResources, "roofline", std::to_string(bytes) + " bytes to read from",
-                  "no memory", "leave out --roofline");
+      throw Error(ExitCode::kResources, "roofline", std::to_string(bytes) + " bytes to read from", "no memory",
+                  "leave out --roofline");
     }
     ::madvise(data_, bytes_, MADV_HUGEPAGE);  // a refusal costs speed alone
   }

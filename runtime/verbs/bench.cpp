@@ -63,7 +63,7 @@ struct Work {
   double bytes = 0;           // of weights that decoding one token reads; of experts the share that is chosen
   double block_products = 0;  // weights of the blocks' linears that one token meets
   double head_products = 0;
-  double rounded = 0;         // of block_products, those with int8 inputs
+  double rounded = 0;  // of block_products, those with int8 inputs
 };
 Work work_of(const Engine& engine) {
   const ModelConfig& config = engine.config();
@@ -96,8 +96,9 @@ Json to_json(const Roofline& roof) {
 
 struct Plan {
   std::string path;
-  std::int64_t prompt = 0, decode = 0, repeats = 0, depth = 0;
+  std::int64_t prompt = 0, decode = 0, repeats = 0, depth = 0, sequences = 1;
   bool int8_activations = true;
+  std::string kv;
 };
 
 // The machine's limits at 1 thread, at all of them and at every number asked.
@@ -132,25 +133,31 @@ Json measure(const Plan& plan, int threads, Context& context, Json& about) {
   EngineOptions options;
   options.threads = threads;
   options.int8_activations = plan.int8_activations;
+  options.kv = plan.kv;
   const auto start = Clock::now();
   auto engine = Engine::open(plan.path, options);
   std::vector<double> open_seconds{seconds_since(start)};
   const ModelConfig& config = engine->config();
   const std::int64_t most = std::max(plan.prompt, plan.depth + plan.decode * (plan.depth > 0 ? plan.repeats + 1 : 1));
   if (most > config.max_position_embeddings) {
-    throw input_error(plan.path,
-                      fmt::format("-p, and --depth with all repetitions of -n, at most {} (context)",
-                                  config.max_position_embeddings),
-                      std::to_string(most));
+    throw input_error(
+        plan.path,
+        fmt::format("-p, and --depth with all repetitions of -n, at most {} (context)", config.max_position_embeddings),
+        std::to_string(most));
   }
   const auto ids = bench_ids(std::max<std::int64_t>(most, 1), config.vocab_size, context.seed);
-  std::vector<float> logits(static_cast<std::size_t>(config.vocab_size));
+  std::vector<float> logits(static_cast<std::size_t>(config.vocab_size * plan.sequences));
   const Work work = work_of(*engine);
   std::vector<double> prefill_rates, decode_rates, token_seconds;
   double first_token = 0;
   std::uint64_t cache_bytes = 0;
   {
     Session session(engine);
+    std::vector<Session> more;
+    for (std::int64_t i = 1; i < plan.sequences; ++i) more.emplace_back(engine);
+    std::vector<Session*> all{&session};
+    for (Session& each : more) all.push_back(&each);
+    std::vector<std::int32_t> next(all.size());
     context.progress->begin(fmt::format("bench, {} threads", engine->options().threads), plan.repeats + 1);
     Sampler greedy{SamplerOptions{}};
     for (std::int64_t r = 0; r <= plan.repeats; ++r) {
@@ -162,33 +169,37 @@ Json measure(const Plan& plan, int threads, Context& context, Json& about) {
         session.logits(std::max<std::int64_t>(plan.prompt, 1) - 1, 1, logits.data());
         if (r > 0) prefill_rates.push_back(static_cast<double>(plan.prompt) / seconds_since(begin));
         if (r == 0) {
-          greedy(logits);
+          greedy({logits.data(), static_cast<std::size_t>(config.vocab_size)});
           first_token = seconds_since(start);
         }
       }
       if (plan.decode > 0) {
         if (r == 0 || plan.depth == 0 || plan.prompt > 0) {
-          session.reset();
-          for (std::int64_t at = 0; at < plan.depth; at += 512) {
-            throw_if_interrupted("bench", "");
-            session.feed({ids.data() + at, static_cast<std::size_t>(std::min<std::int64_t>(512, plan.depth - at))});
+          for (Session* const each : all) {
+            each->reset();
+            for (std::int64_t at = 0; at < plan.depth; at += 512) {
+              throw_if_interrupted("bench", "");
+              each->feed({ids.data() + at, static_cast<std::size_t>(std::min<std::int64_t>(512, plan.depth - at))});
+            }
           }
         }
         const auto begin = Clock::now();
         auto last = begin;
         for (std::int64_t i = 0; i < plan.decode; ++i) {
-          session.feed({ids.data() + session.position(), 1});
-          session.logits(0, 1, logits.data());
+          for (std::size_t k = 0; k < all.size(); ++k)
+            next[k] = ids[(static_cast<std::size_t>(session.position()) + k) % ids.size()];
+          Session::feed_each(all, next);
+          Session::logits_each(all, logits.data());
           const auto now = Clock::now();
           if (r > 0) token_seconds.push_back(std::chrono::duration<double>(now - last).count());
           last = now;
         }
-        if (r > 0) decode_rates.push_back(static_cast<double>(plan.decode) / seconds_since(begin));
+        if (r > 0) decode_rates.push_back(static_cast<double>(plan.decode * plan.sequences) / seconds_since(begin));
       }
       context.progress->update(r + 1);
     }
     context.progress->end();
-    cache_bytes = session.cache_bytes();
+    for (const Session* const each : all) cache_bytes += each->cache_bytes();
   }
   for (std::int64_t r = 0; r < plan.repeats; ++r) {
     const auto begin = Clock::now();
@@ -196,6 +207,7 @@ Json measure(const Plan& plan, int threads, Context& context, Json& about) {
     open_seconds.push_back(seconds_since(begin));
   }
   about["kernels"] = engine->options().kernels;
+  about["kv"] = engine->options().kv;
   about["file_bytes"] = engine->file().file_bytes();
   about["tensor_bytes"] = engine->file().tensor_bytes();
   about["bytes_per_token"] = work.bytes;
@@ -213,7 +225,8 @@ Json measure(const Plan& plan, int threads, Context& context, Json& about) {
   }
   if (plan.decode > 0) {
     row["decode_tokens_per_second"] = to_json(d);
-    row["decode_bytes_per_second"] = work.bytes * d.median;
+    // Sequences that are decoded together share the reading.
+    row["decode_bytes_per_second"] = work.bytes * d.median / static_cast<double>(plan.sequences);
     row["token_seconds"] = Json{{"median", spread(token_seconds).median}, {"p95", p95(token_seconds)}};
   }
   return row;
@@ -242,9 +255,9 @@ std::string machine_table(const Json& machine) {
       return fmt::format("{:.1f} ({:.1f})", peak.at("median").get<double>() * 1e-9,
                          peak.at("best").get<double>() * 1e-9);
     };
-    table += fmt::format("{:>7}  {:>20}  {:>22}  {:>22}\n", roof.at("threads").get<int>(),
-                         cell("read_bytes_per_second"), cell("int8_operations_per_second"),
-                         cell("float_operations_per_second"));
+    table +=
+        fmt::format("{:>7}  {:>20}  {:>22}  {:>22}\n", roof.at("threads").get<int>(), cell("read_bytes_per_second"),
+                    cell("int8_operations_per_second"), cell("float_operations_per_second"));
   }
   return table;
 }
@@ -264,23 +277,22 @@ std::string speed_table(const Json& results, const Plan& plan) {
     return fmt::format("{:.1f} ({:.1f} to {:.1f})", s.at("median").get<double>(), s.at("min").get<double>(),
                        s.at("max").get<double>());
   };
-  std::string table =
-      fmt::format("{:>7}  {:>28}  {:>15}  {:>28}  {:>13}  {:>18}\n", "threads",
-                  fmt::format("prefill {} [tokens/s]", plan.prompt), "[G op/s]",
-                  plan.depth > 0 ? fmt::format("decode {} at {} [tokens/s]", plan.decode, plan.depth)
-                                 : fmt::format("decode {} [tokens/s]", plan.decode),
-                  "[GB/s]", "token [ms] (p95)");
+  std::string table = fmt::format(
+      "{:>7}  {:>28}  {:>15}  {:>28}  {:>13}  {:>18}\n", "threads", fmt::format("prefill {} [tokens/s]", plan.prompt),
+      "[G op/s]",
+      fmt::format("decode {}{}{} [tokens/s]", plan.sequences > 1 ? fmt::format("{} x ", plan.sequences) : "",
+                  plan.decode, plan.depth > 0 ? fmt::format(" at {}", plan.depth) : ""),
+      "[GB/s]", plan.sequences > 1 ? "step [ms] (p95)" : "token [ms] (p95)");
   for (const Json& row : results) {
     const std::string token =
         row.contains("token_seconds")
             ? fmt::format("{:.2f} ({:.2f})", row.at("token_seconds").at("median").get<double>() * 1e3,
                           row.at("token_seconds").at("p95").get<double>() * 1e3)
             : "-";
-    table += fmt::format("{:>7}  {:>28}  {:>15}  {:>28}  {:>13}  {:>18}\n", row.at("threads").get<int>(),
-                         rate(row, "prefill_tokens_per_second"),
-                         with_share(row, "prefill_operations_per_second", "prefill_peak_share"),
-                         rate(row, "decode_tokens_per_second"),
-                         with_share(row, "decode_bytes_per_second", "decode_read_share"), token);
+    table += fmt::format(
+        "{:>7}  {:>28}  {:>15}  {:>28}  {:>13}  {:>18}\n", row.at("threads").get<int>(),
+        rate(row, "prefill_tokens_per_second"), with_share(row, "prefill_operations_per_second", "prefill_peak_share"),
+        rate(row, "decode_tokens_per_second"), with_share(row, "decode_bytes_per_second", "decode_read_share"), token);
   }
   table += fmt::format("{:>7}  {:>28}  {:>15}  {:>28}  {:>13}\n", "threads", "open [ms]", "first token [s]",
                        "key/value cache [MB]", "resident [MB]");
@@ -303,9 +315,11 @@ Json bench(const Options& options, Context& context) {
   plan.decode = options.get<std::int64_t>("tokens");
   plan.repeats = options.get<std::int64_t>("repeats");
   plan.depth = options.get<std::int64_t>("depth");
+  plan.sequences = options.get<std::int64_t>("sequences");
   plan.int8_activations = options.get<std::string>("act") == "int8";
+  plan.kv = options.get_or<std::string>("kv", "");
   if (plan.prompt == 0 && plan.decode == 0) throw usage_error("pare bench", "-p or -n above 0", "nothing to measure");
-  if (plan.decode == 0) refuse_unused(options, {"depth"}, "without -n", "pare bench");
+  if (plan.decode == 0) refuse_unused(options, {"depth", "sequences"}, "without -n", "pare bench");
   std::vector<int> thread_counts;
   if (options.has("threads-list")) {
     if (context.threads > 0) throw usage_error("pare bench", "either -t or --threads", "both");
@@ -320,17 +334,19 @@ Json bench(const Options& options, Context& context) {
     context.print(machine_table(machine));
   }
   Json results = Json::array();
-  Json out = {{"file", plan.path},      {"activations", options.get<std::string>("act")},
-              {"prompt", plan.prompt},  {"tokens", plan.decode},
-              {"repeats", plan.repeats}, {"depth", plan.depth}};
+  Json out = {{"file", plan.path},          {"activations", options.get<std::string>("act")},
+              {"prompt", plan.prompt},      {"tokens", plan.decode},
+              {"repeats", plan.repeats},    {"depth", plan.depth},
+              {"sequences", plan.sequences}};
   for (const int threads : thread_counts) {
     results.push_back(measure(plan, threads, context, out));
     add_shares(results.back(), machine, out.at("limit").get<std::string>());
   }
   constexpr const char* kTitle =
-      "{}: {:.1f} MB read a token, kernels {}, {} activations, median of {} (lowest to highest)\n";
+      "{}: {:.1f} MB read a token, kernels {}, {} activations, {} cache, median of {} (lowest to highest)\n";
   context.print(fmt::format(kTitle, plan.path, out.at("bytes_per_token").get<double>() * 1e-6,
-                            out.at("kernels").get<std::string>(), options.get<std::string>("act"), plan.repeats) +
+                            out.at("kernels").get<std::string>(), options.get<std::string>("act"),
+                            out.at("kv").get<std::string>(), plan.repeats) +
                 speed_table(results, plan));
   out["machine"] = machine;
   out["results"] = results;
@@ -373,6 +389,12 @@ Command bench_command() {
        .help = "tokens that the cache holds when the decode test begins",
        .default_value = 0,
        .minimum = 0},
+      {.name = "sequences",
+       .type = OptionType::kInteger,
+       .help = "sequences that are decoded together, each of -n tokens",
+       .default_value = 1,
+       .minimum = 1,
+       .maximum = 240},
       {.name = "roofline",
        .type = OptionType::kFlag,
        .help = "measure the machine first (512 MiB of memory): reading, int8 and float arithmetic; print shares of it",
@@ -382,6 +404,7 @@ Command bench_command() {
        .help = "activations that meet quantized weights; w8a8 linears round theirs either way",
        .default_value = "int8",
        .choices = {"int8", "float"}},
+      kv_option(),
   };
   command.run = bench;
   command.example = "pare bench model.pare -p 512 -n 64 -t 1,2 --roofline";

@@ -40,6 +40,7 @@ class Subject {
     EngineOptions engine_options;
     engine_options.threads = context.threads;
     engine_options.int8_activations = options.get<std::string>("act") == "int8";
+    engine_options.kv = options.get_or<std::string>("kv", "");
     engine_ = Engine::open(path, engine_options);
     file_bytes_ = engine_->file().file_bytes();
   }
@@ -152,7 +153,7 @@ class Evaluation {
       if (!options_.has(name)) continue;
       (fs::is_directory(options_.get<std::string>(name)) ? folders : files) = true;
     }
-    if (!files) refuse_unused(options_, {"act"}, "without a compact file", "pare eval");
+    if (!files) refuse_unused(options_, {"act", "kv"}, "without a compact file", "pare eval");
     if (backend_.has_devices && !folders) refuse_unused(options_, {"device"}, "without a model folder", "pare eval");
   }
 
@@ -516,6 +517,7 @@ Command make_eval_command(EvalBackend backend) {
        .help = "activations that meet quantized weights of a compact file; w8a8 linears round theirs either way",
        .default_value = "int8",
        .choices = {"int8", "float"}},
+      kv_option(),
       {.name = "speed",
        .type = OptionType::kFlag,
        .help = "time the decoding of a compact file",
