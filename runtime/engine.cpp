@@ -27,6 +27,8 @@ class MappedEngine : public Engine {
     }
     if (options_.threads == 0) options_.threads = std::min(omp_get_num_procs(), kMaxThreads);
     options_.kernels = kernels_.name;
+    if (options_.kv.empty()) options_.kv = kv_name(options_.int8_activations ? KvType::kF16 : KvType::kF32);
+    kv_ = parse_kv(options_.kv);
   }
 
   const CompactFile& file() const override { return file_; }
@@ -45,12 +47,14 @@ class MappedEngine : public Engine {
   }
   const Kernels& kernels() const { return kernels_; }
   const Weights& weights() const { return weights_; }
+  KvType kv() const { return kv_; }
 
  private:
   const Kernels& kernels_;
   CompactFile file_;
   Weights weights_;
   EngineOptions options_;
+  KvType kv_ = KvType::kF32;
   mutable std::once_flag tokenizer_once_;
   mutable std::optional<Tokenizer> tokenizer_;
 };
@@ -79,7 +83,7 @@ struct Session::Impl {
   Impl(std::shared_ptr<const Engine> engine_, std::int64_t max)
       : engine(std::static_pointer_cast<const MappedEngine>(std::move(engine_))),
         limit(limit_of(engine->config(), max)),
-        cache(engine->config()),
+        cache(engine->config(), engine->kv(), Forward::kBatch),
         forward(engine->config(), engine->weights(), engine->kernels(), engine->options().threads,
                 engine->options().int8_activations) {}
 
@@ -93,7 +97,14 @@ struct Session::Impl {
   bool beyond = false;                // for which side of the switch
   KvCache cache;
   Forward forward;
-  FloatBuffer hidden;  // [rows, hidden_size], before the final norm
+  FloatBuffer hidden;    // [rows, hidden_size], before the final norm
+  FloatBuffer gathered;  // of several sessions
+
+  // Throws unless `ids` may follow.
+  void check(std::span<const std::int32_t> ids) const;
+  // Makes the cache fit what stands before `count` more ids, and room for their hidden states.
+  void prepare(std::int64_t count);
+  void appended(std::span<const std::int32_t> ids);
 };
 
 Session::Session(std::shared_ptr<const Engine> engine, std::int64_t max_positions)
@@ -101,43 +112,104 @@ Session::Session(std::shared_ptr<const Engine> engine, std::int64_t max_position
 Session::~Session() = default;
 Session::Session(Session&&) noexcept = default;
 
-void Session::feed(std::span<const std::int32_t> ids) {
-  Impl& s = *impl_;
+void Session::Impl::check(std::span<const std::int32_t> ids) const {
   const auto count = static_cast<std::int64_t>(ids.size());
-  const std::string place = s.engine->file().path().string();
-  if (count > s.limit - s.position) {
-    throw input_error(place, "at most " + std::to_string(s.limit) + " positions (context full)",
-                      std::to_string(s.position + count), "shorten the text or split it into windows");
+  const std::string place = engine->file().path().string();
+  if (count > limit - position) {
+    throw input_error(place, "at most " + std::to_string(limit) + " positions (context full)",
+                      std::to_string(position + count), "shorten the text or split it into windows");
   }
   for (const std::int32_t id : ids) {
-    if (id < 0 || id >= s.engine->config().vocab_size) {
-      throw input_error(place, "token ids from 0 to " + std::to_string(s.engine->config().vocab_size - 1),
+    if (id < 0 || id >= engine->config().vocab_size) {
+      throw input_error(place, "token ids from 0 to " + std::to_string(engine->config().vocab_size - 1),
                         std::to_string(id));
     }
   }
-  const ModelConfig& config = s.engine->config();
-  const std::int64_t begin = s.position, sequence = begin + count;
+}
+
+void Session::Impl::prepare(std::int64_t count) {
+  const std::int64_t sequence = position + count;
+  rows = 0;
+  const bool now_beyond = rope_beyond(engine->config(), sequence);
+  if (now_beyond != beyond) cached = 0;
+  beyond = now_beyond;
+  hidden.reserve(std::max(count, std::min(position - cached, Forward::kBatch)) * engine->config().hidden_size);
+  while (cached < position) {  // what the switch made stale
+    const Forward::Part part{&cache, cached, std::min(Forward::kBatch, position - cached), sequence};
+    const std::span<const std::int32_t> stale{history.data() + cached, static_cast<std::size_t>(part.count)};
+    forward.run(stale, {&part, 1}, hidden.data());
+    cached += part.count;
+  }
+}
+
+void Session::Impl::appended(std::span<const std::int32_t> ids) {
+  if (engine->config().rope_long) history.insert(history.end(), ids.begin(), ids.end());
+  rows = static_cast<std::int64_t>(ids.size());
+  position = cached = position + rows;
+}
+
+void Session::feed(std::span<const std::int32_t> ids) {
+  Impl& s = *impl_;
+  const auto count = static_cast<std::int64_t>(ids.size());
+  s.check(ids);
   s.rows = 0;
   if (count == 0) return;
-  const bool beyond = rope_beyond(config, sequence);
-  if (beyond != s.beyond) s.cached = 0;
-  s.beyond = beyond;
-  s.hidden.reserve(std::max(count, std::min(begin - s.cached, Forward::kBatch)) * config.hidden_size);
-  while (s.cached < begin) {  // what the switch made stale
-    const std::int64_t n = std::min(Forward::kBatch, begin - s.cached);
-    s.forward.run(std::span(s.history).subspan(static_cast<std::size_t>(s.cached), static_cast<std::size_t>(n)),
-                  s.cached, sequence, s.cache, s.hidden.data());
-    s.cached += n;
-  }
+  s.prepare(count);
   // Where memory runs out, the positions before this call still stand.
   for (std::int64_t first = 0; first < count; first += Forward::kBatch) {
     const std::int64_t n = std::min(Forward::kBatch, count - first);
-    s.forward.run(ids.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(n)), begin + first, sequence,
-                  s.cache, s.hidden.data() + first * config.hidden_size);
+    const Forward::Part part{&s.cache, s.position + first, n, s.position + count};
+    s.forward.run(ids.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(part.count)), {&part, 1},
+                  s.hidden.data() + first * s.engine->config().hidden_size);
   }
-  if (config.rope_long) s.history.insert(s.history.end(), ids.begin(), ids.end());
-  s.position = s.cached = sequence;
-  s.rows = count;
+  s.appended(ids);
+}
+
+void Session::feed_each(std::span<Session* const> sessions, std::span<const std::int32_t> ids) {
+  if (sessions.size() != ids.size() || sessions.size() > static_cast<std::size_t>(Forward::kBatch)) {
+    throw failure("feed_each", "as many ids as sessions, " + std::to_string(Forward::kBatch) + " at most",
+                  std::to_string(ids.size()) + " ids, " + std::to_string(sessions.size()) + " sessions");
+  }
+  if (sessions.empty()) return;
+  for (std::size_t i = 0; i < sessions.size(); ++i) {
+    const bool own = sessions[i]->impl_->engine == sessions[0]->impl_->engine;
+    if (!own || std::find(sessions.begin(), sessions.begin() + static_cast<std::ptrdiff_t>(i), sessions[i]) !=
+                    sessions.begin() + static_cast<std::ptrdiff_t>(i)) {
+      throw failure("feed_each", "different sessions of one engine", own ? "one twice" : "another engine");
+    }
+    sessions[i]->impl_->check(ids.subspan(i, 1));
+  }
+  Impl& first = *sessions[0]->impl_;
+  const std::int64_t width = first.engine->config().hidden_size;
+  std::vector<Forward::Part> parts;
+  for (Session* const session : sessions) {
+    Impl& s = *session->impl_;
+    s.prepare(1);
+    parts.push_back({&s.cache, s.position, 1, s.position + 1});
+  }
+  first.gathered.reserve(static_cast<std::int64_t>(sessions.size()) * width);
+  first.forward.run(ids, parts, first.gathered.data());
+  for (std::size_t i = 0; i < sessions.size(); ++i) {
+    Impl& s = *sessions[i]->impl_;
+    std::copy_n(first.gathered.data() + static_cast<std::int64_t>(i) * width, width, s.hidden.data());
+    s.appended(ids.subspan(i, 1));
+  }
+}
+
+void Session::logits_each(std::span<Session* const> sessions, float* out) {
+  if (sessions.empty()) return;
+  Impl& first = *sessions[0]->impl_;
+  const std::int64_t width = first.engine->config().hidden_size;
+  first.gathered.reserve(static_cast<std::int64_t>(sessions.size()) * width);
+  for (std::size_t i = 0; i < sessions.size(); ++i) {
+    const Impl& s = *sessions[i]->impl_;
+    if (s.engine != first.engine || s.rows == 0)
+      throw failure("logits_each", "sessions of one engine that were fed",
+                    s.rows == 0 ? "one that was not" : "another engine");
+    float* row = first.gathered.data() + static_cast<std::int64_t>(i) * width;
+    std::copy_n(s.hidden.data() + (s.rows - 1) * width, width, row);
+  }
+  first.forward.head(first.gathered.data(), static_cast<std::int64_t>(sessions.size()), out);
 }
 
 void Session::logits(std::int64_t first, std::int64_t count, float* out) {
@@ -151,6 +223,10 @@ void Session::logits(std::int64_t first, std::int64_t count, float* out) {
 
 std::int64_t Session::position() const {
   return impl_->position;
+}
+
+std::uint64_t Session::cache_bytes() const {
+  return impl_->cache.bytes();
 }
 
 void Session::reset() {

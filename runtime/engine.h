@@ -18,6 +18,9 @@ struct EngineOptions {
   int threads = 0;                 // 0: all cores
   std::string kernels;             // "" = best of this machine, or "plain", "avx2", "avx512vnni"; PARE_KERNELS overrides ""
   bool int8_activations = true;    // false: float activations (exact against the unpacked weights to rounding)
+  // Keys and values: "f32", "f16" or "q8" (int8, one scale per position and head); "" = f16 beside int8 activations,
+  // f32 beside float ones.
+  std::string kv = {};
 };
 
 // Weights, shared by any number of sessions. Thread-compatible: one session per thread.
@@ -32,7 +35,8 @@ class Engine {
   virtual const Tokenizer& tokenizer() const = 0;      // exit 3 if the file carries none; built on first use
 };
 
-// One sequence with its KV cache (float32), grown on demand up to `max_positions` (0: max_position_embeddings).
+// One sequence with its KV cache, grown on demand up to `max_positions` (0: max_position_embeddings); blocks with a
+// sliding window keep no more than it needs.
 class Session {
  public:
   explicit Session(std::shared_ptr<const Engine> engine, std::int64_t max_positions = 0);
@@ -43,7 +47,14 @@ class Session {
   void feed(std::span<const std::int32_t> ids);
   // Rows of the last feed() call: out [count, vocab_size].
   void logits(std::int64_t first, std::int64_t count, float* out);
+
+  // Appends ids[i] to sessions[i], of all in one pass that reads the weights once; the bits are those of a feed() each.
+  // The sessions are different ones of one engine. Errors as for feed(), before anything is appended.
+  static void feed_each(std::span<Session* const> sessions, std::span<const std::int32_t> ids);
+  // The last row of each session's last call: out [sessions, vocab_size].
+  static void logits_each(std::span<Session* const> sessions, float* out);
   std::int64_t position() const;
+  std::uint64_t cache_bytes() const;  // what the keys and values hold in memory
   void reset();
 
  private:

@@ -1,6 +1,7 @@
 #include "runtime/forward.h"
 
 #include <omp.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <chrono>
@@ -20,8 +21,12 @@ void FloatBuffer::Free::operator()(float* p) const {
 void FloatBuffer::reserve(std::int64_t count) {
   if (count <= size_) return;
   const auto bytes = static_cast<std::size_t>(round_up(count * 4, 64));
-  auto* p = static_cast<float*>(std::aligned_alloc(64, bytes));
+  // Large pages: what is read once a token comes twice as fast (measured). Only whole ones, so that no more is used.
+  constexpr std::size_t kLargePage = std::size_t{2} << 20;
+  const std::size_t alignment = bytes >= kLargePage ? kLargePage : 64;
+  auto* p = static_cast<float*>(std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment));
   if (p == nullptr) throw std::bad_alloc();
+  if (bytes >= kLargePage) ::madvise(p, bytes / kLargePage * kLargePage, MADV_HUGEPAGE);
   std::memset(p, 0, bytes);
   data_.reset(p);
   size_ = count;
@@ -34,35 +39,6 @@ double seconds_since(std::chrono::steady_clock::time_point begin) {
 }
 
 }  // namespace
-
-KvCache::KvCache(const ModelConfig& config)
-    : blocks_(config.num_layers),
-      kv_heads_(config.num_kv_heads),
-      head_dim_(config.head_dim),
-      value_width_(round_up(config.head_dim, 16)) {}
-
-void KvCache::reserve(std::int64_t positions) {
-  const std::int64_t pages = (positions + kPage - 1) / kPage;
-  while (static_cast<std::int64_t>(pages_.size()) < pages * blocks_) {
-    FloatBuffer page;
-    page.reserve(kv_heads_ * kPage * (head_dim_ + value_width_));
-    pages_.push_back(std::move(page));
-  }
-}
-
-float* KvCache::keys(std::int64_t block, std::int64_t page, std::int64_t kv_head) {
-  return pages_[static_cast<std::size_t>(page * blocks_ + block)].data() + kv_head * head_dim_ * kPage;
-}
-
-float* KvCache::values(std::int64_t block, std::int64_t page, std::int64_t kv_head) {
-  return keys(block, page, kv_heads_) + kv_head * kPage * value_width_;
-}
-
-std::uint64_t KvCache::bytes() const {
-  std::uint64_t total = 0;
-  for (const FloatBuffer& page : pages_) total += static_cast<std::uint64_t>(page.size()) * 4;
-  return total;
-}
 
 // One stage's activations in the forms its matrices want.
 struct Forward::Input {
@@ -100,7 +76,7 @@ Forward::Forward(const ModelConfig& config, const Weights& weights, const Kernel
   }
   for (Scratch& s : scratch_) {
     s.panel.reserve(kBlockRows * round_up(widest_, 16));
-    s.accumulator.reserve(kMaxQueries * round_up(config.head_dim, 16));
+    s.attention.reserve(config.head_dim);
     s.normed.reserve(kActTile * widest_);
     s.int8.resize(kActTile, widest_);
     s.token_int8.resize(kActTile, widest_, Int8Activations::Form::kToken);
@@ -287,116 +263,93 @@ struct Forward::Worker {
 
   // One head at one position: the leading 2 * half dimensions turn, all are scaled.
   static void turn(const float* x, const float* cosine, const float* sine, std::int64_t half, std::int64_t d,
-                   float scale, float* out, std::int64_t stride) {
+                   float scale, float* out) {
     for (std::int64_t i = 0; i < half; ++i) {
       const float a = x[i], b = x[i + half];
-      out[i * stride] = (a * cosine[i] - b * sine[i]) * scale;
-      out[(i + half) * stride] = (b * cosine[i] + a * sine[i]) * scale;
+      out[i] = (a * cosine[i] - b * sine[i]) * scale;
+      out[i + half] = (b * cosine[i] + a * sine[i]) * scale;
     }
-    for (std::int64_t i = 2 * half; i < d; ++i) out[i * stride] = x[i] * scale;
+    for (std::int64_t i = 2 * half; i < d; ++i) out[i] = x[i] * scale;
   }
 
-  // Normalizes q and k where the model does, rotates q (and scales it by the factor of the scores) in place, stores
-  // rotated k and v in the cache.
-  void rotate_and_store(std::int64_t block, std::int64_t position, KvCache& cache) {
+  // Normalizes q and k of rows [first, end) where the model does, rotates them in place (q times the factor of the
+  // scores) and stores k and v in the cache: of one kv head and the heads that read it.
+  void rotate_and_store(std::int64_t block, std::int64_t kv_head, std::int64_t first, std::int64_t end) {
     const BlockWeights& b = f.weights_.blocks[static_cast<std::size_t>(block)];
     const std::int64_t d = f.config_.head_dim, half = f.config_.rotated() / 2;
+    const std::int64_t repeat = f.config_.num_heads / f.config_.num_kv_heads;
     const auto eps = static_cast<float>(f.config_.rms_norm_eps);
     const auto kind = static_cast<std::size_t>(f.config_.rope_kind(static_cast<int>(block)));
-    constexpr std::int64_t kChunk = 16;  // positions of one cache line of keys
-    share((tokens + kChunk - 1) / kChunk, [&](std::int64_t item) {
-      for (std::int64_t t = item * kChunk; t < std::min(tokens, (item + 1) * kChunk); ++t) {
-        const float* cosine = f.cos_[kind].data() + t * half;
-        const float* sine = f.sin_[kind].data() + t * half;
-        for (std::int64_t head = 0; head < f.config_.num_heads; ++head) {
-          float* q = f.q_.data() + t * f.q_width_ + head * d;
-          if (b.q_norm != nullptr) f.kernels_.rms_norm(q, b.q_norm, eps, d, q);
-          turn(q, cosine, sine, half, d, f.score_scale_, q, 1);
-        }
-        const std::int64_t page = (position + t) / kPage, slot = (position + t) % kPage;
-        for (std::int64_t head = 0; head < f.config_.num_kv_heads; ++head) {
-          float* k = f.k_.data() + t * f.kv_width_ + head * d;
-          if (b.k_norm != nullptr) f.kernels_.rms_norm(k, b.k_norm, eps, d, k);
-          turn(k, cosine, sine, half, d, 1.0f, cache.keys(block, page, head) + slot, kPage);
-          std::memcpy(cache.values(block, page, head) + slot * cache.value_width(),
-                      f.v_.data() + t * f.kv_width_ + head * d, static_cast<std::size_t>(d) * 4);
-        }
+    for (std::int64_t t = first; t < end; ++t) {
+      const float* cosine = f.cos_[kind].data() + t * half;
+      const float* sine = f.sin_[kind].data() + t * half;
+      for (std::int64_t head = kv_head * repeat; head < (kv_head + 1) * repeat; ++head) {
+        float* q = f.q_.data() + t * f.q_width_ + head * d;
+        if (b.q_norm != nullptr) f.kernels_.rms_norm(q, b.q_norm, eps, d, q);
+        turn(q, cosine, sine, half, d, f.score_scale_, q);
       }
-    });
-    barrier();
-  }
-
-  // `count` query rows that read the same kv head; row i is q + i * stride and sees the last `window` (0: all) of
-  // seen(i) positions. Pages that no row sees are passed over.
-  template <class Seen>
-  void attend_rows(std::int64_t block, std::int64_t kv_head, const float* q, float* out, std::int64_t stride,
-                   std::int64_t count, KvCache& cache, Seen seen) {
-    const std::int64_t d = f.config_.head_dim, width = cache.value_width();
-    const std::int64_t most = seen(count - 1), ld = round_up(most, kPage);
-    const std::int64_t window = f.config_.window(static_cast<int>(block));
-    const auto hidden = [&](std::int64_t i) { return window > 0 ? std::max<std::int64_t>(0, seen(i) - window) : 0; };
-    const std::int64_t first = hidden(0) / kPage * kPage;
-    float* s = mine.scores.data();
-    for (std::int64_t at = first; at < most; at += kPage) {
-      f.kernels_.scores(q, stride, count, cache.keys(block, at / kPage, kv_head), d, std::min(kPage, most - at), s + at,
-                        ld);
-    }
-    float sums[kMaxQueries];
-    for (std::int64_t i = 0; i < count; ++i) {
-      const std::int64_t n = seen(i), before = hidden(i);
-      float* row = s + i * ld;
-      if (f.config_.attention_softcap > 0)
-        f.kernels_.soft_cap(row + first, static_cast<float>(f.config_.attention_softcap), n - first);
-      std::fill(row + first, row + before, -INFINITY);
-      sums[i] = f.kernels_.softmax(row + first, n - first);
-      std::fill(row + first, row + before, 0.0f);
-      std::fill(row + std::min(round_up(n, 16), ld), row + ld, 0.0f);
-    }
-    float* acc = mine.accumulator.data();
-    std::fill(acc, acc + count * width, 0.0f);
-    for (std::int64_t at = first; at < most; at += kPage) {
-      f.kernels_.weigh(s + at, ld, count, cache.values(block, at / kPage, kv_head), width, std::min(kPage, most - at),
-                       acc);
-    }
-    for (std::int64_t i = 0; i < count; ++i) {
-      const float inverse = 1.0f / sums[i];
-      for (std::int64_t c = 0; c < d; ++c) out[i * stride + c] = acc[i * width + c] * inverse;
+      float* k = f.k_.data() + t * f.kv_width_ + kv_head * d;
+      if (b.k_norm != nullptr) f.kernels_.rms_norm(k, b.k_norm, eps, d, k);
+      turn(k, cosine, sine, half, d, 1.0f, k);
+      const Row& row = f.rows_[static_cast<std::size_t>(t)];
+      const float* v = f.v_.data() + t * f.kv_width_ + kv_head * d;
+      row.cache->store(*f.kernels_.attention, block, row.position, kv_head, k, v);
     }
   }
 
-  void attend(std::int64_t block, std::int64_t position, KvCache& cache) {
-    const std::int64_t d = f.config_.head_dim, kv_heads = f.config_.num_kv_heads;
-    const std::int64_t repeat = f.config_.num_heads / kv_heads, width = f.q_width_;
-    if (tokens < 8) {  // rows of a call: the heads of one token that share keys
+  // The heads of row t that read kv_head.
+  void attend_heads(std::int64_t block, std::int64_t t, std::int64_t kv_head) {
+    const std::int64_t d = f.config_.head_dim, repeat = f.config_.num_heads / f.config_.num_kv_heads;
+    const Row& row = f.rows_[static_cast<std::size_t>(t)];
+    for (std::int64_t r = 0; r < repeat; r += kMaxQueries) {
+      const std::int64_t at = t * f.q_width_ + (kv_head * repeat + r) * d;
+      const std::int64_t count = std::min(kMaxQueries, repeat - r);
+      const QueryRows rows{f.q_.data() + at, f.mixed_.data() + at, d, count, row.position + 1, 0};
+      attend_rows(f.kernels_, f.config_, *row.cache, block, kv_head, rows, mine.attention);
+    }
+  }
+
+  // Takes q, k and v to mixed_.
+  void attend(std::int64_t block) {
+    const std::int64_t d = f.config_.head_dim, kv_heads = f.config_.num_kv_heads, width = f.q_width_;
+    if (!f.one_sequence_) {  // every row has its own keys: nothing to wait for
       share(tokens * kv_heads, [&](std::int64_t item) {
-        const std::int64_t t = item / kv_heads, kv_head = item % kv_heads;
-        for (std::int64_t r = 0; r < repeat; r += kMaxQueries) {
-          const std::int64_t at = t * width + (kv_head * repeat + r) * d;
-          attend_rows(block, kv_head, f.q_.data() + at, f.mixed_.data() + at, d, std::min(kMaxQueries, repeat - r),
-                      cache, [&](std::int64_t) { return position + t + 1; });
-        }
+        rotate_and_store(block, item % kv_heads, item / kv_heads, item / kv_heads + 1);
+        attend_heads(block, item / kv_heads, item % kv_heads);
+      });
+    } else if (tokens < 8) {  // nor has a kv head to wait for another one
+      share(kv_heads, [&](std::int64_t kv_head) {
+        rotate_and_store(block, kv_head, 0, tokens);
+        for (std::int64_t t = 0; t < tokens; ++t) attend_heads(block, t, kv_head);
       });
     } else {  // rows of a call: consecutive tokens of one head; the longest first
-      const std::int64_t chunks = (tokens + kMaxQueries - 1) / kMaxQueries;
+      constexpr std::int64_t kChunk = 32;  // positions whose halves share a cache line of keys
+      share((tokens + kChunk - 1) / kChunk * kv_heads, [&](std::int64_t item) {
+        const std::int64_t first = item / kv_heads * kChunk;
+        rotate_and_store(block, item % kv_heads, first, std::min(tokens, first + kChunk));
+      });
+      barrier();
+      const Row& begin = f.rows_.front();
+      const std::int64_t chunks = (tokens + kMaxQueries - 1) / kMaxQueries, repeat = f.config_.num_heads / kv_heads;
       share(chunks * f.config_.num_heads, [&](std::int64_t item) {
         const std::int64_t t = (chunks - 1 - item / f.config_.num_heads) * kMaxQueries;
         const std::int64_t head = item % f.config_.num_heads, at = t * width + head * d;
-        attend_rows(block, head / repeat, f.q_.data() + at, f.mixed_.data() + at, width,
-                    std::min(kMaxQueries, tokens - t), cache, [&](std::int64_t i) { return position + t + i + 1; });
+        const std::int64_t count = std::min(kMaxQueries, tokens - t);
+        const QueryRows rows{f.q_.data() + at, f.mixed_.data() + at, width, count, begin.position + t + 1, 1};
+        attend_rows(f.kernels_, f.config_, *begin.cache, block, head / repeat, rows, mine.attention);
       });
     }
     barrier();
   }
 
-  void block(std::int64_t index, std::int64_t position, KvCache& cache, float* hidden) {
+  void block(std::int64_t index, float* hidden) {
     const BlockWeights& b = f.weights_.blocks[static_cast<std::size_t>(index)];
     const std::int64_t h = f.config_.hidden_size;
     Input in = prepare(hidden, h, b.attention_norm, forms({&b.q, &b.k, &b.v}));
     multiply(in, {{&b.q, f.q_.data(), f.q_width_, false},
                   {&b.k, f.k_.data(), f.kv_width_, false},
                   {&b.v, f.v_.data(), f.kv_width_, false}});
-    rotate_and_store(index, position, cache);
-    attend(index, position, cache);
+    attend(index);
     const auto add_attention = [&] {
       in = prepare(f.mixed_.data(), f.q_width_, {}, forms({&b.o}));
       multiply_into(hidden, in, b.o, b.post_attention_norm);
@@ -493,35 +446,32 @@ void Forward::route(std::int64_t tokens) {
   }
 }
 
-void Forward::fill_rope(std::int64_t position, std::int64_t tokens, std::int64_t sequence) {
-  if (const bool beyond = rope_beyond(config_, sequence); beyond != frequencies_beyond_) {
+void Forward::fill_rope(const Part& part, std::int64_t first_row) {
+  if (const bool beyond = rope_beyond(config_, part.sequence); beyond != frequencies_beyond_) {
     for (const RopeKind kind : rope_kinds_)
-      frequencies_[static_cast<std::size_t>(kind)] = rope_frequencies(config_, kind, sequence);
+      frequencies_[static_cast<std::size_t>(kind)] = rope_frequencies(config_, kind, part.sequence);
     frequencies_beyond_ = beyond;
   }
   for (const RopeKind kind : rope_kinds_) {
     const std::vector<double>& frequencies = frequencies_[static_cast<std::size_t>(kind)];
     const double factor = rope_attention_factor(config_, kind);
     const auto half = static_cast<std::int64_t>(frequencies.size());
-    FloatBuffer &cosine = cos_[static_cast<std::size_t>(kind)], &sine = sin_[static_cast<std::size_t>(kind)];
-    cosine.reserve(tokens * half);
-    sine.reserve(tokens * half);
-    for (std::int64_t t = 0; t < tokens; ++t) {
+    float* cosine = cos_[static_cast<std::size_t>(kind)].data() + first_row * half;
+    float* sine = sin_[static_cast<std::size_t>(kind)].data() + first_row * half;
+    for (std::int64_t t = 0; t < part.count; ++t) {
       for (std::int64_t i = 0; i < half; ++i) {
         // The angle is rounded to float as the models were trained with it (transformers multiplies in float32).
         const float angle =
-            static_cast<float>(position + t) * static_cast<float>(frequencies[static_cast<std::size_t>(i)]);
-        cosine.data()[t * half + i] = static_cast<float>(std::cos(static_cast<double>(angle)) * factor);
-        sine.data()[t * half + i] = static_cast<float>(std::sin(static_cast<double>(angle)) * factor);
+            static_cast<float>(part.position + t) * static_cast<float>(frequencies[static_cast<std::size_t>(i)]);
+        cosine[t * half + i] = static_cast<float>(std::cos(static_cast<double>(angle)) * factor);
+        sine[t * half + i] = static_cast<float>(std::sin(static_cast<double>(angle)) * factor);
       }
     }
   }
 }
 
-void Forward::run(std::span<const std::int32_t> ids, std::int64_t position, std::int64_t sequence, KvCache& cache,
-                  float* hidden) {
+void Forward::run(std::span<const std::int32_t> ids, std::span<const Part> parts, float* hidden) {
   const auto tokens = static_cast<std::int64_t>(ids.size());
-  require_positions(config_, position + tokens, "runtime");
   const Experts& experts = config_.experts;
   const std::int64_t active = std::min(experts.count, tokens * experts.per_token);
   begin(config_.num_layers * (kStagesPerBlock + active * kStagesPerExpert), tokens);
@@ -536,9 +486,19 @@ void Forward::run(std::span<const std::int32_t> ids, std::int64_t position, std:
     router_.reserve(tokens * experts.count);
     expert_in_.reserve(tokens * config_.hidden_size);
   }
-  for (Scratch& s : scratch_) s.scores.reserve(kMaxQueries * round_up(position + tokens, kPage));
-  cache.reserve(position + tokens);
-  fill_rope(position, tokens, sequence);
+  for (const RopeKind kind : rope_kinds_) {
+    const auto k = static_cast<std::size_t>(kind);
+    cos_[k].reserve(tokens * static_cast<std::int64_t>(frequencies_[k].size()));
+    sin_[k].reserve(tokens * static_cast<std::int64_t>(frequencies_[k].size()));
+  }
+  rows_.clear();
+  one_sequence_ = parts.size() == 1;
+  for (const Part& part : parts) {
+    require_positions(config_, part.position + part.count, "runtime");
+    part.cache->reserve(part.position + part.count);
+    fill_rope(part, static_cast<std::int64_t>(rows_.size()));
+    for (std::int64_t t = 0; t < part.count; ++t) rows_.push_back({part.cache, part.position + t});
+  }
   const auto scale = static_cast<float>(config_.embedding_scale);
   for (std::int64_t t = 0; t < tokens; ++t) {
     float* row = hidden + t * config_.hidden_size;
@@ -547,7 +507,7 @@ void Forward::run(std::span<const std::int32_t> ids, std::int64_t position, std:
       for (std::int64_t i = 0; i < config_.hidden_size; ++i) row[i] *= scale;
     if (!config_.learned_positions) continue;
     position_.reserve(config_.hidden_size);
-    unpack_matrix_row(weights_.positions, position + t, position_.data());
+    unpack_matrix_row(weights_.positions, rows_[static_cast<std::size_t>(t)].position, position_.data());
     for (std::int64_t i = 0; i < config_.hidden_size; ++i) row[i] += position_.data()[i];
   }
   const std::int64_t mlps = config_.has_experts() ? experts.per_token : 1;
@@ -559,7 +519,7 @@ void Forward::run(std::span<const std::int32_t> ids, std::int64_t position, std:
 #pragma omp parallel num_threads(threads)
   {
     Worker worker{*this, scratch_[static_cast<std::size_t>(omp_get_thread_num())], tokens, omp_get_num_threads()};
-    for (std::int64_t i = 0; i < config_.num_layers; ++i) worker.block(i, position, cache, hidden);
+    for (std::int64_t i = 0; i < config_.num_layers; ++i) worker.block(i, hidden);
   }
   block_team_.record(tokens * block_products / 4, threads, seconds_since(begun));
 }

@@ -8,26 +8,11 @@
 #include <vector>
 
 #include "core/config.h"
+#include "runtime/kv_cache.h"
 #include "runtime/team.h"
 #include "runtime/weights.h"
 
 namespace pare {
-
-// Keys and values of one sequence, float32, in pages of kPage positions that are never moved or copied.
-// Page of one block: [kv head][head_dim][kPage] keys, then [kv head][kPage][value_width()] values.
-class KvCache {
- public:
-  KvCache(const ModelConfig& config);
-  void reserve(std::int64_t positions);
-  float* keys(std::int64_t block, std::int64_t page, std::int64_t kv_head);
-  float* values(std::int64_t block, std::int64_t page, std::int64_t kv_head);
-  std::int64_t value_width() const { return value_width_; }  // head_dim rounded up to 16
-  std::uint64_t bytes() const;
-
- private:
-  std::int64_t blocks_, kv_heads_, head_dim_, value_width_;
-  std::vector<FloatBuffer> pages_;  // [page][block]
-};
 
 class Forward {
  public:
@@ -36,11 +21,15 @@ class Forward {
   Forward(const ModelConfig& config, const Weights& weights, const Kernels& kernels, int threads,
           bool int8_activations);
 
-  // Embeds `ids` (count <= kBatch) at positions [position, position + count) and runs all blocks; writes the residual
-  // stream after the last block to hidden [count, hidden_size]. `sequence`: length of the whole sequence that is being
-  // fed; LongRoPE turns all of it by that (rope_beyond), and what the cache holds must be of the same side.
-  void run(std::span<const std::int32_t> ids, std::int64_t position, std::int64_t sequence, KvCache& cache,
-           float* hidden);
+  // Tokens of one sequence in a call, at positions [position, position + count). `sequence`: length of the whole one
+  // that is being fed; LongRoPE turns all of it by that (rope_beyond), and the cache must be of the same side.
+  struct Part {
+    KvCache* cache = nullptr;
+    std::int64_t position = 0, count = 0, sequence = 0;
+  };
+  // Embeds `ids` (kBatch at most), those of the parts one after the other, and runs all blocks; writes the residual
+  // stream after the last block to hidden [count, hidden_size]. The bits do not depend on what else is in the call.
+  void run(std::span<const std::int32_t> ids, std::span<const Part> parts, float* hidden);
   // Final norm and head: hidden [count, hidden_size] -> out [count, vocab_size]; any count.
   void head(const float* hidden, std::int64_t count, float* out);
 
@@ -51,8 +40,13 @@ class Forward {
   struct alignas(64) Counter {
     std::atomic<std::int64_t> next{0};
   };
+  struct Row {  // of a call
+    KvCache* cache;
+    std::int64_t position;
+  };
   struct Scratch {
-    FloatBuffer panel, scores, accumulator, normed;
+    FloatBuffer panel, normed;
+    AttentionScratch attention;
     Int8Activations int8, token_int8;
   };
 
@@ -63,7 +57,7 @@ class Forward {
   };
 
   void begin(std::int64_t stages, std::int64_t tokens);
-  void fill_rope(std::int64_t position, std::int64_t tokens, std::int64_t sequence);
+  void fill_rope(const Part& part, std::int64_t first_row);
   void route(std::int64_t tokens);
 
   const ModelConfig& config_;
@@ -82,6 +76,8 @@ class Forward {
   std::vector<Scratch> scratch_;  // one a thread
   FloatBuffer normed_, q_, k_, v_, mixed_, gate_, up_, added_, router_, expert_in_, position_;
   FloatBuffer cos_[3], sin_[3];  // by RopeKind: [tokens, rotated pairs]
+  std::vector<Row> rows_;
+  bool one_sequence_ = true;     // in this call
   std::vector<Route> routes_;    // by expert
   Int8Activations int8_input_, token_int8_input_;
 };

@@ -12,14 +12,13 @@
 #include <vector>
 
 #include "core/codecs/codecs.h"  // kBlockRows: outputs per row block
+#include "runtime/attention_kernels.h"
 
 namespace pare {
 
 constexpr std::int64_t kActGroup = 32;    // inputs per int8 activation scale
 constexpr std::int64_t kRowSpan = 1 << 14;  // inputs per int32 sum where a token has one scale: 2^14 * 2^15 < 2^31
 constexpr std::int64_t kActTile = 12;     // tokens that are packed side by side
-constexpr std::int64_t kPage = 128;       // positions per page of the KV cache
-constexpr std::int64_t kMaxQueries = 16;  // query rows per attention call
 
 inline std::int64_t round_up(std::int64_t value, std::int64_t unit) {
   return (value + unit - 1) / unit * unit;
@@ -107,14 +106,7 @@ struct Kernels {
   void (*gelu)(float* x, std::int64_t n);
   // x[i] = cap * tanh(x[i] / cap)
   void (*soft_cap)(float* x, float cap, std::int64_t n);
-  // s[i] = exp(s[i] - max), zero up to the next multiple of 16; returns the sum.
-  float (*softmax)(float* s, std::int64_t n);
-  // out[i * ldo + p] = sum_d q[i * ldq + d] * keys[d * kPage + p], p < round_up(positions, 16); count <= kMaxQueries.
-  void (*scores)(const float* q, std::int64_t ldq, std::int64_t count, const float* keys, std::int64_t head_dim,
-                 std::int64_t positions, float* out, std::int64_t ldo);
-  // acc[i * width + d] += sum_p probs[i * ldp + p] * values[p * width + d]; width is a multiple of 16.
-  void (*weigh)(const float* probs, std::int64_t ldp, std::int64_t count, const float* values, std::int64_t width,
-                std::int64_t positions, float* acc);
+  const AttentionKernels* attention;
 };
 
 // Names this machine can run, best last: "plain", "avx2", "avx512vnni".

@@ -2,18 +2,15 @@
 // vpmaddubsw, whose 16-bit sums cannot saturate here: 4-bit codes give at most 8 * 2 * 15 * 127 = 30,480 for a whole
 // group, and 8-bit ones are multiplied as |w| * sign(x, w), at most 2 * 128 * 127 = 32,512, and widened at once.
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #include "runtime/kernels.h"
+#include "runtime/lanes_avx2.h"
 
 namespace pare {
 namespace {
-
-#define PARE_UNROLL _Pragma("GCC unroll 16")
 
 inline __m256i load(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
@@ -34,17 +31,6 @@ inline __m256i quad(const std::int8_t* p) {
   std::int32_t value;
   std::memcpy(&value, p, 4);
   return _mm256_set1_epi32(value);
-}
-
-inline float reduce_add(__m256 v) {
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
-
-inline __m256i tail_mask(std::int64_t n) {
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(std::clamp<std::int64_t>(n, 0, 8))), lane);
 }
 
 // u of quad j of the 32 inputs whose half lines begin at `line`, for 2 and 3 bits (core/codecs/q2.cpp, q3.cpp).
@@ -459,25 +445,6 @@ void matmul_float(const PackedMatrix& w, const float* x, std::int64_t ldx, std::
   }
 }
 
-// exp(x) = 2^n * e^r, |r| <= ln(2)/2; degree-6 Taylor polynomial of e^r, relative error below 3e-7. x is clamped to
-// where the result neither overflows nor needs subnormals.
-inline __m256 exp_ps(__m256 x) {
-  x = _mm256_min_ps(_mm256_set1_ps(88.0f), _mm256_max_ps(_mm256_set1_ps(-87.0f), x));  // this order keeps NaN
-  const __m256 n =
-      _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693145752f), x);
-  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(1.42860677e-6f), r);
-  __m256 p = _mm256_set1_ps(1.0f / 720);
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 120));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 24));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 6));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.5f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
-  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-  return _mm256_mul_ps(p, _mm256_castsi256_ps(power));
-}
-
 void rms_norm(const float* x, const float* weight, float eps, std::int64_t n, float* out) {
   __m256 sum = _mm256_setzero_ps();
   for (std::int64_t i = 0; i < n; i += 8) {
@@ -549,93 +516,10 @@ void soft_cap(float* x, float cap, std::int64_t n) {
   }
 }
 
-float softmax(float* s, std::int64_t n) {
-  const __m256 lowest = _mm256_set1_ps(-INFINITY);
-  __m256 peaks = lowest;
-  for (std::int64_t i = 0; i < n; i += 8) {
-    const __m256 v = _mm256_loadu_ps(s + i);
-    peaks = _mm256_max_ps(peaks, _mm256_blendv_ps(lowest, v, _mm256_castsi256_ps(tail_mask(n - i))));
-  }
-  __m128 top = _mm_max_ps(_mm256_castps256_ps128(peaks), _mm256_extractf128_ps(peaks, 1));
-  top = _mm_max_ps(top, _mm_movehl_ps(top, top));
-  top = _mm_max_ss(top, _mm_movehdup_ps(top));
-  const __m256 peak = _mm256_set1_ps(_mm_cvtss_f32(top));
-  __m256 sum = _mm256_setzero_ps();
-  for (std::int64_t i = 0; i < round_up(n, 16); i += 8) {
-    const __m256 e =
-        _mm256_and_ps(exp_ps(_mm256_sub_ps(_mm256_loadu_ps(s + i), peak)), _mm256_castsi256_ps(tail_mask(n - i)));
-    _mm256_storeu_ps(s + i, e);
-    sum = _mm256_add_ps(sum, e);
-  }
-  return reduce_add(sum);
-}
-
-template <int kQueries>
-void scores_rows(const float* q, std::int64_t ldq, const float* keys, std::int64_t head_dim, std::int64_t positions,
-                 float* out, std::int64_t ldo) {
-  for (std::int64_t p = 0; p < positions; p += 16) {
-    __m256 sum[kQueries][2];
-    PARE_UNROLL for (int i = 0; i < kQueries; ++i) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
-    for (std::int64_t d = 0; d < head_dim; ++d) {
-      const __m256 k0 = _mm256_loadu_ps(keys + d * kPage + p);
-      const __m256 k1 = _mm256_loadu_ps(keys + d * kPage + p + 8);
-      PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
-        const __m256 value = _mm256_broadcast_ss(q + i * ldq + d);
-        sum[i][0] = _mm256_fmadd_ps(value, k0, sum[i][0]);
-        sum[i][1] = _mm256_fmadd_ps(value, k1, sum[i][1]);
-      }
-    }
-    PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
-      _mm256_storeu_ps(out + i * ldo + p, sum[i][0]);
-      _mm256_storeu_ps(out + i * ldo + p + 8, sum[i][1]);
-    }
-  }
-}
-
-void scores(const float* q, std::int64_t ldq, std::int64_t count, const float* keys, std::int64_t head_dim,
-            std::int64_t positions, float* out, std::int64_t ldo) {
-  std::int64_t i = 0;
-  for (; i + 4 <= count; i += 4) scores_rows<4>(q + i * ldq, ldq, keys, head_dim, positions, out + i * ldo, ldo);
-  for (; i < count; ++i) scores_rows<1>(q + i * ldq, ldq, keys, head_dim, positions, out + i * ldo, ldo);
-}
-
-template <int kQueries>
-void weigh_rows(const float* probs, std::int64_t ldp, const float* values, std::int64_t width, std::int64_t positions,
-                float* acc) {
-  for (std::int64_t d = 0; d < width; d += 16) {
-    __m256 sum[kQueries][2];
-    PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
-      sum[i][0] = _mm256_loadu_ps(acc + i * width + d);
-      sum[i][1] = _mm256_loadu_ps(acc + i * width + d + 8);
-    }
-    for (std::int64_t p = 0; p < positions; ++p) {
-      const __m256 v0 = _mm256_loadu_ps(values + p * width + d);
-      const __m256 v1 = _mm256_loadu_ps(values + p * width + d + 8);
-      PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
-        const __m256 weight = _mm256_broadcast_ss(probs + i * ldp + p);
-        sum[i][0] = _mm256_fmadd_ps(weight, v0, sum[i][0]);
-        sum[i][1] = _mm256_fmadd_ps(weight, v1, sum[i][1]);
-      }
-    }
-    PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
-      _mm256_storeu_ps(acc + i * width + d, sum[i][0]);
-      _mm256_storeu_ps(acc + i * width + d + 8, sum[i][1]);
-    }
-  }
-}
-
-void weigh(const float* probs, std::int64_t ldp, std::int64_t count, const float* values, std::int64_t width,
-           std::int64_t positions, float* acc) {
-  std::int64_t i = 0;
-  for (; i + 4 <= count; i += 4) weigh_rows<4>(probs + i * ldp, ldp, values, width, positions, acc + i * width);
-  for (; i < count; ++i) weigh_rows<1>(probs + i * ldp, ldp, values, width, positions, acc + i * width);
-}
-
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2",   matmul_float, matmul_int8, quantize_tile, rms_norm, silu_mul,
-                              gelu_mul, gelu_tanh,    gelu,        soft_cap,      softmax,  scores,
-                              weigh};
+const Kernels kAvx2Kernels = {"avx2",   matmul_float, matmul_int8, quantize_tile, rms_norm,      silu_mul,
+                              gelu_mul, gelu_tanh,    gelu,        soft_cap,      &kAvx2Attention};
 
 }  // namespace pare
 #endif

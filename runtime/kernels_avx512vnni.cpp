@@ -6,22 +6,15 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #include "runtime/kernels.h"
+#include "runtime/lanes_avx512vnni.h"
 
 namespace pare {
 namespace {
-
-#define PARE_UNROLL _Pragma("GCC unroll 16")
-
-inline __mmask16 tail_mask(std::int64_t n) {
-  return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1);
-}
 
 inline __m512 load_scales(const std::uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -51,6 +44,14 @@ inline __m512i low_codes(const std::uint8_t* line, int j) {
   const __m512i third = j < 2 ? _mm512_slli_epi16(bits, static_cast<unsigned>(2 - j))
                               : _mm512_srli_epi16(bits, static_cast<unsigned>(j - 2));
   return _mm512_or_si512(low, _mm512_and_si512(third, _mm512_set1_epi8(4)));
+}
+
+// Few tokens stream the codes once: asking for them this far ahead keeps memory busy across the blocks' ends. Where
+// full tiles pass by, the codes stay in cache.
+constexpr std::int64_t kAhead = 8192;
+template <int kTokens>
+inline void ask_ahead(const std::uint8_t* line) {
+  if constexpr (kTokens < kActTile) _mm_prefetch(reinterpret_cast<const char*>(line) + kAhead, _MM_HINT_T0);
 }
 
 template <CodecKind kKind, int kTokens>
@@ -83,6 +84,7 @@ void tile_int8(const PackedMatrix& w, std::int64_t block, const Int8Tile& x, flo
     if constexpr (kKind == CodecKind::kQ8) {
       const std::int64_t count = std::min(x.quads, w.lines - g * x.quads);
       for (std::int64_t c = 0; c < count; ++c, line += 64) {
+        ask_ahead<kTokens>(line);
         const __m512i u = _mm512_load_si512(line);
         PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
           acc[t] = _mm512_dpbusd_epi32(acc[t], u, quad(codes + (c * kTokens + t) * 4));
@@ -98,6 +100,7 @@ void tile_int8(const PackedMatrix& w, std::int64_t block, const Int8Tile& x, flo
       line += kKind == CodecKind::kQ3 ? 192 : 128;
     } else {
       PARE_UNROLL for (int c = 0; c < 4; ++c, line += 64) {
+        ask_ahead<kTokens>(line);
         const __m512i both = _mm512_load_si512(line);
         const __m512i low = _mm512_and_si512(both, nibble);
         const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
@@ -404,23 +407,6 @@ void matmul_float(const PackedMatrix& w, const float* x, std::int64_t ldx, std::
   }
 }
 
-// exp(x) = 2^n * e^r, |r| <= ln(2)/2; degree-6 Taylor polynomial of e^r, relative error below 3e-7. x is clamped to
-// where the result neither overflows nor needs subnormals.
-inline __m512 exp_ps(__m512 x) {
-  x = _mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_max_ps(_mm512_set1_ps(-87.0f), x));  // this order keeps NaN
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
-  __m512 p = _mm512_set1_ps(1.0f / 720);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(p, n);
-}
-
 void rms_norm(const float* x, const float* weight, float eps, std::int64_t n, float* out) {
   __m512 sum = _mm512_setzero_ps();
   for (std::int64_t i = 0; i < n; i += 16) {
@@ -496,95 +482,11 @@ void soft_cap(float* x, float cap, std::int64_t n) {
   }
 }
 
-float softmax(float* s, std::int64_t n) {
-  __m512 peak = _mm512_set1_ps(-INFINITY);
-  for (std::int64_t i = 0; i < n; i += 16)
-    peak = _mm512_mask_max_ps(peak, tail_mask(n - i), peak, _mm512_loadu_ps(s + i));
-  peak = _mm512_set1_ps(_mm512_reduce_max_ps(peak));
-  __m512 sum = _mm512_setzero_ps();
-  for (std::int64_t i = 0; i < n; i += 16) {
-    const __m512 e = _mm512_maskz_mov_ps(tail_mask(n - i), exp_ps(_mm512_sub_ps(_mm512_loadu_ps(s + i), peak)));
-    _mm512_storeu_ps(s + i, e);
-    sum = _mm512_add_ps(sum, e);
-  }
-  return _mm512_reduce_add_ps(sum);
-}
-
-template <int kQueries, int kVectors>
-void scores_tile(const float* q, std::int64_t ldq, const float* keys, std::int64_t head_dim, float* out,
-                 std::int64_t ldo) {
-  __m512 sum[kQueries][kVectors];
-  PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
-    PARE_UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_setzero_ps();
-  }
-  for (std::int64_t d = 0; d < head_dim; ++d) {
-    __m512 k[kVectors];
-    PARE_UNROLL for (int v = 0; v < kVectors; ++v) k[v] = _mm512_loadu_ps(keys + d * kPage + v * 16);
-    PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
-      const __m512 value = _mm512_set1_ps(q[i * ldq + d]);
-      PARE_UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_fmadd_ps(value, k[v], sum[i][v]);
-    }
-  }
-  PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
-    PARE_UNROLL for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(out + i * ldo + v * 16, sum[i][v]);
-  }
-}
-
-template <int kQueries>
-void scores_rows(const float* q, std::int64_t ldq, const float* keys, std::int64_t head_dim, std::int64_t positions,
-                 float* out, std::int64_t ldo) {
-  std::int64_t p = 0;
-  for (; p + 48 < positions; p += 64) scores_tile<kQueries, 4>(q, ldq, keys + p, head_dim, out + p, ldo);
-  for (; p < positions; p += 16) scores_tile<kQueries, 1>(q, ldq, keys + p, head_dim, out + p, ldo);
-}
-
-void scores(const float* q, std::int64_t ldq, std::int64_t count, const float* keys, std::int64_t head_dim,
-            std::int64_t positions, float* out, std::int64_t ldo) {
-  std::int64_t i = 0;
-  for (; i + 4 <= count; i += 4) scores_rows<4>(q + i * ldq, ldq, keys, head_dim, positions, out + i * ldo, ldo);
-  for (; i < count; ++i) scores_rows<1>(q + i * ldq, ldq, keys, head_dim, positions, out + i * ldo, ldo);
-}
-
-template <int kQueries, int kVectors>
-void weigh_tile(const float* probs, std::int64_t ldp, const float* values, std::int64_t width, std::int64_t positions,
-                float* acc) {
-  __m512 sum[kQueries][kVectors];
-  PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
-    PARE_UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_loadu_ps(acc + i * width + v * 16);
-  }
-  for (std::int64_t p = 0; p < positions; ++p) {
-    __m512 row[kVectors];
-    PARE_UNROLL for (int v = 0; v < kVectors; ++v) row[v] = _mm512_loadu_ps(values + p * width + v * 16);
-    PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
-      const __m512 weight = _mm512_set1_ps(probs[i * ldp + p]);
-      PARE_UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_fmadd_ps(weight, row[v], sum[i][v]);
-    }
-  }
-  PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
-    PARE_UNROLL for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(acc + i * width + v * 16, sum[i][v]);
-  }
-}
-
-template <int kQueries>
-void weigh_rows(const float* probs, std::int64_t ldp, const float* values, std::int64_t width, std::int64_t positions,
-                float* acc) {
-  std::int64_t d = 0;
-  for (; d + 64 <= width; d += 64) weigh_tile<kQueries, 4>(probs, ldp, values + d, width, positions, acc + d);
-  for (; d < width; d += 16) weigh_tile<kQueries, 1>(probs, ldp, values + d, width, positions, acc + d);
-}
-
-void weigh(const float* probs, std::int64_t ldp, std::int64_t count, const float* values, std::int64_t width,
-           std::int64_t positions, float* acc) {
-  std::int64_t i = 0;
-  for (; i + 4 <= count; i += 4) weigh_rows<4>(probs + i * ldp, ldp, values, width, positions, acc + i * width);
-  for (; i < count; ++i) weigh_rows<1>(probs + i * ldp, ldp, values, width, positions, acc + i * width);
-}
-
 }  // namespace
 
-const Kernels kAvx512VnniKernels = {"avx512vnni", matmul_float, matmul_int8, quantize_tile, rms_norm, silu_mul,
-                                    gelu_mul,     gelu_tanh,    gelu,        soft_cap,      softmax,  scores,
-                                    weigh};
+const Kernels kAvx512VnniKernels = {"avx512vnni", matmul_float, matmul_int8, quantize_tile, rms_norm,
+                                    silu_mul,     gelu_mul,     gelu_tanh,   gelu,          soft_cap,
+                                    &kAvx512VnniAttention};
 
 }  // namespace pare
 #endif

@@ -212,44 +212,9 @@ void soft_cap(float* x, float cap, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) x[i] = cap * std::tanh(x[i] / cap);
 }
 
-float softmax(float* s, std::int64_t n) {
-  const float peak = *std::max_element(s, s + n);
-  float sum = 0;
-  for (std::int64_t i = 0; i < n; ++i) {
-    s[i] = std::exp(s[i] - peak);
-    sum += s[i];
-  }
-  std::fill(s + n, s + round_up(n, 16), 0.0f);
-  return sum;
-}
-
-void scores(const float* q, std::int64_t ldq, std::int64_t count, const float* keys, std::int64_t head_dim,
-            std::int64_t positions, float* out, std::int64_t ldo) {
-  const std::int64_t n = round_up(positions, 16);
-  for (std::int64_t i = 0; i < count; ++i) {
-    float* to = out + i * ldo;
-    std::fill(to, to + n, 0.0f);
-    for (std::int64_t d = 0; d < head_dim; ++d) {
-      const float value = q[i * ldq + d];
-      for (std::int64_t p = 0; p < n; ++p) to[p] += value * keys[d * kPage + p];
-    }
-  }
-}
-
-void weigh(const float* probs, std::int64_t ldp, std::int64_t count, const float* values, std::int64_t width,
-           std::int64_t positions, float* acc) {
-  for (std::int64_t i = 0; i < count; ++i) {
-    for (std::int64_t p = 0; p < positions; ++p) {
-      const float value = probs[i * ldp + p];
-      for (std::int64_t d = 0; d < width; ++d) acc[i * width + d] += value * values[p * width + d];
-    }
-  }
-}
-
 }  // namespace
 
-const Kernels kPlainKernels = {"plain",  matmul_float, matmul_int8, quantize_tile, rms_norm, silu_mul,
-                               gelu_mul, gelu_tanh,    gelu,        soft_cap,      softmax,  scores,
-                               weigh};
+const Kernels kPlainKernels = {"plain",  matmul_float, matmul_int8, quantize_tile, rms_norm,       silu_mul,
+                               gelu_mul, gelu_tanh,    gelu,        soft_cap,      &kPlainAttention};
 
 }  // namespace pare

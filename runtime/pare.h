@@ -33,7 +33,7 @@ typedef struct pare_sampler pare_sampler;
 typedef struct pare_options {
   int threads;           /* 0: all cores */
   const char* kernels;   /* NULL: best of this machine; "plain", "avx2", "avx512vnni" */
-  int float_activations; /* 0: int8 activations with quantized weights; 1: float */
+  int float_activations; /* 0: int8 activations with quantized weights, a cache of halves; 1: float, both */
 } pare_options;
 
 /* Version of the project, such as "0.1.0"; static storage. */

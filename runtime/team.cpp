@@ -30,7 +30,7 @@ std::size_t TeamChoice::size_class(std::int64_t products) {
 int TeamChoice::threads(std::int64_t products, int most) const {
   constexpr std::int64_t kWorthAThread = 1 << 18;  // a power of two, so that a size class is wholly alone or not
   const int team = static_cast<int>(std::clamp<std::int64_t>(products / kWorthAThread, 1, most));
-  if (team == 1) return 1;
+  if (team == 1 || products >= kAlwaysTeam) return team;
   const Pace& pace = paces_[size_class(products)];
   if (pace.calls < kFirstCalls) return pace.calls % 2 == 0 ? team : 1;
   const bool team_is_faster = pace.seconds[1] <= pace.seconds[0];

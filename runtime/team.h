@@ -34,6 +34,8 @@ class TeamChoice {
     int calls = 0;
     int until_trial = 0;  // calls before the slower way is timed again
   };
+  // A good part of a millisecond between two barriers: a thread that comes late finds less left to do.
+  static constexpr std::int64_t kAlwaysTeam = std::int64_t{1} << 26;
   static constexpr int kFirstCalls = 6;  // taken in turn; the best of each counts, as the first may read from disk
   static std::size_t size_class(std::int64_t products);
   Pace paces_[64];

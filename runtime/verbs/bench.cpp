@@ -1,13 +1,15 @@
-// `pare bench`: prefill and decode speed of a compact file.
+// `pare bench`: prefill and decode speed of a compact file, and how near they are to what the machine can do.
 #include <fmt/format.h>
+#include <omp.h>
 
 #include <algorithm>
 #include <charconv>
 #include <chrono>
-#include <thread>
 
 #include "core/error.h"
 #include "runtime/engine.h"
+#include "runtime/kernels.h"
+#include "runtime/roofline.h"
 #include "runtime/verbs/cli.h"
 
 namespace pare {
@@ -48,100 +50,308 @@ Json to_json(const Spread& s) {
   return Json{{"median", s.median}, {"min", s.low}, {"max", s.high}};
 }
 
+// The value that 95 of 100 do not exceed: nearest rank.
+double p95(std::vector<double> values) {
+  if (values.empty()) return 0;
+  const std::size_t rank = (values.size() * 95 + 99) / 100;
+  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(rank - 1), values.end());
+  return values[rank - 1];
+}
+
+// What one token costs at least, by the shapes in the file.
+struct Work {
+  double bytes = 0;           // of weights that decoding one token reads; of experts the share that is chosen
+  double block_products = 0;  // weights of the blocks' linears that one token meets
+  double head_products = 0;
+  double rounded = 0;  // of block_products, those with int8 inputs
+};
+Work work_of(const Engine& engine) {
+  const ModelConfig& config = engine.config();
+  Work work;
+  for (const CompactTensor& tensor : engine.file().tensors()) {
+    const bool embedding = tensor.name == "model.embed_tokens.weight";
+    const bool head = tensor.name == "lm_head.weight" || (embedding && config.tie_word_embeddings);
+    const bool looked_up = (embedding && !head) || tensor.name == "model.embed_positions.weight";
+    if (looked_up) continue;  // a row a token
+    double share = 1;
+    if (tensor.name.find(".experts.") != std::string::npos)
+      share = static_cast<double>(config.experts.per_token) / static_cast<double>(config.experts.count);
+    work.bytes += share * static_cast<double>(tensor.payload.size());
+    if (tensor.shape.size() != 2) continue;
+    const double products = share * static_cast<double>(tensor.shape[0]) * static_cast<double>(tensor.shape[1]);
+    (head ? work.head_products : work.block_products) += products;
+    const bool rounds = tensor.codec.int8_inputs || (engine.options().int8_activations && !tensor.codec.is_float());
+    if (rounds && !head) work.rounded += products;
+  }
+  return work;
+}
+
+Json to_json(const Roofline& roof) {
+  const auto json = [](const Peak& peak) { return Json{{"median", peak.median}, {"best", peak.best}}; };
+  return Json{{"threads", roof.threads},
+              {"read_bytes_per_second", json(roof.read_bytes)},
+              {"int8_operations_per_second", json(roof.int8_ops)},
+              {"float_operations_per_second", json(roof.float_ops)}};
+}
+
+struct Plan {
+  std::string path;
+  std::int64_t prompt = 0, decode = 0, repeats = 0, depth = 0, sequences = 1;
+  bool int8_activations = true;
+  std::string kv;
+};
+
+// The machine's limits at 1 thread, at all of them and at every number asked.
+Json measure_machine(const std::string& kernels, std::vector<int> counts, Context& context) {
+  counts.push_back(1);
+  counts.push_back(omp_get_num_procs());
+  std::sort(counts.begin(), counts.end());
+  counts.erase(std::unique(counts.begin(), counts.end()), counts.end());
+  Json roofs = Json::array();
+  context.progress->begin("roofline", static_cast<std::int64_t>(counts.size()));
+  for (const int threads : counts) {
+    const Roofline roof = measure_roofline(kernels, threads, kRooflineBytes, [] { throw_if_interrupted("bench", ""); });
+    roofs.push_back(to_json(roof));
+    context.progress->update(static_cast<std::int64_t>(roofs.size()));
+  }
+  context.progress->end();
+  return roofs;
+}
+
+// Ids that differ: speed depends on nothing else.
+std::vector<std::int32_t> bench_ids(std::int64_t count, std::int64_t vocab, std::uint64_t seed) {
+  std::vector<std::int32_t> ids(static_cast<std::size_t>(count));
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    ids[i] = static_cast<std::int32_t>((static_cast<std::uint64_t>(i) * 2654435761u + seed) %
+                                       static_cast<std::uint64_t>(vocab));
+  }
+  return ids;
+}
+
+// One number of threads. The first repetition is a warm-up, but for the time to the first token, which it alone shows.
+Json measure(const Plan& plan, int threads, Context& context, Json& about) {
+  EngineOptions options;
+  options.threads = threads;
+  options.int8_activations = plan.int8_activations;
+  options.kv = plan.kv;
+  const auto start = Clock::now();
+  auto engine = Engine::open(plan.path, options);
+  std::vector<double> open_seconds{seconds_since(start)};
+  const ModelConfig& config = engine->config();
+  const std::int64_t most = std::max(plan.prompt, plan.depth + plan.decode * (plan.depth > 0 ? plan.repeats + 1 : 1));
+  if (most > config.max_position_embeddings) {
+    throw input_error(
+        plan.path,
+        fmt::format("-p, and --depth with all repetitions of -n, at most {} (context)", config.max_position_embeddings),
+        std::to_string(most));
+  }
+  const auto ids = bench_ids(std::max<std::int64_t>(most, 1), config.vocab_size, context.seed);
+  std::vector<float> logits(static_cast<std::size_t>(config.vocab_size * plan.sequences));
+  const Work work = work_of(*engine);
+  std::vector<double> prefill_rates, decode_rates, token_seconds;
+  double first_token = 0;
+  std::uint64_t cache_bytes = 0;
+  {
+    Session session(engine);
+    std::vector<Session> more;
+    for (std::int64_t i = 1; i < plan.sequences; ++i) more.emplace_back(engine);
+    std::vector<Session*> all{&session};
+    for (Session& each : more) all.push_back(&each);
+    std::vector<std::int32_t> next(all.size());
+    context.progress->begin(fmt::format("bench, {} threads", engine->options().threads), plan.repeats + 1);
+    Sampler greedy{SamplerOptions{}};
+    for (std::int64_t r = 0; r <= plan.repeats; ++r) {
+      throw_if_interrupted("bench", "");
+      if (plan.prompt > 0 || r == 0) {
+        session.reset();
+        const auto begin = Clock::now();
+        session.feed({ids.data(), static_cast<std::size_t>(std::max<std::int64_t>(plan.prompt, 1))});
+        session.logits(std::max<std::int64_t>(plan.prompt, 1) - 1, 1, logits.data());
+        if (r > 0) prefill_rates.push_back(static_cast<double>(plan.prompt) / seconds_since(begin));
+        if (r == 0) {
+          greedy({logits.data(), static_cast<std::size_t>(config.vocab_size)});
+          first_token = seconds_since(start);
+        }
+      }
+      if (plan.decode > 0) {
+        if (r == 0 || plan.depth == 0 || plan.prompt > 0) {
+          for (Session* const each : all) {
+            each->reset();
+            for (std::int64_t at = 0; at < plan.depth; at += 512) {
+              throw_if_interrupted("bench", "");
+              each->feed({ids.data() + at, static_cast<std::size_t>(std::min<std::int64_t>(512, plan.depth - at))});
+            }
+          }
+        }
+        const auto begin = Clock::now();
+        auto last = begin;
+        for (std::int64_t i = 0; i < plan.decode; ++i) {
+          for (std::size_t k = 0; k < all.size(); ++k)
+            next[k] = ids[(static_cast<std::size_t>(session.position()) + k) % ids.size()];
+          Session::feed_each(all, next);
+          Session::logits_each(all, logits.data());
+          const auto now = Clock::now();
+          if (r > 0) token_seconds.push_back(std::chrono::duration<double>(now - last).count());
+          last = now;
+        }
+        if (r > 0) decode_rates.push_back(static_cast<double>(plan.decode * plan.sequences) / seconds_since(begin));
+      }
+      context.progress->update(r + 1);
+    }
+    context.progress->end();
+    for (const Session* const each : all) cache_bytes += each->cache_bytes();
+  }
+  for (std::int64_t r = 0; r < plan.repeats; ++r) {
+    const auto begin = Clock::now();
+    Engine::open(plan.path, options);
+    open_seconds.push_back(seconds_since(begin));
+  }
+  about["kernels"] = engine->options().kernels;
+  about["kv"] = engine->options().kv;
+  about["file_bytes"] = engine->file().file_bytes();
+  about["tensor_bytes"] = engine->file().tensor_bytes();
+  about["bytes_per_token"] = work.bytes;
+  about["block_weights_per_token"] = work.block_products;
+  about["limit"] = work.rounded * 2 > work.block_products ? "int8" : "float";
+  const Spread p = spread(prefill_rates), d = spread(decode_rates);
+  Json row = {{"threads", engine->options().threads},
+              {"open_seconds", to_json(spread(open_seconds))},
+              {"first_token_seconds", first_token},
+              {"resident_bytes", resident_bytes()},
+              {"cache_bytes", cache_bytes}};
+  if (plan.prompt > 0) {
+    row["prefill_tokens_per_second"] = to_json(p);
+    row["prefill_operations_per_second"] = 2 * work.block_products * p.median;
+  }
+  if (plan.decode > 0) {
+    row["decode_tokens_per_second"] = to_json(d);
+    // Sequences that are decoded together share the reading.
+    row["decode_bytes_per_second"] = work.bytes * d.median / static_cast<double>(plan.sequences);
+    row["token_seconds"] = Json{{"median", spread(token_seconds).median}, {"p95", p95(token_seconds)}};
+  }
+  return row;
+}
+
+// Shares of the machine's limits, where they were measured; the limits are the medians.
+void add_shares(Json& row, const Json& machine, const std::string& limit) {
+  for (const Json& roof : machine) {
+    if (roof.at("threads") != row.at("threads")) continue;
+    const auto share = [&](const char* value, const std::string& of) {
+      return row.at(value).get<double>() / roof.at(of).at("median").get<double>();
+    };
+    if (row.contains("prefill_operations_per_second"))
+      row["prefill_peak_share"] = share("prefill_operations_per_second", limit + "_operations_per_second");
+    if (row.contains("decode_bytes_per_second"))
+      row["decode_read_share"] = share("decode_bytes_per_second", "read_bytes_per_second");
+  }
+}
+
+std::string machine_table(const Json& machine) {
+  std::string table = fmt::format("{:>7}  {:>20}  {:>22}  {:>22}   median (best)\n", "threads", "read [GB/s]",
+                                  "int8 [G op/s]", "float [G op/s]");
+  for (const Json& roof : machine) {
+    const auto cell = [&](const char* key) {
+      const Json& peak = roof.at(key);
+      return fmt::format("{:.1f} ({:.1f})", peak.at("median").get<double>() * 1e-9,
+                         peak.at("best").get<double>() * 1e-9);
+    };
+    table +=
+        fmt::format("{:>7}  {:>20}  {:>22}  {:>22}\n", roof.at("threads").get<int>(), cell("read_bytes_per_second"),
+                    cell("int8_operations_per_second"), cell("float_operations_per_second"));
+  }
+  return table;
+}
+
+// "12.3", or "12.3 (45 %)" with a share of the machine's limit.
+std::string with_share(const Json& row, const char* value, const char* share) {
+  if (!row.contains(value)) return "-";
+  const double giga = row.at(value).get<double>() * 1e-9;
+  if (!row.contains(share)) return fmt::format("{:.2f}", giga);
+  return fmt::format("{:.2f} ({:.0f} %)", giga, 100 * row.at(share).get<double>());
+}
+
+std::string speed_table(const Json& results, const Plan& plan) {
+  const auto rate = [](const Json& row, const char* key) {
+    if (!row.contains(key)) return std::string("-");
+    const Json& s = row.at(key);
+    return fmt::format("{:.1f} ({:.1f} to {:.1f})", s.at("median").get<double>(), s.at("min").get<double>(),
+                       s.at("max").get<double>());
+  };
+  std::string table = fmt::format(
+      "{:>7}  {:>28}  {:>15}  {:>28}  {:>13}  {:>18}\n", "threads", fmt::format("prefill {} [tokens/s]", plan.prompt),
+      "[G op/s]",
+      fmt::format("decode {}{}{} [tokens/s]", plan.sequences > 1 ? fmt::format("{} x ", plan.sequences) : "",
+                  plan.decode, plan.depth > 0 ? fmt::format(" at {}", plan.depth) : ""),
+      "[GB/s]", plan.sequences > 1 ? "step [ms] (p95)" : "token [ms] (p95)");
+  for (const Json& row : results) {
+    const std::string token =
+        row.contains("token_seconds")
+            ? fmt::format("{:.2f} ({:.2f})", row.at("token_seconds").at("median").get<double>() * 1e3,
+                          row.at("token_seconds").at("p95").get<double>() * 1e3)
+            : "-";
+    table += fmt::format(
+        "{:>7}  {:>28}  {:>15}  {:>28}  {:>13}  {:>18}\n", row.at("threads").get<int>(),
+        rate(row, "prefill_tokens_per_second"), with_share(row, "prefill_operations_per_second", "prefill_peak_share"),
+        rate(row, "decode_tokens_per_second"), with_share(row, "decode_bytes_per_second", "decode_read_share"), token);
+  }
+  table += fmt::format("{:>7}  {:>28}  {:>15}  {:>28}  {:>13}\n", "threads", "open [ms]", "first token [s]",
+                       "key/value cache [MB]", "resident [MB]");
+  for (const Json& row : results) {
+    const Json& open = row.at("open_seconds");
+    table += fmt::format("{:>7}  {:>28}  {:>15.3f}  {:>28.1f}  {:>13.1f}\n", row.at("threads").get<int>(),
+                         fmt::format("{:.1f} ({:.1f} to {:.1f})", open.at("median").get<double>() * 1e3,
+                                     open.at("min").get<double>() * 1e3, open.at("max").get<double>() * 1e3),
+                         row.at("first_token_seconds").get<double>(),
+                         static_cast<double>(row.at("cache_bytes").get<std::uint64_t>()) * 1e-6,
+                         static_cast<double>(row.at("resident_bytes").get<std::uint64_t>()) * 1e-6);
+  }
+  return table;
+}
+
 Json bench(const Options& options, Context& context) {
-  const auto prompt = options.get<std::int64_t>("prompt"), decode = options.get<std::int64_t>("tokens");
-  const auto repeats = options.get<std::int64_t>("repeats");
-  if (prompt == 0 && decode == 0) throw usage_error("pare bench", "-p or -n above 0", "nothing to measure");
+  Plan plan;
+  plan.path = options.get<std::string>("model");
+  plan.prompt = options.get<std::int64_t>("prompt");
+  plan.decode = options.get<std::int64_t>("tokens");
+  plan.repeats = options.get<std::int64_t>("repeats");
+  plan.depth = options.get<std::int64_t>("depth");
+  plan.sequences = options.get<std::int64_t>("sequences");
+  plan.int8_activations = options.get<std::string>("act") == "int8";
+  plan.kv = options.get_or<std::string>("kv", "");
+  if (plan.prompt == 0 && plan.decode == 0) throw usage_error("pare bench", "-p or -n above 0", "nothing to measure");
+  if (plan.decode == 0) refuse_unused(options, {"depth", "sequences"}, "without -n", "pare bench");
   std::vector<int> thread_counts;
   if (options.has("threads-list")) {
     if (context.threads > 0) throw usage_error("pare bench", "either -t or --threads", "both");
     thread_counts = parse_threads(options.get<std::string>("threads-list"));
   } else {
-    thread_counts.push_back(context.threads);
+    thread_counts.push_back(context.threads > 0 ? context.threads : omp_get_num_procs());
   }
-  const std::string path = options.get<std::string>("model");
+  Json machine = Json::array();
+  if (options.get<bool>("roofline")) {
+    CompactFile{plan.path};  // a file that is none should not cost the measurement
+    machine = measure_machine(choose_kernels("").name, thread_counts, context);
+    context.print(machine_table(machine));
+  }
   Json results = Json::array();
-  std::uint64_t file_bytes = 0, tensor_bytes = 0;
-  std::string kernels;
+  Json out = {{"file", plan.path},          {"activations", options.get<std::string>("act")},
+              {"prompt", plan.prompt},      {"tokens", plan.decode},
+              {"repeats", plan.repeats},    {"depth", plan.depth},
+              {"sequences", plan.sequences}};
   for (const int threads : thread_counts) {
-    EngineOptions engine_options;
-    engine_options.threads = threads;
-    engine_options.int8_activations = options.get<std::string>("act") == "int8";
-    const auto engine = Engine::open(path, engine_options);
-    const ModelConfig& config = engine->config();
-    file_bytes = engine->file().file_bytes();
-    tensor_bytes = engine->file().tensor_bytes();
-    kernels = engine->options().kernels;
-    if (std::max(prompt, decode) > config.max_position_embeddings) {
-      throw input_error(path, fmt::format("-p and -n at most {} (context)", config.max_position_embeddings),
-                        std::to_string(std::max(prompt, decode)));
-    }
-    // Speed does not depend on the ids as long as they differ.
-    std::vector<std::int32_t> ids(static_cast<std::size_t>(std::max<std::int64_t>({prompt, decode, 1})));
-    for (std::size_t i = 0; i < ids.size(); ++i) {
-      ids[i] = static_cast<std::int32_t>((static_cast<std::uint64_t>(i) * 2654435761u + context.seed) %
-                                         static_cast<std::uint64_t>(config.vocab_size));
-    }
-    std::vector<float> logits(static_cast<std::size_t>(config.vocab_size));
-    Session session(engine);
-    std::vector<double> prefill_rates, decode_rates;
-    context.progress->begin(fmt::format("bench, {} threads", engine->options().threads), repeats + 1);
-    for (std::int64_t r = 0; r <= repeats; ++r) {  // the first is a warm-up
-      throw_if_interrupted("bench", "");
-      if (prompt > 0) {
-        session.reset();
-        const auto begin = Clock::now();
-        session.feed({ids.data(), static_cast<std::size_t>(prompt)});
-        session.logits(prompt - 1, 1, logits.data());
-        if (r > 0) prefill_rates.push_back(static_cast<double>(prompt) / seconds_since(begin));
-      }
-      if (decode > 0) {
-        session.reset();
-        const auto begin = Clock::now();
-        for (std::int64_t i = 0; i < decode; ++i) {
-          session.feed({ids.data() + i, 1});
-          session.logits(0, 1, logits.data());
-        }
-        if (r > 0) decode_rates.push_back(static_cast<double>(decode) / seconds_since(begin));
-      }
-      context.progress->update(r + 1);
-    }
-    context.progress->end();
-    const Spread p = spread(prefill_rates), d = spread(decode_rates);
-    results.push_back(Json{{"threads", engine->options().threads},
-                           {"prefill_tokens_per_second", to_json(p)},
-                           {"decode_tokens_per_second", to_json(d)},
-                           {"decode_gigabytes_per_second", d.median * static_cast<double>(tensor_bytes) * 1e-9},
-                           {"resident_bytes", resident_bytes()}});
+    results.push_back(measure(plan, threads, context, out));
+    add_shares(results.back(), machine, out.at("limit").get<std::string>());
   }
-  std::string table =
-      fmt::format("{}: {:.1f} MB of weights, kernels {}, {} activations, median of {} (lowest to highest)\n", path,
-                  static_cast<double>(tensor_bytes) * 1e-6, kernels, options.get<std::string>("act"), repeats);
-  table +=
-      fmt::format("{:>7}  {:>32}  {:>32}  {:>12}  {:>13}\n", "threads", fmt::format("prefill {} [tokens/s]", prompt),
-                  fmt::format("decode {} [tokens/s]", decode), "read [GB/s]", "resident [MB]");
-  for (const Json& row : results) {
-    const auto cell = [&](const char* key) {
-      const Json& s = row.at(key);
-      return fmt::format("{:.1f} ({:.1f} to {:.1f})", s.at("median").get<double>(), s.at("min").get<double>(),
-                         s.at("max").get<double>());
-    };
-    table += fmt::format("{:>7}  {:>32}  {:>32}  {:>12.2f}  {:>13.1f}\n", row.at("threads").get<int>(),
-                         cell("prefill_tokens_per_second"), cell("decode_tokens_per_second"),
-                         row.at("decode_gigabytes_per_second").get<double>(),
-                         static_cast<double>(row.at("resident_bytes").get<std::uint64_t>()) * 1e-6);
-  }
-  context.print(table);
-  return Json{{"file", path},
-              {"file_bytes", file_bytes},
-              {"tensor_bytes", tensor_bytes},
-              {"kernels", kernels},
-              {"activations", options.get<std::string>("act")},
-              {"prompt", prompt},
-              {"tokens", decode},
-              {"repeats", repeats},
-              {"results", results},
-              {"peak_resident_bytes", peak_resident_bytes()}};
+  constexpr const char* kTitle =
+      "{}: {:.1f} MB read a token, kernels {}, {} activations, {} cache, median of {} (lowest to highest)\n";
+  context.print(fmt::format(kTitle, plan.path, out.at("bytes_per_token").get<double>() * 1e-6,
+                            out.at("kernels").get<std::string>(), options.get<std::string>("act"),
+                            out.at("kv").get<std::string>(), plan.repeats) +
+                speed_table(results, plan));
+  out["machine"] = machine;
+  out["results"] = results;
+  out["peak_resident_bytes"] = peak_resident_bytes();
+  return out;
 }
 
 }  // namespace
@@ -174,14 +384,30 @@ Command bench_command() {
        .default_value = 3,
        .minimum = 1,
        .short_name = "r"},
+      {.name = "depth",
+       .type = OptionType::kInteger,
+       .help = "tokens that the cache holds when the decode test begins",
+       .default_value = 0,
+       .minimum = 0},
+      {.name = "sequences",
+       .type = OptionType::kInteger,
+       .help = "sequences that are decoded together, each of -n tokens",
+       .default_value = 1,
+       .minimum = 1,
+       .maximum = 240},
+      {.name = "roofline",
+       .type = OptionType::kFlag,
+       .help = "measure the machine first (512 MiB of memory): reading, int8 and float arithmetic; print shares of it",
+       .default_value = false},
       {.name = "act",
        .type = OptionType::kText,
        .help = "activations that meet quantized weights; w8a8 linears round theirs either way",
        .default_value = "int8",
        .choices = {"int8", "float"}},
+      kv_option(),
   };
   command.run = bench;
-  command.example = "pare bench model.pare -p 512 -n 64 -t 1,2";
+  command.example = "pare bench model.pare -p 512 -n 64 -t 1,2 --roofline";
   return command;
 }
 

@@ -11,6 +11,9 @@ namespace pare {
 // Parses, runs one command and returns the process exit code. Global flags: --json, --quiet, --threads, --seed, --help, --version.
 int run_cli(int argc, char** argv, const std::vector<Command>& commands, const std::string& program_summary);
 
+// --kv: how keys and values of past tokens are kept; not set: EngineOptions decides.
+OptionDecl kv_option();
+
 // Verbs that need no LibTorch.
 Command new_command();
 Command inspect_command();

@@ -38,6 +38,7 @@ class Subject {
     EngineOptions engine_options;
     engine_options.threads = context.threads;
     engine_options.int8_activations = options.get<std::string>("act") == "int8";
+    engine_options.kv = options.get_or<std::string>("kv", "");
     engine_ = Engine::open(path, engine_options);
     file_bytes_ = engine_->file().file_bytes();
     if (!GgufFile::is_gguf(path)) return;
@@ -165,7 +166,7 @@ class Evaluation {
       if (!options_.has(name)) continue;
       (fs::is_directory(options_.get<std::string>(name)) ? folders : files) = true;
     }
-    if (!files) refuse_unused(options_, {"act"}, "without a compact file", "pare eval");
+    if (!files) refuse_unused(options_, {"act", "kv"}, "without a compact file", "pare eval");
     if (backend_.has_devices && !folders) refuse_unused(options_, {"device"}, "without a model folder", "pare eval");
   }
 
@@ -467,6 +468,7 @@ Command make_eval_command(EvalBackend backend) {
        .help = "activations that meet quantized weights of a compact file; w8a8 linears round theirs either way",
        .default_value = "int8",
        .choices = {"int8", "float"}},
+      kv_option(),
       {.name = "speed",
        .type = OptionType::kFlag,
        .help = "time the decoding of a compact file",

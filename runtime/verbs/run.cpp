@@ -50,6 +50,7 @@ Json run(const Options& options, Context& context) {
   EngineOptions engine_options;
   engine_options.threads = context.threads;
   engine_options.int8_activations = options.get<std::string>("act") == "int8";
+  engine_options.kv = options.get_or<std::string>("kv", "");
   const auto engine = Engine::open(options.get<std::string>("model"), engine_options);
   SamplerOptions sampling;
   sampling.temperature = options.get<double>("temp");
@@ -95,6 +96,7 @@ Json run(const Options& options, Context& context) {
   result["kernels"] = engine->options().kernels;
   result["threads"] = engine->options().threads;
   result["activations"] = engine->options().int8_activations ? "int8" : "float";
+  result["kv"] = engine->options().kv;
   result["seed"] = context.seed;
   return result;
 }
@@ -139,6 +141,7 @@ Command run_command() {
        .help = "activations that meet quantized weights; w8a8 linears round theirs either way",
        .default_value = "int8",
        .choices = {"int8", "float"}},
+      kv_option(),
       {.name = "ignore-eos", .type = OptionType::kFlag, .help = "go on after an end token", .default_value = false},
   };
   command.run = run;

@@ -2,6 +2,14 @@
 
 namespace pare {
 
+OptionDecl kv_option() {
+  return {.name = "kv",
+          .type = OptionType::kText,
+          .help = "keys and values of past tokens: f32, f16, q8 (int8, a scale per position and head); default: f16 "
+                  "beside int8 activations, f32 beside float ones",
+          .choices = {"f32", "f16", "q8"}};
+}
+
 std::vector<Command> runtime_commands() {
   return {new_command(),    inspect_command(), verify_command(), tokenize_command(), train_tokenizer_command(),
           export_command(),  run_command(),    bench_command(),    eval_command_runtime()};

@@ -106,7 +106,9 @@ TEST(ForwardTest, EveryIngredientCodecAndInstructionSetMatchesDoubles) {
       for (const std::string& kernels : available_kernels()) {
         for (const bool int8 : {false, true}) {
           if (int8 && codec.is_float()) continue;
-          Session session(Engine::open(path, engine_options(kernels, int8, 1)));
+          EngineOptions options = engine_options(kernels, int8, 1);
+          options.kv = "f32";  // the roundings of linears' inputs alone
+          Session session(Engine::open(path, options));
           session.feed(ids);
           const auto got = all_logits(session, 20, shape.config.vocab_size);
           const std::string what =
@@ -185,6 +187,93 @@ TEST(ForwardTest, IncrementalDecodingAndAnyThreadCountGiveTheBitsOfOnePrefill) {
       }
     }
   }
+}
+
+TEST(ForwardTest, EveryKeyValueCacheGivesTheBitsOfOnePrefill) {
+  const ScratchFolder scratch;
+  ModelConfig config = shapes()[1].config;
+  const std::int64_t vocab = config.vocab_size, count = 300;
+  const TinyModel model = write_tiny_model(scratch.path / "m.pare", config, {CodecKind::kQ4, 32}, 3);
+  const auto ids = random_ids(count, vocab, 4);
+  const auto exact = BruteForce(model, false).logits(ids);
+  for (const std::string& kernels : available_kernels()) {
+    for (const char* kv : {"f32", "f16", "q8"}) {
+      EngineOptions options = engine_options(kernels, false, 2);
+      options.kv = kv;
+      Session whole(Engine::open(scratch.path / "m.pare", options));
+      whole.feed(ids);
+      const auto want = all_logits(whole, count, vocab);
+      EXPECT_LT(relative_error(want, exact), kv == std::string("f32") ? 3e-6 : kv == std::string("f16") ? 1e-3 : 2e-2)
+          << kernels << ", " << kv;
+      options.threads = 1;
+      Session pieces(Engine::open(scratch.path / "m.pare", options));
+      std::vector<float> got;
+      for (std::int64_t at = 0, n = 1; at < count; at += n, n = std::min<std::int64_t>(n + 5, count - at)) {
+        pieces.feed({ids.data() + at, static_cast<std::size_t>(n)});
+        const auto part = all_logits(pieces, n, vocab);
+        got.insert(got.end(), part.begin(), part.end());
+      }
+      EXPECT_EQ(want, got) << kernels << ", " << kv;
+    }
+  }
+  EngineOptions options = engine_options("", true, 1);
+  EXPECT_EQ(Engine::open(scratch.path / "m.pare", options)->options().kv, "f16");
+  options.int8_activations = false;
+  EXPECT_EQ(Engine::open(scratch.path / "m.pare", options)->options().kv, "f32");
+  options.kv = "f8";
+  EXPECT_THROW(Engine::open(scratch.path / "m.pare", options), Error);
+}
+
+TEST(ForwardTest, SessionsFedTogetherHaveTheBitsOfEachAlone) {
+  const ScratchFolder scratch;
+  const ModelConfig config = shapes()[1].config;
+  const std::int64_t vocab = config.vocab_size;
+  write_tiny_model(scratch.path / "m.pare", config, {CodecKind::kQ8, 32}, 9);
+  for (const std::string& kernels : available_kernels()) {
+    for (const int threads : {1, 2}) {
+      const auto engine = Engine::open(scratch.path / "m.pare", engine_options(kernels, true, threads));
+      constexpr std::size_t kSessions = 14;  // more than one tile of tokens
+      std::vector<Session> together, alone;
+      std::vector<Session*> all;
+      for (std::size_t i = 0; i < kSessions; ++i) {
+        together.emplace_back(engine);
+        alone.emplace_back(engine);
+        const auto prompt = random_ids(static_cast<std::int64_t>(1 + 11 * i), vocab, static_cast<std::uint32_t>(i));
+        together[i].feed(prompt);
+        alone[i].feed(prompt);
+      }
+      for (Session& session : together) all.push_back(&session);
+      for (std::uint32_t step = 0; step < 3; ++step) {
+        const auto ids = random_ids(kSessions, vocab, 70 + step);
+        Session::feed_each(all, ids);
+        std::vector<float> got(kSessions * static_cast<std::size_t>(vocab)), want;
+        Session::logits_each(all, got.data());
+        for (std::size_t i = 0; i < kSessions; ++i) {
+          alone[i].feed({&ids[i], 1});
+          const auto row = all_logits(alone[i], 1, vocab);
+          want.insert(want.end(), row.begin(), row.end());
+          EXPECT_EQ(together[i].position(), alone[i].position());
+        }
+        EXPECT_EQ(got, want) << kernels << ", step " << step;
+      }
+    }
+  }
+  const auto engine = Engine::open(scratch.path / "m.pare"), other = Engine::open(scratch.path / "m.pare");
+  Session a(engine, 2), b(engine), c(other);
+  const std::int32_t ids[] = {1, 2};
+  std::vector<float> out(static_cast<std::size_t>(2 * vocab));
+  const auto refuse = [&](std::vector<Session*> sessions, std::span<const std::int32_t> given) {
+    EXPECT_THROW(Session::feed_each(sessions, given), Error);
+  };
+  refuse({&a, &a}, ids);
+  refuse({&a, &c}, ids);
+  refuse({&a}, ids);
+  refuse({&b, &a}, std::vector<std::int32_t>{1, static_cast<std::int32_t>(vocab)});
+  a.feed(ids);
+  refuse({&b, &a}, ids);  // the context of one is full: nothing is appended to the other
+  EXPECT_EQ(b.position(), 0);
+  std::vector<Session*> unfed{&b};
+  EXPECT_THROW(Session::logits_each(unfed, out.data()), Error);
 }
 
 TEST(ForwardTest, LogitsOfAnyRowsAndRefusals) {

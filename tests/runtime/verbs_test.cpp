@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include "core/error.h"
+#include "runtime/engine.h"
 #include "runtime/verbs/cli.h"
 #include "tests/runtime/tiny_model.h"
 
@@ -76,12 +77,54 @@ TEST_F(VerbsTest, BenchMeasuresEachThreadCount) {
     EXPECT_GT(row.at("prefill_tokens_per_second").at("median").get<double>(), 0);
     EXPECT_GT(row.at("decode_tokens_per_second").at("median").get<double>(), 0);
     EXPECT_GT(row.at("resident_bytes").get<std::uint64_t>(), 0u);
+    EXPECT_GT(row.at("cache_bytes").get<std::uint64_t>(), 0u);
+    EXPECT_GT(row.at("open_seconds").at("min").get<double>(), 0);
+    EXPECT_GT(row.at("first_token_seconds").get<double>(), 0);
+    EXPECT_LE(row.at("token_seconds").at("median").get<double>(), row.at("token_seconds").at("p95").get<double>());
+    const double decode = row.at("decode_tokens_per_second").at("median").get<double>();
+    const double read = row.at("decode_bytes_per_second").get<double>();
+    EXPECT_DOUBLE_EQ(read, decode * bench.at("bytes_per_token").get<double>());
+    EXPECT_FALSE(row.contains("decode_read_share"));  // the machine was not measured
   }
   EXPECT_EQ(bench.at("results").at(1).at("threads"), 2);
+  EXPECT_TRUE(bench.at("machine").empty());
   for (const char* bad : {"", "0", "1,", "1,x", "-1", "1 2"}) {
     EXPECT_THROW(call(bench_command(), {{"threads-list", bad}}, 0, 0), Error) << bad;
   }
   EXPECT_THROW(call(bench_command(), {{"prompt", 301}}), Error);
+  EXPECT_THROW(call(bench_command(), {{"prompt", 10}, {"tokens", 0}, {"depth", 5}}), Error);
+  EXPECT_THROW(call(bench_command(), {{"prompt", 10}, {"tokens", 60}, {"depth", 100}, {"repeats", 3}}), Error);
+}
+
+TEST_F(VerbsTest, BenchCountsWhatTheFileHolds) {
+  const Json bench = call(bench_command(), {{"prompt", 4}, {"tokens", 2}, {"depth", 9}, {"repeats", 1}}, 0, 1);
+  const auto engine = Engine::open(path());
+  double bytes = 0, products = 0;
+  for (const CompactTensor& tensor : engine->file().tensors()) {
+    const bool block = tensor.name.find(".layers.") != std::string::npos;
+    const bool embedding = tensor.name == "model.embed_tokens.weight";
+    if (!embedding || engine->config().tie_word_embeddings) bytes += static_cast<double>(tensor.payload.size());
+    if (block && tensor.shape.size() == 2) products += static_cast<double>(tensor.shape[0] * tensor.shape[1]);
+  }
+  EXPECT_DOUBLE_EQ(bench.at("bytes_per_token").get<double>(), bytes);
+  EXPECT_DOUBLE_EQ(bench.at("block_weights_per_token").get<double>(), products);
+}
+
+TEST_F(VerbsTest, BenchMeasuresTheMachine) {
+  const Json bench = call(bench_command(), {{"prompt", 20}, {"tokens", 3}, {"repeats", 1}, {"roofline", true}}, 0, 1);
+  ASSERT_GE(bench.at("machine").size(), 1u);
+  EXPECT_EQ(bench.at("machine").at(0).at("threads"), 1);
+  for (const char* key : {"read_bytes_per_second", "int8_operations_per_second", "float_operations_per_second"}) {
+    const Json& peak = bench.at("machine").at(0).at(key);
+    EXPECT_GT(peak.at("median").get<double>(), 0) << key;
+    EXPECT_LE(peak.at("median").get<double>(), peak.at("best").get<double>()) << key;
+  }
+  const Json& row = bench.at("results").at(0);
+  const std::string limit = bench.at("limit").get<std::string>() + "_operations_per_second";
+  EXPECT_DOUBLE_EQ(row.at("prefill_peak_share").get<double>(),
+                   row.at("prefill_operations_per_second").get<double>() /
+                       bench.at("machine").at(0).at(limit).at("median").get<double>());
+  EXPECT_GT(row.at("decode_read_share").get<double>(), 0);
 }
 
 }  // namespace

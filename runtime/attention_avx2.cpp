@@ -1,0 +1,192 @@
+// Attention with AVX2: two registers of 8 positions, or of 8 dimensions of values, side by side.
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <cmath>
+#include <cstring>
+
+#include "runtime/attention_kernels.h"
+#include "runtime/lanes_avx2.h"
+
+namespace pare {
+namespace {
+
+struct F32 {
+  using Type = float;
+  static __m256 load(const float* p) { return _mm256_loadu_ps(p); }
+};
+struct F16 {
+  using Type = std::uint16_t;
+  static __m256 load(const std::uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+};
+struct Q8 {
+  using Type = std::int8_t;
+  static __m256 load(const std::int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+};
+
+float top_of(__m256 v) {
+  __m128 top = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  top = _mm_max_ps(top, _mm_movehl_ps(top, top));
+  return _mm_cvtss_f32(_mm_max_ss(top, _mm_movehdup_ps(top)));
+}
+
+void narrow(const float* x, std::int64_t n, KvType type, std::byte* out, float* scale) {
+  if (type == KvType::kF32) {
+    std::memcpy(out, x, static_cast<std::size_t>(n) * 4);
+    return;
+  }
+  if (type == KvType::kF16) {
+    for (std::int64_t i = 0; i < n; i += 8) {
+      alignas(16) std::uint16_t halves[8];
+      _mm_store_si128(reinterpret_cast<__m128i*>(halves),
+                      _mm256_cvtps_ph(_mm256_maskload_ps(x + i, tail_mask(n - i)), _MM_FROUND_TO_NEAREST_INT));
+      std::memcpy(out + 2 * i, halves, static_cast<std::size_t>(std::min<std::int64_t>(8, n - i)) * 2);
+    }
+    return;
+  }
+  __m256i peaks = _mm256_setzero_si256();
+  for (std::int64_t i = 0; i < n; i += 8) {
+    const __m256i v = _mm256_castps_si256(_mm256_maskload_ps(x + i, tail_mask(n - i)));
+    peaks = _mm256_max_epi32(peaks, _mm256_and_si256(v, _mm256_set1_epi32(0x7fffffff)));
+  }
+  alignas(32) std::int32_t lanes[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), peaks);
+  const std::int32_t largest = *std::max_element(lanes, lanes + 8);
+  float peak;
+  std::memcpy(&peak, &largest, 4);
+  const bool finite = largest < 0x7f800000;
+  const __m256 inverse = _mm256_set1_ps(finite && peak > 1e-30f ? 127.0f / peak : 0.0f);
+  for (std::int64_t i = 0; i < n; i += 8) {
+    const __m256 v = _mm256_maskload_ps(x + i, tail_mask(n - i));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), _mm256_cvtps_epi32(_mm256_mul_ps(v, inverse)));
+    for (std::int64_t k = 0; k < std::min<std::int64_t>(8, n - i); ++k)
+      out[i + k] = static_cast<std::byte>(finite ? lanes[k] : 0);
+  }
+  *scale = finite ? peak / 127.0f : __builtin_nanf("");
+}
+
+template <class Kv, int kQueries>
+void scores_rows(const float* q, std::int64_t ldq, const KvPlane& plane, std::int64_t head_dim, std::int64_t positions,
+                 float* out, std::int64_t ldo) {
+  const auto* keys = reinterpret_cast<const typename Kv::Type*>(plane.data);
+  for (std::int64_t p = 0; p < positions; p += 16) {
+    __m256 sum[kQueries][2];
+    PARE_UNROLL for (int i = 0; i < kQueries; ++i) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
+    for (std::int64_t d = 0; d < head_dim; ++d) {
+      const __m256 k0 = Kv::load(keys + d * kPage + p);
+      const __m256 k1 = Kv::load(keys + d * kPage + p + 8);
+      PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+        const __m256 value = _mm256_broadcast_ss(q + i * ldq + d);
+        sum[i][0] = _mm256_fmadd_ps(value, k0, sum[i][0]);
+        sum[i][1] = _mm256_fmadd_ps(value, k1, sum[i][1]);
+      }
+    }
+    PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+      if constexpr (sizeof(typename Kv::Type) == 1) {
+        sum[i][0] = _mm256_mul_ps(sum[i][0], _mm256_loadu_ps(plane.scales + p));
+        sum[i][1] = _mm256_mul_ps(sum[i][1], _mm256_loadu_ps(plane.scales + p + 8));
+      }
+      _mm256_storeu_ps(out + i * ldo + p, sum[i][0]);
+      _mm256_storeu_ps(out + i * ldo + p + 8, sum[i][1]);
+    }
+  }
+}
+
+template <class Kv>
+void scores_of(const float* q, std::int64_t ldq, std::int64_t count, const KvPlane& keys, std::int64_t head_dim,
+               std::int64_t positions, float* out, std::int64_t ldo) {
+  std::int64_t i = 0;
+  for (; i + 4 <= count; i += 4) scores_rows<Kv, 4>(q + i * ldq, ldq, keys, head_dim, positions, out + i * ldo, ldo);
+  q += i * ldq;
+  out += i * ldo;
+  if (count - i == 3) return scores_rows<Kv, 3>(q, ldq, keys, head_dim, positions, out, ldo);
+  if (count - i == 2) return scores_rows<Kv, 2>(q, ldq, keys, head_dim, positions, out, ldo);
+  if (count - i == 1) return scores_rows<Kv, 1>(q, ldq, keys, head_dim, positions, out, ldo);
+}
+
+void scores(const float* q, std::int64_t ldq, std::int64_t count, const KvPlane& keys, std::int64_t head_dim,
+            std::int64_t positions, float* out, std::int64_t ldo) {
+  const auto run = keys.type == KvType::kF32   ? scores_of<F32>
+                   : keys.type == KvType::kF16 ? scores_of<F16>
+                                               : scores_of<Q8>;
+  run(q, ldq, count, keys, head_dim, positions, out, ldo);
+}
+
+float softmax(float* s, std::int64_t n, float* peak, float* shrink) {
+  const __m256 lowest = _mm256_set1_ps(-INFINITY);
+  __m256 peaks = _mm256_set1_ps(*peak);
+  for (std::int64_t i = 0; i < n; i += 8) {
+    const __m256i m = tail_mask(n - i);
+    const __m256 v = _mm256_blendv_ps(lowest, _mm256_maskload_ps(s + i, m), _mm256_castsi256_ps(m));
+    peaks = _mm256_max_ps(peaks, v);
+  }
+  const float next = top_of(peaks);
+  *shrink = *peak == -INFINITY ? 0.0f : std::exp(*peak - next);
+  *peak = next;
+  const __m256 top = _mm256_set1_ps(next);
+  __m256 sum = _mm256_setzero_ps();
+  for (std::int64_t i = 0; i < n; i += 8) {
+    const __m256i m = tail_mask(n - i);
+    const __m256 e = _mm256_and_ps(exp_ps(_mm256_sub_ps(_mm256_maskload_ps(s + i, m), top)), _mm256_castsi256_ps(m));
+    _mm256_maskstore_ps(s + i, m, e);
+    sum = _mm256_add_ps(sum, e);
+  }
+  return reduce_add(sum);
+}
+
+template <class Kv, int kQueries>
+void weigh_rows(const float* probs, std::int64_t ldp, const KvPlane& plane, std::int64_t width, std::int64_t positions,
+                float* acc) {
+  const auto* values = reinterpret_cast<const typename Kv::Type*>(plane.data);
+  for (std::int64_t d = 0; d < width; d += 16) {
+    __m256 sum[kQueries][2];
+    PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+      sum[i][0] = _mm256_loadu_ps(acc + i * width + d);
+      sum[i][1] = _mm256_loadu_ps(acc + i * width + d + 8);
+    }
+    for (std::int64_t p = 0; p < positions; ++p) {
+      const __m256 v0 = Kv::load(values + p * width + d);
+      const __m256 v1 = Kv::load(values + p * width + d + 8);
+      PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+        float prob = probs[i * ldp + p];
+        if constexpr (sizeof(typename Kv::Type) == 1) prob *= plane.scales[p];
+        const __m256 weight = _mm256_set1_ps(prob);
+        sum[i][0] = _mm256_fmadd_ps(weight, v0, sum[i][0]);
+        sum[i][1] = _mm256_fmadd_ps(weight, v1, sum[i][1]);
+      }
+    }
+    PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+      _mm256_storeu_ps(acc + i * width + d, sum[i][0]);
+      _mm256_storeu_ps(acc + i * width + d + 8, sum[i][1]);
+    }
+  }
+}
+
+template <class Kv>
+void weigh_of(const float* probs, std::int64_t ldp, std::int64_t count, const KvPlane& values, std::int64_t width,
+              std::int64_t positions, float* acc) {
+  std::int64_t i = 0;
+  for (; i + 4 <= count; i += 4) weigh_rows<Kv, 4>(probs + i * ldp, ldp, values, width, positions, acc + i * width);
+  probs += i * ldp;
+  acc += i * width;
+  if (count - i == 3) return weigh_rows<Kv, 3>(probs, ldp, values, width, positions, acc);
+  if (count - i == 2) return weigh_rows<Kv, 2>(probs, ldp, values, width, positions, acc);
+  if (count - i == 1) return weigh_rows<Kv, 1>(probs, ldp, values, width, positions, acc);
+}
+
+void weigh(const float* probs, std::int64_t ldp, std::int64_t count, const KvPlane& values, std::int64_t width,
+           std::int64_t positions, float* acc) {
+  const auto run = values.type == KvType::kF32   ? weigh_of<F32>
+                   : values.type == KvType::kF16 ? weigh_of<F16>
+                                                 : weigh_of<Q8>;
+  run(probs, ldp, count, values, width, positions, acc);
+}
+
+}  // namespace
+
+const AttentionKernels kAvx2Attention = {narrow, scores, softmax, weigh};
+
+}  // namespace pare
+#endif

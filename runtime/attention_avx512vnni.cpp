@@ -1,0 +1,210 @@
+// Attention with AVX-512: 16 positions, or 16 dimensions of values, are one register.
+#if defined(__AVX512VNNI__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's own headers start from undefined registers
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <cmath>
+#include <cstring>
+
+#include "runtime/attention_kernels.h"
+#include "runtime/lanes_avx512vnni.h"
+
+namespace pare {
+namespace {
+
+struct F32 {
+  using Type = float;
+  static __m512 load(const float* p) { return _mm512_loadu_ps(p); }
+};
+struct F16 {
+  using Type = std::uint16_t;
+  static __m512 load(const std::uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+};
+struct Q8 {
+  using Type = std::int8_t;
+  static __m512 load(const std::int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+};
+
+void narrow(const float* x, std::int64_t n, KvType type, std::byte* out, float* scale) {
+  if (type == KvType::kF32) {
+    std::memcpy(out, x, static_cast<std::size_t>(n) * 4);
+    return;
+  }
+  if (type == KvType::kF16) {
+    for (std::int64_t i = 0; i < n; i += 16) {
+      const __mmask16 m = tail_mask(n - i);
+      _mm256_mask_storeu_epi16(out + 2 * i, m,
+                               _mm512_cvtps_ph(_mm512_maskz_loadu_ps(m, x + i), _MM_FROUND_TO_NEAREST_INT));
+    }
+    return;
+  }
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  __m512i peaks = _mm512_setzero_si512();
+  for (std::int64_t i = 0; i < n; i += 16) {
+    const __m512 v = _mm512_maskz_loadu_ps(tail_mask(n - i), x + i);
+    peaks = _mm512_max_epi32(peaks, _mm512_and_si512(_mm512_castps_si512(v), magnitude));
+  }
+  const int largest = _mm512_reduce_max_epi32(peaks);
+  float peak;
+  std::memcpy(&peak, &largest, 4);
+  const bool finite = largest < 0x7f800000;
+  const __m512 inverse = _mm512_set1_ps(finite && peak > 1e-30f ? 127.0f / peak : 0.0f);
+  for (std::int64_t i = 0; i < n; i += 16) {
+    const __mmask16 m = tail_mask(n - i);
+    __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(m, x + i), inverse));
+    if (!finite) code = _mm512_setzero_si512();
+    _mm_mask_storeu_epi8(out + i, m, _mm512_cvtsepi32_epi8(code));
+  }
+  *scale = finite ? peak / 127.0f : __builtin_nanf("");
+}
+
+// The place in `ahead` that `at` has in the plane.
+template <class T>
+inline void ask_ahead(const KvPlane& plane, const T* at) {
+  if (plane.ahead == nullptr) return;
+  _mm_prefetch(reinterpret_cast<const char*>(plane.ahead) + (reinterpret_cast<const std::byte*>(at) - plane.data),
+               _MM_HINT_T0);
+}
+
+template <class Kv, int kQueries, int kVectors>
+void scores_tile(const float* q, std::int64_t ldq, const KvPlane& plane, std::int64_t first, std::int64_t head_dim,
+                 float* out, std::int64_t ldo) {
+  const auto* keys = reinterpret_cast<const typename Kv::Type*>(plane.data) + first;
+  const float* scales = plane.scales + first;
+  __m512 sum[kQueries][kVectors];
+  PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+    PARE_UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_setzero_ps();
+  }
+  for (std::int64_t d = 0; d < head_dim; ++d) {
+    __m512 k[kVectors];
+    PARE_UNROLL for (int v = 0; v < kVectors; ++v) {
+      ask_ahead(plane, keys + d * kPage + v * 16);
+      k[v] = Kv::load(keys + d * kPage + v * 16);
+    }
+    PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+      const __m512 value = _mm512_set1_ps(q[i * ldq + d]);
+      PARE_UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_fmadd_ps(value, k[v], sum[i][v]);
+    }
+  }
+  PARE_UNROLL for (int v = 0; v < kVectors; ++v) {
+    const __m512 scale = sizeof(typename Kv::Type) == 1 ? _mm512_loadu_ps(scales + v * 16) : _mm512_setzero_ps();
+    PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+      if constexpr (sizeof(typename Kv::Type) == 1) sum[i][v] = _mm512_mul_ps(sum[i][v], scale);
+      _mm512_storeu_ps(out + i * ldo + v * 16, sum[i][v]);
+    }
+  }
+}
+
+template <class Kv, int kQueries>
+void scores_rows(const float* q, std::int64_t ldq, const KvPlane& plane, std::int64_t head_dim, std::int64_t positions,
+                 float* out, std::int64_t ldo) {
+  std::int64_t p = 0;
+  for (; p + 48 < positions; p += 64) scores_tile<Kv, kQueries, 4>(q, ldq, plane, p, head_dim, out + p, ldo);
+  for (; p < positions; p += 16) scores_tile<Kv, kQueries, 1>(q, ldq, plane, p, head_dim, out + p, ldo);
+}
+
+template <class Kv>
+void scores_of(const float* q, std::int64_t ldq, std::int64_t count, const KvPlane& keys, std::int64_t head_dim,
+               std::int64_t positions, float* out, std::int64_t ldo) {
+  std::int64_t i = 0;
+  for (; i + 4 <= count; i += 4) scores_rows<Kv, 4>(q + i * ldq, ldq, keys, head_dim, positions, out + i * ldo, ldo);
+  q += i * ldq;
+  out += i * ldo;
+  if (count - i == 3) return scores_rows<Kv, 3>(q, ldq, keys, head_dim, positions, out, ldo);
+  if (count - i == 2) return scores_rows<Kv, 2>(q, ldq, keys, head_dim, positions, out, ldo);
+  if (count - i == 1) return scores_rows<Kv, 1>(q, ldq, keys, head_dim, positions, out, ldo);
+}
+
+void scores(const float* q, std::int64_t ldq, std::int64_t count, const KvPlane& keys, std::int64_t head_dim,
+            std::int64_t positions, float* out, std::int64_t ldo) {
+  const auto run = keys.type == KvType::kF32   ? scores_of<F32>
+                   : keys.type == KvType::kF16 ? scores_of<F16>
+                                               : scores_of<Q8>;
+  run(q, ldq, count, keys, head_dim, positions, out, ldo);
+}
+
+float softmax(float* s, std::int64_t n, float* peak, float* shrink) {
+  __m512 peaks = _mm512_set1_ps(*peak);
+  for (std::int64_t i = 0; i < n; i += 16) {
+    const __mmask16 m = tail_mask(n - i);
+    peaks = _mm512_mask_max_ps(peaks, m, peaks, _mm512_maskz_loadu_ps(m, s + i));
+  }
+  const float next = _mm512_reduce_max_ps(peaks);
+  *shrink = *peak == -INFINITY ? 0.0f : std::exp(*peak - next);
+  *peak = next;
+  const __m512 top = _mm512_set1_ps(next);
+  __m512 sum = _mm512_setzero_ps();
+  for (std::int64_t i = 0; i < n; i += 16) {
+    const __mmask16 m = tail_mask(n - i);
+    const __m512 e = _mm512_maskz_mov_ps(m, exp_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(m, s + i), top)));
+    _mm512_mask_storeu_ps(s + i, m, e);
+    sum = _mm512_add_ps(sum, e);
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
+template <class Kv, int kQueries, int kVectors>
+void weigh_tile(const float* probs, std::int64_t ldp, const KvPlane& plane, std::int64_t first, std::int64_t width,
+                std::int64_t positions, float* acc) {
+  const auto* values = reinterpret_cast<const typename Kv::Type*>(plane.data) + first;
+  __m512 sum[kQueries][kVectors];
+  PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+    PARE_UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_loadu_ps(acc + i * width + v * 16);
+  }
+  for (std::int64_t p = 0; p < positions; ++p) {
+    __m512 row[kVectors];
+    PARE_UNROLL for (int v = 0; v < kVectors; ++v) {
+      ask_ahead(plane, values + p * width + v * 16);
+      row[v] = Kv::load(values + p * width + v * 16);
+    }
+    PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+      float prob = probs[i * ldp + p];
+      if constexpr (sizeof(typename Kv::Type) == 1) prob *= plane.scales[p];
+      const __m512 weight = _mm512_set1_ps(prob);
+      PARE_UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_fmadd_ps(weight, row[v], sum[i][v]);
+    }
+  }
+  PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+    PARE_UNROLL for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(acc + i * width + v * 16, sum[i][v]);
+  }
+}
+
+template <class Kv, int kQueries>
+void weigh_rows(const float* probs, std::int64_t ldp, const KvPlane& plane, std::int64_t width, std::int64_t positions,
+                float* acc) {
+  std::int64_t d = 0;
+  for (; d + 64 <= width; d += 64) weigh_tile<Kv, kQueries, 4>(probs, ldp, plane, d, width, positions, acc + d);
+  for (; d < width; d += 16) weigh_tile<Kv, kQueries, 1>(probs, ldp, plane, d, width, positions, acc + d);
+}
+
+template <class Kv>
+void weigh_of(const float* probs, std::int64_t ldp, std::int64_t count, const KvPlane& values, std::int64_t width,
+              std::int64_t positions, float* acc) {
+  std::int64_t i = 0;
+  for (; i + 4 <= count; i += 4) weigh_rows<Kv, 4>(probs + i * ldp, ldp, values, width, positions, acc + i * width);
+  probs += i * ldp;
+  acc += i * width;
+  if (count - i == 3) return weigh_rows<Kv, 3>(probs, ldp, values, width, positions, acc);
+  if (count - i == 2) return weigh_rows<Kv, 2>(probs, ldp, values, width, positions, acc);
+  if (count - i == 1) return weigh_rows<Kv, 1>(probs, ldp, values, width, positions, acc);
+}
+
+void weigh(const float* probs, std::int64_t ldp, std::int64_t count, const KvPlane& values, std::int64_t width,
+           std::int64_t positions, float* acc) {
+  const auto run = values.type == KvType::kF32   ? weigh_of<F32>
+                   : values.type == KvType::kF16 ? weigh_of<F16>
+                                                 : weigh_of<Q8>;
+  run(probs, ldp, count, values, width, positions, acc);
+}
+
+}  // namespace
+
+const AttentionKernels kAvx512VnniAttention = {narrow, scores, softmax, weigh};
+
+}  // namespace pare
+#endif

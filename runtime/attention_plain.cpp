@@ -1,0 +1,95 @@
+// Reference of the attention kernels in plain C++.
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#include "core/codec.h"
+#include "core/error.h"
+#include "runtime/attention_kernels.h"
+
+namespace pare {
+
+const char* kv_name(KvType type) {
+  return type == KvType::kF32 ? "f32" : type == KvType::kF16 ? "f16" : "q8";
+}
+
+KvType parse_kv(const std::string& name) {
+  for (const KvType type : {KvType::kF32, KvType::kF16, KvType::kQ8})
+    if (name == kv_name(type)) return type;
+  throw usage_error("key/value cache", "f32, f16 or q8", "\"" + name + "\"");
+}
+
+namespace {
+
+float value_at(const KvPlane& plane, std::int64_t i) {
+  if (plane.type == KvType::kF32) return reinterpret_cast<const float*>(plane.data)[i];
+  if (plane.type == KvType::kF16) return f16_to_f32(reinterpret_cast<const std::uint16_t*>(plane.data)[i]);
+  return static_cast<float>(reinterpret_cast<const std::int8_t*>(plane.data)[i]);
+}
+
+void narrow(const float* x, std::int64_t n, KvType type, std::byte* out, float* scale) {
+  if (type == KvType::kF32) {
+    std::memcpy(out, x, static_cast<std::size_t>(n) * 4);
+    return;
+  }
+  if (type == KvType::kF16) {
+    for (std::int64_t i = 0; i < n; ++i) {
+      const std::uint16_t half = f32_to_f16(x[i]);
+      std::memcpy(out + 2 * i, &half, 2);
+    }
+    return;
+  }
+  std::uint32_t largest = 0;
+  for (std::int64_t i = 0; i < n; ++i) largest = std::max(largest, std::bit_cast<std::uint32_t>(x[i]) & 0x7fffffffu);
+  const float peak = std::bit_cast<float>(largest);
+  const bool finite = largest < 0x7f800000u;
+  const float inverse = finite && peak > 1e-30f ? 127.0f / peak : 0.0f;
+  for (std::int64_t i = 0; i < n; ++i)
+    out[i] = static_cast<std::byte>(static_cast<std::int8_t>(finite ? std::nearbyint(x[i] * inverse) : 0.0f));
+  *scale = finite ? peak / 127.0f : std::bit_cast<float>(0x7fc00000u);
+}
+
+void scores(const float* q, std::int64_t ldq, std::int64_t count, const KvPlane& keys, std::int64_t head_dim,
+            std::int64_t positions, float* out, std::int64_t ldo) {
+  const std::int64_t n = (positions + 15) / 16 * 16;
+  for (std::int64_t i = 0; i < count; ++i) {
+    float* to = out + i * ldo;
+    std::fill(to, to + n, 0.0f);
+    for (std::int64_t d = 0; d < head_dim; ++d) {
+      const float value = q[i * ldq + d];
+      for (std::int64_t p = 0; p < n; ++p) to[p] += value * value_at(keys, d * kPage + p);
+    }
+    if (keys.type != KvType::kQ8) continue;
+    for (std::int64_t p = 0; p < n; ++p) to[p] *= keys.scales[p];
+  }
+}
+
+float softmax(float* s, std::int64_t n, float* peak, float* shrink) {
+  const float next = std::max(*peak, *std::max_element(s, s + n));
+  *shrink = *peak == -INFINITY ? 0.0f : std::exp(*peak - next);
+  *peak = next;
+  float sum = 0;
+  for (std::int64_t i = 0; i < n; ++i) {
+    s[i] = std::exp(s[i] - next);
+    sum += s[i];
+  }
+  return sum;
+}
+
+void weigh(const float* probs, std::int64_t ldp, std::int64_t count, const KvPlane& values, std::int64_t width,
+           std::int64_t positions, float* acc) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    for (std::int64_t p = 0; p < positions; ++p) {
+      float value = probs[i * ldp + p];
+      if (values.type == KvType::kQ8) value *= values.scales[p];
+      for (std::int64_t d = 0; d < width; ++d) acc[i * width + d] += value * value_at(values, p * width + d);
+    }
+  }
+}
+
+}  // namespace
+
+const AttentionKernels kPlainAttention = {narrow, scores, softmax, weigh};
+
+}  // namespace pare

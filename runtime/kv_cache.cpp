@@ -1,0 +1,150 @@
+#include "runtime/kv_cache.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace pare {
+
+KvCache::KvCache(const ModelConfig& config, KvType type, std::int64_t most_tokens)
+    : type_(type),
+      kv_heads_(config.num_kv_heads),
+      head_dim_(config.head_dim),
+      value_width_(round_up(config.head_dim, 16)),
+      page_floats_(kv_heads_ * kPage * ((head_dim_ + value_width_) * kv_bytes(type) + (type == KvType::kQ8 ? 8 : 0)) /
+                   4) {
+  for (int block = 0; block < config.num_layers; ++block) {
+    const std::int64_t window = config.window(block);
+    ring_.push_back(window > 0 ? (window + most_tokens + kPage - 1) / kPage + 1 : 0);
+  }
+  pages_.resize(ring_.size());
+}
+
+void KvCache::reserve(std::int64_t positions) {
+  const std::int64_t wanted = (positions + kPage - 1) / kPage;
+  std::vector<std::size_t> grow;  // blocks, once for each page
+  for (std::size_t block = 0; block < pages_.size(); ++block) {
+    const std::int64_t most = ring_[block] > 0 ? std::min(wanted, ring_[block]) : wanted;
+    for (auto page = static_cast<std::int64_t>(pages_[block].size()); page < most; ++page) grow.push_back(block);
+  }
+  if (grow.empty()) return;
+  FloatBuffer memory;
+  memory.reserve(static_cast<std::int64_t>(grow.size()) * page_floats_);
+  float* at = memory.data();
+  memory_.push_back(std::move(memory));
+  for (const std::size_t block : grow) {
+    pages_[block].push_back(at);
+    at += page_floats_;
+  }
+}
+
+std::byte* KvCache::page(std::int64_t block, std::int64_t page) {
+  const auto b = static_cast<std::size_t>(block);
+  const std::int64_t place = ring_[b] > 0 ? page % ring_[b] : page;
+  return reinterpret_cast<std::byte*>(pages_[b][static_cast<std::size_t>(place)]);
+}
+
+KvPlane KvCache::keys(std::int64_t block, std::int64_t at, std::int64_t kv_head) {
+  const std::int64_t head_bytes = kPage * (head_dim_ + value_width_) * kv_bytes(type_);
+  std::byte* data = page(block, at);
+  return {type_, data + kv_head * head_bytes,
+          reinterpret_cast<float*>(data + kv_heads_ * head_bytes) + kv_head * 2 * kPage};
+}
+
+KvPlane KvCache::values(std::int64_t block, std::int64_t at, std::int64_t kv_head) {
+  KvPlane plane = keys(block, at, kv_head);
+  plane.data += kPage * head_dim_ * kv_bytes(type_);
+  plane.scales += kPage;
+  return plane;
+}
+
+namespace {
+
+template <class T>
+void scatter(const float* from, std::int64_t n, std::byte* to) {
+  for (std::int64_t i = 0; i < n; ++i)
+    std::memcpy(to + i * kPage * static_cast<std::int64_t>(sizeof(T)),
+                reinterpret_cast<const std::byte*>(from) + i * static_cast<std::int64_t>(sizeof(T)), sizeof(T));
+}
+
+}  // namespace
+
+void KvCache::store(const AttentionKernels& kernels, std::int64_t block, std::int64_t position, std::int64_t kv_head,
+                    const float* key, const float* value) {
+  const std::int64_t at = position / kPage, slot = position % kPage, width = kv_bytes(type_);
+  const KvPlane k = keys(block, at, kv_head), v = values(block, at, kv_head);
+  constexpr std::int64_t kMost = 256;
+  float narrow[kMost];
+  for (std::int64_t first = 0; type_ != KvType::kQ8 && first < head_dim_; first += kMost) {
+    const std::int64_t n = std::min(kMost, head_dim_ - first);
+    kernels.narrow(key + first, n, type_, reinterpret_cast<std::byte*>(narrow), nullptr);
+    std::byte* to = k.data + (first * kPage + slot) * width;
+    type_ == KvType::kF32 ? scatter<float>(narrow, n, to) : scatter<std::uint16_t>(narrow, n, to);
+  }
+  if (type_ == KvType::kQ8) {
+    thread_local FloatBuffer codes;  // heads wider than `narrow` exist in no known model, but may
+    codes.reserve((head_dim_ + 3) / 4);
+    kernels.narrow(key, head_dim_, type_, reinterpret_cast<std::byte*>(codes.data()), k.scales + slot);
+    scatter<std::int8_t>(codes.data(), head_dim_, k.data + slot);
+  }
+  kernels.narrow(value, head_dim_, type_, v.data + slot * value_width_ * width,
+                 type_ == KvType::kQ8 ? v.scales + slot : nullptr);
+}
+
+std::uint64_t KvCache::bytes() const {
+  std::uint64_t total = 0;
+  for (const FloatBuffer& memory : memory_) total += static_cast<std::uint64_t>(memory.size()) * 4;
+  return total;
+}
+
+void AttentionScratch::reserve(std::int64_t head_dim) {
+  scores.reserve(kMaxQueries * kPage);
+  accumulator.reserve(kMaxQueries * round_up(head_dim, 16));
+}
+
+void attend_rows(const Kernels& kernels, const ModelConfig& config, KvCache& cache, std::int64_t block,
+                 std::int64_t kv_head, const QueryRows& rows, AttentionScratch& scratch) {
+  const AttentionKernels& k = *kernels.attention;
+  const std::int64_t d = config.head_dim, width = cache.value_width();
+  const std::int64_t window = config.window(static_cast<int>(block));
+  const auto cap = static_cast<float>(config.attention_softcap);
+  const auto end_of = [&](std::int64_t i) { return rows.seen + i * rows.step; };
+  const auto begin_of = [&](std::int64_t i) { return window > 0 ? std::max<std::int64_t>(0, end_of(i) - window) : 0; };
+  const std::int64_t most = end_of(rows.count - 1);
+  float* s = scratch.scores.data();
+  float* acc = scratch.accumulator.data();
+  float sums[kMaxQueries] = {}, peaks[kMaxQueries];
+  std::fill(peaks, peaks + rows.count, -INFINITY);
+  std::fill(acc, acc + rows.count * width, 0.0f);
+  for (std::int64_t at = begin_of(0) / kPage * kPage; at < most; at += kPage) {
+    const std::int64_t positions = std::min(kPage, most - at);
+    KvPlane keys = cache.keys(block, at / kPage, kv_head), values = cache.values(block, at / kPage, kv_head);
+    if (rows.step == 0) {  // one token: every plane is read once
+      keys.ahead = values.data;
+      if (at + kPage < most) values.ahead = cache.keys(block, at / kPage + 1, kv_head).data;
+    }
+    k.scores(rows.q, rows.stride, rows.count, keys, d, positions, s, kPage);
+    for (std::int64_t i = 0; i < rows.count; ++i) {
+      float* row = s + i * kPage;
+      const std::int64_t first = std::clamp<std::int64_t>(begin_of(i) - at, 0, positions);
+      const std::int64_t end = std::clamp<std::int64_t>(end_of(i) - at, first, positions);
+      if (first < end) {
+        if (cap > 0) kernels.soft_cap(row + first, cap, end - first);
+        float shrink;
+        const float sum = k.softmax(row + first, end - first, peaks + i, &shrink);
+        sums[i] = sums[i] * shrink + sum;
+        if (shrink != 1.0f)
+          for (std::int64_t c = 0; c < width; ++c) acc[i * width + c] *= shrink;
+      }
+      std::fill(row, row + first, 0.0f);
+      std::fill(row + end, row + positions, 0.0f);
+    }
+    k.weigh(s, kPage, rows.count, values, width, positions, acc);
+  }
+  for (std::int64_t i = 0; i < rows.count; ++i) {
+    const float inverse = 1.0f / sums[i];
+    for (std::int64_t c = 0; c < d; ++c) rows.out[i * rows.stride + c] = acc[i * width + c] * inverse;
+  }
+}
+
+}  // namespace pare

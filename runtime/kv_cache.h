@@ -1,0 +1,56 @@
+// Keys and values of one sequence, and attention over them.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/config.h"
+#include "runtime/kernels.h"
+#include "runtime/weights.h"
+
+namespace pare {
+
+// Pages of kPage positions that are never moved or copied. Page of one block: for every kv head [head_dim][kPage] keys,
+// then [kPage][value_width()] values; behind all heads, with kQ8, [kv head][2][kPage] scales. A block with a window
+// keeps a ring of pages: as many as the window and one call may touch.
+class KvCache {
+ public:
+  // most_tokens: positions of one call at most.
+  KvCache(const ModelConfig& config, KvType type, std::int64_t most_tokens);
+  void reserve(std::int64_t positions);
+  KvPlane keys(std::int64_t block, std::int64_t page, std::int64_t kv_head);
+  KvPlane values(std::int64_t block, std::int64_t page, std::int64_t kv_head);
+  // Stores what attention will read at `position`: keys already rotated. x: head_dim floats each.
+  void store(const AttentionKernels& kernels, std::int64_t block, std::int64_t position, std::int64_t kv_head,
+             const float* key, const float* value);
+  KvType type() const { return type_; }
+  std::int64_t value_width() const { return value_width_; }  // head_dim rounded up to 16
+  std::uint64_t bytes() const;
+
+ private:
+  std::byte* page(std::int64_t block, std::int64_t page);
+  KvType type_;
+  std::int64_t kv_heads_, head_dim_, value_width_, page_floats_;
+  std::vector<std::int64_t> ring_;            // by block: pages at most, 0: no end
+  std::vector<FloatBuffer> memory_;           // the pages of all blocks that were added together
+  std::vector<std::vector<float*>> pages_;    // [block][page of the ring]
+};
+
+// Query rows that read the same kv head: row i is q + i * stride, scaled already, and sees the last `window` (0: all)
+// of seen + i * step positions.
+struct QueryRows {
+  const float* q = nullptr;
+  float* out = nullptr;
+  std::int64_t stride = 0, count = 0;  // count <= kMaxQueries
+  std::int64_t seen = 0, step = 0;
+};
+struct AttentionScratch {
+  FloatBuffer scores, accumulator;
+  void reserve(std::int64_t head_dim);
+};
+// out = softmax(q keys) values, page by page with a running softmax: no more than one page of scores exists. Pages that
+// no row sees are passed over.
+void attend_rows(const Kernels& kernels, const ModelConfig& config, KvCache& cache, std::int64_t block,
+                 std::int64_t kv_head, const QueryRows& rows, AttentionScratch& scratch);
+
+}  // namespace pare

@@ -1,0 +1,180 @@
+// Attention kernels and attention over pages, for every instruction set and form of the cache, against doubles.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+
+#include "core/codec.h"
+#include "core/error.h"
+#include "runtime/kv_cache.h"
+#include "tests/runtime/tiny_model.h"
+
+namespace pare {
+namespace {
+
+using namespace pare::testing;
+
+constexpr KvType kTypes[] = {KvType::kF32, KvType::kF16, KvType::kQ8};
+
+std::vector<float> random_floats(std::int64_t count, std::uint32_t seed, float scale = 1.0f) {
+  std::mt19937 rng(seed);
+  std::normal_distribution<float> normal(0.0f, scale);
+  std::vector<float> out(static_cast<std::size_t>(count));
+  for (float& v : out) v = normal(rng);
+  return out;
+}
+
+// What a number becomes in a cache of that type; scale: of its position, kQ8.
+double stored(float x, KvType type, float scale) {
+  if (type == KvType::kF16) return static_cast<double>(f16_to_f32(f32_to_f16(x)));
+  if (type == KvType::kQ8)
+    return scale > 0 ? std::nearbyint(x / static_cast<double>(scale)) * static_cast<double>(scale) : 0.0;
+  return static_cast<double>(x);
+}
+
+class AttentionTest : public ::testing::TestWithParam<std::string> {
+ protected:
+  const Kernels& kernels() const { return choose_kernels(GetParam()); }
+  const AttentionKernels& attention() const { return *kernels().attention; }
+};
+
+TEST_P(AttentionTest, NarrowedNumbersAreTheNearest) {
+  for (const std::int64_t n : {1, 7, 8, 15, 16, 17, 64, 80, 129}) {
+    std::vector<float> x = random_floats(n, static_cast<std::uint32_t>(n), 3.0f);
+    if (n > 8) x[3] = 1e-6f, x[7] = 0.0f, x[8] = -60000.0f;
+    for (const KvType type : kTypes) {
+      std::vector<std::byte> out(static_cast<std::size_t>(n * 4 + 16), std::byte{0x5a}), plain = out;
+      float scale = -1, plain_scale = -1;
+      attention().narrow(x.data(), n, type, out.data(), &scale);
+      kPlainAttention.narrow(x.data(), n, type, plain.data(), &plain_scale);
+      EXPECT_EQ(out, plain) << kv_name(type) << ", " << n;  // and nothing behind the end
+      EXPECT_EQ(scale, plain_scale);
+      for (std::int64_t i = 0; i < n; ++i) {
+        const float value = x[static_cast<std::size_t>(i)];
+        if (type == KvType::kF16) {
+          std::uint16_t half;
+          std::memcpy(&half, out.data() + 2 * i, 2);
+          EXPECT_EQ(half, f32_to_f16(value));
+        } else if (type == KvType::kQ8) {
+          EXPECT_NEAR(static_cast<std::int8_t>(out[static_cast<std::size_t>(i)]) * scale, value, 0.5001f * scale);
+        }
+      }
+    }
+  }
+  std::vector<float> x(20, 1.0f);
+  x[17] = std::numeric_limits<float>::quiet_NaN();
+  std::byte codes[20];
+  float scale = 0;
+  attention().narrow(x.data(), 20, KvType::kQ8, codes, &scale);
+  EXPECT_TRUE(std::isnan(scale));
+}
+
+TEST_P(AttentionTest, RunningSoftmaxMatchesDoubles) {
+  for (const std::int64_t n : {2, 9, 16, 17, 40, 128}) {
+    const std::vector<float> raw = random_floats(n, static_cast<std::uint32_t>(n), 4.0f);
+    for (std::int64_t split = 1; split < n; split += 3) {
+      std::vector<float> s = raw;
+      s.push_back(1e9f);  // what lies behind must neither count nor change
+      float peak = -INFINITY, first_shrink = 1, shrink = 1;
+      const float first = attention().softmax(s.data(), split, &peak, &first_shrink);
+      const float second = attention().softmax(s.data() + split, n - split, &peak, &shrink);
+      EXPECT_EQ(first_shrink, 0.0f);
+      EXPECT_EQ(peak, *std::max_element(raw.begin(), raw.end()));
+      double want = 0;
+      for (std::int64_t i = 0; i < n; ++i) {
+        const double e = std::exp(static_cast<double>(raw[static_cast<std::size_t>(i)]) - static_cast<double>(peak));
+        want += e;
+        const double got =
+            static_cast<double>(s[static_cast<std::size_t>(i)]) * (i < split ? static_cast<double>(shrink) : 1.0);
+        ASSERT_NEAR(got, e, 1e-6);
+      }
+      ASSERT_NEAR(first * shrink + second, want, 2e-6 * want);
+      ASSERT_EQ(s.back(), 1e9f);
+    }
+  }
+}
+
+// All positions of a cache of several pages, windows and caps, many rows and one, against the definition.
+TEST_P(AttentionTest, RowsOverPagesMatchDoubles) {
+  for (const KvType type : kTypes) {
+    for (const std::int64_t d : {8, 24, 64}) {
+      for (const std::int64_t window : {0, 50, 200}) {
+        ModelConfig config = tiny_config("llama", 4 * d, 64, 4, 2, d, 40, true);
+        config.attention_softcap = window == 50 ? 7.0 : 0.0;
+        config.sliding_window = window;
+        config.layer_slides.assign(static_cast<std::size_t>(config.num_layers), window > 0 ? 1 : 0);
+        constexpr std::int64_t kPositions = 700, kCall = 30;
+        KvCache cache(config, type, kCall);
+        const auto keys = random_floats(kPositions * d, 1), values = random_floats(kPositions * d, 2);
+        const auto at = [&](const std::vector<float>& from, std::int64_t p) { return from.data() + p * d; };
+        const auto q = random_floats(kMaxQueries * d, 3, 0.5f);
+        AttentionScratch scratch;
+        scratch.reserve(d);
+        std::int64_t done = 0;
+        for (const std::int64_t end : {1, 20, 128, 140, 300, 511, 700}) {
+          cache.reserve(end);
+          for (; done < end; ++done) cache.store(attention(), 1, done, 1, at(keys, done), at(values, done));
+          const std::int64_t count = std::min<std::int64_t>({kMaxQueries, end, window > 0 ? kCall : end});
+          std::vector<float> out(static_cast<std::size_t>(count * d)), alone(static_cast<std::size_t>(d));
+          attend_rows(kernels(), config, cache, 1, 1, {q.data(), out.data(), d, count, end - count + 1, 1}, scratch);
+          for (std::int64_t i = 0; i < count; ++i) {
+            const std::int64_t seen = end - count + 1 + i;
+            attend_rows(kernels(), config, cache, 1, 1, {q.data() + i * d, alone.data(), d, 1, seen, 0}, scratch);
+            std::vector<double> want(static_cast<std::size_t>(d));
+            double sum = 0;
+            for (std::int64_t p = window > 0 ? std::max<std::int64_t>(0, seen - window) : 0; p < seen; ++p) {
+              float peaks[2] = {};
+              for (std::int64_t c = 0; c < d; ++c) {
+                peaks[0] = std::max(peaks[0], std::abs(at(keys, p)[c]));
+                peaks[1] = std::max(peaks[1], std::abs(at(values, p)[c]));
+              }
+              double score = 0;
+              for (std::int64_t c = 0; c < d; ++c)
+                score += static_cast<double>(q[static_cast<std::size_t>(i * d + c)]) *
+                         stored(at(keys, p)[c], type, peaks[0] / 127);
+              if (config.attention_softcap > 0)
+                score = config.attention_softcap * std::tanh(score / config.attention_softcap);
+              const double e = std::exp(score);
+              sum += e;
+              for (std::int64_t c = 0; c < d; ++c)
+                want[static_cast<std::size_t>(c)] += e * stored(at(values, p)[c], type, peaks[1] / 127);
+            }
+            for (std::int64_t c = 0; c < d; ++c) {
+              const float got = out[static_cast<std::size_t>(i * d + c)];
+              ASSERT_NEAR(got, want[static_cast<std::size_t>(c)] / sum, 2e-5)
+                  << kv_name(type) << ", row " << i << " of " << end;
+              ASSERT_EQ(got, alone[static_cast<std::size_t>(c)]) << "a row's bits depend on its batch";
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, AttentionTest, ::testing::ValuesIn(available_kernels()),
+                         [](const auto& each) { return each.param; });
+
+TEST(KvCacheTest, HoldsWhatIsComputedAndNoMore) {
+  ModelConfig config = tiny_config("llama", 64, 64, 4, 2, 16, 40, true);
+  const auto layers = static_cast<std::uint64_t>(config.num_layers);
+  const auto bytes = [&](KvType type, std::int64_t positions) {
+    KvCache cache(config, type, 240);
+    cache.reserve(positions);
+    return cache.bytes();
+  };
+  // layers x heads x positions in whole pages x (keys and values x width, and two scales of q8)
+  EXPECT_EQ(bytes(KvType::kF32, 300), layers * 2 * 384 * 2 * 16 * 4);
+  EXPECT_EQ(bytes(KvType::kF16, 300), layers * 2 * 384 * 2 * 16 * 2);
+  EXPECT_EQ(bytes(KvType::kQ8, 300), layers * 2 * 384 * (2 * 16 + 2 * 4));
+  config.sliding_window = 256;
+  config.layer_slides.assign(static_cast<std::size_t>(config.num_layers), 0);
+  config.layer_slides[0] = 1;
+  EXPECT_EQ(bytes(KvType::kF16, 128 * 100), 2 * (5 + (layers - 1) * 100) * 128 * 2 * 16 * 2);
+  EXPECT_THROW(parse_kv("f64"), Error);
+}
+
+}  // namespace
+}  // namespace pare
