@@ -52,9 +52,10 @@ TEST_P(QuantizeMemory, DoesNotGrowWithTheNumberOfBlocks) {
     const std::string name = std::to_string(layers);
     const fs::path in = scratch / ("in" + name), out = scratch / ("out" + name);
     ASSERT_GT(peak_of([&] { testing::write_tiny(in, wide_config(layers)); }), 0u);
-    Json given = {{"model", in.string()}, {"out", out.string()}, {"method", GetParam()}};
-    if (std::string(GetParam()) == "gptq")
-      given.update({{"random-tokens", true}, {"samples", kSamples}, {"context", kContext}});
+    const std::string kind = GetParam();
+    Json given = {{"model", in.string()}, {"out", out.string()}, {"method", kind == "rtn" ? "rtn" : "gptq"}};
+    if (kind != "rtn") given.update({{"random-tokens", true}, {"samples", kSamples}, {"context", kContext}});
+    if (kind == "equalized") given["equalize"] = "least-noise";
     peak[i] = peak_of([&] { testing::run_quantize(given, 1); });
     weights[i++] = fs::file_size(in / "model.safetensors");
     ASSERT_GT(peak[i - 1], 0u);
@@ -70,7 +71,7 @@ TEST_P(QuantizeMemory, DoesNotGrowWithTheNumberOfBlocks) {
   EXPECT_LT(peak[1], peak[0] + slack);
 }
 
-INSTANTIATE_TEST_SUITE_P(Methods, QuantizeMemory, ::testing::Values("gptq", "rtn"),
+INSTANTIATE_TEST_SUITE_P(Methods, QuantizeMemory, ::testing::Values("gptq", "rtn", "equalized"),
                          [](const auto& info) { return std::string(info.param); });
 
 }  // namespace

@@ -42,6 +42,8 @@ METHODS = {
     "gptq, least noise": quantize("--equalize", "least-noise", "{calibrate}") | {"formats": ["w8a8"]},
     "gptq, Fisher": quantize("{calibrate}", "--fisher") | {"formats": ["q4g32"]},
     "gptq, re-targeted": quantize("{calibrate}", "--preset", "balanced"),
+    "gptq, re-targeted, least noise": quantize("{calibrate}", "--retarget", "--equalize", "least-noise")
+                                      | {"formats": ["w8a8"]},
     "gptq, re-targeted, Fisher": quantize("{calibrate}", "--retarget", "--fisher") | {"formats": ["q4g32", "q3g32"]},
     "same, scales tuned": quantize("{calibrate}", "--retarget", "--fisher", "--tune", "300", "--tune-batch", "4",
                                    "--tune-lr", "0.002", "--tune-text", "{tuning}") | {"formats": ["q4g32"]},
