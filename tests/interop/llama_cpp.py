@@ -36,8 +36,8 @@ except ImportError:
     gguf = None
 
 STEPS = 64
-# Largest difference of a logit, and the margin above which the tokens have to be the same, both relative to the spread of
-# the logits. llama.cpp multiplies F16 with inputs rounded to F16, BF16 with BF16, blocks with int8 in blocks of 32; pare
+# Largest difference of a logit, and the margin above which the tokens have to be the same, both relative to the spread
+# of the logits. llama.cpp multiplies F16 with inputs rounded to F16, BF16 with BF16, blocks with int8 in blocks of 32; pare
 # multiplies by floats here. Its GELU comes from a table of halves. Small differences choose other experts: with them,
 # types other than F32 are held to nine of ten clear steps.
 BOUNDS = {"f32": (1e-4, None), "gelu f32": (5e-3, None), "f16": (2e-2, 2e-2), "bf16": (1e-1, 1e-1),
