@@ -77,8 +77,10 @@ FAMILIES = {
                     rope_theta=1000000.0, rope_local_base_freq=10000.0, num_hidden_layers=4,
                     rope_scaling={"rope_type": "linear", "factor": 8.0}),
     "phi3": small("phi3", "Phi3ForCausalLM", "llama2", sliding_window=None),
+    # llama.cpp chooses the factors by its context, which it makes a multiple of 256: short ones here.
     "phi3_long": small("phi3", "Phi3ForCausalLM", "llama2", rope_scaling=LONG, partial_rotary_factor=0.75,
-                       original_max_position_embeddings=128, sliding_window=None, tie_word_embeddings=True),
+                       original_max_position_embeddings=256, max_position_embeddings=512, sliding_window=None,
+                       tie_word_embeddings=True),
     "smollm3": small("smollm3", "SmolLM3ForCausalLM", "llama3", num_hidden_layers=5, tie_word_embeddings=True),
     "gpt2": ("gpt2", {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 512, "n_embd": 64,
                       "n_layer": 3, "n_head": 4, "n_positions": 256, "activation_function": "gelu_new",
