@@ -1,4 +1,4 @@
-// Checkpoint: a Hugging Face model folder, the one currency that stages take and give; or a file that holds a model. Weights are either float
+// Checkpoint: a Hugging Face model folder, what stages take and give, or a file with a model. Weights are either float
 // tensors or codes (a folder written by `quantize`); whoever asks for floats gets exactly the unpacked codes.
 #pragma once
 

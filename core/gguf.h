@@ -59,8 +59,8 @@ class GgufWriter {
 void pack_ggml_row(GgmlType type, const QuantizedTensor& tensor, std::int64_t row, std::byte* out);
 // Whether -zero * scale of every group is a half: what Q4_1 needs to hold the same weights.
 bool minima_are_halves(const QuantizedTensor& tensor);
-// The other way: blocks of one row as codes [cols] with a scale (and a zero, Q4_1) for each block. false where codes of
-// ours cannot hold the same weights: Q8_0 with a code of -128, Q4_1 whose minimum is no multiple -0 to -15 of its scale.
+// The other way: blocks of a row as codes [cols] with a scale (and a zero, Q4_1) for each block. false where codes of
+// ours cannot hold the same weights: Q8_0 with a code of -128, Q4_1 whose minimum is no -0 to -15 scales.
 bool unpack_ggml_row(GgmlType type, const std::byte* blocks, std::int64_t cols, std::int8_t* codes,
                      std::uint16_t* scales, std::uint8_t* zeros);
 

@@ -10,7 +10,12 @@ namespace pare {
 namespace {
 
 constexpr GgufArchitecture kArchitectures[] = {
-    {.family = "llama", .name = "llama", .neighbours = true, .llama3_rope = true, .long_rope = true, .o_bias = true,
+    {.family = "llama",
+     .name = "llama",
+     .neighbours = true,
+     .llama3_rope = true,
+     .long_rope = true,
+     .o_bias = true,
      .mlp_bias = true},
     {.family = "mistral", .name = "llama", .neighbours = true, .llama3_rope = true, .long_rope = true},
     {.family = "mixtral", .name = "llama", .neighbours = true, .llama3_rope = true, .long_rope = true},
@@ -23,7 +28,12 @@ constexpr GgufArchitecture kArchitectures[] = {
     {.family = "phi3", .name = "phi3", .free_heads = false, .long_rope = true},
     {.family = "smollm3", .name = "smollm3", .neighbours = true},
     {.family = "gpt2", .name = "gpt2", .free_heads = false, .joined_qkv = true, .o_bias = true, .mlp_bias = true},
-    {.family = "gpt_neox", .name = "gptneox", .free_heads = false, .joined_qkv = true, .o_bias = true, .mlp_bias = true,
+    {.family = "gpt_neox",
+     .name = "gptneox",
+     .free_heads = false,
+     .joined_qkv = true,
+     .o_bias = true,
+     .mlp_bias = true,
      .tied = false}};
 
 constexpr std::int64_t kNoRopeStep = 4;  // of smollm3, written into llama.cpp
@@ -41,11 +51,13 @@ std::optional<std::int64_t> sliding_period(const ModelConfig& config, std::int64
   return std::nullopt;
 }
 
-std::int64_t usual_period(const GgufArchitecture& arch) { return std::string_view(arch.name) == "gemma2" ? 2 : 6; }
+std::int64_t usual_period(const GgufArchitecture& arch) {
+  return std::string_view(arch.name) == "gemma2" ? 2 : 6;
+}
 
 bool any_slides(const ModelConfig& config) {
-  return config.sliding_window > 0 && std::find(config.layer_slides.begin(), config.layer_slides.end(), 1) !=
-                                          config.layer_slides.end();
+  return config.sliding_window > 0 &&
+         std::find(config.layer_slides.begin(), config.layer_slides.end(), 1) != config.layer_slides.end();
 }
 
 void check(const ModelConfig& config, const GgufArchitecture& arch, const std::string& place) {
@@ -53,8 +65,8 @@ void check(const ModelConfig& config, const GgufArchitecture& arch, const std::s
   const auto refuse = [&](const std::string& text) { problems += (problems.empty() ? "" : "; ") + text; };
   const std::string_view name = arch.name;
   if (!arch.free_heads && config.num_heads * config.head_dim != config.hidden_size)
-    refuse("heads x head_dim is " + std::to_string(config.num_heads * config.head_dim) + ", which has to be hidden_size " +
-           std::to_string(config.hidden_size));
+    refuse("heads x head_dim is " + std::to_string(config.num_heads * config.head_dim) +
+           ", which has to be hidden_size " + std::to_string(config.hidden_size));
   if (config.rope_llama3 && !arch.llama3_rope) refuse("llama3 scaling of rotary positions is not computed");
   if (config.rope_long && !arch.long_rope) refuse("LongRoPE is not computed");
   if (config.rotary_dim > 0 && name != "phi3" && name != "gptneox") refuse("all dimensions of a head rotate");
@@ -110,8 +122,8 @@ std::string stem_of(const ModelConfig& config, const GgufArchitecture& arch, con
     return part == experts.gate ? "ffn_gate_exps" : part == experts.up ? "ffn_up_exps" : "ffn_down_exps";
   }
   if (config.post_norms && spec.module == "post_attention_layernorm") return "post_attention_norm";
-  const bool qkv = spec.module == "self_attn.q_proj" || spec.module == "self_attn.k_proj" ||
-                   spec.module == "self_attn.v_proj";
+  const bool qkv =
+      spec.module == "self_attn.q_proj" || spec.module == "self_attn.k_proj" || spec.module == "self_attn.v_proj";
   if (qkv && arch.joined_qkv) return "attn_qkv";
   const auto found = kNames.find(spec.module);
   if (found == kNames.end()) throw std::logic_error("no GGUF name for " + spec.name);
@@ -169,11 +181,9 @@ std::vector<GgufPlacement> gguf_placements(const ModelConfig& config, const Gguf
     }
     GgufPlacement place{name, spec.shape, {&spec}};
     if (spec.expert >= 0) place.shape.insert(place.shape.begin(), config.experts.count);
-    place.neighbours =
-        arch.neighbours && (spec.module == "self_attn.q_proj" || spec.module == "self_attn.k_proj");
+    place.neighbours = arch.neighbours && (spec.module == "self_attn.q_proj" || spec.module == "self_attn.k_proj");
     place.adds_one = spec.role == TensorRole::kNorm && config.norm_adds_one;
-    place.always_f32 =
-        spec.shape.size() == 1 || spec.role == TensorRole::kRouter || spec.role == TensorRole::kPosition;
+    place.always_f32 = spec.shape.size() == 1 || spec.role == TensorRole::kRouter || spec.role == TensorRole::kPosition;
     out.push_back(std::move(place));
   }
   return out;

@@ -12,12 +12,12 @@
 namespace pare {
 
 struct GgufArchitecture {
-  const char* family;  // row of the arch table
-  const char* name;    // general.architecture
-  bool neighbours = false;   // rotary pairs are neighbours: rows of queries and keys change places
-  bool free_heads = true;    // the width of the heads together may differ from the hidden size
-  bool joined_qkv = false;   // q, k and v are one tensor
-  bool slides = false;       // windows, in the blocks of a period
+  const char* family;       // row of the arch table
+  const char* name;         // general.architecture
+  bool neighbours = false;  // rotary pairs are neighbours: rows of queries and keys change places
+  bool free_heads = true;   // the width of the heads together may differ from the hidden size
+  bool joined_qkv = false;  // q, k and v are one tensor
+  bool slides = false;      // windows, in the blocks of a period
   bool llama3_rope = false, long_rope = false;
   bool o_bias = false, mlp_bias = false;
   bool untied = true, tied = true;

@@ -18,10 +18,14 @@ float half(Bytes at) {
   return f16_to_f32(bits);
 }
 
-float integer(int value) { return static_cast<float>(value); }
+float integer(int value) {
+  return static_cast<float>(value);
+}
 
 // Element i of a block of 32 with 4 bits each: the first 16 in low halves, the others in high halves.
-int nibble(Bytes codes, int i) { return i < 16 ? codes[i] & 15 : codes[i - 16] >> 4; }
+int nibble(Bytes codes, int i) {
+  return i < 16 ? codes[i] & 15 : codes[i - 16] >> 4;
+}
 
 // d | 16 bytes of codes
 void q4_0(Bytes block, float* out) {
@@ -33,12 +37,13 @@ void q4_1(Bytes block, float* out) {
   for (int i = 0; i < 32; ++i) out[i] = integer(nibble(block + 4, i)) * half(block) + half(block + 2);
 }
 
-int fifth_bit(Bytes bits, int i) { return (bits[i / 8] >> (i % 8) & 1) << 4; }
+int fifth_bit(Bytes bits, int i) {
+  return (bits[i / 8] >> (i % 8) & 1) << 4;
+}
 
 // d | 4 bytes of fifth bits | 16 bytes of codes
 void q5_0(Bytes block, float* out) {
-  for (int i = 0; i < 32; ++i)
-    out[i] = integer((nibble(block + 6, i) | fifth_bit(block + 2, i)) - 16) * half(block);
+  for (int i = 0; i < 32; ++i) out[i] = integer((nibble(block + 6, i) | fifth_bit(block + 2, i)) - 16) * half(block);
 }
 
 // d, m | 4 bytes of fifth bits | 16 bytes of codes
@@ -56,8 +61,7 @@ void q8_0(Bytes block, float* out) {
 void iq4_nl(Bytes block, float* out) {
   static constexpr std::array<std::int8_t, 16> kValues = {-127, -104, -83, -65, -49, -35, -22, -10,
                                                           1,    13,   25,  38,  53,  69,  89,  113};
-  for (int i = 0; i < 32; ++i)
-    out[i] = half(block) * integer(kValues[static_cast<std::size_t>(nibble(block + 2, i))]);
+  for (int i = 0; i < 32; ++i) out[i] = half(block) * integer(kValues[static_cast<std::size_t>(nibble(block + 2, i))]);
 }
 
 // 16 bytes: scale and minimum of each 16 values | 64 bytes of codes, 4 to a byte | d, dmin
@@ -116,8 +120,12 @@ void q6_k(Bytes block, float* out) {
   }
 }
 
-void f32(Bytes at, float* out) { std::memcpy(out, at, 4); }
-void f16(Bytes at, float* out) { *out = half(at); }
+void f32(Bytes at, float* out) {
+  std::memcpy(out, at, 4);
+}
+void f16(Bytes at, float* out) {
+  *out = half(at);
+}
 void bf16(Bytes at, float* out) {
   std::uint16_t bits;
   std::memcpy(&bits, at, 2);
@@ -168,7 +176,9 @@ std::uint16_t half_bits(Bytes at) {
 
 }  // namespace
 
-bool is_ggml_type(std::uint32_t number) { return find(number) != nullptr; }
+bool is_ggml_type(std::uint32_t number) {
+  return find(number) != nullptr;
+}
 
 std::string ggml_type_names() {
   std::string names;
@@ -176,8 +186,12 @@ std::string ggml_type_names() {
   return names;
 }
 
-const char* ggml_type_name(GgmlType type) { return row_of(type).name; }
-std::int64_t ggml_block_values(GgmlType type) { return row_of(type).values; }
+const char* ggml_type_name(GgmlType type) {
+  return row_of(type).name;
+}
+std::int64_t ggml_block_values(GgmlType type) {
+  return row_of(type).values;
+}
 
 std::uint64_t ggml_bytes(GgmlType type, std::int64_t values) {
   const Row& row = row_of(type);

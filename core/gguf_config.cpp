@@ -24,8 +24,8 @@ class Keys {
     if (file_.is_array(name)) {
       const std::vector<std::int64_t> list = file_.integers(name).value();
       if (list.empty() || std::any_of(list.begin(), list.end(), [&](std::int64_t x) { return x != list[0]; }))
-        throw input_error(place_ + ": " + name, "one number for all blocks", std::to_string(list.size()) + " that differ",
-                          "blocks of different shapes are not supported");
+        throw input_error(place_ + ": " + name, "one number for all blocks",
+                          std::to_string(list.size()) + " that differ", "blocks of different shapes are not supported");
       value = list[0];
     } else {
       value = file_.integer(name);
@@ -88,9 +88,9 @@ double rounded(double value) {
   return whole >= 1 && std::abs(value / whole - 1) < 1e-3 ? whole : value;
 }
 
-// The divisors of llama3 scaling, whose numbers a file does not have: 1 for short wavelengths, the factor for long ones,
-// and between them a ramp that is linear in the inverse of the wavelength w. Two points of the ramp give
-// orig / (high - low) and low / (high - low); low_freq_factor 1 fixes the rest.
+// The divisors of llama3 scaling, whose numbers a file does not have: 1 for short wavelengths, the factor for long
+// ones, and between them a ramp that is linear in the inverse of the wavelength w. Two points of the ramp give orig /
+// (high - low) and low / (high - low); low_freq_factor 1 fixes the rest.
 bool read_llama3(const std::vector<float>& wanted, ModelConfig& config) {
   const double factor = rounded(*std::max_element(wanted.begin(), wanted.end()));
   if (!(factor > 1)) return false;
@@ -186,7 +186,8 @@ void read_windows(const Keys& keys, const GgufArchitecture& arch, ModelConfig& o
 }
 
 void read_ends(const GgufFile& file, ModelConfig& out) {
-  for (const char* key : {"tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"}) {
+  for (const char* key :
+       {"tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"}) {
     const auto id = file.integer(key);
     if (!id || *id == UINT32_MAX) continue;  // which means none
     if (*id < 0 || *id >= out.vocab_size)
@@ -213,8 +214,8 @@ ModelConfig gguf_config(const GgufFile& file, const GgufArchitecture& arch) {
   out.num_kv_heads = keys.count("attention.head_count_kv", 1, 1 << 20).value_or(out.num_heads);
   out.head_dim = keys.count("attention.key_length", 1, 1 << 20).value_or(out.hidden_size / out.num_heads);
   if (keys.count("attention.value_length", 1, 1 << 20).value_or(out.head_dim) != out.head_dim)
-    throw input_error(place + ": " + keys.prefix() + "attention.value_length", "key_length, " +
-                      std::to_string(out.head_dim), "another width");
+    throw input_error(place + ": " + keys.prefix() + "attention.value_length",
+                      "key_length, " + std::to_string(out.head_dim), "another width");
   out.rms_norm_eps =
       keys.number(family.plain_gelu ? "attention.layer_norm_epsilon" : "attention.layer_norm_rms_epsilon", 0, 1)
           .value_or(1e-5);
@@ -224,8 +225,9 @@ ModelConfig gguf_config(const GgufFile& file, const GgufArchitecture& arch) {
   out.vocab_size = embedding->shape[0];
   out.tie_word_embeddings = file.find("output.weight") == nullptr;
   if (out.tie_word_embeddings && !arch.tied) throw input_error(place, "the tensor output.weight", "none");
-  out.activation = family.activation_key == std::string_view("hidden_act") && !family.gelu_is_tanh ? Activation::kSilu
-                                                                                                   : Activation::kGeluTanh;
+  out.activation = family.activation_key == std::string_view("hidden_act") && !family.gelu_is_tanh
+                       ? Activation::kSilu
+                       : Activation::kGeluTanh;
   const auto has = [&](const char* tensor) { return file.find(std::string("blk.0.") + tensor) != nullptr; };
   if (family.plain_gelu) {
     out.layer_norm = true;
@@ -247,8 +249,9 @@ ModelConfig gguf_config(const GgufFile& file, const GgufArchitecture& arch) {
       const std::string router = "blk." + std::to_string(layer) + ".ffn_gate_inp.weight";
       const GgufView* view = file.find(router);
       if (view == nullptr || view->shape.size() != 2 || view->shape[0] != out.experts.count)
-        throw input_error(place + ": " + router, "a matrix with a row for each of " +
-                          std::to_string(out.experts.count) + " experts", view == nullptr ? "none" : "another shape");
+        throw input_error(place + ": " + router,
+                          "a matrix with a row for each of " + std::to_string(out.experts.count) + " experts",
+                          view == nullptr ? "none" : "another shape");
     }
     out.experts.per_token = keys.needed("expert_used_count", 4096);
     if (keys.count("expert_shared_count", 0, 4096).value_or(0) != 0)

@@ -21,11 +21,26 @@ constexpr std::size_t kLongestName = 63;
 constexpr std::uint64_t kLeastPair = 8 + 1 + 4 + 1, kLeastTensor = 8 + 1 + 4 + 8 + 4 + 8;
 
 enum ValueType : std::uint32_t {
-  kUint8, kInt8, kUint16, kInt16, kUint32, kInt32, kFloat32, kBool, kString, kArray, kUint64, kInt64, kFloat64, kTypes
+  kUint8,
+  kInt8,
+  kUint16,
+  kInt16,
+  kUint32,
+  kInt32,
+  kFloat32,
+  kBool,
+  kString,
+  kArray,
+  kUint64,
+  kInt64,
+  kFloat64,
+  kTypes
 };
 constexpr std::uint64_t kBytes[kTypes] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
 
-std::uint64_t aligned(std::uint64_t at, std::uint64_t alignment) { return (at + alignment - 1) / alignment * alignment; }
+std::uint64_t aligned(std::uint64_t at, std::uint64_t alignment) {
+  return (at + alignment - 1) / alignment * alignment;
+}
 
 template <class T>
 T load(const std::byte* at) {
@@ -37,19 +52,27 @@ T load(const std::byte* at) {
 // nullopt: not a whole number, or one above 2^62.
 std::optional<std::int64_t> whole(std::uint32_t type, const std::byte* at) {
   switch (type) {
-    case kUint8: return load<std::uint8_t>(at);
-    case kInt8: return load<std::int8_t>(at);
-    case kUint16: return load<std::uint16_t>(at);
-    case kInt16: return load<std::int16_t>(at);
-    case kUint32: return load<std::uint32_t>(at);
-    case kInt32: return load<std::int32_t>(at);
-    case kInt64: return load<std::int64_t>(at);
+    case kUint8:
+      return load<std::uint8_t>(at);
+    case kInt8:
+      return load<std::int8_t>(at);
+    case kUint16:
+      return load<std::uint16_t>(at);
+    case kInt16:
+      return load<std::int16_t>(at);
+    case kUint32:
+      return load<std::uint32_t>(at);
+    case kInt32:
+      return load<std::int32_t>(at);
+    case kInt64:
+      return load<std::int64_t>(at);
     case kUint64: {
       const auto value = load<std::uint64_t>(at);
       if (value > 1ull << 62) return std::nullopt;
       return static_cast<std::int64_t>(value);
     }
-    default: return std::nullopt;
+    default:
+      return std::nullopt;
   }
 }
 
@@ -245,14 +268,18 @@ const GgufView* GgufFile::find(std::string_view name) const {
   return found == by_name_.end() ? nullptr : &tensors_[found->second];
 }
 
-std::vector<std::string> GgufFile::keys() const { return keys_; }
+std::vector<std::string> GgufFile::keys() const {
+  return keys_;
+}
 
 const GgufFile::Value* GgufFile::value(std::string_view key) const {
   const auto found = values_.find(key);
   return found == values_.end() ? nullptr : &found->second;
 }
 
-std::string GgufFile::place(std::string_view key) const { return path().string() + ": " + std::string(key); }
+std::string GgufFile::place(std::string_view key) const {
+  return path().string() + ": " + std::string(key);
+}
 
 void GgufFile::wrong(std::string_view key, const char* wanted) const {
   static constexpr const char* kNames[kTypes] = {"uint8", "int8",   "uint16", "int16",  "uint32", "int32",  "float32",
@@ -351,7 +378,9 @@ bool GgufFile::is_array(std::string_view key) const {
   return found != nullptr && found->type == kArray;
 }
 
-std::uint64_t GgufFile::array_size(std::string_view key) const { return is_array(key) ? value(key)->count : 0; }
+std::uint64_t GgufFile::array_size(std::string_view key) const {
+  return is_array(key) ? value(key)->count : 0;
+}
 
 Json GgufFile::shown(std::string_view key) const {
   constexpr std::uint64_t kFirst = 8;

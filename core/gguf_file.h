@@ -28,7 +28,7 @@ double shortest_double(float value);
 
 class GgufFile {
  public:
-  // Errors: exit 3 with the byte at which the file stops being one: cut off, counts and lengths beyond the file, types
+  // Errors: exit 3 with the byte where the file stops being one: cut off, counts and lengths beyond the file, types
   // that are unknown, keys or names twice, shapes that overflow or are no whole blocks, tensors that overlap, leave gaps
   // or reach beyond the end.
   explicit GgufFile(const fs::path& path);

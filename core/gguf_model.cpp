@@ -15,17 +15,20 @@ constexpr const char* kTypesKey = "pare.dtypes";
 
 class GgufModel : public TensorStore {
  public:
-  explicit GgufModel(const fs::path& path) : file_(path), vectors_(file_.text(kTypesKey), path.string() + ": " + kTypesKey) {
+  explicit GgufModel(const fs::path& path)
+      : file_(path), vectors_(file_.text(kTypesKey), path.string() + ": " + kTypesKey) {
     const std::string place = path.string();
     if (file_.integer("split.count").value_or(1) > 1)
-      throw input_error(place, "a model in one file", "one of " + std::to_string(*file_.integer("split.count")) + " parts",
+      throw input_error(place, "a model in one file",
+                        "one of " + std::to_string(*file_.integer("split.count")) + " parts",
                         "llama-gguf-split --merge joins them");
     const auto name = file_.text("general.architecture");
     if (!name) throw input_error(place, "the key general.architecture", "none");
     arch_ = &gguf_architecture_named(*name, file_.find("blk.0.ffn_gate_inp.weight") != nullptr, place);
     config_ = gguf_config(file_, *arch_);
     if (parameter_limit() < parameter_count(config_))
-      throw input_error(place, "tensors for the " + std::to_string(parameter_count(config_)) + " parameters of its keys",
+      throw input_error(place,
+                        "tensors for the " + std::to_string(parameter_count(config_)) + " parameters of its keys",
                         "a file of " + std::to_string(file_.file_bytes()) + " bytes");
     specs_ = expected_tensors(config_);
     place_tensors();
@@ -78,9 +81,9 @@ class GgufModel : public TensorStore {
     if (name != "tokenizer_config.json" || !file_.has("tokenizer.ggml.tokens")) return std::nullopt;
     const auto tokens = file_.texts("tokenizer.ggml.tokens").value();
     Json out = {{"tokenizer_class", "PreTrainedTokenizerFast"}, {"model_max_length", config_.max_position_embeddings}};
-    for (const auto& [key, token] : {std::pair("bos_token_id", "bos_token"), std::pair("eos_token_id", "eos_token"),
-                                     std::pair("unknown_token_id", "unk_token"),
-                                     std::pair("padding_token_id", "pad_token")}) {
+    for (const auto& [key, token] :
+         {std::pair("bos_token_id", "bos_token"), std::pair("eos_token_id", "eos_token"),
+          std::pair("unknown_token_id", "unk_token"), std::pair("padding_token_id", "pad_token")}) {
       const auto id = file_.integer(std::string("tokenizer.ggml.") + key);
       if (id && *id >= 0 && *id < static_cast<std::int64_t>(tokens.size()))
         out[token] = tokens[static_cast<std::size_t>(*id)];
@@ -249,6 +252,8 @@ class GgufModel : public TensorStore {
 
 }  // namespace
 
-std::shared_ptr<TensorStore> open_gguf_model(const fs::path& path) { return std::make_shared<GgufModel>(path); }
+std::shared_ptr<TensorStore> open_gguf_model(const fs::path& path) {
+  return std::make_shared<GgufModel>(path);
+}
 
 }  // namespace pare

@@ -92,8 +92,9 @@ GgufPairs gguf_tokenizer_keys(const std::string& text, const std::string& place,
   }
 
   if (particular > 0)
-    notes.push_back("added tokens that take spaces around them, or stand as whole words alone: llama.cpp does not see to "
-                    "that");
+    notes.push_back(
+        "added tokens that take spaces around them, or stand as whole words alone: llama.cpp does not see to "
+        "that");
 
   GgufPairs out;
   const auto merges = merges_of(model);

@@ -30,7 +30,8 @@ class TokenKeys {
         throw input_error(place_ + "tokens", "tokens of at most " + std::to_string(kLongestToken) + " bytes",
                           std::to_string(tokens[i].size()) + " of token " + std::to_string(i));
       if (tokens[i].empty()) tokens[i] = "[EMPTY_" + std::to_string(i) + "]";
-      if (!seen.insert(tokens[i]).second) throw input_error(place_ + "tokens", "every token once", "\"" + tokens[i] + "\" twice");
+      if (!seen.insert(tokens[i]).second)
+        throw input_error(place_ + "tokens", "every token once", "\"" + tokens[i] + "\" twice");
     }
     types.assign(tokens.size(), kNormal);
     if (const auto given = file.integers("tokenizer.ggml.token_type")) {
@@ -38,7 +39,8 @@ class TokenKeys {
       for (std::size_t i = 0; i < tokens.size(); ++i) {
         const std::int64_t type = (*given)[i];
         if (type < 0 || type > kByte)
-          throw input_error(place_ + "token_type", "types from 0 to 6", std::to_string(type) + " of token " + std::to_string(i));
+          throw input_error(place_ + "token_type", "types from 0 to 6",
+                            std::to_string(type) + " of token " + std::to_string(i));
         types[i] = type == 0 ? static_cast<std::int64_t>(kNormal) : type;
       }
     }
@@ -61,7 +63,8 @@ class TokenKeys {
     return file_.flag(std::string("tokenizer.ggml.") + key).value_or(fallback);
   }
   [[noreturn]] void lengths(const char* key, std::size_t found) const {
-    throw input_error(place_ + key, std::to_string(tokens.size()) + " elements, one for each token", std::to_string(found));
+    throw input_error(place_ + key, std::to_string(tokens.size()) + " elements, one for each token",
+                      std::to_string(found));
   }
   const GgufFile& file() const { return file_; }
   const std::string& place() const { return place_; }
@@ -107,8 +110,13 @@ std::string byte_level(const TokenKeys& keys) {
   Json list = Json::array();
   for (std::size_t i = 0; i < keys.tokens.size(); ++i)
     if (added(i))
-      list.push_back({{"id", i}, {"content", keys.tokens[i]}, {"single_word", false}, {"lstrip", false},
-                      {"rstrip", false}, {"normalized", false}, {"special", keys.types[i] == kControl}});
+      list.push_back({{"id", i},
+                      {"content", keys.tokens[i]},
+                      {"single_word", false},
+                      {"lstrip", false},
+                      {"rstrip", false},
+                      {"normalized", false},
+                      {"special", keys.types[i] == kControl}});
   const auto bos = keys.flag("add_bos_token", pre->bos) ? keys.id("bos_token_id") : std::nullopt;
   const auto eos = keys.flag("add_eos_token", false) ? keys.id("eos_token_id") : std::nullopt;
   const auto quoted = [](std::string_view text) { return Json(text).dump(); };
@@ -155,7 +163,8 @@ std::string sentencepiece(const TokenKeys& keys) {
   const auto end = [&](const char* flag, bool fallback, const char* key, std::int64_t usual) {
     if (!keys.flag(flag, fallback)) return std::int32_t{-1};
     if (!keys.file().has(std::string("tokenizer.ggml.") + key))
-      return static_cast<std::int32_t>(std::min<std::int64_t>(usual, static_cast<std::int64_t>(keys.tokens.size()) - 1));
+      return static_cast<std::int32_t>(
+          std::min<std::int64_t>(usual, static_cast<std::int64_t>(keys.tokens.size()) - 1));
     return static_cast<std::int32_t>(keys.id(key).value_or(-1));
   };
   model.bos = end("add_bos_token", true, "bos_token_id", 1);

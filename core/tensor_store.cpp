@@ -117,6 +117,8 @@ class CompactModel : public TensorStore {
 
 }  // namespace
 
-std::shared_ptr<TensorStore> open_compact_model(const fs::path& path) { return std::make_shared<CompactModel>(path); }
+std::shared_ptr<TensorStore> open_compact_model(const fs::path& path) {
+  return std::make_shared<CompactModel>(path);
+}
 
 }  // namespace pare

@@ -68,7 +68,9 @@ bool survives_one(float w) {
   return std::bit_cast<std::uint32_t>(back) == std::bit_cast<std::uint32_t>(w);
 }
 
-std::int64_t columns_of(const TensorSpec& spec) { return spec.shape.size() == 2 ? spec.shape[1] : 1; }
+std::int64_t columns_of(const TensorSpec& spec) {
+  return spec.shape.size() == 2 ? spec.shape[1] : 1;
+}
 
 class TensorWriter {
  public:
@@ -229,19 +231,21 @@ class Planner {
       if (count > 0) plan_.notes.push_back(std::to_string(count) + text);
     };
     note(widened_, " matrices of 3 or 2 bits: stored in Q4_0, the same weights at 4.5 bits");
-    note(rounding_, " matrices of w8a8: stored in Q8_0, the same weights; their inputs are rounded as llama.cpp does, "
-                    "not one scale per token");
-    note(rounded_minima_, " matrices of q4a: stored in Q4_1 with minima rounded to half precision, as --requantize asks");
+    note(rounding_,
+         " matrices of w8a8: stored in Q8_0, the same weights; their inputs are rounded as llama.cpp does, "
+         "not one scale per token");
+    note(rounded_minima_,
+         " matrices of q4a: stored in Q4_1 with minima rounded to half precision, as --requantize asks");
     note(doubles_, " matrices of F64: stored in F32");
   }
 
   void metadata() {
     const auto most = std::max_element(matrices_.begin(), matrices_.end(),
                                        [](const auto& a, const auto& b) { return a.second < b.second; });
-    const bool blocks = std::any_of(matrices_.begin(), matrices_.end(),
-                                    [](const auto& m) { return ggml_block_values(m.first) > 1; });
-    const fs::path named =
-        checkpoint_.is_file() ? checkpoint_.folder().stem() : fs::absolute(checkpoint_.folder() / "config.json").parent_path();
+    const bool blocks =
+        std::any_of(matrices_.begin(), matrices_.end(), [](const auto& m) { return ggml_block_values(m.first) > 1; });
+    const fs::path named = checkpoint_.is_file() ? checkpoint_.folder().stem()
+                                                 : fs::absolute(checkpoint_.folder() / "config.json").parent_path();
     plan_.metadata = {{"general.architecture", std::string(arch_.name)},
                       {"general.type", std::string("model")},
                       {"general.name", named.filename().string()},
@@ -277,6 +281,9 @@ class Planner {
     if (!text) {
       plan_.notes.push_back("no tokenizer: the file has token ids alone");
       plan_.metadata.emplace_back("tokenizer.ggml.model", std::string("none"));
+      const char* keys[] = {"tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"};
+      for (std::size_t i = 0; i < std::min(std::size(keys), config_.eos_ids.size()); ++i)
+        plan_.metadata.emplace_back(keys[i], static_cast<std::uint32_t>(config_.eos_ids[i]));
       return;
     }
     const auto chat =
@@ -297,7 +304,9 @@ class Planner {
       if (plan_.sources[i].always_f32 || ggml_block_values(plan_.tensors[i].type) > 1) continue;
       for (const TensorSpec* part : plan_.sources[i].parts) {
         const GgmlType type = plan_.tensors[i].type;
-        types.count_matrix(type == GgmlType::kBF16 ? DType::kBF16 : type == GgmlType::kF16 ? DType::kF16 : DType::kF32,
+        types.count_matrix(type == GgmlType::kBF16  ? DType::kBF16
+                           : type == GgmlType::kF16 ? DType::kF16
+                                                    : DType::kF32,
                            part->shape[0] * columns_of(*part));
       }
     }
@@ -331,7 +340,9 @@ class Planner {
 
 }  // namespace
 
-GgufPlan plan_gguf(const Checkpoint& checkpoint, const GgufOptions& options) { return Planner(checkpoint, options).run(); }
+GgufPlan plan_gguf(const Checkpoint& checkpoint, const GgufOptions& options) {
+  return Planner(checkpoint, options).run();
+}
 
 void export_gguf(const Checkpoint& checkpoint, const GgufPlan& plan, const GgufOptions& options, Context& context) {
   const fs::path& path = options.out;

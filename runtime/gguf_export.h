@@ -1,4 +1,4 @@
-// A model -> GGUF file for llama.cpp and what is built on it. Codes are laid out anew, never rounded again unless asked.
+// A model -> GGUF file for llama.cpp and its kin. Codes are laid out anew, never rounded again unless asked.
 #pragma once
 
 #include <string>

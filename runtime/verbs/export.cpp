@@ -39,8 +39,12 @@ Json run_folder(const Checkpoint& checkpoint, const fs::path& out, Context& cont
   export_folder(checkpoint, out, context);
   const Checkpoint written(out);
   const auto bytes = static_cast<double>(written.tensor_bytes());
-  context.report.add({.stage = "folder", .metric = "tensor_bytes", .before = static_cast<double>(checkpoint.tensor_bytes()),
-                      .after = bytes, .unit = "bytes", .standard_error = {}});
+  context.report.add({.stage = "folder",
+                      .metric = "tensor_bytes",
+                      .before = static_cast<double>(checkpoint.tensor_bytes()),
+                      .after = bytes,
+                      .unit = "bytes",
+                      .standard_error = {}});
   return {{"out", out.string()}, {"tensor_bytes", written.tensor_bytes()}, {"notes", checkpoint.notes()}};
 }
 
@@ -84,9 +88,10 @@ Command export_command() {
        .choices = {"compact", "gguf", "folder"}},
       {.name = "codec",
        .type = OptionType::kText,
-       .help = "storage of float matrices: keep, f32, f16, bf16, q8, q8c, w8a8, q4, q4g64, q4g128, q4a, q4ag64, "
-               "q4ag128, q3, q3g64, q3g128, q2, q2g64, q2g128 (gguf: keep, f32, f16, bf16, q8, q4; folder: keep); codes "
-               "stay codes",
+       .help =
+           "storage of float matrices: keep, f32, f16, bf16, q8, q8c, w8a8, q4, q4g64, q4g128, q4a, q4ag64, "
+           "q4ag128, q3, q3g64, q3g128, q2, q2g64, q2g128 (gguf: keep, f32, f16, bf16, q8, q4; folder: keep); codes "
+           "stay codes",
        .default_value = "keep"},
       {.name = "no-fallback",
        .type = OptionType::kFlag,

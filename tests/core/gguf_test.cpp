@@ -92,8 +92,12 @@ TEST(GgufBlocks, WhatCodesCannotHoldIsSaid) {
   EXPECT_EQ(f16_to_f32(scale), 0.5f);
   block[5] = static_cast<std::byte>(0x80);
   EXPECT_FALSE(unpack_ggml_row(GgmlType::kQ8_0, block.data(), 32, codes.data(), &scale, nullptr));
-  for (const auto& [d, m, whole] : {std::tuple(0.5f, -2.0f, true), {0.5f, -2.25f, false}, {0.5f, 0.5f, false},
-                                    {0.5f, -8.0f, false}, {0.0f, 0.0f, true}, {0.0f, -1.0f, false}}) {
+  for (const auto& [d, m, whole] : {std::tuple(0.5f, -2.0f, true),
+                                    {0.5f, -2.25f, false},
+                                    {0.5f, 0.5f, false},
+                                    {0.5f, -8.0f, false},
+                                    {0.0f, 0.0f, true},
+                                    {0.0f, -1.0f, false}}) {
     half(0, d);
     half(2, m);
     EXPECT_EQ(unpack_ggml_row(GgmlType::kQ4_1, block.data(), 32, codes.data(), &scale, &zero), whole) << d << " " << m;
@@ -191,8 +195,10 @@ const std::vector<Hostile>& hostile() {
       {"ArrayOfManyTexts",
        [] { return with_pair(9, B::number<std::uint32_t>(8) + B::number<std::uint64_t>(1ull << 60)); },
        "elements in the rest of the file"},
-      {"AlignmentZero", [] { return with_pair(4, B::number<std::uint32_t>(0), "general.alignment"); }, "a power of two"},
-      {"AlignmentOdd", [] { return with_pair(4, B::number<std::uint32_t>(24), "general.alignment"); }, "a power of two"},
+      {"AlignmentZero", [] { return with_pair(4, B::number<std::uint32_t>(0), "general.alignment"); },
+       "a power of two"},
+      {"AlignmentOdd", [] { return with_pair(4, B::number<std::uint32_t>(24), "general.alignment"); },
+       "a power of two"},
       {"AlignmentHuge", [] { return with_pair(4, B::number<std::uint32_t>(1u << 31), "general.alignment"); },
        "a power of two"},
       {"AlignmentOfAnotherType", [] { return with_pair(10, B::number<std::uint64_t>(32), "general.alignment"); },
@@ -207,20 +213,47 @@ const std::vector<Hostile>& hostile() {
        },
        "\"t\" twice"},
       {"NoDimensions", [] { return with_tensor("t", {}, 0, 0); }, "1 to 4 dimensions"},
-      {"FiveDimensions", [] { return with_tensor("t", {1, 1, 1, 1, 1}, 0, 0); }, "1 to 4 dimensions"},
+      {"FiveDimensions",
+       [] {
+         return with_tensor("t", {1, 1, 1, 1, 1}, 0, 0);
+       },
+       "1 to 4 dimensions"},
       {"FourBillionDimensions",
        [] { return B().counts(1, 0).raw(B::text("t") + B::number<std::uint32_t>(~0u) + std::string(64, '\1')); },
        "1 to 4 dimensions"},
-      {"DimensionZero", [] { return with_tensor("t", {0, 4}, 0, 0); }, "dimensions above 0"},
-      {"DimensionNegative", [] { return with_tensor("t", {4, -4}, 0, 0); }, "dimensions above 0"},
-      {"DimensionsOverflow", [] { return with_tensor("t", {kHuge, kHuge}, 0, 0); }, "at most 2^56 elements"},
-      {"DimensionsWrapToSmall", [] { return with_tensor("t", {1ll << 32, 1ll << 32, 1ll << 32}, 0, 0); },
+      {"DimensionZero",
+       [] {
+         return with_tensor("t", {0, 4}, 0, 0);
+       },
+       "dimensions above 0"},
+      {"DimensionNegative",
+       [] {
+         return with_tensor("t", {4, -4}, 0, 0);
+       },
+       "dimensions above 0"},
+      {"DimensionsOverflow",
+       [] {
+         return with_tensor("t", {kHuge, kHuge}, 0, 0);
+       },
+       "at most 2^56 elements"},
+      {"DimensionsWrapToSmall",
+       [] {
+         return with_tensor("t", {1ll << 32, 1ll << 32, 1ll << 32}, 0, 0);
+       },
        "at most 2^56 elements"},
       {"BytesOverflow", [] { return with_tensor("t", {1ll << 56}, 0, 0); }, "the file is cut off"},
       {"UnknownType", [] { return with_tensor("t", {32}, 250, 0); }, "type 250 of t"},
       {"RemovedType", [] { return with_tensor("t", {32}, 4, 0); }, "one of the types"},
-      {"RowsOfHalfABlock", [] { return with_tensor("t", {48, 2}, 8, 0); }, "rows of whole blocks of 32"},
-      {"RowsOfHalfASuperBlock", [] { return with_tensor("t", {128, 4}, 14, 0); }, "rows of whole blocks of 256"},
+      {"RowsOfHalfABlock",
+       [] {
+         return with_tensor("t", {48, 2}, 8, 0);
+       },
+       "rows of whole blocks of 32"},
+      {"RowsOfHalfASuperBlock",
+       [] {
+         return with_tensor("t", {128, 4}, 14, 0);
+       },
+       "rows of whole blocks of 256"},
       {"OffsetNotAligned", [] { return with_tensor("t", {8}, 0, 4); }, "an offset of 0"},
       {"OffsetBeyondTheEnd", [] { return with_tensor("t", {8}, 0, 1ull << 63); }, "an offset of 0"},
       {"Overlap",
@@ -282,18 +315,23 @@ const std::vector<WrongModel>& wrong_models() {
       {"PartOfAModel", [](P& p) { p.set("split.count", std::uint32_t{3}); }, "one of 3 parts"},
       {"NoBlocks", [](P& p) { p.set("llama.block_count", std::uint32_t{0}); }, "block_count"},
       {"MoreBlocksThanTensors", [](P& p) { p.set("llama.block_count", std::uint32_t{4000000000u}); }, "block_count"},
-      {"OneBlockTooMany", [](P& p) { p.set("llama.block_count", std::uint32_t{2}); }, "blk.1.attn_norm.weight is missing"},
+      {"OneBlockTooMany", [](P& p) { p.set("llama.block_count", std::uint32_t{2}); },
+       "blk.1.attn_norm.weight is missing"},
       {"NegativeHeads", [](P& p) { p.set("llama.attention.head_count", std::int32_t{-4}); }, "head_count"},
       {"MoreHeadsThanDimensions", [](P& p) { p.set("llama.attention.head_count", std::uint32_t{999}); }, "heads"},
       {"HeadsNotDivided", [](P& p) { p.set("llama.attention.head_count_kv", std::uint32_t{3}); }, "multiple"},
       {"HeadsOfEachBlock",
-       [](P& p) { p.set("llama.attention.head_count", std::vector<std::int32_t>{4, 2}); }, "one number for all blocks"},
+       [](P& p) {
+         p.set("llama.attention.head_count", std::vector<std::int32_t>{4, 2});
+       },
+       "one number for all blocks"},
       {"OtherWidth",
        [](P& p) {
          p.set("llama.embedding_length", std::uint32_t{64}), p.set("llama.rope.dimension_count", std::uint32_t{16});
        },
        "instead of"},
-      {"HugeWidth", [](P& p) { p.set("llama.feed_forward_length", std::uint32_t{1u << 20}); }, "parameters of its keys"},
+      {"HugeWidth", [](P& p) { p.set("llama.feed_forward_length", std::uint32_t{1u << 20}); },
+       "parameters of its keys"},
       {"EpsilonNotANumber",
        [](P& p) { p.set("llama.attention.layer_norm_rms_epsilon", std::numeric_limits<float>::quiet_NaN()); },
        "a finite number"},
@@ -302,14 +340,21 @@ const std::vector<WrongModel>& wrong_models() {
       {"UnknownScaling", [](P& p) { p.set("llama.rope.scaling.type", std::string("yarn")); }, "yarn"},
       {"TensorMissing", [](P& p) { p.drop("blk.0.ffn_up.weight"); }, "blk.0.ffn_up.weight is missing"},
       {"TensorLeftOver", [](P& p) { p.add("blk.0.mystery.weight", {32}); }, "left over"},
-      {"TensorMisshapen", [](P& p) { p.drop("output_norm.weight"), p.add("output_norm.weight", {16}); }, "instead of [32]"},
-      {"NormAsMatrix", [](P& p) { p.drop("output_norm.weight"), p.add("output_norm.weight", {1, 32}); }, "[1, 32]"},
+      {"TensorMisshapen", [](P& p) { p.drop("output_norm.weight"), p.add("output_norm.weight", {16}); },
+       "instead of [32]"},
+      {"NormAsMatrix",
+       [](P& p) {
+         p.drop("output_norm.weight"), p.add("output_norm.weight", {1, 32});
+       },
+       "[1, 32]"},
       {"EmbeddingAsVector", [](P& p) { p.drop("token_embd.weight"), p.add("token_embd.weight", {32}); }, "a matrix"},
       {"RotaryDivisorsTooFew", [](P& p) { p.add("rope_freqs.weight", {3}); }, "4 values of F32"},
       {"RotaryDivisorsOfZero", [](P& p) { p.add("rope_freqs.weight", {4}); }, "numbers above 0"},
-      {"EndBeyondTheVocabulary", [](P& p) { p.set("tokenizer.ggml.eos_token_id", std::uint32_t{40}); }, "an id below 40"},
+      {"EndBeyondTheVocabulary", [](P& p) { p.set("tokenizer.ggml.eos_token_id", std::uint32_t{40}); },
+       "an id below 40"},
       {"TypesOfNoModel", [](P& p) { p.set("pare.dtypes", std::string("[1")); }, "pare.dtypes"},
-      {"TypesUnknown", [](P& p) { p.set("pare.dtypes", std::string(R"({"model.norm.weight":"I8"})")); }, "F32, F16 or BF16"},
+      {"TypesUnknown", [](P& p) { p.set("pare.dtypes", std::string(R"({"model.norm.weight":"I8"})")); },
+       "F32, F16 or BF16"},
   };
   return kCases;
 }
@@ -339,21 +384,31 @@ const std::vector<WrongModel>& wrong_tokenizers() {
   static const std::vector<WrongModel> kCases = {
       {"UnknownKind", [](P& p) { p.set("tokenizer.ggml.model", std::string("bert")); }, "gpt2 or llama"},
       {"NoTokens", [](P& p) { p.erase("tokenizer.ggml.tokens"); }, "a list of tokens"},
-      {"TokensOfNumbers", [](P& p) { p.set("tokenizer.ggml.tokens", std::vector<std::int32_t>{1}); }, "an array of texts"},
-      {"TokensTwice", [](P& p) { p.set("tokenizer.ggml.tokens", Texts{"a", "b", "a"}); }, "\"a\" twice"},
+      {"TokensOfNumbers", [](P& p) { p.set("tokenizer.ggml.tokens", std::vector<std::int32_t>{1}); },
+       "an array of texts"},
+      {"TokensTwice",
+       [](P& p) {
+         p.set("tokenizer.ggml.tokens", Texts{"a", "b", "a"});
+       },
+       "\"a\" twice"},
       {"MoreTokensThanRows", [](P& p) { p.set("tokenizer.ggml.tokens", Texts(41, "x")); }, "at most 40 tokens"},
-      {"TokenTooLong", [](P& p) { p.set("tokenizer.ggml.tokens", Texts{std::string(5000, 'x')}); }, "at most 1024 bytes"},
+      {"TokenTooLong", [](P& p) { p.set("tokenizer.ggml.tokens", Texts{std::string(5000, 'x')}); },
+       "at most 1024 bytes"},
       {"TokenNoUtf8", [](P& p) { p.set("tokenizer.ggml.tokens", Texts{"\xc3"}); }, "UTF-8"},
       {"TypesTooFew", [](P& p) { p.set("tokenizer.ggml.token_type", std::vector<std::int32_t>{1}); }, "elements"},
-      {"TypeUnknown", [](P& p) { p.set("tokenizer.ggml.token_type", std::vector<std::int32_t>(40, 9)); }, "types from 0 to 6"},
+      {"TypeUnknown", [](P& p) { p.set("tokenizer.ggml.token_type", std::vector<std::int32_t>(40, 9)); },
+       "types from 0 to 6"},
       {"PreUnknown", [](P& p) { p.set("tokenizer.ggml.pre", std::string("mine")); }, "mine"},
       {"NoMerges", [](P& p) { p.erase("tokenizer.ggml.merges"); }, "a list of merges"},
       {"MergeOfOne", [](P& p) { p.set("tokenizer.ggml.merges", Texts{"ab"}); }, "two pieces"},
       {"MergeOfUnknown", [](P& p) { p.set("tokenizer.ggml.merges", Texts{"never seen"}); }, "never"},
       {"BeginBeyondTheTokens",
-       [](P& p) { p.set("tokenizer.ggml.add_bos_token", true), p.set("tokenizer.ggml.bos_token_id", std::uint32_t{77}); },
+       [](P& p) {
+         p.set("tokenizer.ggml.add_bos_token", true), p.set("tokenizer.ggml.bos_token_id", std::uint32_t{77});
+       },
        "an id below"},
-      {"SentencePieceWithoutScores", [](P& p) { p.set("tokenizer.ggml.model", std::string("llama")); }, "a list of scores"},
+      {"SentencePieceWithoutScores", [](P& p) { p.set("tokenizer.ggml.model", std::string("llama")); },
+       "a list of scores"},
       {"ScoresTooFew",
        [](P& p) {
          p.set("tokenizer.ggml.model", std::string("llama")), p.set("tokenizer.ggml.scores", std::vector<float>{1});
@@ -397,8 +452,10 @@ void open_or_refuse(const fs::path& path) {
     const auto model = open_gguf_model(path);
     for (const TensorSpec& spec : expected_tensors(model->config())) {
       std::vector<float> row(static_cast<std::size_t>(spec.shape.size() == 2 ? spec.shape[1] : 1));
-      if (model->codec(spec).is_float()) model->read_rows_f32(spec, spec.shape[0] - 1, 1, row.data());
-      else model->codes(spec);
+      if (model->codec(spec).is_float())
+        model->read_rows_f32(spec, spec.shape[0] - 1, 1, row.data());
+      else
+        model->codes(spec);
     }
     for (const char* name : {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"})
       if (const auto text = model->side_file(name); text && std::string_view(name) == "tokenizer.json")
@@ -436,10 +493,17 @@ TEST(GgufFuzz, DamagedFilesAreReadOrRefused) {
       const std::uint64_t number = kNumbers[random(std::size(kNumbers))];
       const std::size_t width = std::min<std::size_t>(random(2) == 0 ? 4 : 8, bad.size() - at);
       switch (random(4)) {
-        case 0: bad[at] = static_cast<char>(bad[at] ^ (1 << random(8))); break;
-        case 1: std::memcpy(bad.data() + at, &number, width); break;
-        case 2: bad.erase(at, random(40)); break;
-        default: bad.insert(at, bad.substr(random(bad.size()), random(40)));
+        case 0:
+          bad[at] = static_cast<char>(bad[at] ^ (1 << random(8)));
+          break;
+        case 1:
+          std::memcpy(bad.data() + at, &number, width);
+          break;
+        case 2:
+          bad.erase(at, random(40));
+          break;
+        default:
+          bad.insert(at, bad.substr(random(bad.size()), random(40)));
       }
     }
     write_bytes(scratch / "bad.gguf", bad);

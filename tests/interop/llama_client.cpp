@@ -65,8 +65,8 @@ int greedy(const char* path, int count, const char* out, std::vector<llama_token
     if (llama_decode(context, llama_batch_get_one(next.data(), static_cast<int>(next.size()))) != 0)
       fail("decode failed at step " + std::to_string(step));
     const float* logits = llama_get_logits_ith(context, -1);
-    if (logits == nullptr || std::fwrite(logits, sizeof(float), static_cast<std::size_t>(vocab), file) !=
-                                 static_cast<std::size_t>(vocab))
+    if (logits == nullptr ||
+        std::fwrite(logits, sizeof(float), static_cast<std::size_t>(vocab), file) != static_cast<std::size_t>(vocab))
       fail("logits");
     int best = 0;
     for (int i = 1; i < vocab; ++i)
@@ -82,9 +82,11 @@ int greedy(const char* path, int count, const char* out, std::vector<llama_token
 }  // namespace
 
 int main(int argc, char** argv) {
-  llama_log_set([](ggml_log_level level, const char* text, void*) {
-    if (level >= GGML_LOG_LEVEL_WARN && level != GGML_LOG_LEVEL_CONT) std::fputs(text, stderr);
-  }, nullptr);
+  llama_log_set(
+      [](ggml_log_level level, const char* text, void*) {
+        if (level >= GGML_LOG_LEVEL_WARN && level != GGML_LOG_LEVEL_CONT) std::fputs(text, stderr);
+      },
+      nullptr);
   llama_backend_init();
   if (argc == 3 && std::strcmp(argv[1], "tokenize") == 0) return tokenize(argv[2]);
   if (argc >= 6 && std::strcmp(argv[1], "greedy") == 0) {

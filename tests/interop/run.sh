@@ -45,6 +45,11 @@ elif [ ! -e "$BUILD/pare_sentencepiece.so" ]; then
 else
   check "tokenizer.model" "$PYTHON" "$HERE/sentencepiece_fuzz.py" "$BUILD/pare" --count 1000
 fi
+if [ -n "${PARE_LLAMA_CPP:-}" ]; then
+  check "llama.cpp" "$PYTHON" -B "$HERE/llama_cpp.py" "$BUILD" --llama "$PARE_LLAMA_CPP"
+else
+  echo "SKIPPED llama.cpp: name a checkout with a build in it in PARE_LLAMA_CPP"
+fi
 if [ -n "${PARE_CHAT_TEMPLATES:-}" ]; then
   check "chat templates" "$PYTHON" "$HERE/chat_templates.py" "$BUILD/tests/render_chat" "$PARE_CHAT_TEMPLATES"/*.jinja \
     --mutate 500

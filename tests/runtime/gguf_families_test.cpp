@@ -57,7 +57,7 @@ INSTANTIATE_TEST_SUITE_P(All, GgufFamily, ::testing::ValuesIn(testing::family_na
                          [](const auto& given) { return given.param; });
 
 TEST(RoundTrip, RandomModelsComeBackByteForByte) {
-  for (std::uint64_t seed = 0; seed < 40; ++seed) testing::round_trip(seed);
+  for (std::uint64_t seed = 0; seed < 24; ++seed) testing::round_trip(seed);
 }
 
 TEST(RoundTrip, CodesComeBackFromGgufAndCompact) {

@@ -42,7 +42,8 @@ class Dice {
 
 // A config of a family that llama.cpp computes, of random dimensions.
 inline Json random_config(Dice& dice) {
-  const Family& family = *families()[static_cast<std::size_t>(dice.between(0, static_cast<std::int64_t>(families().size()) - 1))];
+  const Family& family =
+      *families()[static_cast<std::size_t>(dice.between(0, static_cast<std::int64_t>(families().size()) - 1))];
   const std::string name = family.name;
   const bool fixed = name == "qwen2" || name == "phi3";  // heads as wide together as the model
   const std::int64_t kv = dice.between(1, 2), heads = kv * dice.between(1, 2), head_dim = 2 * dice.between(1, 8);
@@ -70,8 +71,11 @@ inline Json random_config(Dice& dice) {
     set("mlp_bias", true);
   }
   if (name == "llama" && dice.between(0, 1) == 0)
-    set("rope_scaling", {{"rope_type", "llama3"}, {"factor", dice.one_of({8.0, 32.0})}, {"low_freq_factor", 1.0},
-                         {"high_freq_factor", 4.0}, {"original_max_position_embeddings", dice.one_of({16, 8192})}});
+    set("rope_scaling", {{"rope_type", "llama3"},
+                         {"factor", dice.one_of({8.0, 32.0})},
+                         {"low_freq_factor", 1.0},
+                         {"high_freq_factor", 4.0},
+                         {"original_max_position_embeddings", dice.one_of({16, 8192})}});
   if (name == "mistral" || name == "phi3") set("sliding_window", dice.between(0, 1) == 0 ? Json(nullptr) : Json(6));
   if (name == "phi3" && head_dim >= 4 && dice.between(0, 1) == 0) {
     Json factors = Json::array();
