@@ -27,7 +27,10 @@ class MappedEngine : public Engine {
     }
     if (options_.threads == 0) options_.threads = std::min(omp_get_num_procs(), kMaxThreads);
     options_.kernels = kernels_.name;
-    if (options_.kv.empty()) options_.kv = kv_name(options_.int8_activations ? KvType::kF16 : KvType::kF32);
+    // A file of floats meets no int8 activations: it stays exact.
+    const bool rounds = options_.int8_activations && std::any_of(file_.tensors().begin(), file_.tensors().end(),
+                                                                 [](const auto& t) { return !t.codec.is_float(); });
+    if (options_.kv.empty()) options_.kv = kv_name(rounds ? KvType::kF16 : KvType::kF32);
     kv_ = parse_kv(options_.kv);
   }
 

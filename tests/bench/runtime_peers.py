@@ -3,13 +3,17 @@
 
 usage: runtime_peers.py --pare PARE --work FOLDER --out FILE.json [--llama llama-bench] [--ik llama-bench]
                         [--shapes A,B] [--codecs q4,q8] [--threads 2,1] [--rounds 5] [--prompt 512] [--tokens 64]
-                        [--depth N] [--kernels avx2]
+                        [--depth N] [--kernels avx2] [--cpu-time [--repeats 1]]
 
-Makes what the work folder lacks: random weights in a published shape (`pare new`), rounded once (q4 or q8 in groups of
-32, embedding and head q8), written as a compact file and, the same codes, as GGUF, so that all programs read the same
-bytes a token. PARE is the full program. Then, round by round, every program measures prefill and decode once, one
+Makes what the work folder lacks: random weights in a published shape (`pare new`), rounded once (q4 or q8 in groups
+of 32, embedding and head q8), written as a compact file and, the same codes, as GGUF, so that all programs read the
+same bytes a token. PARE is the full program. Then, round by round, every program measures prefill and decode once, one
 after the other; medians are over rounds. With --kernels the instruction set is forced, and the peers are expected to
 be built for the same one. All files are dropped from memory first: each program reads its own in its own way.
+
+With --cpu-time, for a machine that is busy with other things, a second is one that the program had a processor, and
+only one thread is measured: start, loading and warm-up drop out of the difference between one repetition and
+--repeats more. Limits of the machine are then the best of their runs instead of the median.
 
 ik_llama.cpp repacks weights at start (-rtr 1), which is its faster way; llama.cpp does it by itself where it can.
 """
@@ -22,6 +26,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 
 root = pathlib.Path(__file__).resolve().parents[2]
 TOKENIZERS = {"SmolLM2-135M": "smollm", "Qwen2.5-0.5B": "qwen2", "Llama-3.2-1B": "llama3"}
@@ -32,6 +37,19 @@ def run(command, **more):
     if done.returncode != 0:
         sys.exit(f"{' '.join(map(str, command))}: exit {done.returncode}\n{done.stderr[-2000:]}")
     return done.stdout
+
+
+def cpu_seconds(command, environment=None):
+    """Seconds of processor time of the whole program, and what it printed."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen([str(part) for part in command], stdout=out, stderr=errors, env=environment)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        for stream in (out, errors):
+            stream.seek(0)
+        if process.returncode != 0:
+            sys.exit(f"{' '.join(map(str, command))}: exit {process.returncode}\n{errors.read()[-2000:].decode()}")
+        return used.ru_utime + used.ru_stime, out.read().decode()
 
 
 def prepare(pare, work, shape, codec):
@@ -65,9 +83,50 @@ class Programs:
         self.arguments = arguments
         self.names = ["pare"] + [name for name in ("llama", "ik") if getattr(arguments, name)]
 
+    def measure_cpu(self, name, compact, gguf):
+        """As measure, in tokens a second of processor time, one thread."""
+        a = self.arguments
+        environment = dict(os.environ, PARE_KERNELS=a.kernels) if a.kernels and name == "pare" else None
+        rates, told = [], {}
+        for tokens, lengths in ((a.prompt, ["-p", a.prompt, "-n", 0]), (a.tokens, ["-p", 0, "-n", a.tokens])):
+            seconds = []
+            for repeats in (1, 1 + a.repeats):
+                if name == "pare":
+                    command = [a.pare, "bench", compact, "-q", "--json", "-t", 1, *lengths, "-r", repeats]
+                else:
+                    command = [getattr(a, name), "-m", gguf, "-t", 1, *lengths, "-r", repeats, "-o", "json"]
+                    command += ["-rtr", 1] if name == "ik" else []
+                used, out = cpu_seconds(command, environment)
+                seconds.append(used)
+            rates.append(tokens * a.repeats / (seconds[1] - seconds[0]))
+            if name == "pare":
+                told = json.loads(out)["result"]
+        if name != "pare":
+            return (*rates, {})
+        # Prefill of one token: only the machine is of interest.
+        roofs = json.loads(run([a.pare, "bench", compact, "-q", "--json", "-t", 1, "-p", 1, "-n", 0, "-r", 1,
+                                "--roofline"], env=environment))["result"]["machine"]
+        roof = next(m for m in roofs if m["threads"] == 1)
+        row = told["results"][0]
+        row["prefill_peak_share"] = (2 * told["block_weights_per_token"] * rates[0] /
+                                     roof[told["limit"] + "_operations_per_second"]["best"])
+        row["decode_read_share"] = told["bytes_per_token"] * rates[1] / roof["read_bytes_per_second"]["best"]
+        return (*rates, {"row": row, "roof": roof, "bytes_per_token": told["bytes_per_token"], "limit": told["limit"],
+                         "kernels": told["kernels"]})
+
+    def read_files(self, compact, gguf):
+        """Brings the files back into memory, each as its program reads it."""
+        for name in self.names:
+            if name == "pare":
+                run([self.arguments.pare, "bench", compact, "-q", "-p", 1, "-n", 0, "-r", 1])
+            else:
+                run([getattr(self.arguments, name), "-m", gguf, "-p", 1, "-n", 0, "-r", 1])
+
     def measure(self, name, compact, gguf, threads):
         """(prefill, decode) tokens/s and what else the program says, of one short run."""
         a = self.arguments
+        if a.cpu_time:
+            return self.measure_cpu(name, compact, gguf)
         if name == "pare":
             environment = dict(os.environ, PARE_KERNELS=a.kernels) if a.kernels else None
             told = json.loads(run([a.pare, "bench", compact, "-q", "--json", "-t", threads, "-p", a.prompt,
@@ -77,7 +136,7 @@ class Programs:
             roof = next(m for m in told["machine"] if m["threads"] == threads)
             return (row["prefill_tokens_per_second"]["median"], row["decode_tokens_per_second"]["median"],
                     {"row": row, "roof": roof, "bytes_per_token": told["bytes_per_token"], "limit": told["limit"],
-                     "block_weights": told["block_weights_per_token"], "kernels": told["kernels"]})
+                     "kernels": told["kernels"]})
         command = [getattr(a, name), "-m", gguf, "-t", threads, "-r", 1, "-o", "json"]
         command += ["-rtr", 1] if name == "ik" else []
         rates = {}
@@ -176,8 +235,12 @@ def main():
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--depth", type=int, default=0)
     parser.add_argument("--kernels", default="")
+    parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--peers", default="", help="versions of the peers, for the record")
     arguments = parser.parse_args()
+    if arguments.cpu_time and (arguments.threads != "1" or arguments.depth):
+        parser.error("--cpu-time goes with --threads 1 and without --depth")
     arguments.work.mkdir(parents=True, exist_ok=True)
     programs = Programs(arguments)
     cases = []
@@ -186,15 +249,18 @@ def main():
             files = prepare(arguments.pare, arguments.work, shape, codec)
             for path in files:
                 drop_from_memory(path)
+            programs.read_files(*files)
             for threads in map(int, arguments.threads.split(",")):
                 cases.append(case(programs, shape, codec, threads, *files))
                 columns, rows = table(cases, programs.names)
                 arguments.out.write_text(json.dumps({
                     "command": "python3 tests/bench/runtime_peers.py --pare build/pare --work WORK --llama LLAMA_BENCH "
-                               "--ik IK_LLAMA_BENCH --out " + str(arguments.out.name),
+                               "--ik IK_LLAMA_BENCH --out " + arguments.out.name +
+                               (" --cpu-time --threads 1" if arguments.cpu_time else ""),
                     "commit": commit_of(root), "machine": f"{os.cpu_count()} cores, {processor()}",
                     "peers": arguments.peers, "prompt": arguments.prompt, "tokens": arguments.tokens,
-                    "depth": arguments.depth, "rounds": arguments.rounds, "cases": cases,
+                    "depth": arguments.depth, "cpu_time": arguments.cpu_time, "repeats": arguments.repeats,
+                    "rounds": arguments.rounds, "cases": cases,
                     "columns": columns, "table": rows}, indent=1) + "\n")
 
 

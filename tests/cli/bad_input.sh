@@ -178,6 +178,11 @@ unused "distill: cache-top-k without cache" "--cache-top-k" "$PARE" distill --te
 unused "compress: samples with text" "--samples" "$PARE" compress --model "$IN" --out "$OUT" --text "$TEXT" --eval-text "$TEXT" --samples 3
 refuse "bench: -t and --threads" 2 "either -t or --threads" "$PARE" bench "$T/none.pare" -t 1 --threads 2
 refuse "bench: nothing" 2 "nothing to measure" "$PARE" bench "$T/none.pare" -p 0 -n 0
+unused "bench: depth without decoding" "--depth" "$PARE" bench "$T/none.pare" -n 0 --depth 3
+unused "bench: sequences without decoding" "--sequences" "$PARE" bench "$T/none.pare" -n 0 --sequences 3
+refuse "bench: machine before a file that is none" 3 "none.pare" "$PARE" bench "$T/none.pare" --roofline
+refuse "run: unknown cache" 2 "f32.*f16.*q8" "$PARE" run "$T/none.pare" -p x --kv f8
+unused "eval: cache of a folder" "--kv" "$PARE" eval "$IN" --text "$TEXT" --kv q8
 
 echo "--- no space left"
 fresh

@@ -220,6 +220,8 @@ TEST(ForwardTest, EveryKeyValueCacheGivesTheBitsOfOnePrefill) {
   EXPECT_EQ(Engine::open(scratch.path / "m.pare", options)->options().kv, "f16");
   options.int8_activations = false;
   EXPECT_EQ(Engine::open(scratch.path / "m.pare", options)->options().kv, "f32");
+  write_tiny_model(scratch.path / "floats.pare", config, {CodecKind::kF16, 0}, 3);
+  EXPECT_EQ(Engine::open(scratch.path / "floats.pare", engine_options("", true, 1))->options().kv, "f32");
   options.kv = "f8";
   EXPECT_THROW(Engine::open(scratch.path / "m.pare", options), Error);
 }
