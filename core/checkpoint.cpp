@@ -44,6 +44,7 @@ QuantizedTensor rows_of(const QuantizedTensor& stored, const Placement& place, s
   take(stored.codes, tensor.codes, stored.cols);
   take(stored.scales, tensor.scales, stored.codec.groups(stored.cols));
   take(stored.zeros, tensor.zeros, stored.codec.groups(stored.cols));
+  take(stored.minima, tensor.minima, stored.codec.groups(stored.cols));
   return tensor;
 }
 
@@ -97,11 +98,12 @@ struct Checkpoint::Source {
   const TensorView* codes = nullptr;   // pack-quantized: I32 words; int-quantized and codes.pare: I8
   const TensorView* scales = nullptr;  // compressed-tensors: F32/F16/BF16; codes.pare: F16
   const TensorView* zeros = nullptr;
+  const TensorView* minima = nullptr;  // codes.pare alone: F16
   bool side = false;  // codes.pare
   std::int64_t rows = 0, cols = 0;
   TensorSpec spec;
   std::optional<Placement> place;  // where `dense`, or what is packed, holds this tensor in another way
-  std::array<const TensorView*, 4> views() const { return {dense, codes, scales, zeros}; }
+  std::array<const TensorView*, 5> views() const { return {dense, codes, scales, zeros, minima}; }
 };
 
 const std::vector<std::string>& side_file_names() {
@@ -260,6 +262,8 @@ Checkpoint::Checkpoint(const fs::path& folder) : folder_(folder) {
         source->codes = part(".codes", DType::kI8, spec.shape);
         source->scales = part(".scales", DType::kF16, {source->rows, groups});
         if (source->codec.kind == CodecKind::kQ4a) source->zeros = part(".zeros", DType::kU8, {source->rows, groups});
+        if (source->codec.kind == CodecKind::kQ4m)
+          source->minima = part(".minima", DType::kF16, {source->rows, groups});
         side_codecs.erase(side);
       }
     }
@@ -334,6 +338,10 @@ QuantizedTensor Checkpoint::codes(std::string_view name) const {
       tensor.zeros.resize(from.zeros->data.size());
       std::memcpy(tensor.zeros.data(), from.zeros->data.data(), from.zeros->data.size());
     }
+    if (from.minima != nullptr) {
+      tensor.minima.resize(scale_count);
+      std::memcpy(tensor.minima.data(), from.minima->data.data(), from.minima->data.size());
+    }
   } else {
     std::vector<float> scales(scale_count);
     to_f32(*from.scales, 0, static_cast<std::int64_t>(scale_count), scales.data());
@@ -385,8 +393,8 @@ std::uint64_t Checkpoint::tensor_bytes() const {
       // convenience: counted is what the codes need.
       const auto elements = static_cast<std::uint64_t>(from->rows) * static_cast<std::uint64_t>(from->cols);
       const auto scales = static_cast<std::uint64_t>(from->rows * from->codec.groups(from->cols));
-      bytes += elements * static_cast<std::uint64_t>(from->codec.bits()) / 8 + scales * 2;
-      if (from->codec.kind == CodecKind::kQ4a) bytes += (scales + 1) / 2;
+      bytes += elements * static_cast<std::uint64_t>(from->codec.bits()) / 8 +
+               (scales * static_cast<std::uint64_t>(from->codec.group_bits()) + 7) / 8;
     }
   }
   return bytes;
