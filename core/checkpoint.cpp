@@ -50,6 +50,7 @@ QuantizedTensor rows_of(const QuantizedTensor& stored, const Placement& place, s
   take(stored.codes, tensor.codes, stored.cols);
   take(stored.scales, tensor.scales, stored.codec.groups(stored.cols));
   take(stored.zeros, tensor.zeros, stored.codec.groups(stored.cols));
+  take(stored.minima, tensor.minima, stored.codec.groups(stored.cols));
   return tensor;
 }
 
@@ -103,11 +104,12 @@ struct Checkpoint::Source {
   const TensorView* codes = nullptr;   // pack-quantized: I32 words; int-quantized and codes.pare: I8
   const TensorView* scales = nullptr;  // compressed-tensors: F32/F16/BF16; codes.pare: F16
   const TensorView* zeros = nullptr;
+  const TensorView* minima = nullptr;  // codes.pare alone: F16
   bool side = false;  // codes.pare
   std::int64_t rows = 0, cols = 0;
   TensorSpec spec;
   std::optional<Placement> place;  // where `dense`, or what is packed, holds this tensor in another way
-  std::array<const TensorView*, 4> views() const { return {dense, codes, scales, zeros}; }
+  std::array<const TensorView*, 5> views() const { return {dense, codes, scales, zeros, minima}; }
 };
 
 const std::vector<std::string>& side_file_names() {
@@ -267,6 +269,8 @@ Checkpoint::Checkpoint(const fs::path& folder) : folder_(folder) {
         source->codes = part(".codes", DType::kI8, spec.shape);
         source->scales = part(".scales", DType::kF16, {source->rows, groups});
         if (source->codec.kind == CodecKind::kQ4a) source->zeros = part(".zeros", DType::kU8, {source->rows, groups});
+        if (source->codec.kind == CodecKind::kQ4m)
+          source->minima = part(".minima", DType::kF16, {source->rows, groups});
         side_codecs.erase(side);
       }
     }
@@ -371,6 +375,10 @@ QuantizedTensor Checkpoint::codes(std::string_view name) const {
       tensor.zeros.resize(from.zeros->data.size());
       std::memcpy(tensor.zeros.data(), from.zeros->data.data(), from.zeros->data.size());
     }
+    if (from.minima != nullptr) {
+      tensor.minima.resize(scale_count);
+      std::memcpy(tensor.minima.data(), from.minima->data.data(), from.minima->data.size());
+    }
   } else {
     std::vector<float> scales(scale_count);
     to_f32(*from.scales, 0, static_cast<std::int64_t>(scale_count), scales.data());
@@ -423,8 +431,8 @@ std::uint64_t Checkpoint::tensor_bytes() const {
       // The unpacked copy of a codes.pare tensor is for other readers and 8-bit storage of 4-bit codes is a
       // convenience: counted is what the codes need.
       const auto scales = static_cast<std::uint64_t>(spec.shape[0] * as.groups(spec.shape[1]));
-      bytes += elements * static_cast<std::uint64_t>(as.bits()) / 8 + scales * 2;
-      if (as.kind == CodecKind::kQ4a) bytes += (scales + 1) / 2;
+      bytes += elements * static_cast<std::uint64_t>(as.bits()) / 8 +
+               (scales * static_cast<std::uint64_t>(as.group_bits()) + 7) / 8;
     }
   }
   return bytes;

@@ -16,7 +16,7 @@
 //
 //   data of its tensors | JSON index of its tensors | u64 length of that JSON
 //
-// Dense tensors lie there in their final dtype; codes as codes, scales, zeros in the layout of QuantizedTensor.
+// Dense tensors lie there in their final dtype; codes as codes, scales, zeros, minima in the layout of QuantizedTensor.
 // finish() reads pieces in canonical tensor order, so interruptions and the order of put leave no trace.
 
 namespace pare {
@@ -212,6 +212,7 @@ struct CheckpointWriter::State {
     copy(tensor.codes, cols, 1);
     copy(tensor.scales, groups, 2);
     if (entry.codec.kind == CodecKind::kQ4a) copy(tensor.zeros, groups, 1);
+    if (entry.codec.kind == CodecKind::kQ4m) copy(tensor.minima, groups, 2);
     return tensor;
   }
 
@@ -309,6 +310,7 @@ void CheckpointWriter::put_codes(std::string_view name, const QuantizedTensor& c
     out.write(bytes_of(codes.codes));
     out.write(bytes_of(codes.scales));
     out.write(bytes_of(codes.zeros));
+    out.write(bytes_of(codes.minima));
   });
 }
 
@@ -478,6 +480,9 @@ void CheckpointWriter::State::assemble() const {
       if (own.codec.kind == CodecKind::kQ4a)
         side.push_back({{part->name + ".zeros", DType::kU8, {rows, groups}},
                         [this, part, &own](SafetensorsWriter& out) { out.write(bytes_of(codes(*part, own).zeros)); }});
+      if (own.codec.kind == CodecKind::kQ4m)
+        side.push_back({{part->name + ".minima", DType::kF16, {rows, groups}},
+                        [this, part, &own](SafetensorsWriter& out) { out.write(bytes_of(codes(*part, own).minima)); }});
     }
   }
 

@@ -20,16 +20,23 @@ constexpr CodecName kCodecs[] = {
     {"q8", {CodecKind::kQ8, 32}},        {"q8c", {CodecKind::kQ8, Codec::kPerRow}},
     {"q4g32", {CodecKind::kQ4, 32}},     {"q4g64", {CodecKind::kQ4, 64}},     {"q4g128", {CodecKind::kQ4, 128}},
     {"q4ag32", {CodecKind::kQ4a, 32}},   {"q4ag64", {CodecKind::kQ4a, 64}},   {"q4ag128", {CodecKind::kQ4a, 128}},
+    {"q4mg32", {CodecKind::kQ4m, 32}},   {"q4mg64", {CodecKind::kQ4m, 64}},   {"q4mg128", {CodecKind::kQ4m, 128}},
     {"q3g32", {CodecKind::kQ3, 32}},     {"q3g64", {CodecKind::kQ3, 64}},     {"q3g128", {CodecKind::kQ3, 128}},
     {"q2g32", {CodecKind::kQ2, 32}},     {"q2g64", {CodecKind::kQ2, 64}},     {"q2g128", {CodecKind::kQ2, 128}},
     {"w8a8", {CodecKind::kQ8, Codec::kPerRow, true}},
     // short names, after the canonical ones
     {"q4", {CodecKind::kQ4, 32}},        {"q4a", {CodecKind::kQ4a, 32}},
+    {"q4m", {CodecKind::kQ4m, 32}},
     {"q3", {CodecKind::kQ3, 32}},        {"q2", {CodecKind::kQ2, 32}},
 };
 
 std::uint64_t scale_bytes(std::int64_t rows, std::int64_t groups) {
   return padded(static_cast<std::uint64_t>(row_blocks(rows) * groups * kBlockRows) * 2);
+}
+
+// Byte of a scale or minimum in its plane: [row block][group][16 rows] halves.
+std::size_t half_slot(std::int64_t row, std::int64_t group, std::int64_t groups) {
+  return static_cast<std::size_t>(((row / kBlockRows) * groups + group) * kBlockRows + row % kBlockRows) * 2;
 }
 
 struct CodePlane {
@@ -42,7 +49,8 @@ CodePlane code_plane(CodecKind kind) {
   switch (kind) {
     case CodecKind::kQ8: return {q8_code_bytes, pack_q8_codes, unpack_q8_codes};
     case CodecKind::kQ4:
-    case CodecKind::kQ4a: return {q4_code_bytes, pack_q4_codes, unpack_q4_codes};
+    case CodecKind::kQ4a:
+    case CodecKind::kQ4m: return {q4_code_bytes, pack_q4_codes, unpack_q4_codes};
     case CodecKind::kQ3: return {q3_code_bytes, pack_q3_codes, unpack_q3_codes};
     case CodecKind::kQ2: return {q2_code_bytes, pack_q2_codes, unpack_q2_codes};
     default: throw std::logic_error("floats have no codes");
@@ -116,18 +124,25 @@ int Codec::bits() const {
     case CodecKind::kBf16: return 16;
     case CodecKind::kQ8: return 8;
     case CodecKind::kQ4:
-    case CodecKind::kQ4a: return 4;
+    case CodecKind::kQ4a:
+    case CodecKind::kQ4m: return 4;
     case CodecKind::kQ3: return 3;
     case CodecKind::kQ2: return 2;
   }
   throw std::logic_error("Codec of no kind");
 }
 
+int Codec::group_bits() const {
+  if (is_float()) return 0;
+  return kind == CodecKind::kQ4a ? 20 : kind == CodecKind::kQ4m ? 32 : 16;
+}
+
 CodeRange code_range(CodecKind kind) {
   switch (kind) {
     case CodecKind::kQ8: return {-127, 127};
     case CodecKind::kQ4: return {-8, 7};
-    case CodecKind::kQ4a: return {0, 15};
+    case CodecKind::kQ4a:
+    case CodecKind::kQ4m: return {0, 15};
     case CodecKind::kQ3: return {-4, 3};
     case CodecKind::kQ2: return {-2, 1};
     default: return {0, 0};
@@ -143,8 +158,11 @@ bool Codec::fits(std::int64_t cols) const { return cols > 0 && (is_float() || gr
 
 std::uint64_t Codec::payload_bytes(std::int64_t rows, std::int64_t cols) const {
   if (is_float()) return padded(static_cast<std::uint64_t>(rows) * static_cast<std::uint64_t>(cols) * static_cast<std::uint64_t>(bits() / 8));
-  const std::uint64_t zeros = kind == CodecKind::kQ4a ? q4a_zero_bytes(rows, groups(cols)) : 0;
-  return code_plane(kind).bytes(rows, cols) + scale_bytes(rows, groups(cols)) + zeros;
+  const std::uint64_t scales = scale_bytes(rows, groups(cols));
+  const std::uint64_t more = kind == CodecKind::kQ4a   ? q4a_zero_bytes(rows, groups(cols))
+                             : kind == CodecKind::kQ4m ? scales
+                                                       : 0;
+  return code_plane(kind).bytes(rows, cols) + scales + more;
 }
 
 void QuantizedTensor::unpack_row(std::int64_t row, float* out) const {
@@ -155,6 +173,11 @@ void QuantizedTensor::unpack_row(std::int64_t row, float* out) const {
     const auto at = static_cast<std::size_t>(row * per_row + g);
     const float scale = f16_to_f32(scales[at]);
     const int zero = codec.kind == CodecKind::kQ4a ? zeros[at] : 0;
+    if (codec.kind == CodecKind::kQ4m) {
+      const float minimum = f16_to_f32(minima[at]);
+      for (std::int64_t i = g * width; i < (g + 1) * width; ++i) out[i] = static_cast<float>(code[i]) * scale + minimum;
+      continue;
+    }
     for (std::int64_t i = g * width; i < (g + 1) * width; ++i) out[i] = static_cast<float>(code[i] - zero) * scale;
   }
 }
@@ -170,10 +193,12 @@ void QuantizedTensor::validate(const std::string& place) const {
   const auto count = static_cast<std::size_t>(rows) * static_cast<std::size_t>(cols);
   const auto scale_count = static_cast<std::size_t>(rows * codec.groups(cols));
   const bool asymmetric = codec.kind == CodecKind::kQ4a;
-  if (codes.size() != count || scales.size() != scale_count || zeros.size() != (asymmetric ? scale_count : 0))
+  const std::size_t minimum_count = codec.kind == CodecKind::kQ4m ? scale_count : 0;
+  if (codes.size() != count || scales.size() != scale_count || zeros.size() != (asymmetric ? scale_count : 0) ||
+      minima.size() != minimum_count)
     throw input_error(place, std::to_string(count) + " codes and " + std::to_string(scale_count) + " scales",
                       std::to_string(codes.size()) + " codes, " + std::to_string(scales.size()) + " scales, " +
-                          std::to_string(zeros.size()) + " zeros");
+                          std::to_string(zeros.size()) + " zeros, " + std::to_string(minima.size()) + " minima");
   const auto [low, high] = code_range(codec.kind);
   for (std::size_t i = 0; i < count; ++i) {
     if (codes[i] < low || codes[i] > high)
@@ -189,6 +214,9 @@ void QuantizedTensor::validate(const std::string& place) const {
                         std::to_string(f16_to_f32(scales[i])) + " as scale " + std::to_string(i));
     if (asymmetric && zeros[i] > 15)
       throw input_error(place, "zeros from 0 to 15", std::to_string(zeros[i]) + " as zero " + std::to_string(i));
+    if (minimum_count > 0 && (minima[i] & 0x7c00u) == 0x7c00u)
+      throw input_error(place, "finite minima",
+                        std::to_string(f16_to_f32(minima[i])) + " as minimum " + std::to_string(i));
   }
 }
 
@@ -201,14 +229,15 @@ std::vector<std::byte> pack_payload(const QuantizedTensor& tensor) {
   plane.pack(tensor, all.first(codes));
 
   const std::int64_t groups = tensor.codec.groups(tensor.cols);
+  const std::uint64_t after = codes + scale_bytes(tensor.rows, groups);
   for (std::int64_t row = 0; row < tensor.rows; ++row) {
     for (std::int64_t g = 0; g < groups; ++g) {
-      const std::int64_t slot = ((row / kBlockRows) * groups + g) * kBlockRows + row % kBlockRows;
-      std::memcpy(payload.data() + codes + slot * 2, &tensor.scales[static_cast<std::size_t>(row * groups + g)], 2);
+      const auto slot = half_slot(row, g, groups), at = static_cast<std::size_t>(row * groups + g);
+      std::memcpy(payload.data() + codes + slot, &tensor.scales[at], 2);
+      if (tensor.codec.kind == CodecKind::kQ4m) std::memcpy(payload.data() + after + slot, &tensor.minima[at], 2);
     }
   }
-  if (tensor.codec.kind == CodecKind::kQ4a)
-    pack_q4a_zeros(tensor, all.subspan(codes + scale_bytes(tensor.rows, groups)));
+  if (tensor.codec.kind == CodecKind::kQ4a) pack_q4a_zeros(tensor, all.subspan(after));
   return payload;
 }
 
@@ -230,15 +259,18 @@ QuantizedTensor unpack_payload(const Codec& codec, std::int64_t rows, std::int64
   const CodePlane plane = code_plane(codec.kind);
   const std::uint64_t codes = plane.bytes(rows, cols);
   plane.unpack(payload.first(codes), tensor);
-  for (std::int64_t row = 0; row < rows; ++row) {
+  const std::uint64_t after = codes + scale_bytes(rows, groups);
+  if (codec.kind == CodecKind::kQ4m) tensor.minima.resize(tensor.scales.size());
+  for (std::int64_t row = 0; row < tensor.rows; ++row) {
     for (std::int64_t g = 0; g < groups; ++g) {
-      const std::int64_t slot = ((row / kBlockRows) * groups + g) * kBlockRows + row % kBlockRows;
-      std::memcpy(&tensor.scales[static_cast<std::size_t>(row * groups + g)], payload.data() + codes + slot * 2, 2);
+      const auto slot = half_slot(row, g, groups), at = static_cast<std::size_t>(row * groups + g);
+      std::memcpy(&tensor.scales[at], payload.data() + codes + slot, 2);
+      if (codec.kind == CodecKind::kQ4m) std::memcpy(&tensor.minima[at], payload.data() + after + slot, 2);
     }
   }
   if (codec.kind == CodecKind::kQ4a) {
-    tensor.zeros.resize(static_cast<std::size_t>(rows * groups));
-    unpack_q4a_zeros(payload.subspan(codes + scale_bytes(rows, groups)), tensor);
+    tensor.zeros.resize(tensor.scales.size());
+    unpack_q4a_zeros(payload.subspan(after), tensor);
   }
   tensor.validate(place);
   return tensor;

@@ -22,6 +22,7 @@ enum class CodecKind : std::uint8_t {
   kQ4a,  // int4 asymmetric, code in [0, 15], zero in [0, 15], w = (code - zero) * scale
   kQ3,   // int3 symmetric, code in [-4, 3],     w = code * scale
   kQ2,   // int2 symmetric, code in [-2, 1],     w = code * scale
+  kQ4m,  // int4 with a minimum, code in [0, 15], w = code * scale + minimum: a zero point that is no whole number
 };
 
 struct CodeRange {
@@ -31,7 +32,7 @@ struct CodeRange {
 CodeRange code_range(CodecKind kind);
 
 // Names: f32 f16 bf16 | q8 (groups of 32) q8c (one scale per row) w8a8 (q8c that wants int8 inputs)
-// | q4 = q4g32, q4g64, q4g128 | q4a = q4ag32, ... | q3 = q3g32, ... | q2 = q2g32, ...
+// | q4 = q4g32, q4g64, q4g128 | q4a = q4ag32, ... | q4m = q4mg32, ... | q3 = q3g32, ... | q2 = q2g32, ...
 struct Codec {
   CodecKind kind = CodecKind::kF32;
   std::int64_t group = 0;  // inputs per scale; 0 for floats; kPerRow: one scale per row
@@ -46,6 +47,7 @@ struct Codec {
   // The same layout for a tensor that has no inputs to round, such as an embedding.
   Codec layout() const { return {kind, group}; }
   int bits() const;
+  int group_bits() const;                                // of a group beside its codes; 0 for floats
   std::int64_t groups(std::int64_t cols) const;          // scales per row; 0 for floats
   bool fits(std::int64_t cols) const;                    // the group divides the row
   std::uint64_t payload_bytes(std::int64_t rows, std::int64_t cols) const;  // in the compact file, with padding
@@ -59,11 +61,13 @@ struct QuantizedTensor {
   std::vector<std::int8_t> codes;     // [rows * cols], one code per element
   std::vector<std::uint16_t> scales;  // [rows * groups], IEEE half bits, finite; >= 0, kQ4, kQ3, kQ2: either sign, not -0
   std::vector<std::uint8_t> zeros;    // [rows * groups], kQ4a only
+  std::vector<std::uint16_t> minima;  // [rows * groups], IEEE half bits, finite, of either sign; kQ4m only
 
-  // w = float(code - zero) * float(scale): one rounding, the same bits everywhere. out: cols floats.
+  // w = float(code - zero) * float(scale), kQ4m: float(code) * float(scale) + float(minimum), where the product is
+  // exact: one rounding, the same bits everywhere. out: cols floats.
   void unpack_row(std::int64_t row, float* out) const;
   void unpack(float* out) const;      // rows * cols
-  // Throws (exit 3) on code, zero or scale out of range or sizes that do not agree.
+  // Throws (exit 3) on code, zero, scale or minimum out of range or sizes that do not agree.
   void validate(const std::string& place) const;
 };
 

@@ -63,6 +63,7 @@ std::uint64_t aligned(std::uint64_t bytes) {
 }
 
 float minimum(const QuantizedTensor& tensor, std::size_t group) {
+  if (!tensor.minima.empty()) return f16_to_f32(tensor.minima[group]);
   return -static_cast<float>(tensor.zeros[group]) * f16_to_f32(tensor.scales[group]);
 }
 

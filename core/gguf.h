@@ -53,8 +53,8 @@ class GgufWriter {
   std::uint64_t in_tensor_ = 0;
 };
 
-// One row of codes as blocks of 32. Q4: values [-8, 7] become q = value + 8; Q8: as they are; Q4a (Q4_1): minimum
-// m = -zero * scale, rounded to half precision. A scale of a longer group is repeated.
+// One row of codes as blocks of 32. Q4: values [-8, 7] become q = value + 8; Q8: as they are; Q4_1: minimum m of q4m,
+// or -zero * scale of q4a, rounded to half precision. A scale of a longer group is repeated.
 // scales: halves of the row's groups; out: ggml_bytes(type, columns) bytes.
 void pack_ggml_row(GgmlType type, const QuantizedTensor& tensor, std::int64_t row, std::byte* out);
 // Whether -zero * scale of every group is a half: what Q4_1 needs to hold the same weights.

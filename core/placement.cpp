@@ -107,7 +107,7 @@ bool is_buffer(const ModelConfig& config, std::string_view name) {
 
 bool has_packed_form(const ModelConfig& config, const TensorSpec& spec, const Codec& codec) {
   const bool module = spec.role == TensorRole::kLinear || spec.role == TensorRole::kHead;
-  if (!module || codec.kind == CodecKind::kQ4a) return false;
+  if (!module || codec.kind == CodecKind::kQ4a || codec.kind == CodecKind::kQ4m) return false;
   const auto place = placement(config, spec);
   return !place || (!place->transposed && (spec.role != TensorRole::kHead || place->name == spec.name));
 }

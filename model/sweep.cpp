@@ -264,9 +264,22 @@ SweepFactor factor_typed(const T* hessian, std::int64_t n, const FactorOptions& 
     }
   }
   mean = live > 0 ? mean / static_cast<double>(live) : 1.0;
+  factor.group = options.group;
   if (options.activation_order) {
-    std::stable_sort(factor.order.begin(), factor.order.end(),
-                     [&](std::int64_t a, std::int64_t b) { return hessian[a * n + a] > hessian[b * n + b]; });
+    const auto own = [&](std::int64_t i) { return static_cast<double>(hessian[i * n + i]); };
+    std::vector<double> sums(static_cast<std::size_t>(options.group > 0 ? n / options.group : 0), 0.0);
+    for (std::size_t g = 0; g < sums.size(); ++g) {
+      const auto begin = static_cast<std::int64_t>(g) * options.group;
+      for (std::int64_t i = begin; i < begin + options.group; ++i) sums[g] += own(i);
+    }
+    std::stable_sort(factor.order.begin(), factor.order.end(), [&](std::int64_t a, std::int64_t b) {
+      if (options.group > 0 && a / options.group != b / options.group) {
+        const std::int64_t left = a / options.group, right = b / options.group;
+        const double ours = sums[static_cast<std::size_t>(left)], theirs = sums[static_cast<std::size_t>(right)];
+        return ours != theirs ? ours > theirs : left < right;
+      }
+      return own(a) > own(b);
+    });
   }
 
   // Scaled to mean diagonal 1; m holds J H J, of which the lower triangle is factored in place.
@@ -315,12 +328,11 @@ template <class T>
 void sweep_typed(const float* weight, std::int64_t rows, const SweepFactor& factor, const T* u, SweepRule& rule,
                  int threads) {
   const std::int64_t n = factor.columns;
-  const std::int64_t tiles = (rows + kSweepRows - 1) / kSweepRows;
+  const std::int64_t tiles = (rows + kSweepRows - 1) / kSweepRows, group = rule.group();
 #pragma omp parallel num_threads(resolve_threads(threads))
   {
     std::vector<double> current(static_cast<std::size_t>(n * kSweepRows));
     std::vector<double> errors(static_cast<std::size_t>(kSweepBlock * kSweepRows));
-    std::vector<double> diagonal(static_cast<std::size_t>(kSweepBlock));
     double decided[kSweepRows];
 #pragma omp for schedule(dynamic)
     for (std::int64_t t = 0; t < tiles; ++t) {
@@ -337,18 +349,12 @@ void sweep_typed(const float* weight, std::int64_t rows, const SweepFactor& fact
         const std::int64_t last = std::min(first + kSweepBlock, n);
         std::fill(errors.begin(), errors.end(), 0.0);
         for (std::int64_t i = first; i < last; ++i) {
-          diagonal[static_cast<std::size_t>(i - first)] = static_cast<double>(u[i * n + i]);
-        }
-        rule.open_block(
-            tile,
-            std::span(factor.order).subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(last - first)),
-            std::span(diagonal).first(static_cast<std::size_t>(last - first)), current.data() + first * kSweepRows);
-        for (std::int64_t i = first; i < last; ++i) {
           double* here = current.data() + i * kSweepRows;
           double* error = errors.data() + (i - first) * kSweepRows;
+          if (group > 0 && i % group == 0) rule.open_group(tile, i, here);
           rule.decide(tile, factor.order[static_cast<std::size_t>(i)], here, decided);
           for (std::int64_t r = 0; r < tile.count; ++r) {
-            error[r] = (here[r] - decided[r]) / diagonal[static_cast<std::size_t>(i - first)];
+            error[r] = (here[r] - decided[r]) / static_cast<double>(u[i * n + i]);
             here[r] = decided[r];
           }
           subtract(current.data() + (i + 1) * kSweepRows, error, u, n, i, i + 1, i + 1, last);
@@ -360,6 +366,33 @@ void sweep_typed(const float* weight, std::int64_t rows, const SweepFactor& fact
 }
 
 }  // namespace
+
+std::vector<double> remaining_hessian(const SweepFactor& factor, std::int64_t first, std::int64_t size) {
+  const auto u = [&](std::int64_t i, std::int64_t j) {
+    return factor.u[static_cast<std::size_t>((first + i) * factor.columns + first + j)];
+  };
+  std::vector<double> r(static_cast<std::size_t>(size * size), 0.0), out(r.size(), 0.0);  // r = U_gg^-1, upper
+  const auto at = [&](std::int64_t i, std::int64_t j) { return static_cast<std::size_t>(i * size + j); };
+  const auto dead = [&](std::int64_t i) {
+    return factor.dead[static_cast<std::size_t>(factor.order[static_cast<std::size_t>(first + i)])] != 0;
+  };
+  for (std::int64_t j = 0; j < size; ++j) {
+    r[at(j, j)] = 1.0 / u(j, j);
+    for (std::int64_t i = j - 1; i >= 0; --i) {
+      double sum = 0;
+      for (std::int64_t k = i + 1; k <= j; ++k) sum += u(i, k) * r[at(k, j)];
+      r[at(i, j)] = -sum / u(i, i);
+    }
+  }
+  for (std::int64_t i = 0; i < size; ++i) {
+    for (std::int64_t j = i; j < size; ++j) {
+      if (dead(i) || dead(j)) continue;
+      for (std::int64_t k = j; k < size; ++k) out[at(i, j)] += r[at(i, k)] * r[at(j, k)];
+      out[at(j, i)] = out[at(i, j)];
+    }
+  }
+  return out;
+}
 
 void sweep_columns(const float* weight, std::int64_t rows, const SweepFactor& factor, SweepRule& rule, int threads) {
   factor.u.visit([&](const auto* u) { sweep_typed(weight, rows, factor, u, rule, threads); });

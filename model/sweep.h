@@ -61,6 +61,7 @@ class SquareMatrix {
 struct SweepFactor {
   std::int64_t columns = 0;
   std::vector<std::int64_t> order;  // visiting position -> column as stored
+  std::int64_t group = 0;           // as asked
   SquareMatrix u;                   // in visiting order; zero below the diagonal
   std::vector<std::uint8_t> dead;   // [columns] as stored: the input was zero on every token
   double damping = 0;               // the factor that succeeded
@@ -69,6 +70,9 @@ struct SweepFactor {
 struct FactorOptions {
   double damping = 0.01;         // of the mean diagonal; multiplied by 10 after a failed factorisation
   bool activation_order = true;  // descending diagonal; ties by column
+  // With activation_order: groups of so many columns stay together, ordered by the sums of their diagonals; the storage
+  // needs no index then, and what a group needs is known before its first column. 0: columns alone.
+  std::int64_t group = 0;
 };
 
 // hessian: [n * n] symmetric. With J the reversal and J H J = M M^T, R = J M J is upper with H = R R^T, so U = R^-1:
@@ -77,6 +81,9 @@ struct FactorOptions {
 // or infinity, or stays indefinite at damping 10.
 SweepFactor factor_hessian(const SquareMatrix& hessian, std::int64_t n, const FactorOptions& options,
                            const std::string& place, int threads);
+
+inline constexpr std::int64_t kSweepRows = 64;
+inline constexpr std::int64_t kSweepBlock = 128;
 
 // Rows [first, first + count) of a weight matrix, handled together.
 struct RowTile {
@@ -87,15 +94,18 @@ struct RowTile {
 class SweepRule {
  public:
   virtual ~SweepRule() = default;
-  // Before the columns of a block are visited. columns: as stored, in visiting order. diagonal: their U_ii.
-  // current: [columns.size() * kSweepRows], weights as compensated so far, row r of the tile at [c * kSweepRows + r].
-  virtual void open_block(RowTile tile, std::span<const std::int64_t> columns, std::span<const double> diagonal,
-                          const double* current) {}
+  // Above 0, a divisor of kSweepBlock: open_group is called before every so many columns.
+  virtual std::int64_t group() const { return 0; }
+  // first: visiting position. current: [group() * kSweepRows], the weights of the group as compensated so far, row r of
+  // the tile at [c * kSweepRows + r].
+  virtual void open_group(RowTile tile, std::int64_t first, const double* current) {}
   // current [tile.count]: the compensated weights of `column` (as stored); writes what stands there from now on.
   virtual void decide(RowTile tile, std::int64_t column, const double* current, double* decided) = 0;
 };
-inline constexpr std::int64_t kSweepRows = 64;
-inline constexpr std::int64_t kSweepBlock = 128;
+
+// What errors d in visiting positions [first, first + size) cost once all later columns compensate for them: d A d^T,
+// [size * size], A = (U_gg^T U_gg)^-1, the Schur complement of the damped Hessian; 0 for dead columns.
+std::vector<double> remaining_hessian(const SweepFactor& factor, std::int64_t first, std::int64_t size);
 
 // weight: [rows * cols] row-major, not modified. Frantar et al. 2022 (GPTQ), algorithm 1 with lazy blocks.
 void sweep_columns(const float* weight, std::int64_t rows, const SweepFactor& factor, SweepRule& rule, int threads);

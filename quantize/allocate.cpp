@@ -15,9 +15,8 @@ namespace {
 constexpr const char* kChoices[] = {"q3g32", "q4g128", "q4g64", "q4g32", "q8"};
 
 double bits_of(const Codec& codec, std::int64_t rows, std::int64_t cols) {
-  const double scale = codec.kind == CodecKind::kQ4a ? 20.0 : 16.0;
   return static_cast<double>(codec.bits()) * static_cast<double>(rows * cols) +
-         scale * static_cast<double>(rows * codec.groups(cols));
+         static_cast<double>(codec.group_bits()) * static_cast<double>(rows * codec.groups(cols));
 }
 
 std::vector<BitChoice> choices_of(const TensorSpec& spec) {

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <vector>
 
+#include "quantize/minima.h"
 #include "quantize/scales.h"
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -57,7 +59,8 @@ class PolishTile {
       const std::int64_t block = kPolishBlock / size_ * size_;
       for (std::int64_t begin = 0; begin < cols_; begin += block)
         in_block(begin, std::min(begin + block, cols_), [&](std::int64_t row, double* g, double* moves) {
-          return move_scales(row, begin, std::min(begin + block, cols_), g, moves);
+          return tensor_.minima.empty() ? move_scales(row, begin, std::min(begin + block, cols_), g, moves)
+                                        : move_minima(row, begin, std::min(begin + block, cols_), g, moves);
         });
     }
     std::erase_if(live_, [&](std::int64_t r) { return !moved_[static_cast<std::size_t>(r)]; });
@@ -70,6 +73,11 @@ class PolishTile {
   }
   int zero(std::int64_t row, std::int64_t group) const {
     return tensor_.zeros.empty() ? 0 : tensor_.zeros[static_cast<std::size_t>(row * groups_ + group)];
+  }
+  double minimum(std::int64_t row, std::int64_t group) const {
+    return tensor_.minima.empty()
+               ? 0.0
+               : static_cast<double>(f16_to_f32(tensor_.minima[static_cast<std::size_t>(row * groups_ + group)]));
   }
   std::int8_t* codes(std::int64_t row) { return tensor_.codes.data() + row * cols_; }
 
@@ -129,6 +137,64 @@ class PolishTile {
     if (bits == 0x8000 || step == 0 || 2.0 * step * slope <= step * step * curvature) return 0;
     tensor_.scales[static_cast<std::size_t>(row * groups_ + group)] = bits;
     return step;
+  }
+
+  struct Steps {
+    double scale = 0, minimum = 0;
+  };
+  // The same for scale and minimum together: least squares in two unknowns, rounded one after the other. slopes: q g
+  // and 1 g; curvatures: q H q, q H 1, 1 H 1.
+  Steps move_minimum(std::int64_t row, std::int64_t group, const Steps& slope, double qq, double q1, double one) {
+    const double determinant = qq * one - q1 * q1, now = scale(row, group), base = minimum(row, group);
+    if (!(determinant > 1e-9 * qq * one) || !(now > 0)) return {};
+    const double wanted = now + (slope.scale * one - slope.minimum * q1) / determinant;
+    if (!(wanted > 0 && wanted < 65504.0)) return {};
+    const std::uint16_t scale_bits = f32_to_f16(static_cast<float>(wanted));
+    Steps step;
+    step.scale = static_cast<double>(f16_to_f32(scale_bits)) - now;
+    const double wanted_base = base + (slope.minimum - step.scale * q1) / one;
+    if (scale_bits == 0 || !(std::fabs(wanted_base) < 65504.0)) return {};
+    const std::uint16_t base_bits = f32_to_f16(static_cast<float>(wanted_base));
+    step.minimum = static_cast<double>(f16_to_f32(base_bits)) - base;
+    const double gain = 2.0 * (step.scale * slope.scale + step.minimum * slope.minimum);
+    const double cost = step.scale * step.scale * qq + 2.0 * step.scale * step.minimum * q1 +
+                        step.minimum * step.minimum * one;
+    if ((step.scale == 0 && step.minimum == 0) || gain <= cost) return {};
+    tensor_.scales[static_cast<std::size_t>(row * groups_ + group)] = scale_bits;
+    tensor_.minima[static_cast<std::size_t>(row * groups_ + group)] = base_bits;
+    return step;
+  }
+
+  bool move_minima(std::int64_t row, std::int64_t begin, std::int64_t end, double* g, double* moves) {
+    bool moved = false;
+    double product[kPolishBlock], ones[kPolishBlock];
+    for (std::int64_t first = 0; first < end - begin; first += size_) {
+      const std::int64_t group = (begin + first) / size_;
+      const std::int8_t* code = codes(row) + begin + first;
+      std::fill(product, product + (end - begin), 0.0);  // H q and H 1 over the whole block
+      std::fill(ones, ones + (end - begin), 0.0);
+      for (std::int64_t i = 0; i < size_; ++i) {
+        const double* line = corner_.data() + (first + i) * kPolishBlock;
+        if (code[i] != 0) add_scaled(product, line, code[i], end - begin);
+        add_scaled(ones, line, 1.0, end - begin);
+      }
+      Steps slope;
+      double qq = 0, q1 = 0, one = 0;
+      for (std::int64_t i = 0; i < size_; ++i) {
+        slope.scale += code[i] * g[first + i];
+        slope.minimum += g[first + i];
+        qq += code[i] * product[first + i];
+        q1 += product[first + i];
+        one += ones[first + i];
+      }
+      const Steps step = move_minimum(row, group, slope, qq, q1, one);
+      if (step.scale == 0 && step.minimum == 0) continue;
+      for (std::int64_t i = 0; i < size_; ++i) moves[first + i] = step.scale * code[i] + step.minimum;
+      add_scaled(g, product, -step.scale, end - begin);
+      add_scaled(g, ones, -step.minimum, end - begin);
+      moved = true;
+    }
+    return moved;
   }
 
   bool move_scales(std::int64_t row, std::int64_t begin, std::int64_t end, double* g, double* moves) {
@@ -204,19 +270,50 @@ class PolishTile {
 
 class NearestRule : public SweepRule {
  public:
-  NearestRule(const float* weight, QuantizedTensor& tensor, bool keep_zeros)
+  NearestRule(const float* weight, QuantizedTensor& tensor, const SweepFactor& factor, bool keep_zeros)
       : weight_(weight),
         tensor_(tensor),
+        factor_(factor),
         keep_zeros_(keep_zeros),
         range_(code_range(tensor.codec.kind)),
         groups_(tensor.codec.groups(tensor.cols)),
-        size_(tensor.cols / groups_) {}
+        size_(tensor.cols / groups_) {
+    if (factor.group != tensor.codec.group) return;
+    for (std::int64_t first = 0; first < tensor.cols; first += size_)
+      metrics_.push_back(remaining_hessian(factor, first, size_));
+  }
+
+  std::int64_t group() const override { return metrics_.empty() ? 0 : size_; }
+  void open_group(RowTile tile, std::int64_t first, const double* current) override {
+    const std::int64_t group = factor_.order[static_cast<std::size_t>(first)] / size_;
+    const double* values = current;
+    std::vector<double> kept;
+    if (keep_zeros_) {
+      kept.assign(current, current + size_ * kSweepRows);
+      for (std::int64_t j = 0; j < size_; ++j) {
+        const std::int64_t column = factor_.order[static_cast<std::size_t>(first + j)];
+        for (std::int64_t r = 0; r < tile.count; ++r)
+          if (weight_[(tile.first + r) * tensor_.cols + column] == 0.0f)
+            kept[static_cast<std::size_t>(j * kSweepRows + r)] = 0;
+      }
+      values = kept.data();
+    }
+    search_group(values, kSweepRows, tile.first, tile.count, group,
+                 metrics_[static_cast<std::size_t>(first / size_)].data(), tensor_);
+  }
 
   void decide(RowTile tile, std::int64_t column, const double* current, double* decided) override {
     for (std::int64_t r = 0; r < tile.count; ++r) {
       const std::int64_t row = tile.first + r;
       const std::size_t group = static_cast<std::size_t>(row * groups_ + column / size_);
       const float scale = f16_to_f32(tensor_.scales[group]);
+      if (!tensor_.minima.empty()) {
+        const float minimum = f16_to_f32(tensor_.minima[group]);
+        const int code = nearest_code(current[r], static_cast<double>(scale), static_cast<double>(minimum));
+        tensor_.codes[static_cast<std::size_t>(row * tensor_.cols + column)] = static_cast<std::int8_t>(code);
+        decided[r] = static_cast<double>(static_cast<float>(code) * scale + minimum);
+        continue;
+      }
       const int zero = tensor_.zeros.empty() ? 0 : tensor_.zeros[group];
       double offset = 0;
       if (scale != 0 && !(keep_zeros_ && weight_[row * tensor_.cols + column] == 0.0f)) {
@@ -233,10 +330,24 @@ class NearestRule : public SweepRule {
  private:
   const float* weight_;
   QuantizedTensor& tensor_;
+  const SweepFactor& factor_;
   bool keep_zeros_;
   CodeRange range_;
   std::int64_t groups_, size_;
+  std::vector<std::vector<double>> metrics_;  // in visiting order; empty: scales stay
 };
+
+// Row r as `from` has it.
+void copy_row(const QuantizedTensor& from, std::int64_t r, QuantizedTensor& to) {
+  const std::int64_t groups = from.codec.groups(from.cols);
+  const auto copy = [&](const auto& source, auto& target, std::int64_t width) {
+    if (!source.empty()) std::copy_n(source.begin() + r * width, width, target.begin() + r * width);
+  };
+  copy(from.codes, to.codes, from.cols);
+  copy(from.scales, to.scales, groups);
+  copy(from.zeros, to.zeros, groups);
+  copy(from.minima, to.minima, groups);
+}
 
 }  // namespace
 
@@ -246,7 +357,7 @@ GptqResult gptq(const float* weight, const QuantizedTensor& nearest, const T* he
   const std::int64_t rows = nearest.rows, cols = nearest.cols;
   GptqResult result;
   result.tensor = nearest;
-  NearestRule rule(weight, result.tensor, keep_zeros);
+  NearestRule rule(weight, result.tensor, factor, keep_zeros);
   sweep_columns(weight, rows, factor, rule, threads);
 
   std::vector<float> unpacked(static_cast<std::size_t>(rows * cols));
@@ -261,7 +372,7 @@ GptqResult gptq(const float* weight, const QuantizedTensor& nearest, const T* he
     result.error += std::min(plain[at], swept[at]);
     if (plain[at] < swept[at]) {
       ++result.nearest_rows;
-      std::copy_n(nearest.codes.begin() + r * cols, cols, result.tensor.codes.begin() + r * cols);
+      copy_row(nearest, r, result.tensor);
     }
   }
   return result;
@@ -270,7 +381,7 @@ GptqResult gptq(const float* weight, const QuantizedTensor& nearest, const T* he
 template <class T>
 double polish(const float* weight, QuantizedTensor& tensor, const T* hessian, bool keep_zeros, int passes,
               int threads) {
-  const std::int64_t rows = tensor.rows, cols = tensor.cols, groups = tensor.codec.groups(cols);
+  const std::int64_t rows = tensor.rows, cols = tensor.cols;
   const QuantizedTensor before = tensor;
   std::vector<float> unpacked(static_cast<std::size_t>(rows * cols));
   before.unpack(unpacked.data());
@@ -297,8 +408,7 @@ double polish(const float* weight, QuantizedTensor& tensor, const T* hessian, bo
     const std::size_t at = static_cast<std::size_t>(r);
     sum += std::min(errors[at], old_errors[at]);
     if (errors[at] < old_errors[at]) continue;
-    std::copy_n(before.codes.begin() + r * cols, cols, tensor.codes.begin() + r * cols);
-    std::copy_n(before.scales.begin() + r * groups, groups, tensor.scales.begin() + r * groups);
+    copy_row(before, r, tensor);
   }
   return sum;
 }
@@ -310,7 +420,7 @@ template double polish(const float*, QuantizedTensor&, const float*, bool, int, 
 
 bool is_pruned(std::span<const float> weight) {
   const auto zeros = std::count(weight.begin(), weight.end(), 0.0f);
-  return !weight.empty() && static_cast<double>(zeros) >= 0.05 * static_cast<double>(weight.size());
+  return !weight.empty() && static_cast<double>(zeros) >= kPrunedShare * static_cast<double>(weight.size());
 }
 
 }  // namespace pare

@@ -1,4 +1,4 @@
-// GPTQ on one matrix: Frantar et al. 2022, with static groups and columns in activation order. No LibTorch types.
+// GPTQ on one matrix: Frantar et al. 2022, columns in activation order. No LibTorch types.
 #pragma once
 
 #include <cstdint>
@@ -12,15 +12,17 @@ namespace pare {
 
 struct GptqResult {
   QuantizedTensor tensor;
-  double nearest_error = 0;       // tr(dW H dW^T) of the nearest codes under the same scales
+  double nearest_error = 0;       // tr(dW H dW^T) of the nearest codes
   double sweep_error = 0;         // ... of the sweep's codes
   double error = 0;               // ... of `tensor`: per row the better of the two, so never above nearest_error
   std::int64_t nearest_rows = 0;  // rows that kept the nearest codes because the sweep's were worse
 };
 
-// weight: [rows * cols]. nearest: scales, zeros and nearest codes of `weight`, kept as the grid. hessian: [cols *
-// cols], undamped. keep_zeros: weights that are exactly 0 stay exactly 0 (a pruned matrix); the others compensate for
-// them.
+// weight: [rows * cols]. nearest: scales, zeros or minima and nearest codes of `weight`. hessian: [cols * cols],
+// undamped. keep_zeros: weights that are exactly 0 stay exactly 0 (a pruned matrix); the others compensate for them. A factor that
+// keeps the codec's groups together has the scales of each searched anew when the sweep reaches it, for the weights as
+// compensated by then and under what an error costs that later columns can still compensate; another one keeps those of
+// `nearest`.
 // T: double or float, here and below.
 template <class T>
 GptqResult gptq(const float* weight, const QuantizedTensor& nearest, const T* hessian, const SweepFactor& factor,
@@ -32,7 +34,7 @@ GptqResult gptq(const float* weight, const QuantizedTensor& nearest, const T* he
 template <class T>
 double polish(const float* weight, QuantizedTensor& tensor, const T* hessian, bool keep_zeros, int passes, int threads);
 
-// True when at least 5 % of the matrix is exactly 0: it was pruned.
+// True when at least kPrunedShare of the matrix is exactly 0: it was pruned.
 bool is_pruned(std::span<const float> weight);
 
 }  // namespace pare

@@ -1,6 +1,7 @@
 #include "quantize/layers.h"
 
 #include <algorithm>
+#include <map>
 #include <numeric>
 #include <optional>
 
@@ -69,15 +70,20 @@ class Quantizer : public BlockVisitor {
   }
 
   void compress(int layer, BlockStage stage, std::span<BlockLinear> linears, const InputStatistics& input) override {
-    std::optional<SweepFactor> factor;
+    std::map<std::int64_t, SweepFactor> factors;  // by the group that the sweep keeps together
     std::optional<Retargeter> retargeter;
     for (BlockLinear& linear : linears) {
       const TensorPlan& plan = *plan_.at(linear.name);
       if (!plan.codec) continue;
       throw_if_interrupted(linear.name, "the same command continues with this block");
-      if (job_.method == QuantizeMethod::kGptq && !factor) {
-        factor = factor_hessian(input.hessian, input.columns, {job_.damping, true}, "inputs of " + linear.name,
-                                job_.threads);
+      const SweepFactor* factor = nullptr;
+      if (job_.method == QuantizeMethod::kGptq) {
+        const std::int64_t group = plan.codec->group > 0 && plan.codec->group <= kSweepBlock ? plan.codec->group : 0;
+        auto found = factors.find(group);
+        if (found == factors.end())
+          found = factors.emplace(group, factor_hessian(input.hessian, input.columns, {job_.damping, true, group},
+                                                        "inputs of " + linear.name, job_.threads)).first;
+        factor = &found->second;
       }
       if (job_.retarget && !retargeter)
         retargeter.emplace(input, *factor, job_.damping, "inputs of " + linear.name, job_.threads);
@@ -144,6 +150,7 @@ class Quantizer : public BlockVisitor {
         out.codes.insert(out.codes.end(), part.codes.begin(), part.codes.end());
         out.scales.insert(out.scales.end(), part.scales.begin(), part.scales.end());
         out.zeros.insert(out.zeros.end(), part.zeros.begin(), part.zeros.end());
+        out.minima.insert(out.minima.end(), part.minima.begin(), part.minima.end());
       } catch (const Error&) {
         require_finite(tensor.spec);  // names the row in the whole tensor
         throw;
@@ -170,7 +177,7 @@ class Quantizer : public BlockVisitor {
   }
 
   QuantizedTensor quantize(const BlockLinear& linear, const Codec& codec, const InputStatistics& input,
-                           const std::optional<SweepFactor>& factor, const std::optional<Retargeter>& retargeter) {
+                           const SweepFactor* factor, const std::optional<Retargeter>& retargeter) {
     const float* weight = linear.original.data();
     const bool pruned = is_pruned(linear.original);
     Retargeting target;

@@ -22,8 +22,8 @@ std::vector<OptionDecl> quantize_options() {
              "the tiny teacher, int4, they remove 25, 63 and 75 % of Q4_0's KL in 5, 9 and about 500 CPU seconds",
      .choices = {"fast", "balanced", "best"}},
     {.name = "codec",
-     .help = "codec of the linears inside the blocks: q4 q4g64 q4g128 q4a q4ag64 q4ag128 q3 q3g64 q3g128 q2 q2g64 "
-             "q2g128 q8 q8c, w8a8 (q8c whose inputs are rounded to int8, one scale per token), or keep",
+     .help = "codec of the linears inside the blocks: q4 q4g64 q4g128 q4a q4ag64 q4ag128 q4m q4mg64 q4mg128 q3 "
+             "q3g64 q3g128 q2 q2g64 q2g128 q8 q8c, w8a8 (q8c whose inputs are rounded to int8, one scale per token), or keep",
      .default_value = "q4"},
     {.name = "embedding-codec",
      .help = "codec of the embedding, of the head too where the two are tied",

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "core/error.h"
+#include "quantize/minima.h"
 
 #if defined(__x86_64__) && defined(__linux__)
 #define PARE_CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
@@ -20,6 +21,7 @@ namespace {
 // Sixteen rows of one group are searched together, one row a lane.
 typedef double Double8 __attribute__((vector_size(64)));
 constexpr int kLanes = 16, kVectors = kLanes / 8;
+static_assert(kLanes == kMinimaRows);
 constexpr double kF16Max = 65504.0;
 
 struct Lanes {
@@ -237,7 +239,86 @@ void asymmetric_group(Group& g, const Extremes& e, ScaleRule rule, Best& best) {
   }
 }
 
+struct Found {
+  Best best;  // scale, zero
+  Lanes sign, minimum;
+};
+
+// Weights [size * kLanes] of the group are in place. Rows that have none hold zeros.
+Found search(Group& g, CodecKind kind, ScaleRule rule) {
+  Found found;
+  std::fill_n(found.sign.at, kLanes, 1.0);
+  if (kind == CodecKind::kQ4m) {
+    choose_minima({g.size, g.w.data(), g.block, g.stride, g.diagonal}, rule == ScaleRule::kSearched,
+                  found.best.scale.at, found.minimum.at);
+    return found;
+  }
+  Extremes extremes;
+  for (std::int64_t j = 0; j < g.size; ++j) {
+    for (int r = 0; r < kLanes; ++r) {
+      const double w = g.w[static_cast<std::size_t>(j * kLanes + r)];
+      extremes.low.at[r] = std::min(extremes.low.at[r], w);
+      extremes.high.at[r] = std::max(extremes.high.at[r], w);
+    }
+  }
+  prepare(g);
+  if (kind == CodecKind::kQ4a) {
+    asymmetric_group(g, extremes, rule, found.best);
+    return found;
+  }
+  symmetric_group(g, extremes, kind, rule, found.best);
+  const CodeRange range = code_range(kind);
+  if (rule == ScaleRule::kSearched && range.low != -range.high) found.sign = either_sign(g, extremes, kind, found.best);
+  return found;
+}
+
+// What lane `lane` found, for group number `at` of the tensor.
+void store(const Found& found, std::int64_t lane, std::size_t at, QuantizedTensor& out) {
+  out.scales[at] = f32_to_f16(static_cast<float>(found.sign.at[lane] * found.best.scale.at[lane]));
+  if (!out.zeros.empty()) out.zeros[at] = static_cast<std::uint8_t>(found.best.zero.at[lane]);
+  if (!out.minima.empty()) out.minima[at] = f32_to_f16(static_cast<float>(found.minimum.at[lane]));
+}
+
+Group group_of(std::int64_t size) {
+  Group g;
+  g.size = size;
+  g.w.resize(static_cast<std::size_t>(size * kLanes));
+  g.v.resize(g.w.size());
+  g.offsets.resize(g.w.size());
+  return g;
+}
+
+// A code of q4m means exactly 0 only by luck; in a group of nothing but zeros all do.
+void refuse_zeros(const float* weight, std::int64_t rows, std::int64_t cols, const Codec& codec,
+                  const std::string& place) {
+  std::int64_t zeros = 0;
+  for (std::int64_t begin = 0; begin < rows * cols; begin += codec.group) {
+    const std::int64_t own = std::count(weight + begin, weight + begin + codec.group, 0.0f);
+    if (own < codec.group) zeros += own;
+  }
+  if (static_cast<double>(zeros) < kPrunedShare * static_cast<double>(rows * cols)) return;
+  throw input_error(place, "weights that are not pruned, for " + codec.name(), std::to_string(zeros) + " exact zeros",
+                    "it has no code for exactly 0; q4 and q4a have");
+}
+
 }  // namespace
+
+void search_group(const double* values, std::int64_t stride, std::int64_t first, std::int64_t rows, std::int64_t group,
+                  const double* metric, QuantizedTensor& tensor) {
+  const std::int64_t groups = tensor.codec.groups(tensor.cols);
+  Group g = group_of(tensor.cols / groups);
+  g.block = metric;
+  g.stride = g.size;
+  for (std::int64_t begin = 0; begin < rows; begin += kLanes) {
+    const std::int64_t count = std::min<std::int64_t>(kLanes, rows - begin);
+    std::fill(g.w.begin(), g.w.end(), 0.0);
+    for (std::int64_t j = 0; j < g.size; ++j)
+      std::copy_n(values + j * stride + begin, count, g.w.begin() + j * kLanes);
+    const Found found = search(g, tensor.codec.kind, ScaleRule::kSearched);
+    for (std::int64_t r = 0; r < count; ++r)
+      store(found, r, static_cast<std::size_t>((first + begin + r) * groups + group), tensor);
+  }
+}
 
 void require_finite(const float* weight, std::int64_t rows, std::int64_t cols, const std::string& place) {
   for (std::int64_t i = 0; i < rows * cols; ++i) {
@@ -254,7 +335,9 @@ QuantizedTensor round_to_nearest(const float* weight, std::int64_t rows, std::in
                                  ScaleRule rule, const Importance& importance, const std::string& place, int threads) {
   require_finite(weight, rows, cols, place);
   const CodeRange range = code_range(codec.kind);
-  const double span = codec.kind == CodecKind::kQ4a ? 15.0 : static_cast<double>(range.high);
+  const bool minima = codec.kind == CodecKind::kQ4m;
+  // A minimum is a half itself.
+  const double span = minima ? 1.0 : codec.kind == CodecKind::kQ4a ? 15.0 : static_cast<double>(range.high);
   for (std::int64_t i = 0; i < rows * cols; ++i) {
     // Asymmetric ranges span at most twice the magnitude.
     const double magnitude = std::fabs(static_cast<double>(weight[i])) * (codec.kind == CodecKind::kQ4a ? 2.0 : 1.0);
@@ -263,6 +346,7 @@ QuantizedTensor round_to_nearest(const float* weight, std::int64_t rows, std::in
                         "keep this tensor in float with --policy");
     }
   }
+  if (minima) refuse_zeros(weight, rows, cols, codec, place);
   QuantizedTensor out;
   out.codec = codec;
   out.rows = rows;
@@ -271,55 +355,37 @@ QuantizedTensor round_to_nearest(const float* weight, std::int64_t rows, std::in
   out.codes.resize(static_cast<std::size_t>(rows * cols));
   out.scales.resize(static_cast<std::size_t>(rows * groups));
   if (codec.kind == CodecKind::kQ4a) out.zeros.resize(static_cast<std::size_t>(rows * groups));
+  if (minima) out.minima.resize(static_cast<std::size_t>(rows * groups));
 
   const std::int64_t tiles = (rows + kLanes - 1) / kLanes;
 #pragma omp parallel num_threads(threads > 0 ? threads : omp_get_num_procs())
   {
-    Group g;
-    g.size = size;
+    Group g = group_of(size);
     g.stride = importance.blocks_only ? size : cols;
-    g.w.resize(static_cast<std::size_t>(size * kLanes));
-    g.v.resize(g.w.size());
-    g.offsets.resize(g.w.size());
 #pragma omp for schedule(dynamic)
     for (std::int64_t t = 0; t < tiles; ++t) {
       const std::int64_t first = t * kLanes, count = std::min<std::int64_t>(kLanes, rows - first);
       for (std::int64_t group = 0; group < groups; ++group) {
         const std::int64_t begin = group * size;
         std::fill(g.w.begin(), g.w.end(), 0.0);
-        Extremes extremes;
         for (std::int64_t r = 0; r < count; ++r) {
-          for (std::int64_t j = 0; j < size; ++j) {
-            const double w = static_cast<double>(weight[(first + r) * cols + begin + j]);
-            g.w[static_cast<std::size_t>(j * kLanes + r)] = w;
-            extremes.low.at[r] = std::min(extremes.low.at[r], w);
-            extremes.high.at[r] = std::max(extremes.high.at[r], w);
-          }
+          for (std::int64_t j = 0; j < size; ++j)
+            g.w[static_cast<std::size_t>(j * kLanes + r)] =
+                static_cast<double>(weight[(first + r) * cols + begin + j]);
         }
         const bool block = importance.hessian && size <= kBlockObjectiveLimit;
         g.block = block ? importance.hessian + begin * g.stride + (importance.blocks_only ? 0 : begin) : nullptr;
         g.diagonal = importance.mean_square ? importance.mean_square + begin : nullptr;
-        prepare(g);
-        Best best;
-        Lanes sign;
-        std::fill_n(sign.at, kLanes, 1.0);
-        if (codec.kind == CodecKind::kQ4a) {
-          asymmetric_group(g, extremes, rule, best);
-        } else {
-          symmetric_group(g, extremes, codec.kind, rule, best);
-          if (rule == ScaleRule::kSearched && range.low != -range.high)
-            sign = either_sign(g, extremes, codec.kind, best);
-        }
+        const Found found = search(g, codec.kind, rule);
         Lanes b, c;
-        project(g, best.scale, best.zero, range, b, c);
+        if (!minima) project(g, found.best.scale, found.best.zero, range, b, c);
         for (std::int64_t r = 0; r < count; ++r) {
-          const std::size_t at = static_cast<std::size_t>((first + r) * groups + group);
-          const int zero = static_cast<int>(best.zero.at[r]);
-          out.scales[at] = f32_to_f16(static_cast<float>(sign.at[r] * best.scale.at[r]));
-          if (codec.kind == CodecKind::kQ4a) out.zeros[at] = static_cast<std::uint8_t>(zero);
+          store(found, r, static_cast<std::size_t>((first + r) * groups + group), out);
           for (std::int64_t j = 0; j < size; ++j) {
-            out.codes[static_cast<std::size_t>((first + r) * cols + begin + j)] =
-                static_cast<std::int8_t>(static_cast<int>(g.offsets[static_cast<std::size_t>(j * kLanes + r)]) + zero);
+            const auto lane = static_cast<std::size_t>(j * kLanes + r);
+            out.codes[static_cast<std::size_t>((first + r) * cols + begin + j)] = static_cast<std::int8_t>(
+                minima ? nearest_code(g.w[lane], found.best.scale.at[r], found.minimum.at[r])
+                       : static_cast<int>(g.offsets[lane]) + static_cast<int>(found.best.zero.at[r]));
           }
         }
       }

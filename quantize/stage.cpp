@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <set>
 
 #include "core/error.h"
 #include "core/placement.h"
@@ -206,7 +207,7 @@ Sizes sizes_of(const ModelConfig& config, const std::vector<TensorPlan>& plan, c
     sizes.compact += tensor.codec->payload_bytes(rows, cols);
     // Without a packed form: floats for other loaders and one byte a code for ours.
     sizes.folder += !has_packed_form(config, tensor.spec, *tensor.codec)
-                        ? count * 5 + groups * 3
+                        ? count * 5 + groups * static_cast<std::uint64_t>(tensor.codec->group_bits() + 7) / 8
                         : count * static_cast<std::uint64_t>(tensor.codec->bits()) / 8 + groups * 5;
   }
   return sizes;
@@ -230,13 +231,19 @@ MemoryPlan memory_of(const Options& options, const ModelConfig& config, const st
   // Codes of the block so far; of one linear its floats, and codes before, after and while they are polished.
   const std::uint64_t work = codes + linear * 7;
   const auto samples = options.get<std::int64_t>("samples"), context = context_of(options, config);
-  if (method_of(options) != QuantizeMethod::kGptq) factor = 0;
+  // Of linears that share an input each kind of group has a factor of its own, such as with --bits or --policy.
+  std::set<std::int64_t> groups;
+  for (const TensorPlan& tensor : tensors)
+    if (tensor.codec && tensor.spec.layer >= 0) groups.insert(tensor.codec->group);
+  const std::uint64_t factors = factor * (options.has("bits") ? 4 : groups.size());
+  const bool gptq = method_of(options) == QuantizeMethod::kGptq;
   const auto peak = [&](const fs::path& spill) {
     WalkOptions walk;
     walk.hessian = true;
     walk.spill = spill;
     walk.cross = walk.held_out = options.get<bool>("retarget");
-    std::uint64_t walking = calibrated(options) ? walk_peak_bytes(config, samples, context, walk) + factor : 0;
+    std::uint64_t walking = calibrated(options) ? walk_peak_bytes(config, samples, context, walk) : 0;
+    if (gptq) walking += factors;
     if (options.get<bool>("retarget")) walking += 3 * factor;  // of the other windows, and both transposed
     if (equalizes(options)) walking = std::max(walking, equalize_peak_bytes(config, linear, samples, context, spill));
     std::uint64_t whole = 0;  // steps that hold the whole model
@@ -269,7 +276,8 @@ StagePlan plan(const Options& given, const PlannedModel& input) {
     block_parameters += count;
     if (!tensor.codec) continue;
     const double group = static_cast<double>(tensor.spec.shape[1] / tensor.codec->groups(tensor.spec.shape[1]));
-    search += count * 45.0 * std::min(group, 128.0);  // of scales
+    // Of scales; GPTQ searches a second time, on compensated weights.
+    search += count * 45.0 * std::min(group, 128.0) * (method_of(options) == QuantizeMethod::kGptq ? 2.0 : 1.0);
     if (calibrated(options))
       operations += count * 8.0 * static_cast<double>(tensor.spec.shape[1]);  // sweep, errors, polish
   }

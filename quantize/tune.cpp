@@ -28,6 +28,8 @@ constexpr double kSaveSeconds = 120;
 constexpr double kLatentReach = 0.35;  // of a code
 constexpr std::int64_t kCurvatureWindows = 64;
 constexpr std::uint64_t kCurvatureSeed = 0x63757276;
+constexpr double kMiddleCode = 7.5;    // of those from 0 to 15
+constexpr double kShiftRate = 8;       // of a centre in steps of the code, against that of the scale's logarithm
 
 // One trained row of numbers and its Adam moments.
 struct Trained {
@@ -52,14 +54,17 @@ double schedule(std::int64_t step, std::int64_t steps) {
   return 0.5 * (1 + std::cos(std::numbers::pi * (at - warm) / std::max(1.0, all - warm)));
 }
 
-// A quantized matrix: weight = stored(exp(log_factor) * scale) * offset, offset = code - zero.
+// A quantized matrix: weight = stored(exp(log_factor) * scale) * offset, offset = code - zero. With minima the scale
+// turns about the centre of the codes: weight = scale * code + stored(centre + shift * scale as rounded - 7.5 * scale).
 struct Matrix {
   const TensorPlan* plan = nullptr;
   Tensor weight;   // the decoder's parameter [rows, cols]
   Tensor scales;   // [rows, groups] as rounded
   Tensor zeros;    // [rows, groups, 1], undefined for symmetric codecs
+  Tensor centres;  // [rows, groups] minimum + 7.5 scale as rounded, kQ4m only
   Tensor offsets;  // [rows, groups, size] int8
   Trained log_factors;
+  std::optional<Trained> shifts;  // [rows, groups] of the centres, in steps of the code as rounded
   std::optional<Trained> latent;  // [rows, groups, size], offsets before rounding
   Tensor curvature;               // latent only: second derivative of the KL by each weight, [rows, groups, size]
   Tensor kept;                    // latent only: 0 where a pruned zero stays, else undefined
@@ -68,6 +73,12 @@ struct Matrix {
   Tensor stored_scales() const {
     // + 0: no negative zero
     return (scales * log_factors.value.exp()).clamp(-65504.0, 65504.0).to(torch::kHalf).to(torch::kFloat) + 0.0;
+  }
+  // [rows, groups] under these stored scales; undefined without minima
+  Tensor stored_minima(const Tensor& stored) const {
+    if (!centres.defined()) return {};
+    return (centres + shifts->value * scales - kMiddleCode * stored).clamp(-65504.0, 65504.0).to(torch::kHalf).to(
+        torch::kFloat);
   }
   Tensor rounded() const {
     Tensor q = latent->value.round();
@@ -144,8 +155,15 @@ void Tuner::add_matrix(const TensorPlan& plan, const Tensor& weight) {
     offsets = (offsets.to(torch::kFloat) - zeros).to(torch::kChar);
     zeros = zeros.to(device_);
   }
-  Matrix matrix{&plan, weight, scales.to(device_), zeros, offsets.to(device_), Trained(torch::zeros_like(scales).to(device_)),
-                {}, {}, {}, 0, 0};
+  Tensor centres;
+  if (!codes.minima.empty()) {
+    centres = scales * kMiddleCode;
+    for (std::size_t i = 0; i < codes.minima.size(); ++i) centres.data_ptr<float>()[i] += f16_to_f32(codes.minima[i]);
+    centres = centres.to(device_);
+  }
+  Matrix matrix{&plan, weight, scales.to(device_), zeros, centres, offsets.to(device_),
+                Trained(torch::zeros_like(scales).to(device_)), {}, {}, {}, {}, 0, 0};
+  if (centres.defined()) matrix.shifts.emplace(torch::zeros_like(scales).to(device_));
   const CodeRange range = code_range(codes.codec.kind);
   matrix.low = range.low;
   matrix.high = range.high;
@@ -154,7 +172,9 @@ void Tuner::add_matrix(const TensorPlan& plan, const Tensor& weight) {
     // Towards where the original lies, but well inside of what rounds to the code that stands there: the first steps,
     // before gradients have averaged, would else throw over what the sweep has chosen.
     const Tensor code = matrix.offsets.to(torch::kFloat), scale = matrix.scales.unsqueeze(-1);
-    const Tensor place = torch::where(scale != 0, original / torch::where(scale != 0, scale, torch::ones_like(scale)),
+    const Tensor above =
+        centres.defined() ? original - matrix.stored_minima(matrix.scales).unsqueeze(-1) : original;
+    const Tensor place = torch::where(scale != 0, above / torch::where(scale != 0, scale, torch::ones_like(scale)),
                                       torch::zeros_like(original));
     matrix.latent.emplace(torch::maximum(torch::minimum(place, code + kLatentReach), code - kLatentReach));
     const Tensor zero = original == 0;
@@ -182,7 +202,10 @@ void Tuner::compute_weights() {
   const torch::NoGradGuard no_grad;
   for (Matrix& m : matrices_) {
     if (m.latent) m.offsets = m.rounded().to(torch::kChar);
-    m.weight.view(m.offsets.sizes()).copy_(m.offsets.to(torch::kFloat) * m.stored_scales().unsqueeze(-1));
+    const Tensor scale = m.stored_scales(), minimum = m.stored_minima(scale);
+    Tensor weight = m.offsets.to(torch::kFloat) * scale.unsqueeze(-1);
+    if (minimum.defined()) weight += minimum.unsqueeze(-1);
+    m.weight.view(m.offsets.sizes()).copy_(weight);
   }
   const auto type = job_.dtype == "bfloat16"  ? torch::kBFloat16
                     : job_.dtype == "float16" ? torch::kHalf
@@ -198,7 +221,13 @@ void Tuner::update(const std::vector<Tensor>& gradients, std::int64_t step) {
     if (!gradients[i].defined()) continue;
     Matrix& m = matrices_[i];
     const Tensor g = gradients[i].view(m.offsets.sizes()), scale = m.stored_scales();
-    m.log_factors.step((g * m.offsets).sum(-1) * scale, lr, step + 1);
+    if (m.shifts) {
+      const Tensor sum = g.sum(-1);
+      m.log_factors.step(((g * m.offsets).sum(-1) - kMiddleCode * sum) * scale, lr, step + 1);
+      m.shifts->step(sum * m.scales, kShiftRate * lr, step + 1);
+    } else {
+      m.log_factors.step((g * m.offsets).sum(-1) * scale, lr, step + 1);
+    }
     if (!m.latent) continue;
     // The gradient at the code, and with a weight that rises from 0 to 1 what it lacks to that at the latent code, by the
     // second derivative: in the end a code moves only where that lowers the loss, and does not swing between two.
@@ -230,6 +259,7 @@ std::vector<std::pair<std::string, Tensor*>> Tuner::state() {
   };
   for (Matrix& m : matrices_) {
     put(m.plan->spec.name + ".log_factors", m.log_factors);
+    if (m.shifts) put(m.plan->spec.name + ".shifts", *m.shifts);
     if (m.latent)
       put(m.plan->spec.name + ".latent", *m.latent);
     else if (job_.settings.code_steps > 0)
@@ -298,6 +328,10 @@ std::int64_t Tuner::write(CheckpointWriter& writer, bool improved) {
       const Matrix& m = *matrices.at(name);
       const Tensor scales = m.stored_scales().to(torch::kCPU).contiguous();
       for (std::size_t i = 0; i < codes.scales.size(); ++i) codes.scales[i] = f32_to_f16(scales.data_ptr<float>()[i]);
+      if (m.centres.defined()) {
+        const Tensor minima = m.stored_minima(m.stored_scales()).to(torch::kCPU).contiguous();
+        for (std::size_t i = 0; i < codes.minima.size(); ++i) codes.minima[i] = f32_to_f16(minima.data_ptr<float>()[i]);
+      }
       Tensor offsets = m.offsets.to(torch::kFloat);
       if (m.zeros.defined()) offsets = offsets + m.zeros;
       const Tensor host = offsets.to(torch::kChar).to(torch::kCPU).contiguous();

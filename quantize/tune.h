@@ -41,12 +41,12 @@ struct TuneResult {
 };
 
 // Minimises KL(original || quantized) over the next-token distributions with Adam (Kingma & Ba 2015): the logarithms of
-// the scales, f16 as stored in every forward pass; norms and biases, likewise as stored; and in the first code_steps
-// latent codes, rounded in the forward pass and with the gradient of the rounded ones, drawn to them by the curvature as
-// steps go on (against the swinging of Nagel et al. 2022). With codes fixed this is DWQ
-// (Hannun 2025) or E2E-QP of EfficientQAT (Chen et al. 2024), with codes quantization-aware distillation (Liu et al. 2023,
-// LLM-QAT, on the model's own predictions). Writes every tensor into `writer`. The same bits at any number of threads:
-// each window's gradient is made on one thread, and they are added in order.
+// the scales and, of q4m, where the middle of the codes lies, f16 as stored in every forward pass; norms and biases,
+// likewise as stored; and in the first code_steps latent codes, rounded in the forward pass and with the gradient of the
+// rounded ones, drawn to them by the curvature as steps go on (against the swinging of Nagel et al. 2022). With codes
+// fixed this is DWQ (Hannun 2025) or E2E-QP of EfficientQAT (Chen et al. 2024), with codes quantization-aware
+// distillation (Liu et al. 2023, LLM-QAT, on the model's own predictions). Writes every tensor into `writer`. The same
+// bits at any number of threads: each window's gradient is made on one thread, and they are added in order.
 // Errors: exit 1 when the loss is not finite, exit 130 on interruption (resumable).
 TuneResult tune(const TuneJob& job, CheckpointWriter& writer, Context& context);
 

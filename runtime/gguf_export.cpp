@@ -30,7 +30,7 @@ GgmlType stored_type(DType dtype) {
 // Codes of 3 and 2 bits are 4-bit codes too: the same weights, at 4.5 bits.
 GgmlType block_type(CodecKind kind) {
   if (kind == CodecKind::kQ8) return GgmlType::kQ8_0;
-  return kind == CodecKind::kQ4a ? GgmlType::kQ4_1 : GgmlType::kQ4_0;
+  return kind == CodecKind::kQ4a || kind == CodecKind::kQ4m ? GgmlType::kQ4_1 : GgmlType::kQ4_0;
 }
 
 // The codec that a float matrix is given, checked once.

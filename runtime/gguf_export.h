@@ -31,8 +31,8 @@ struct GgufPlan {
 // not have; exit 3 for a family, an ingredient or a tokenizer that llama.cpp would not reproduce.
 GgufPlan plan_gguf(const Checkpoint& checkpoint, const GgufOptions& options);
 
-// Codes: q4 of any group -> Q4_0, q8 and q8c -> Q8_0, q4a -> Q4_1 where every minimum is a half. Query and key rows
-// change places as llama.cpp's rotary embedding wants. With "keep", floats stay bit for bit what they are.
+// Codes: q4 of any group -> Q4_0, q8 and q8c -> Q8_0, q4m -> Q4_1, q4a too where every minimum is a half. Query and key
+// rows change places as llama.cpp's rotary embedding wants. With "keep", floats stay bit for bit what they are.
 // Errors: exit 3 at a value that is not finite, or too large for the type that it is converted to.
 void export_gguf(const Checkpoint& checkpoint, const GgufPlan& plan, const GgufOptions& options, Context& context);
 

@@ -31,9 +31,9 @@ PackedMatrix packed_matrix(const Codec& codec, std::int64_t rows, std::int64_t c
   for (std::int64_t g = codec.group; g > kActGroup; g /= 2) ++w.group_shift;
   const std::byte* scales = w.data + w.row_blocks() * w.lines * 64;
   w.scales = reinterpret_cast<const std::uint16_t*>(scales);
-  if (codec.kind == CodecKind::kQ4a) {
-    w.zeros = reinterpret_cast<const std::uint8_t*>(scales + round_up(w.row_blocks() * w.groups * 32, 64));
-  }
+  const std::byte* after = scales + round_up(w.row_blocks() * w.groups * 32, 64);
+  if (codec.kind == CodecKind::kQ4a) w.zeros = reinterpret_cast<const std::uint8_t*>(after);
+  if (codec.kind == CodecKind::kQ4m) w.minima = reinterpret_cast<const std::uint16_t*>(after);
   return w;
 }
 
@@ -71,12 +71,14 @@ void unpack_matrix_row(const PackedMatrix& w, std::int64_t row, float* out) {
       code = c % 8 < 4 ? byte & 15 : byte >> 4;
       if (w.codec.kind == CodecKind::kQ4) {
         code -= 8;
-      } else {
+      } else if (w.codec.kind == CodecKind::kQ4a) {
         const std::uint8_t zero = w.zeros[(block * w.groups + g) * 8 + r % 8];
         code -= r < 8 ? zero & 15 : zero >> 4;
       }
     }
-    out[c] = static_cast<float>(code) * f16_to_f32(w.scales[(block * w.groups + g) * kBlockRows + r]);
+    const std::int64_t at = (block * w.groups + g) * kBlockRows + r;
+    out[c] = static_cast<float>(code) * f16_to_f32(w.scales[at]);
+    if (w.codec.kind == CodecKind::kQ4m) out[c] += f16_to_f32(w.minima[at]);
   }
 }
 

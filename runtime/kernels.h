@@ -31,6 +31,7 @@ struct PackedMatrix {
   const std::byte* data = nullptr;        // codes plane, or row-major floats
   const std::uint16_t* scales = nullptr;  // [row block][group][16]
   const std::uint8_t* zeros = nullptr;    // [row block][group][8], kQ4a only
+  const std::uint16_t* minima = nullptr;  // as scales, kQ4m only
   std::int64_t lines = 0;                 // 64-byte lines per row block
   std::int64_t groups = 0;                // scales per row
   int group_shift = 0;                    // activation groups per weight group = 1 << group_shift
@@ -39,7 +40,7 @@ struct PackedMatrix {
 // Error (exit 3) when the payload is shorter than the shape demands or not on 64 bytes.
 PackedMatrix packed_matrix(const Codec& codec, std::int64_t rows, std::int64_t cols, std::span<const std::byte> payload,
                            const std::string& place);
-// One row as floats, exactly code * scale: embedding look-up. out: cols floats.
+// One row as floats, as QuantizedTensor::unpack_row has it: embedding look-up. out: cols floats.
 void unpack_matrix_row(const PackedMatrix& w, std::int64_t row, float* out);
 
 // Activations as int8: symmetric, scale = max|x| / 127, code = x * (127 / max|x|) rounded to nearest even. Tokens lie
@@ -48,7 +49,7 @@ void unpack_matrix_row(const PackedMatrix& w, std::int64_t row, float* out);
 //   scale, minus8, minus128, minus1: [tile][group][token of tile]
 // kGroup: one scale per token and 32 inputs. minus8 and minus128 are -8 and -128 times the sum of the group's codes
 // (start values that undo the offset of q4 and q8 codes; those of q3 and q2 are a half and a quarter of the first);
-// minus1 is the negated sum as 16 bits, for zero points that differ by row.
+// minus1 is the negated sum as 16 bits, for zero points that differ by row. Minima of q4m multiply the sum itself.
 // kToken: one scale per token, what w8a8 means. A group is kRowSpan inputs, all groups of a token have the same scale;
 // minus128 alone is kept.
 // A non-finite input makes the scale of its group NaN, so it reaches the output.
@@ -71,6 +72,8 @@ struct Int8Tile {
   const std::int8_t* codes = nullptr;
   const float* scale = nullptr;
   const std::int32_t *minus8 = nullptr, *minus128 = nullptr, *minus1 = nullptr;
+  // What the group's inputs of a token add up to, as they are rounded: exact but for one product.
+  float input_sum(std::int64_t at) const { return static_cast<float>(minus8[at]) * -0.125f * scale[at]; }
 };
 Int8Tile int8_tile(const Int8Activations& x, std::int64_t tile);
 

@@ -53,6 +53,8 @@ void part_int8(const PackedMatrix& w, std::int64_t block, int half, const Int8Ti
   const auto* line = reinterpret_cast<const std::uint8_t*>(w.data) + block * w.lines * 64 + half * 32;
   const std::uint16_t* scales = w.scales + block * w.groups * kBlockRows + half * 8;
   const std::uint8_t* zeros = kKind == CodecKind::kQ4a ? w.zeros + block * w.groups * 8 : nullptr;
+  const std::uint16_t* minima =
+      kKind == CodecKind::kQ4m ? w.minima + block * w.groups * kBlockRows + half * 8 : nullptr;
   const std::int8_t* codes = x.codes + first * 4;
   const int shift = w.groups == 1 ? 62 : w.group_shift;
   const __m256i ones = _mm256_set1_epi16(1);
@@ -112,7 +114,8 @@ void part_int8(const PackedMatrix& w, std::int64_t block, int half, const Int8Ti
         PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
           constexpr int kPart = kKind == CodecKind::kQ3 ? 2 : kKind == CodecKind::kQ2 ? 4 : 1;
           const __m256i offset = kKind == CodecKind::kQ4a ? _mm256_madd_epi16(zero, _mm256_set1_epi32(x.minus1[at + t]))
-                                                          : _mm256_set1_epi32(x.minus8[at + t] / kPart);
+                                 : kKind == CodecKind::kQ4m ? _mm256_setzero_si256()
+                                                            : _mm256_set1_epi32(x.minus8[at + t] / kPart);
           acc[h][t] = _mm256_add_epi32(_mm256_madd_epi16(acc[h][t], ones), offset);
         }
       }
@@ -123,6 +126,11 @@ void part_int8(const PackedMatrix& w, std::int64_t block, int half, const Int8Ti
       PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
         const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(x.scale[at + t]));
         sum[h][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[h][t]), both, sum[h][t]);
+      }
+      if constexpr (kKind == CodecKind::kQ4m) {
+        const __m256 minimum = load_scales(minima + wg * kBlockRows + 8 * h);
+        PARE_UNROLL for (int t = 0; t < kTokens; ++t)
+          sum[h][t] = _mm256_fmadd_ps(minimum, _mm256_set1_ps(x.input_sum(at + t)), sum[h][t]);
       }
     }
   }
@@ -159,6 +167,7 @@ void matmul_int8(const PackedMatrix& w, const Int8Activations& x, std::int64_t t
   const auto kernel = w.codec.kind == CodecKind::kQ8    ? tile_int8<CodecKind::kQ8>
                       : w.codec.kind == CodecKind::kQ4  ? tile_int8<CodecKind::kQ4>
                       : w.codec.kind == CodecKind::kQ4a ? tile_int8<CodecKind::kQ4a>
+                      : w.codec.kind == CodecKind::kQ4m ? tile_int8<CodecKind::kQ4m>
                       : w.codec.kind == CodecKind::kQ3  ? tile_int8<CodecKind::kQ3>
                                                         : tile_int8<CodecKind::kQ2>;
   for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
@@ -267,7 +276,7 @@ void unpack_panel(const PackedMatrix& w, std::int64_t block, float* panel) {
     float* to = panel + half * 8;
     for (std::int64_t g = 0; g < w.groups; ++g) {
       const __m256 scale = load_scales(w.scales + (block * w.groups + g) * kBlockRows + half * 8);
-      __m256i offset;
+      __m256i offset = _mm256_setzero_si256();
       if constexpr (kKind == CodecKind::kQ8) offset = _mm256_set1_epi32(128);
       if constexpr (kKind == CodecKind::kQ4) offset = _mm256_set1_epi32(8);
       if constexpr (kKind == CodecKind::kQ3) offset = _mm256_set1_epi32(4);
@@ -275,6 +284,12 @@ void unpack_panel(const PackedMatrix& w, std::int64_t block, float* panel) {
       if constexpr (kKind == CodecKind::kQ4a) offset = load_zeros(w.zeros + (block * w.groups + g) * 8, half);
       const auto put = [&](__m256i codes) {
         codes = _mm256_and_si256(codes, low_byte);
+        if constexpr (kKind == CodecKind::kQ4m) {
+          const __m256 minimum = load_scales(w.minima + (block * w.groups + g) * kBlockRows + half * 8);
+          _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(codes), scale, minimum));
+          to += 16;
+          return;
+        }
         _mm256_storeu_ps(to, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(codes, offset)), scale));
         to += 16;
       };
@@ -435,6 +450,7 @@ void matmul_float(const PackedMatrix& w, const float* x, std::int64_t ldx, std::
     if (w.codec.kind == CodecKind::kQ8) unpack_panel<CodecKind::kQ8>(w, block, scratch);
     if (w.codec.kind == CodecKind::kQ4) unpack_panel<CodecKind::kQ4>(w, block, scratch);
     if (w.codec.kind == CodecKind::kQ4a) unpack_panel<CodecKind::kQ4a>(w, block, scratch);
+    if (w.codec.kind == CodecKind::kQ4m) unpack_panel<CodecKind::kQ4m>(w, block, scratch);
     if (w.codec.kind == CodecKind::kQ3) unpack_panel<CodecKind::kQ3>(w, block, scratch);
     if (w.codec.kind == CodecKind::kQ2) unpack_panel<CodecKind::kQ2>(w, block, scratch);
     const std::int64_t rows = w.rows - block * kBlockRows;

@@ -60,6 +60,7 @@ void tile_int8(const PackedMatrix& w, std::int64_t block, const Int8Tile& x, flo
   const auto* line = reinterpret_cast<const std::uint8_t*>(w.data) + block * w.lines * 64;
   const std::uint16_t* scales = w.scales + block * w.groups * kBlockRows;
   const std::uint8_t* zeros = kKind == CodecKind::kQ4a ? w.zeros + block * w.groups * 8 : nullptr;
+  const std::uint16_t* minima = kKind == CodecKind::kQ4m ? w.minima + block * w.groups * kBlockRows : nullptr;
   const std::int8_t* codes = x.codes;
   const int shift = w.groups == 1 ? 62 : w.group_shift;
   const __m512i nibble = _mm512_set1_epi8(15);
@@ -75,6 +76,8 @@ void tile_int8(const PackedMatrix& w, std::int64_t block, const Int8Tile& x, flo
     } else if constexpr (kLow) {
       constexpr int kPart = kKind == CodecKind::kQ3 ? 2 : 4;
       PARE_UNROLL for (int t = 0; t < kTokens; ++t) acc[t] = _mm512_set1_epi32(x.minus8[g * kTokens + t] / kPart);
+    } else if constexpr (kKind == CodecKind::kQ4m) {
+      PARE_UNROLL for (int t = 0; t < kTokens; ++t) acc[t] = _mm512_setzero_si512();
     } else {
       const __m512i zero = load_zeros(zeros + wg * 8);
       PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
@@ -118,6 +121,11 @@ void tile_int8(const PackedMatrix& w, std::int64_t block, const Int8Tile& x, flo
       const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x.scale[g * kTokens + t]));
       sum[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[t]), both, sum[t]);
     }
+    if constexpr (kKind == CodecKind::kQ4m) {
+      const __m512 minimum = load_scales(minima + wg * kBlockRows);
+      PARE_UNROLL for (int t = 0; t < kTokens; ++t)
+        sum[t] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(x.input_sum(g * kTokens + t)), sum[t]);
+    }
   }
   const __mmask16 mask = tail_mask(w.rows - block * kBlockRows);
   out += block * kBlockRows;
@@ -144,6 +152,7 @@ void matmul_int8(const PackedMatrix& w, const Int8Activations& x, std::int64_t t
     const TileInt8 kernel = w.codec.kind == CodecKind::kQ8    ? tile_for<CodecKind::kQ8>(view.width)
                             : w.codec.kind == CodecKind::kQ4  ? tile_for<CodecKind::kQ4>(view.width)
                             : w.codec.kind == CodecKind::kQ4a ? tile_for<CodecKind::kQ4a>(view.width)
+                            : w.codec.kind == CodecKind::kQ4m ? tile_for<CodecKind::kQ4m>(view.width)
                             : w.codec.kind == CodecKind::kQ3  ? tile_for<CodecKind::kQ3>(view.width)
                                                               : tile_for<CodecKind::kQ2>(view.width);
     float* to = out + tile * kActTile * ldo;
@@ -230,13 +239,19 @@ void unpack_panel(const PackedMatrix& w, std::int64_t block, float* panel) {
   const __m512i low_byte = _mm512_set1_epi32(kKind == CodecKind::kQ8 ? 255 : 15);
   for (std::int64_t g = 0; g < w.groups; ++g) {
     const __m512 scale = load_scales(w.scales + (block * w.groups + g) * kBlockRows);
-    __m512i offset;
+    __m512i offset = _mm512_setzero_si512();
     if constexpr (kKind == CodecKind::kQ8) offset = _mm512_set1_epi32(128);
     if constexpr (kKind == CodecKind::kQ4) offset = _mm512_set1_epi32(8);
     if constexpr (kKind == CodecKind::kQ3) offset = _mm512_set1_epi32(4);
     if constexpr (kKind == CodecKind::kQ2) offset = _mm512_set1_epi32(2);
     if constexpr (kKind == CodecKind::kQ4a) offset = load_zeros(w.zeros + (block * w.groups + g) * 8);
     const auto put = [&](__m512i codes) {
+      if constexpr (kKind == CodecKind::kQ4m) {
+        const __m512 minimum = load_scales(w.minima + (block * w.groups + g) * kBlockRows);
+        _mm512_store_ps(panel, _mm512_fmadd_ps(_mm512_cvtepi32_ps(codes), scale, minimum));
+        panel += 16;
+        return;
+      }
       _mm512_store_ps(panel, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(codes, offset)), scale));
       panel += 16;
     };
@@ -396,6 +411,7 @@ void matmul_float(const PackedMatrix& w, const float* x, std::int64_t ldx, std::
     if (w.codec.kind == CodecKind::kQ8) unpack_panel<CodecKind::kQ8>(w, block, scratch);
     if (w.codec.kind == CodecKind::kQ4) unpack_panel<CodecKind::kQ4>(w, block, scratch);
     if (w.codec.kind == CodecKind::kQ4a) unpack_panel<CodecKind::kQ4a>(w, block, scratch);
+    if (w.codec.kind == CodecKind::kQ4m) unpack_panel<CodecKind::kQ4m>(w, block, scratch);
     if (w.codec.kind == CodecKind::kQ3) unpack_panel<CodecKind::kQ3>(w, block, scratch);
     if (w.codec.kind == CodecKind::kQ2) unpack_panel<CodecKind::kQ2>(w, block, scratch);
     const __mmask16 mask = tail_mask(w.rows - block * kBlockRows);

@@ -66,6 +66,7 @@ void block_int8(const PackedMatrix& w, std::int64_t block, const Int8Tile& x, st
         const std::uint8_t zero = w.zeros[(block * w.groups + wg) * 8 + r % 8];
         acc[r] = (r < 8 ? zero & 15 : zero >> 4) * static_cast<std::int16_t>(x.minus1[at]);
       }
+      if constexpr (kKind == CodecKind::kQ4m) acc[r] = 0;
     }
     const std::int8_t* codes = x.codes + (g * x.quads * x.width + t) * 4;
     if constexpr (kLow) {
@@ -94,6 +95,8 @@ void block_int8(const PackedMatrix& w, std::int64_t block, const Int8Tile& x, st
     }
     for (std::int64_t r = 0; r < kBlockRows; ++r) {
       sum[r] += static_cast<float>(acc[r]) * (f16_to_f32(scales[wg * kBlockRows + r]) * x.scale[at]);
+      if constexpr (kKind == CodecKind::kQ4m)
+        sum[r] += f16_to_f32(w.minima[(block * w.groups + wg) * kBlockRows + r]) * x.input_sum(at);
     }
   }
   std::copy(sum, sum + kBlockRows, out);
@@ -104,6 +107,7 @@ void matmul_int8(const PackedMatrix& w, const Int8Activations& x, std::int64_t t
   const auto kernel = w.codec.kind == CodecKind::kQ8    ? block_int8<CodecKind::kQ8>
                       : w.codec.kind == CodecKind::kQ4  ? block_int8<CodecKind::kQ4>
                       : w.codec.kind == CodecKind::kQ4a ? block_int8<CodecKind::kQ4a>
+                      : w.codec.kind == CodecKind::kQ4m ? block_int8<CodecKind::kQ4m>
                       : w.codec.kind == CodecKind::kQ3  ? block_int8<CodecKind::kQ3>
                                                         : block_int8<CodecKind::kQ2>;
   for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {

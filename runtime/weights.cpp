@@ -52,6 +52,7 @@ PackedMatrix rows_of(const PackedMatrix& whole, std::int64_t first, std::int64_t
   part.data += block * whole.lines * 64;
   part.scales += block * whole.groups * kBlockRows;
   if (part.zeros != nullptr) part.zeros += block * whole.groups * 8;
+  if (part.minima != nullptr) part.minima += block * whole.groups * kBlockRows;
   return part;
 }
 

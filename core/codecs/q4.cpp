@@ -1,10 +1,10 @@
-// q4 and q4a codes: 4 bits each. One line of 64 bytes holds 16 rows x 8 inputs:
+// q4, q4a and q4m codes: 4 bits each. One line of 64 bytes holds 16 rows x 8 inputs:
 //
 //   byte r*4+k          7 6 5 4               3 2 1 0
 //   (r < 16, k < 4)   input 8c+4+k of row r | input 8c+k of row r
 //
 // so that `line & 0x0f` and `line >> 4` are two dot-product operands of 4 inputs per 32-bit lane, a lane being a row.
-// u = code + 8 for q4 (codes -8..7), u = code for q4a (codes 0..15).
+// u = code + 8 for q4 (codes -8..7), u = code for q4a and q4m (codes 0..15).
 #include "core/codecs/codecs.h"
 
 namespace pare {

@@ -90,7 +90,7 @@ Command export_command() {
        .type = OptionType::kText,
        .help =
            "storage of float matrices: keep, f32, f16, bf16, q8, q8c, w8a8, q4, q4g64, q4g128, q4a, q4ag64, "
-           "q4ag128, q3, q3g64, q3g128, q2, q2g64, q2g128 (gguf: keep, f32, f16, bf16, q8, q4; folder: keep); codes "
+           "q4ag128, q4m, q4mg64, q4mg128, q3, q3g64, q3g128, q2, q2g64, q2g128 (gguf: keep, f32, f16, bf16, q8, q4; folder: keep); codes "
            "stay codes",
        .default_value = "keep"},
       {.name = "no-fallback",

@@ -59,7 +59,7 @@ Json inspect_folder(const fs::path& path) {
       bytes = elements * static_cast<std::uint64_t>(dtype_bits(model.dtype(spec.name))) / 8;
     } else {
       const auto scales = static_cast<std::uint64_t>(spec.shape[0] * codec.groups(spec.shape[1]));
-      bytes += scales * 2 + (codec.kind == CodecKind::kQ4a ? (scales + 1) / 2 : 0);
+      bytes += (scales * static_cast<std::uint64_t>(codec.group_bits()) + 7) / 8;
     }
     rows.push_back(
         tensor_row(spec.name, codec.is_float() ? dtype_name(model.dtype(spec.name)) : codec.name(), spec.shape, bytes));

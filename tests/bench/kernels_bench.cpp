@@ -70,7 +70,7 @@ void multiply(benchmark::State& state, const std::string& kernels, const std::st
 
 void register_all() {
   for (const std::string& kernels : available_kernels()) {
-    for (const char* codec : {"q4", "q4g128", "q4a", "q8", "q8c", "w8a8", "q3", "q3g128", "q2", "bf16", "f32"}) {
+    for (const char* codec : {"q4", "q4g128", "q4a", "q4m", "q8", "q8c", "w8a8", "q3", "q3g128", "q2", "bf16", "f32"}) {
       for (const bool int8 : {true, false}) {
         if (int8 && Codec::parse(codec, "bench").is_float()) continue;
         for (const int threads : {1, 2}) {

@@ -137,7 +137,7 @@ TEST_P(PackedForwards, RuntimeOnPackedCodesAgreesWithLibTorchOnUnpackedOnes) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Codecs, PackedForwards,
-                         ::testing::Values("q4g32", "q4g64", "q4g128", "q4ag32", "q8", "q8c", "q3g32", "q3g128",
+                         ::testing::Values("q4g32", "q4g64", "q4g128", "q4ag32", "q4mg32", "q8", "q8c", "q3g32", "q3g128",
                                            "q2g32", "w8a8"),
                          [](const auto& info) { return std::string(info.param); });
 

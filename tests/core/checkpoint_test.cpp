@@ -67,12 +67,12 @@ TEST(Checkpoint, ListsAllProblemsAtOnce) {
 
 // Codes for every 2-D tensor, mixing all codecs; norms as floats.
 void put_one(CheckpointWriter& writer, const TensorSpec& spec, std::size_t index) {
-  static const char* kNames[] = {"q4g32", "q8", "q4ag32", "q8c", "q4g64", "q3g32", "q4ag64", "w8a8", "q2g64"};
+  static const char* kNames[] = {"q4g32", "q8", "q4ag32", "q8c", "q4g64", "q3g32", "q4ag64", "w8a8", "q2g64", "q4mg32"};
   if (spec.shape.size() == 1 || index % 8 == 7) {
     writer.put(spec.name, values_of(spec).data());
     return;
   }
-  Codec codec = Codec::parse(kNames[index % 9], "");
+  Codec codec = Codec::parse(kNames[index % 10], "");
   if (!codec.fits(spec.shape[1])) codec = Codec::parse("q8c", "");
   writer.put_codes(spec.name, random_codes(codec, spec.shape[0], spec.shape[1], static_cast<std::uint32_t>(index)));
 }
@@ -91,8 +91,8 @@ TEST(Checkpoint, CodesComeBackTheVerySame) {
         continue;
       }
       static const char* kNames[] = {"q4g32", "q8",    "q4ag32", "q8c",  "q4g64",  "q4g128", "q4ag128",
-                                     "q3g32", "q2g32", "q3g64",  "w8a8", "q2g128", "q3g128"};
-      Codec codec = Codec::parse(kNames[put.size() % 13], "");
+                                     "q3g32", "q2g32", "q3g64",  "w8a8", "q2g128", "q3g128", "q4mg64"};
+      Codec codec = Codec::parse(kNames[put.size() % 14], "");
       if (!codec.fits(specs[i].shape[1])) codec = Codec::parse("q8", "");
       put[specs[i].name] = random_codes(codec, specs[i].shape[0], specs[i].shape[1], static_cast<std::uint32_t>(i));
       writer.put_codes(specs[i].name, put[specs[i].name]);

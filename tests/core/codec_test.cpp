@@ -56,10 +56,12 @@ TEST(CodecFloat, HalfAndBrainRoundToNearestEven) {
 
 TEST(Codec, NamesGoBothWays) {
   for (const char* name : {"f32", "f16", "bf16", "q8", "q8c", "w8a8", "q4g32", "q4g64", "q4g128", "q4ag32", "q4ag64",
-                           "q4ag128", "q3g32", "q3g64", "q3g128", "q2g32", "q2g64", "q2g128"})
+                           "q4ag128", "q4mg32", "q4mg64", "q4mg128", "q3g32", "q3g64", "q3g128", "q2g32", "q2g64",
+                           "q2g128"})
     EXPECT_EQ(Codec::parse(name, "").name(), name);
   EXPECT_EQ(Codec::parse("q4", ""), Codec::parse("q4g32", ""));
   EXPECT_EQ(Codec::parse("q4a", ""), Codec::parse("q4ag32", ""));
+  EXPECT_EQ(Codec::parse("q4m", ""), Codec::parse("q4mg32", ""));
   EXPECT_EQ(Codec::parse("q3", ""), Codec::parse("q3g32", ""));
   EXPECT_EQ(Codec::parse("q2", ""), Codec::parse("q2g32", ""));
   EXPECT_NE(Codec::parse("w8a8", ""), Codec::parse("q8c", ""));
@@ -76,13 +78,15 @@ std::vector<std::byte> naive_payload(const QuantizedTensor& t) {
   const auto pad64 = [](std::size_t n) { return (n + 63) / 64 * 64; };
   const std::size_t rows = static_cast<std::size_t>(t.rows), cols = static_cast<std::size_t>(t.cols);
   const std::size_t blocks = (rows + 15) / 16, groups = static_cast<std::size_t>(t.codec.groups(t.cols));
-  const bool eight = t.codec.kind == CodecKind::kQ8, asymmetric = t.codec.kind == CodecKind::kQ4a;
+  const bool eight = t.codec.kind == CodecKind::kQ8, asymmetric = t.codec.kind == CodecKind::kQ4a,
+             minima = t.codec.kind == CodecKind::kQ4m;
   const bool three = t.codec.kind == CodecKind::kQ3, two = t.codec.kind == CodecKind::kQ2;
   // Lines come in chunks; 3 bits: of three lines and 32 inputs, so 32 / 3 inputs a line.
   const std::size_t per_line = eight ? 4 : two ? 16 : 8;
   const std::size_t chunks = three ? cols / 32 * 3 : (cols + per_line - 1) / per_line;
   const std::size_t scales_at = blocks * chunks * 64, zeros_at = scales_at + pad64(blocks * groups * 32);
-  std::vector<std::byte> out(zeros_at + (asymmetric ? pad64(blocks * groups * 8) : 0));
+  std::vector<std::byte> out(zeros_at + (asymmetric ? pad64(blocks * groups * 8) : 0) +
+                             (minima ? pad64(blocks * groups * 32) : 0));
   for (std::size_t row = 0; row < blocks * 16; ++row) {
     for (std::size_t col = 0; col < (three ? cols : chunks * per_line); ++col) {
       const int code = row < rows && col < cols ? t.codes[row * cols + col] : 0;
@@ -97,7 +101,7 @@ std::vector<std::byte> naive_payload(const QuantizedTensor& t) {
       } else if (eight) {
         out[line + col % 4] = std::byte(code + 128);
       } else {
-        const auto u = static_cast<unsigned>(code + (asymmetric ? 0 : 8));
+        const auto u = static_cast<unsigned>(code + (asymmetric || minima ? 0 : 8));
         out[line + col % 4] |= std::byte(col % 8 < 4 ? u : u << 4);
       }
     }
@@ -106,6 +110,11 @@ std::vector<std::byte> naive_payload(const QuantizedTensor& t) {
       const std::size_t at = scales_at + ((row / 16 * groups + g) * 16 + row % 16) * 2;
       out[at] = std::byte(scale & 255);
       out[at + 1] = std::byte(scale >> 8);
+      if (minima) {
+        const std::uint16_t minimum = t.minima[row * groups + g];
+        out[at - scales_at + zeros_at] = std::byte(minimum & 255);
+        out[at - scales_at + zeros_at + 1] = std::byte(minimum >> 8);
+      }
       if (asymmetric) out[zeros_at + (row / 16 * groups + g) * 8 + row % 8] |= std::byte(t.zeros[row * groups + g] << (row % 16 < 8 ? 0 : 4));
     }
   }
@@ -113,8 +122,8 @@ std::vector<std::byte> naive_payload(const QuantizedTensor& t) {
 }
 
 TEST(Codec, PayloadMatchesTheSpecificationAndComesBack) {
-  for (const char* name : {"q8", "q8c", "w8a8", "q4g32", "q4g64", "q4g128", "q4ag32", "q4ag64", "q4ag128", "q3g32",
-                           "q3g64", "q3g128", "q2g32", "q2g64", "q2g128"}) {
+  for (const char* name : {"q8", "q8c", "w8a8", "q4g32", "q4g64", "q4g128", "q4ag32", "q4ag64", "q4ag128", "q4mg32",
+                           "q4mg64", "q4mg128", "q3g32", "q3g64", "q3g128", "q2g32", "q2g64", "q2g128"}) {
     const Codec codec = Codec::parse(name, "");
     for (const std::int64_t rows : {1, 7, 8, 15, 16, 17, 40}) {
       for (const std::int64_t cols : {1, 3, 32, 64, 96, 101, 128, 384}) {
@@ -140,6 +149,13 @@ TEST(Codec, BitsOfTheWholePayload) {
   EXPECT_EQ(bits("q2g32"), 2.5);
   EXPECT_EQ(bits("q2g64"), 2.25);
   EXPECT_EQ(bits("q4g32"), 4.5);
+  EXPECT_EQ(bits("q4mg32"), 5.0);  // those of GGUF's Q4_1
+  EXPECT_EQ(bits("q4mg128"), 4.25);
+  for (const char* name : {"q8", "q8c", "q4ag32", "q4ag64", "q4mg64", "q2g128"}) {
+    const Codec codec = Codec::parse(name, "");
+    EXPECT_EQ(bits(name), codec.bits() + static_cast<double>(codec.group_bits() * codec.groups(512)) / 512) << name;
+  }
+  EXPECT_EQ(Codec::parse("bf16", "").group_bits(), 0);
 }
 
 // The worked examples of runtime/FORMAT.md section 5.
@@ -185,8 +201,8 @@ TEST(Codec, TheDocumentedExample) {
   EXPECT_EQ(bytes, expected);
 }
 
-TEST(Codec, UnpackIsOneProduct) {
-  for (const char* name : {"q8", "q8c", "q4g32", "q4ag64", "q3g64", "q2g32"}) {
+TEST(Codec, UnpackIsOneRounding) {
+  for (const char* name : {"q8", "q8c", "q4g32", "q4ag64", "q4mg32", "q4mg128", "q3g64", "q2g32"}) {
     const Codec codec = Codec::parse(name, "");
     const QuantizedTensor tensor = random_codes(codec, 5, 128, 9);
     std::vector<float> values(5 * 128);
@@ -195,8 +211,11 @@ TEST(Codec, UnpackIsOneProduct) {
     for (std::int64_t i = 0; i < 5 * 128; ++i) {
       const auto at = static_cast<std::size_t>(i / 128 * groups + i % 128 / (128 / groups));
       const int zero = tensor.zeros.empty() ? 0 : tensor.zeros[at];
+      const double minimum = tensor.minima.empty() ? 0.0 : static_cast<double>(f16_to_f32(tensor.minima[at]));
       ASSERT_EQ(values[static_cast<std::size_t>(i)],
-                static_cast<float>(static_cast<double>(tensor.codes[static_cast<std::size_t>(i)] - zero) * f16_to_f32(tensor.scales[at])));
+                static_cast<float>(static_cast<double>(tensor.codes[static_cast<std::size_t>(i)] - zero) *
+                                       static_cast<double>(f16_to_f32(tensor.scales[at])) +
+                                   minimum));
     }
   }
 }
@@ -228,6 +247,14 @@ TEST(Codec, ValidateRefusesValuesOutOfRange) {
   EXPECT_TRUE(contains(broken("q4", [](auto& t) { t.scales.pop_back(); }), "scales"));
   EXPECT_TRUE(contains(broken("q4", [](auto& t) { t.codes.pop_back(); }), "codes"));
   EXPECT_TRUE(contains(broken("q4", [](auto& t) { t.zeros.push_back(0); }), "zeros"));
+  EXPECT_EQ(broken("q4m", [](auto& t) { t.minima[0] = 0xfbff; }), "no error");
+  EXPECT_TRUE(contains(broken("q4m", [](auto& t) { t.minima[0] = 0xfc00; }), "finite minima"));
+  EXPECT_TRUE(contains(broken("q4m", [](auto& t) { t.minima.back() = 0x7e00; }), "finite minima"));
+  EXPECT_TRUE(contains(broken("q4m", [](auto& t) { t.minima.pop_back(); }), "minima"));
+  EXPECT_TRUE(contains(broken("q4m", [](auto& t) { t.zeros.push_back(0); }), "zeros"));
+  EXPECT_TRUE(contains(broken("q4a", [](auto& t) { t.minima.push_back(0); }), "minima"));
+  EXPECT_TRUE(contains(broken("q4m", [](auto& t) { t.scales[0] = 0x8001; }), "zero or above"));
+  EXPECT_TRUE(contains(broken("q4m", [](auto& t) { t.codes[5] = 16; }), "0 to 15"));
   EXPECT_TRUE(contains(broken("q4", [](auto& t) { t.cols = 63; }), "divides"));
 }
 

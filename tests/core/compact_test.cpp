@@ -22,12 +22,12 @@ using testing::write_bytes;
 
 std::vector<CompactWriter::Plan> plan_of(const ModelConfig& config) {
   static const char* kNames[] = {"q8c",   "q4g32", "q8",    "q4ag32", "f16",  "q4g64",
-                                 "bf16",  "q4g128", "q3g32", "q2g32",  "w8a8", "q3g128"};
+                                 "bf16",  "q4g128", "q3g32", "q2g32",  "w8a8", "q3g128", "q4mg32"};
   std::vector<CompactWriter::Plan> plan;
   std::size_t matrices = 0;
   for (const TensorSpec& spec : expected_tensors(config)) {
     Codec codec{CodecKind::kF32, 0};
-    if (spec.shape.size() == 2) codec = Codec::parse(kNames[matrices++ % 12], "");
+    if (spec.shape.size() == 2) codec = Codec::parse(kNames[matrices++ % 13], "");
     if (!codec.fits(spec.shape.back())) codec = Codec::parse("q8", "");
     plan.push_back({spec.name, codec, spec.shape});
   }

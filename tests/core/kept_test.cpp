@@ -40,6 +40,7 @@ TEST_P(KeptFile, OpensVerifiesAndUnpacksToTheBytesOfThen) {
 INSTANTIATE_TEST_SUITE_P(Version1, KeptFile,
                          testing::Values(Kept{"version1_q4.pare", "a7a5d1617f662bad52166770f35421b0"},
                                          Kept{"version1_q4a.pare", "1dc1b1bfc3b0c6d55328542d872699b2"},
+                                         Kept{"version1_q4m.pare", "389b7d50501be626d265f8ecf2534fdf"},
                                          Kept{"version1_q8.pare", "ab4d83aa232c9023e144d8ac01385e36"},
                                          Kept{"version1_q3.pare", "0fbec6cc74e83fca54a01a589d79e462"},
                                          Kept{"version1_q2.pare", "b5325a74cf5258fd708de928abeceb35"},

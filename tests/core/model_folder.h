@@ -75,12 +75,15 @@ inline QuantizedTensor random_codes(const Codec& codec, std::int64_t rows, std::
     tensor.scales.push_back(static_cast<std::uint16_t>(next() % 0x3c00));  // 0 up to 1, subnormals too
     if (codec.kind == CodecKind::kQ4 && tensor.scales.back() % 3 == 1) tensor.scales.back() |= 0x8000u;
     if (codec.kind == CodecKind::kQ4a) tensor.zeros.push_back(static_cast<std::uint8_t>(next() % 16));
+    if (codec.kind == CodecKind::kQ4m)  // -2 to 2, subnormals too
+      tensor.minima.push_back(static_cast<std::uint16_t>(next() % 0x4000 | (next() % 2) << 15));
   }
   return tensor;
 }
 
 inline bool same(const QuantizedTensor& a, const QuantizedTensor& b) {
-  return a.codec == b.codec && a.rows == b.rows && a.cols == b.cols && a.codes == b.codes && a.scales == b.scales && a.zeros == b.zeros;
+  return a.codec == b.codec && a.rows == b.rows && a.cols == b.cols && a.codes == b.codes && a.scales == b.scales &&
+         a.zeros == b.zeros && a.minima == b.minima;
 }
 
 // A folder with these tensors as F32 (all expected ones unless `specs` is given).

@@ -35,7 +35,7 @@ std::vector<float> stored_values(const fs::path& folder, const std::string& name
 
 bool same(const QuantizedTensor& a, const QuantizedTensor& b) {
   return a.codec == b.codec && a.rows == b.rows && a.cols == b.cols && a.codes == b.codes && a.scales == b.scales &&
-         a.zeros == b.zeros;
+         a.zeros == b.zeros && a.minima == b.minima;
 }
 
 // The tensors of a folder again in one file, changed.
@@ -181,7 +181,7 @@ TEST(Placement, CodesComeBackTheVerySame) {
       const Scratch scratch;
       const ModelConfig config = parse_config(golden_config(name), nullptr, name);
       const auto specs = expected_tensors(config);
-      static const char* kNames[] = {"q4g32", "q8", "q4ag32", "q8c", "float", "w8a8", "q3g32"};
+      static const char* kNames[] = {"q4g32", "q8", "q4ag32", "q8c", "float", "w8a8", "q4mg32", "q3g32"};
       std::map<std::string, QuantizedTensor> put;
       std::map<std::string, std::vector<float>> floats;
       CheckpointWriter writer(scratch.path(), config, "bfloat16");
@@ -189,7 +189,7 @@ TEST(Placement, CodesComeBackTheVerySame) {
       for (const TensorSpec& spec : specs) {
         const bool codable = spec.role == TensorRole::kLinear || spec.role == TensorRole::kEmbedding ||
                              spec.role == TensorRole::kHead;
-        const std::string codec_name = mixed ? kNames[index++ % 7] : "q4g32";
+        const std::string codec_name = mixed ? kNames[index++ % 8] : "q4g32";
         if (!codable || codec_name == "float") {
           auto values = testing::values_of(spec);
           for (float& x : values) x = bf16_to_f32(f32_to_bf16(x));

@@ -131,6 +131,8 @@ def main():
                 zeros = handle.get_tensor(name + ".zeros").astype(np.int64) if name + ".zeros" in handle.keys() else 0 * scales
                 repeat = codes.shape[1] // scales.shape[1]
                 ours = (codes - np.repeat(zeros, repeat, axis=1)).astype(np.float32) * np.repeat(scales, repeat, axis=1)
+                if name + ".minima" in handle.keys():
+                    ours += np.repeat(handle.get_tensor(name + ".minima").astype(np.float32), repeat, axis=1)
                 assert np.array_equal(model.state_dict()[name].numpy(), ours), name
                 checked += 1
 

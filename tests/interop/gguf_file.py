@@ -13,7 +13,8 @@ from pathlib import Path
 sys.path.pop(0)  # a file beside this one is called like a package that transformers imports
 import numpy as np
 import torch
-from gguf import GGUFReader, dequantize
+from gguf import GGMLQuantizationType, GGUFReader, dequantize
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 NAMES = {"embed_tokens": "token_embd", "norm": "output_norm", "input_layernorm": "attn_norm",
@@ -56,7 +57,10 @@ def check(folder, file, exact):
     config = json.loads((folder / "config.json").read_text())
     reader = GGUFReader(file)
     weights = weights_of(folder)
-    compared, worst = 0, 0.0
+    codecs, compared, worst = {}, 0, 0.0
+    if (folder / "codes.pare").exists():
+        with safe_open(folder / "codes.pare", framework="np") as side:
+            codecs = json.loads(side.metadata()["pare.codecs"])
     for tensor in reader.tensors:
         got = dequantize(tensor.data, tensor.tensor_type)
         parts = tensor.name.split(".")
@@ -72,6 +76,8 @@ def check(folder, file, exact):
         if exact:
             assert np.array_equal(got, want), f"{tensor.name}: {np.abs(got - want).max()}"
         worst = max(worst, float(np.linalg.norm(got - want) / (np.linalg.norm(want) + 1e-30)))
+        if codecs.get(name + "." + parts[-1]) == "q4mg32":
+            assert tensor.tensor_type == GGMLQuantizationType.Q4_1, f"{tensor.name}: {tensor.tensor_type.name}"
         compared += 1
     assert compared == len(weights) - (1 if config["tie_word_embeddings"] else 0), (compared, len(weights))
 
@@ -96,7 +102,8 @@ def main():
     for folder in folders:
         with tempfile.TemporaryDirectory() as scratch:
             for codec, exact, bound in (("keep", True, 0), ("f32", True, 0), ("q8", False, 0.01), ("q4", False, 0.15)):
-                if codec in ("q8", "q4") and "quantization_config" in json.loads((folder / "config.json").read_text()):
+                if codec in ("q8", "q4") and ("quantization_config" in json.loads((folder / "config.json").read_text())
+                                              or (folder / "codes.pare").exists()):
                     continue
                 file = Path(scratch) / f"{codec}.gguf"
                 pare(binary, "export", folder, "--to", "gguf", "--codec", codec, "--out", file, "--quiet")

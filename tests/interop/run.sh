@@ -31,7 +31,9 @@ for codec in q4 q4g128 q8 q3 q3g128 q2 w8a8; do
 done
 "$BUILD/pare" quantize --quiet --model "$ROOT/examples/teacher" --out "$T/signed" --codec q4 --method rtn-q4_0 >/dev/null &&
   check "scales of either sign" "$PYTHON" "$HERE/compressed_tensors.py" "$T/signed"
-check "GGUF files" "$PYTHON" "$HERE/gguf_file.py" "$BUILD/pare" "$ROOT/examples/teacher" "$T/q4" "$T/q8" "$T/q3" "$T/w8a8"
+"$BUILD/pare" quantize --quiet --model "$ROOT/examples/teacher" --out "$T/q4m" --codec q4m --method rtn >/dev/null
+check "GGUF files" "$PYTHON" "$HERE/gguf_file.py" "$BUILD/pare" "$ROOT/examples/teacher" "$T/q4" "$T/q8" "$T/q3" "$T/w8a8" \
+  "$T/q4m"
 check "pruned folders" "$PYTHON" "$HERE/pruned_folder.py" "$BUILD/pare"
 check "cut student" "$PYTHON" "$HERE/student_cut.py" "$BUILD/pare"
 check "families" "$PYTHON" "$HERE/families.py" "$BUILD"

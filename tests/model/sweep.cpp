@@ -3,7 +3,9 @@
 #include <gtest/gtest.h>
 
 #include <Eigen/Dense>
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <random>
 
 #include "core/error.h"
@@ -101,6 +103,68 @@ TEST(Factor, InverseOfTheDampedHessianIsUTransposedU) {
     }
     const Eigen::MatrixXd inverse = damped.inverse();
     EXPECT_LT((inverse - u.transpose() * u).norm(), 1e-9 * inverse.norm());
+  }
+}
+
+TEST(Factor, GroupsStayTogetherInTheOrderOfTheirSums) {
+  std::mt19937_64 random(7);
+  const std::int64_t n = 96, size = 32;
+  std::vector<double> h = random_hessian(random, n, 300);
+  for (std::int64_t j = 0; j < n; ++j)  // a dead column
+    h[static_cast<std::size_t>(40 * n + j)] = h[static_cast<std::size_t>(j * n + 40)] = 0;
+  for (std::int64_t j = 0; j < n; ++j) {  // the largest single entry lies in the group of the least sum
+    h[static_cast<std::size_t>(70 * n + j)] *= 8;
+    h[static_cast<std::size_t>(j * n + 70)] *= 8;
+    for (std::int64_t i = 64; i < 96 && i != 70; ++i) {
+      h[static_cast<std::size_t>(i * n + j)] *= 0.05;
+      h[static_cast<std::size_t>(j * n + i)] *= 0.05;
+    }
+  }
+  const SweepFactor factor = factor_hessian(SquareMatrix(h), n, {0.01, true, size}, "h", 2);
+  EXPECT_EQ(factor.group, size);
+  const auto energy = [&](std::int64_t i) { return h[static_cast<std::size_t>(i * n + i)]; };
+  std::vector<std::int64_t> seen;
+  double last = std::numeric_limits<double>::infinity();
+  for (std::int64_t first = 0; first < n; first += size) {
+    double sum = 0;
+    for (std::int64_t i = first; i < first + size; ++i) {
+      const std::int64_t column = factor.order[static_cast<std::size_t>(i)];
+      ASSERT_EQ(column / size, factor.order[static_cast<std::size_t>(first)] / size);
+      if (i > first) {
+        ASSERT_LE(energy(column), energy(factor.order[static_cast<std::size_t>(i - 1)]));
+      }
+      sum += energy(column);
+      seen.push_back(column);
+    }
+    EXPECT_LE(sum, last);
+    last = sum;
+  }
+  std::sort(seen.begin(), seen.end());
+  for (std::int64_t i = 0; i < n; ++i) EXPECT_EQ(seen[static_cast<std::size_t>(i)], i);
+
+  // What an error costs once later columns compensate: the damped Hessian's block less what the later ones explain.
+  Eigen::MatrixXd damped(n, n);
+  double mean = 0;
+  for (std::int64_t i = 0; i < n; ++i) mean += energy(i) / static_cast<double>(n - 1);
+  const auto dead = [&](std::int64_t i) { return factor.order[static_cast<std::size_t>(i)] == 40; };
+  for (std::int64_t i = 0; i < n; ++i) {
+    for (std::int64_t j = 0; j < n; ++j)
+      damped(i, j) = h[static_cast<std::size_t>(factor.order[static_cast<std::size_t>(i)] * n +
+                                                factor.order[static_cast<std::size_t>(j)])];
+    damped(i, i) = dead(i) ? mean : damped(i, i) + 0.01 * mean;
+  }
+  for (std::int64_t first = 0; first < n; first += size) {
+    const std::int64_t later = n - first - size;
+    Eigen::MatrixXd expected = damped.block(first, first, size, size);
+    if (later > 0)
+      expected -= damped.block(first, first + size, size, later) *
+                  damped.bottomRightCorner(later, later).inverse() * damped.block(first + size, first, later, size);
+    const std::vector<double> found = remaining_hessian(factor, first, size);
+    for (std::int64_t i = 0; i < size; ++i) {
+      for (std::int64_t j = 0; j < size; ++j)
+        ASSERT_NEAR(found[static_cast<std::size_t>(i * size + j)],
+                    dead(first + i) || dead(first + j) ? 0.0 : expected(i, j), 1e-8 * mean);
+    }
   }
 }
 

@@ -18,7 +18,7 @@ using testing::random_hessian;
 using testing::random_weight;
 
 const std::vector<std::string> kCodecs = {"q4", "q4g64", "q4g128", "q4a",    "q4ag64", "q8", "q8c",
-                                         "q3", "q3g64", "q3g128", "q2", "q2g64",  "q2g128", "w8a8"};
+                                         "q3", "q3g64", "q3g128", "q2", "q2g64",  "q2g128", "w8a8", "q4m", "q4mg128"};
 
 double group_error(const std::vector<float>& weight, const QuantizedTensor& q, std::int64_t row, std::int64_t begin,
                    std::int64_t end, const std::vector<double>& metric) {
@@ -83,7 +83,7 @@ TEST(Scales, SearchIsNeverWorseThanAbsmaxUnderItsObjective) {
       }
       EXPECT_LT(best_sum, plain_sum) << name;
       if (codec.kind != CodecKind::kQ8) {
-        EXPECT_LT(best_sum, (codec.kind == CodecKind::kQ4a ? 0.97 : 0.9) * plain_sum)
+        EXPECT_LT(best_sum, (code_range(codec.kind).low == 0 ? 0.97 : 0.9) * plain_sum)
             << name << " objective " << objective;
       }
     }
@@ -102,12 +102,13 @@ TEST(Scales, CodesAreTheNearestUnderTheStoredScale) {
       const std::size_t g = static_cast<std::size_t>(i / 128 * groups + i % 128 / size);
       const double scale = static_cast<double>(f16_to_f32(q.scales[g]));
       const int zero = q.zeros.empty() ? 0 : q.zeros[g];
+      const double minimum = q.minima.empty() ? 0.0 : static_cast<double>(f16_to_f32(q.minima[g]));
+      const double value = static_cast<double>(w[static_cast<std::size_t>(i)]) - minimum;
       double best = std::numeric_limits<double>::infinity();
       for (int code = range.low; code <= range.high; ++code) {
-        best = std::min(best, std::fabs(static_cast<double>(w[static_cast<std::size_t>(i)]) - (code - zero) * scale));
+        best = std::min(best, std::fabs(value - (code - zero) * scale));
       }
-      const double own = std::fabs(static_cast<double>(w[static_cast<std::size_t>(i)]) -
-                                   (q.codes[static_cast<std::size_t>(i)] - zero) * scale);
+      const double own = std::fabs(value - (q.codes[static_cast<std::size_t>(i)] - zero) * scale);
       ASSERT_LE(own, best + 1e-12) << name << " " << i;
     }
   }
@@ -160,6 +161,7 @@ TEST(Scales, EdgesZeroGroupsTinyHugeAndZeros) {
     q.unpack_row(0, back.data());
     EXPECT_EQ(back, w) << name;
 
+    if (codec.kind == CodecKind::kQ4m) std::fill(w.begin(), w.end(), -1e-9f);  // it takes no single zeros
     w[3] = 1e-9f;  // below what an f16 scale can resolve
     w[7] = -1e-9f;
     q = round_to_nearest(w.data(), 1, 128, codec, ScaleRule::kSearched, {}, "w", 1);
@@ -179,6 +181,10 @@ TEST(Scales, EdgesZeroGroupsTinyHugeAndZeros) {
     std::mt19937_64 random(9);
     std::vector<float> pruned = random_weight(random, 3, 128);
     for (std::size_t i = 0; i < pruned.size(); i += 2) pruned[i] = 0.0f;
+    if (codec.kind == CodecKind::kQ4m) {
+      EXPECT_THROW(round_to_nearest(pruned.data(), 3, 128, codec, ScaleRule::kSearched, {}, "w", 1), Error);
+      continue;
+    }
     q = round_to_nearest(pruned.data(), 3, 128, codec, ScaleRule::kSearched, {}, "w", 1);
     std::vector<float> all(pruned.size());
     q.unpack(all.data());
@@ -215,6 +221,7 @@ TEST(Scales, SameBitsAtAnyThreadCount) {
     EXPECT_EQ(one.codes, three.codes);
     EXPECT_EQ(one.scales, three.scales);
     EXPECT_EQ(one.zeros, three.zeros);
+    EXPECT_EQ(one.minima, three.minima);
   }
 }
 

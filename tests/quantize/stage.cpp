@@ -111,7 +111,8 @@ TEST(QuantizeStage, EveryCodecAndThePolicy) {
   write_tiny(scratch / "in", tiny_config(2, false));
   int number = 0;
   for (const char* codec :
-       {"q4", "q4g64", "q4g128", "q4a", "q4ag64", "q8", "q8c", "q3", "q3g64", "q2", "q2g128", "w8a8"}) {
+       {"q4", "q4g64", "q4g128", "q4a", "q4ag64", "q4m", "q4mg64", "q8", "q8c", "q3", "q3g64", "q2", "q2g128",
+        "w8a8"}) {
     const fs::path out = scratch / std::to_string(number++);
     const Json result =
         run_quantize({{"model", (scratch / "in").string()},

@@ -119,6 +119,25 @@ TEST(Tune, ScalesAndNormsLowerTheDivergenceAndCodesStay) {
   EXPECT_FALSE(fs::exists(scratch / "tuned" / "quantize.rounded"));
 }
 
+TEST(Tune, MinimaMoveWithTheScales) {
+  ScratchFolder scratch;
+  write_lively(scratch / "in", tiny_config(2), "bfloat16");
+  const Json q4m = {{"codec", "q4m"}, {"embedding-codec", "q4m"}};
+  run_quantize(command(scratch / "in", scratch / "plain", q4m));
+  Json tuned_with = q4m;
+  tuned_with.update({{"tune-codes", 30}, {"tune", 10}, {"tune-batch", 4}, {"tune-code-lr", 0.03}});
+  const Json result = run_quantize(command(scratch / "in", scratch / "tuned", tuned_with));
+  EXPECT_TRUE(result.at("tuned").at("improved").get<bool>());
+  EXPECT_GT(result.at("tuned").at("codes_moved").get<int>(), 0);
+  EXPECT_LT(divergence(scratch / "in", scratch / "tuned"), divergence(scratch / "in", scratch / "plain"));
+  const Checkpoint plain(scratch / "plain"), tuned(scratch / "tuned");
+  for (const TensorSpec& spec : plain.tensors()) {
+    if (!plain.is_quantized(spec.name)) continue;
+    EXPECT_NE(plain.codes(spec.name).minima, tuned.codes(spec.name).minima) << spec.name;
+    EXPECT_NE(plain.codes(spec.name).scales, tuned.codes(spec.name).scales) << spec.name;
+  }
+}
+
 TEST(Tune, MovingCodesLowersItFurther) {
   ScratchFolder scratch;
   write_lively(scratch / "in", tiny_config(2));

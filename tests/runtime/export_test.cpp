@@ -30,7 +30,8 @@ class ExportTest : public ::testing::Test {
 };
 
 TEST_F(ExportTest, RoundToNearestIsNearest) {
-  for (const char* name : {"q8", "q8c", "w8a8", "q4g32", "q4g64", "q4ag32", "q4ag128", "q3g32", "q3g128", "q2g32"}) {
+  for (const char* name : {"q8", "q8c", "w8a8", "q4g32", "q4g64", "q4ag32", "q4ag128", "q4mg32", "q4mg128", "q3g32",
+                           "q3g128", "q2g32"}) {
     const Codec codec = Codec::parse(name, "");
     std::vector<float> values = values_of({"x", {6, 128}, TensorRole::kLinear, 0, ""});
     std::fill(values.begin(), values.begin() + 128, 0.0f);                               // a row of zeros
@@ -47,8 +48,10 @@ TEST_F(ExportTest, RoundToNearestIsNearest) {
       const std::size_t at = i / 128 * groups + i % 128 / (128 / groups);
       const double scale = f16_to_f32(tensor.scales[at]);
       const int zero = tensor.zeros.empty() ? 0 : tensor.zeros[at];
+      const double base = tensor.minima.empty() ? 0.0 : static_cast<double>(f16_to_f32(tensor.minima[at]));
       double best = 1e30;  // brute force over every code
-      for (int code = low; code <= high; ++code) best = std::min(best, std::abs(values[i] - (code - zero) * scale));
+      for (int code = low; code <= high; ++code)
+        best = std::min(best, std::abs(values[i] - base - (code - zero) * scale));
       ASSERT_LE(std::abs(values[i] - back[i]), best * (1 + 1e-5) + 1e-12) << name << " " << i;
     }
   }
@@ -67,8 +70,8 @@ TEST_F(ExportTest, CodesAreNeverRoundedAgain) {
     if (spec.shape.size() == 1 || spec.module == "mlp.up_proj") {
       writer.put(spec.name, values_of(spec).data());
     } else {
-      static const char* kNames[] = {"q4g32", "q4ag32", "q3g32", "q2g32", "q8c", "w8a8"};
-      Codec codec = Codec::parse(kNames[put.size() % 6], "");
+      static const char* kNames[] = {"q4g32", "q4ag32", "q4mg32", "q3g32", "q2g32", "q8c", "w8a8"};
+      Codec codec = Codec::parse(kNames[put.size() % 7], "");
       if (spec.role == TensorRole::kEmbedding) codec = codec.layout();
       put[spec.name] = random_codes(codec, spec.shape[0], spec.shape[1], 7);
       writer.put_codes(spec.name, put[spec.name]);
@@ -102,7 +105,7 @@ TEST_F(ExportTest, CodesSurviveFolderToCompactToFolder) {
     }
     writer.finish();
   };
-  for (const char* name : {"q3g32", "q2g32", "w8a8", "q8c", "q8", "q4g32", "q4ag32"}) {
+  for (const char* name : {"q3g32", "q2g32", "w8a8", "q8c", "q8", "q4g32", "q4ag32", "q4mg32"}) {
     const fs::path first = scratch_ / (std::string(name) + "-1"), second = scratch_ / (std::string(name) + "-2");
     const fs::path compact = scratch_ / (std::string(name) + ".pare");
     written(first, [&](const TensorSpec& spec) {

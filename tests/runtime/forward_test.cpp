@@ -50,6 +50,9 @@ std::vector<Codec> codecs() {
           {q4a, 32},
           {q4a, 64},
           {q4a, 128},
+          {CodecKind::kQ4m, 32},
+          {CodecKind::kQ4m, 64},
+          {CodecKind::kQ4m, 128},
           {CodecKind::kQ3, 32},
           {CodecKind::kQ3, 64},
           {CodecKind::kQ3, 128},
@@ -150,7 +153,7 @@ TEST(ForwardTest, IncrementalDecodingAndAnyThreadCountGiveTheBitsOfOnePrefill) {
   some.resize(2);
   for (const Shape& shape : some) {
     for (const Codec& codec : {Codec{CodecKind::kF32, 0}, Codec{CodecKind::kQ8, 32}, Codec{CodecKind::kQ4, 32},
-                               Codec{CodecKind::kQ4a, 32}, Codec{CodecKind::kQ3, 32},
+                               Codec{CodecKind::kQ4a, 32}, Codec{CodecKind::kQ4m, 32}, Codec{CodecKind::kQ3, 32},
                                Codec{CodecKind::kQ8, Codec::kPerRow, true}}) {
       if (!fits(shape.config, codec)) continue;
       const fs::path path = scratch.path / (std::to_string(file++) + ".pare");
@@ -388,7 +391,7 @@ TEST_P(DamagedFiles, NeverCrash) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Codecs, DamagedFiles, ::testing::Values("q4ag32", "q3g32", "q2g32", "w8a8"),
+INSTANTIATE_TEST_SUITE_P(Codecs, DamagedFiles, ::testing::Values("q4ag32", "q4mg32", "q3g32", "q2g32", "w8a8"),
                          [](const auto& given) { return std::string(given.param); });
 
 // Rows that are looked up have no inputs to round; a file that says otherwise is refused.

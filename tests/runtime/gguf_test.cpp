@@ -200,7 +200,7 @@ TEST(Gguf, CodesAreLaidOutAnewAndNotRoundedAgain) {
   const Scratch scratch("gguf-codes");
   testing::make_tiny_model(scratch / "model", {});
   const Checkpoint model(scratch / "model");
-  for (const char* name : {"q4g64", "q8", "q4a", "q3", "q3g64", "q2", "w8a8"}) {
+  for (const char* name : {"q4g64", "q8", "q4a", "q4m", "q4mg64", "q3", "q3g64", "q2", "w8a8"}) {
     const Codec codec = Codec::parse(name, "test");
     const CodeRange range = code_range(codec.kind);
     FolderTransaction folder(scratch / name);
@@ -223,6 +223,8 @@ TEST(Gguf, CodesAreLaidOutAnewAndNotRoundedAgain) {
         // Powers of two, so that zero * scale is a half.
         tensor.scales.push_back(f32_to_f16(std::ldexp(1.0f, -static_cast<int>(testing::next_random(state) % 9))));
         if (codec.kind == CodecKind::kQ4a) tensor.zeros.push_back(testing::next_random(state) % 16);
+        if (codec.kind == CodecKind::kQ4m)  // any half serves
+          tensor.minima.push_back(f32_to_f16(static_cast<float>(testing::next_random(state) % 1000) * -1.7e-4f));
       }
       writer.put_codes(spec.name, tensor);
     }

@@ -75,6 +75,7 @@ Sample make_sample(const Codec& codec, std::int64_t rows, std::int64_t cols, std
       q.scales.push_back(i % 7 == 3 ? std::uint16_t{0} : f32_to_f16(0.01f + 0.1f * std::abs(normal(rng))));
       if (codec.kind == CodecKind::kQ4 && i % 3 == 1 && i % 7 != 3) q.scales.back() |= 0x8000u;
       if (codec.kind == CodecKind::kQ4a) q.zeros.push_back(static_cast<std::uint8_t>(zero(rng)));
+      if (codec.kind == CodecKind::kQ4m) q.minima.push_back(f32_to_f16(0.5f * normal(rng)));
     }
     for (std::int64_t r = 0; r < rows; ++r) {
       for (std::int64_t c = 0; c < cols; ++c) {
@@ -83,6 +84,9 @@ Sample make_sample(const Codec& codec, std::int64_t rows, std::int64_t cols, std
         s.weights[static_cast<std::size_t>(r * cols + c)] =
             static_cast<double>(q.codes[static_cast<std::size_t>(r * cols + c)] - offset) *
             static_cast<double>(f16_to_f32(q.scales[static_cast<std::size_t>(g)]));
+        if (codec.kind == CodecKind::kQ4m)
+          s.weights[static_cast<std::size_t>(r * cols + c)] +=
+              static_cast<double>(f16_to_f32(q.minima[static_cast<std::size_t>(g)]));
       }
     }
     bytes = pack_payload(q);
@@ -120,7 +124,7 @@ std::vector<Case> cases() {
   }
   for (const auto& [rows, cols] : {std::pair{1, 32}, {17, 32}, {40, 96}, {31, 160}, {16, 576}})
     all.push_back({q8, rows, cols});
-  for (const CodecKind kind : {CodecKind::kQ4, CodecKind::kQ4a, CodecKind::kQ3, CodecKind::kQ2}) {
+  for (const CodecKind kind : {CodecKind::kQ4, CodecKind::kQ4a, CodecKind::kQ4m, CodecKind::kQ3, CodecKind::kQ2}) {
     for (const int group : {32, 64, 128}) {
       for (const auto& [rows, groups] : {std::pair{1, 1}, {17, 1}, {23, 3}, {48, 5}}) {
         all.push_back({Codec{kind, group}, rows, groups * group});

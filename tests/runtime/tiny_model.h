@@ -76,17 +76,20 @@ inline QuantizedTensor round_to_nearest(const Codec& codec, std::int64_t rows, s
       const float* in = values + r * cols + g * width;
       const float low = std::min(0.0f, *std::min_element(in, in + width));
       const float high = std::max(0.0f, *std::max_element(in, in + width));
-      const bool asymmetric = codec.kind == CodecKind::kQ4a;
+      const bool asymmetric = codec.kind == CodecKind::kQ4a, lowest = codec.kind == CodecKind::kQ4m;
       const CodeRange range = code_range(codec.kind);
-      const float ideal = asymmetric ? (high - low) / 15 : std::max(high, -low) / static_cast<float>(range.high);
+      const float ideal =
+          asymmetric || lowest ? (high - low) / 15 : std::max(high, -low) / static_cast<float>(range.high);
       const std::uint16_t bits = f32_to_f16(ideal);
       const float scale = f16_to_f32(bits);
       const float inverse = scale > 0 ? 1 / scale : 0;
       const float zero = asymmetric ? std::clamp(std::round(-low * inverse), 0.0f, 15.0f) : 0.0f;
       q.scales.push_back(bits);
       if (asymmetric) q.zeros.push_back(static_cast<std::uint8_t>(zero));
+      if (lowest) q.minima.push_back(f32_to_f16(low));
+      const float base = lowest ? f16_to_f32(q.minima.back()) : 0.0f;
       for (std::int64_t i = 0; i < width; ++i) {
-        const float code = std::round(in[i] * inverse) + zero;
+        const float code = std::round((in[i] - base) * inverse) + zero;
         const float bounded = std::clamp(code, static_cast<float>(range.low), static_cast<float>(range.high));
         q.codes[static_cast<std::size_t>(r * cols + g * width + i)] = static_cast<std::int8_t>(bounded);
       }

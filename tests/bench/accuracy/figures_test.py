@@ -124,12 +124,13 @@ class Bits(unittest.TestCase):
         tensors = {"model.embed_tokens.weight": {"codec": "q8", "shape": [64, 32]},
                    "model.layers.0.self_attn.q_proj.weight": {"codec": "q4g32", "shape": [16, 64]},
                    "model.layers.0.mlp.up_proj.weight": {"codec": "q4ag32", "shape": [16, 64]},
+                   "model.layers.0.mlp.gate_proj.weight": {"codec": "q4mg32", "shape": [16, 64]},
                    "model.layers.0.mlp.down_proj.weight": {"codec": "q8c", "shape": [64, 172]},
                    "model.norm.weight": {"codec": "f32", "shape": [64]}}
-        linear = 1024 * 4.5 + 1024 * (4 + 20 / 32) + 64 * (172 * 8 + 16)
+        linear = 1024 * 4.5 + 1024 * (4 + 20 / 32) + 1024 * 5 + 64 * (172 * 8 + 16)
         everything, linears = harness.bits_per_weight(tensors)
-        self.assertAlmostEqual(linears, linear / (1024 * 2 + 64 * 172))
-        self.assertAlmostEqual(everything, (linear + 2048 * 8.5 + 64 * 16) / (2048 + 1024 * 2 + 64 * 172 + 64))
+        self.assertAlmostEqual(linears, linear / (1024 * 3 + 64 * 172))
+        self.assertAlmostEqual(everything, (linear + 2048 * 8.5 + 64 * 16) / (2048 + 1024 * 3 + 64 * 172 + 64))
 
 
 class Plots(unittest.TestCase):

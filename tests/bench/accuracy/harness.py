@@ -88,23 +88,23 @@ def compact_header(path):
     return json.loads(header["__metadata__"]["pare"])["tensors"]
 
 
-CODE_BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8": 8, "q4": 4, "q4a": 4, "q3": 3, "q2": 2}
+CODE_BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8": 8, "q4": 4, "q4a": 4, "q4m": 4, "q3": 3, "q2": 2}
 
 
 def tensor_bits(codec, shape):
-    """Bits of a tensor: codes, 16 per scale, 4 per zero point; padding of the file not counted."""
+    """Bits of a tensor: codes, 16 per scale or minimum, 4 per zero point; padding of the file not counted."""
     count = 1
     for size in shape:
         count *= size
     if codec in ("f32", "f16", "bf16"):
         return count * CODE_BITS[codec]
     kind, _, group = codec.partition("g")
-    if codec in ("q8", "q4", "q4a"):
+    if codec in ("q8", "q4", "q4a", "q4m"):
         group = 32
     elif codec in ("q8c", "w8a8"):
         kind, group = "q8", shape[1]
     groups = shape[0] * (shape[1] // int(group))
-    return count * CODE_BITS[kind] + groups * (16 + (4 if kind == "q4a" else 0))
+    return count * CODE_BITS[kind] + groups * (16 + {"q4a": 4, "q4m": 16}.get(kind, 0))
 
 
 def bits_per_weight(tensors):

@@ -15,6 +15,7 @@ FORMATS = {
     "q4g32": ["--codec", "q4g32"],
     "q4g128": ["--codec", "q4g128"],
     "q4ag32": ["--codec", "q4ag32"],
+    "q4mg32": ["--codec", "q4mg32"],
     "q3g32": ["--codec", "q3g32"],
     "q8": ["--codec", "q8"],
     "q8c": ["--codec", "q8c"],
@@ -47,7 +48,8 @@ METHODS = {
     "gptq, re-targeted, Fisher": quantize("{calibrate}", "--retarget", "--fisher") | {"formats": ["q4g32", "q3g32"]},
     "same, scales tuned": quantize("{calibrate}", "--retarget", "--fisher", "--tune", "300", "--tune-batch", "4",
                                    "--tune-lr", "0.002", "--tune-text", "{tuning}") | {"formats": ["q4g32"]},
-    "best": quantize("{calibrate}", "--preset", "best", "--tune-text", "{tuning}") | {"formats": ["q4g32", "q3g32"]},
+    "best": quantize("{calibrate}", "--preset", "best", "--tune-text", "{tuning}") |
+            {"formats": ["q4g32", "q4mg32", "q3g32"]},
     "gptq, re-targeted, --bits 4.5": quantize("{calibrate}", "--retarget", "--bits", "4.5") | {"formats": ["q4g32"]},
 }
 
