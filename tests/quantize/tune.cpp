@@ -125,7 +125,7 @@ TEST(Tune, MinimaMoveWithTheScales) {
   const Json q4m = {{"codec", "q4m"}, {"embedding-codec", "q4m"}};
   run_quantize(command(scratch / "in", scratch / "plain", q4m));
   Json tuned_with = q4m;
-  tuned_with.update({{"tune-codes", 30}, {"tune", 10}, {"tune-batch", 4}, {"tune-code-lr", 0.03}});
+  tuned_with.update({{"tune-codes", 60}, {"tune", 10}, {"tune-batch", 4}, {"tune-code-lr", 0.01}});
   const Json result = run_quantize(command(scratch / "in", scratch / "tuned", tuned_with));
   EXPECT_TRUE(result.at("tuned").at("improved").get<bool>());
   EXPECT_GT(result.at("tuned").at("codes_moved").get<int>(), 0);
