@@ -231,11 +231,11 @@ MemoryPlan memory_of(const Options& options, const ModelConfig& config, const st
   // Codes of the block so far; of one linear its floats, and codes before, after and while they are polished.
   const std::uint64_t work = codes + linear * 7;
   const auto samples = options.get<std::int64_t>("samples"), context = context_of(options, config);
-  // Of linears that share an input each kind of group has a factor of its own, such as with --bits or --policy.
+  // Of linears that share an input each kind of group has a factor of its own, such as with --bits, --kl or --policy.
   std::set<std::int64_t> groups;
   for (const TensorPlan& tensor : tensors)
     if (tensor.codec && tensor.spec.layer >= 0) groups.insert(tensor.codec->group);
-  const std::uint64_t factors = factor * (options.has("bits") ? 4 : groups.size());
+  const std::uint64_t factors = factor * (allocates(options) ? 4 : groups.size());
   const bool gptq = method_of(options) == QuantizeMethod::kGptq;
   const auto peak = [&](const fs::path& spill) {
     WalkOptions walk;

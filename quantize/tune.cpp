@@ -239,6 +239,7 @@ void Tuner::update(const std::vector<Tensor>& gradients, std::int64_t step) {
     if (step + 1 == s.code_steps) {  // from here on codes stay as they are
       m.offsets = m.rounded().to(torch::kChar);
       m.latent.reset();
+      m.curvature = Tensor();
     } else {  // no further than where the rounding would not follow
       const Tensor base = m.zeros.defined() ? m.zeros : torch::zeros({1}, pull.options());
       m.latent->value = torch::maximum(torch::minimum(m.latent->value, m.high + 0.5 - base), m.low - 0.5 - base);
