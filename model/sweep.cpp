@@ -10,13 +10,8 @@
 #include <numeric>
 
 #include "core/error.h"
+#include "model/clones.h"
 
-// Without a resolver (static or exotic platforms) the baseline build of each kernel serves.
-#if defined(__x86_64__) && defined(__linux__)
-#define PARE_CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
-#else
-#define PARE_CLONES
-#endif
 #define PARE_INLINE __attribute__((always_inline)) inline
 
 namespace pare {

@@ -5,14 +5,9 @@
 #include <cmath>
 #include <vector>
 
+#include "model/clones.h"
 #include "quantize/minima.h"
 #include "quantize/scales.h"
-
-#if defined(__x86_64__) && defined(__linux__)
-#define PARE_CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
-#else
-#define PARE_CLONES
-#endif
 
 namespace pare {
 namespace {

@@ -6,27 +6,18 @@
 #include <vector>
 
 #include "core/codec.h"
-
-#if defined(__x86_64__) && defined(__linux__)
-#define PARE_CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
-#else
-#define PARE_CLONES
-#endif
+#include "model/clones.h"
+#include "quantize/lanes.h"
 
 namespace pare {
 namespace {
 
-typedef double Double8 __attribute__((vector_size(64)));
-constexpr int kVectors = kMinimaRows / 8;
-constexpr double kLargestCode = 15, kF16Max = 65504.0;
+static_assert(kLanes == kMinimaRows);
+constexpr double kLargestCode = 15;
 // Starts: shares of the range, and in steps how far its centre moves.
 constexpr double kFirstShare = 1.02, kShareStep = 0.045;
 constexpr int kShares = 12;
 constexpr double kShifts[] = {-0.4, 0.0, 0.4};
-
-struct Lanes {
-  double at[kMinimaRows] = {};
-};
 
 double to_f16(double value) {
   return static_cast<double>(f16_to_f32(f32_to_f16(static_cast<float>(std::clamp(value, -kF16Max, kF16Max)))));

@@ -7,26 +7,14 @@
 #include <cstring>
 
 #include "core/error.h"
+#include "model/clones.h"
+#include "quantize/lanes.h"
 #include "quantize/minima.h"
-
-#if defined(__x86_64__) && defined(__linux__)
-#define PARE_CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
-#else
-#define PARE_CLONES
-#endif
 
 namespace pare {
 namespace {
 
-// Sixteen rows of one group are searched together, one row a lane.
-typedef double Double8 __attribute__((vector_size(64)));
-constexpr int kLanes = 16, kVectors = kLanes / 8;
 static_assert(kLanes == kMinimaRows);
-constexpr double kF16Max = 65504.0;
-
-struct Lanes {
-  double at[kLanes] = {};
-};
 
 double to_f16(double value) {
   return value > 0 ? static_cast<double>(f16_to_f32(f32_to_f16(static_cast<float>(value)))) : 0.0;
