@@ -115,16 +115,40 @@ Int8Tile int8_tile(const Int8Activations& x, std::int64_t tile) {
   return view;
 }
 
+#if defined(__x86_64__)
+namespace {
+
+bool has_avx512vnni() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
+
+const Kernels& avxvnni_kernels() {
+  static const Kernels kernels = [] {
+    Kernels made = kAvx2Kernels;
+    made.name = "avxvnni";
+    made.matmul_int8 = avxvnni_products().matmul_int8;
+    return made;
+  }();
+  return kernels;
+}
+
+}  // namespace
+
+const VnniProducts& avxvnni_products() {
+  return __builtin_cpu_supports("avxvnni") ? kAvxVnniShort : kAvxVnniLong;
+}
+#endif
+
 std::vector<std::string> available_kernels() {
   std::vector<std::string> names{"plain"};
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     names.emplace_back("avx2");
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
-      names.emplace_back("avx512vnni");
-    }
+    const bool wide = has_avx512vnni();
+    if (wide || __builtin_cpu_supports("avxvnni")) names.emplace_back("avxvnni");
+    if (wide) names.emplace_back("avx512vnni");
   }
 #endif
   return names;
@@ -150,6 +174,7 @@ const Kernels& choose_kernels(const std::string& name) {
   if (!found) throw usage_error(place, "kernels that this machine has: " + list, "\"" + wanted + "\"");
 #if defined(__x86_64__)
   if (wanted == "avx512vnni") return kAvx512VnniKernels;
+  if (wanted == "avxvnni") return avxvnni_kernels();
   if (wanted == "avx2") return kAvx2Kernels;
 #endif
   return kPlainKernels;

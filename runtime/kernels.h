@@ -112,7 +112,7 @@ struct Kernels {
   const AttentionKernels* attention;
 };
 
-// Names this machine can run, best last: "plain", "avx2", "avx512vnni".
+// Names this machine can run, best last: "plain", "avx2", "avxvnni", "avx512vnni".
 std::vector<std::string> available_kernels();
 // "": PARE_KERNELS if set, else the best. Unknown or not supported here: exit 2 with the list.
 const Kernels& choose_kernels(const std::string& name);
@@ -120,6 +120,15 @@ const Kernels& choose_kernels(const std::string& name);
 extern const Kernels kPlainKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
+// What "avxvnni" puts in place of AVX2's products, in the two codings of the instruction.
+struct VnniProducts {
+  decltype(Kernels::matmul_int8) matmul_int8;
+  std::int64_t (*peak)(std::int64_t rounds);  // as PeakLoops::int8 (runtime/roofline.h)
+  std::int64_t peak_operations;
+};
+extern const VnniProducts kAvxVnniShort, kAvxVnniLong;
+// The coding that this machine knows; only where available_kernels() has "avxvnni".
+const VnniProducts& avxvnni_products();
 extern const Kernels kAvx512VnniKernels;
 #endif
 

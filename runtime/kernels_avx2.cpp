@@ -1,179 +1,31 @@
-// AVX2 with FMA and F16C. A 64-byte line of codes is two registers of 8 outputs x 4 inputs; products are formed by
-// vpmaddubsw, whose 16-bit sums cannot saturate here: 4-bit codes give at most 8 * 2 * 15 * 127 = 30,480 for a whole
-// group, and 8-bit ones are multiplied as |w| * sign(x, w), at most 2 * 128 * 127 = 32,512, and widened at once.
+// AVX2 with FMA and F16C. Products are formed by vpmaddubsw, whose 16-bit sums cannot saturate here: 4-bit codes give
+// at most 8 * 2 * 15 * 127 = 30,480 for a whole group, and 8-bit ones are multiplied as |w| * sign(x, w), at most
+// 2 * 128 * 127 = 32,512, and widened at once.
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
-#include "runtime/kernels.h"
-#include "runtime/lanes_avx2.h"
+#include "runtime/int8_products_avx2.h"
 
 namespace pare {
 namespace {
 
-inline __m256i load(const void* p) {
-  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
-}
-
-inline __m256 load_scales(const std::uint16_t* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-
-// Zero points of outputs [8 * half, 8 * half + 8) as int32.
-inline __m256i load_zeros(const std::uint8_t* p, int half) {
-  const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  const __m128i nibbles = _mm_and_si128(half == 0 ? raw : _mm_srli_epi16(raw, 4), _mm_set1_epi8(15));
-  return _mm256_cvtepu8_epi32(nibbles);
-}
-
-inline __m256i quad(const std::int8_t* p) {
-  std::int32_t value;
-  std::memcpy(&value, p, 4);
-  return _mm256_set1_epi32(value);
-}
-
-// u of quad j of the 32 inputs whose half lines begin at `line`, for 2 and 3 bits (core/codecs/q2.cpp, q3.cpp).
-template <CodecKind kKind>
-inline __m256i low_codes(const std::uint8_t* line, int j) {
-  const __m256i low = _mm256_and_si256(_mm256_srli_epi16(load(line + j / 4 * 64), j % 4 * 2), _mm256_set1_epi8(3));
-  if constexpr (kKind == CodecKind::kQ2) return low;
-  const __m256i bits = load(line + 128);
-  const __m256i third = j < 2 ? _mm256_slli_epi16(bits, 2 - j) : _mm256_srli_epi16(bits, j - 2);
-  return _mm256_or_si256(low, _mm256_and_si256(third, _mm256_set1_epi8(4)));
-}
-
-// kHalves * 8 outputs from 16 * block + 8 * half on, kTokens tokens from token `first` of the tile on. Few tokens take
-// both halves at once, so that a line of codes is read once; more tokens need the registers.
-template <CodecKind kKind, int kTokens, int kHalves>
-void part_int8(const PackedMatrix& w, std::int64_t block, int half, const Int8Tile& x, std::int64_t first, float* out,
-               std::int64_t ldo, bool add) {
-  constexpr bool kLow = kKind == CodecKind::kQ3 || kKind == CodecKind::kQ2;
-  const std::int64_t width = x.width;
-  const auto* line = reinterpret_cast<const std::uint8_t*>(w.data) + block * w.lines * 64 + half * 32;
-  const std::uint16_t* scales = w.scales + block * w.groups * kBlockRows + half * 8;
-  const std::uint8_t* zeros = kKind == CodecKind::kQ4a ? w.zeros + block * w.groups * 8 : nullptr;
-  const std::uint16_t* minima =
-      kKind == CodecKind::kQ4m ? w.minima + block * w.groups * kBlockRows + half * 8 : nullptr;
-  const std::int8_t* codes = x.codes + first * 4;
-  const int shift = w.groups == 1 ? 62 : w.group_shift;
-  const __m256i ones = _mm256_set1_epi16(1);
-  __m256 sum[kHalves][kTokens];
-  PARE_UNROLL for (int h = 0; h < kHalves; ++h) {
-    PARE_UNROLL for (int t = 0; t < kTokens; ++t) sum[h][t] = _mm256_setzero_ps();
+struct PairProducts {
+  static __m256i start(std::int32_t) { return _mm256_setzero_si256(); }
+  static __m256i add_bytes(__m256i sums, __m256i codes, __m256i x) {
+    const __m256i w = _mm256_xor_si256(codes, _mm256_set1_epi8(static_cast<char>(0x80)));
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
-  for (std::int64_t g = 0; g < x.groups; ++g) {
-    const std::int64_t wg = g >> shift;
-    const std::int64_t at = g * width + first;
-    __m256i acc[kHalves][kTokens];
-    PARE_UNROLL for (int h = 0; h < kHalves; ++h) {
-      PARE_UNROLL for (int t = 0; t < kTokens; ++t) acc[h][t] = _mm256_setzero_si256();
-    }
-    if constexpr (kKind == CodecKind::kQ8) {
-      const std::int64_t count = std::min(x.quads, w.lines - g * x.quads);
-      const __m256i top = _mm256_set1_epi8(static_cast<char>(0x80));
-      for (std::int64_t c = 0; c < count; ++c, line += 64) {
-        PARE_UNROLL for (int h = 0; h < kHalves; ++h) {
-          const __m256i signed_codes = _mm256_xor_si256(load(line + 32 * h), top);
-          const __m256i magnitude = _mm256_abs_epi8(signed_codes);
-          PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
-            const __m256i xs = _mm256_sign_epi8(quad(codes + (c * width + t) * 4), signed_codes);
-            acc[h][t] = _mm256_add_epi32(acc[h][t], _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, xs), ones));
-          }
-        }
-      }
-    } else {
-      if constexpr (kLow) {
-        PARE_UNROLL for (int j = 0; j < 8; ++j) {
-          PARE_UNROLL for (int h = 0; h < kHalves; ++h) {
-            const __m256i u = low_codes<kKind>(line + 32 * h, j);
-            PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
-              const __m256i products = _mm256_maddubs_epi16(u, quad(codes + (j * width + t) * 4));
-              acc[h][t] = _mm256_add_epi16(acc[h][t], products);
-            }
-          }
-        }
-        line += kKind == CodecKind::kQ3 ? 192 : 128;
-      } else {
-        const __m256i nibble = _mm256_set1_epi8(15);
-        PARE_UNROLL for (int c = 0; c < 4; ++c, line += 64) {
-          PARE_UNROLL for (int h = 0; h < kHalves; ++h) {
-            const __m256i both = load(line + 32 * h);
-            const __m256i low = _mm256_and_si256(both, nibble);
-            const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
-            PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
-              const __m256i a = _mm256_maddubs_epi16(low, quad(codes + (2 * c * width + t) * 4));
-              const __m256i b = _mm256_maddubs_epi16(high, quad(codes + ((2 * c + 1) * width + t) * 4));
-              acc[h][t] = _mm256_add_epi16(acc[h][t], _mm256_add_epi16(a, b));
-            }
-          }
-        }
-      }
-      PARE_UNROLL for (int h = 0; h < kHalves; ++h) {
-        const __m256i zero = kKind == CodecKind::kQ4a ? load_zeros(zeros + wg * 8, half + h) : _mm256_setzero_si256();
-        PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
-          constexpr int kPart = kKind == CodecKind::kQ3 ? 2 : kKind == CodecKind::kQ2 ? 4 : 1;
-          const __m256i offset = kKind == CodecKind::kQ4a ? _mm256_madd_epi16(zero, _mm256_set1_epi32(x.minus1[at + t]))
-                                 : kKind == CodecKind::kQ4m ? _mm256_setzero_si256()
-                                                            : _mm256_set1_epi32(x.minus8[at + t] / kPart);
-          acc[h][t] = _mm256_add_epi32(_mm256_madd_epi16(acc[h][t], ones), offset);
-        }
-      }
-    }
-    codes += (kKind == CodecKind::kQ8 ? x.quads * 4 : kActGroup) * width;
-    PARE_UNROLL for (int h = 0; h < kHalves; ++h) {
-      const __m256 scale = load_scales(scales + wg * kBlockRows + 8 * h);
-      PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
-        const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(x.scale[at + t]));
-        sum[h][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[h][t]), both, sum[h][t]);
-      }
-      if constexpr (kKind == CodecKind::kQ4m) {
-        const __m256 minimum = load_scales(minima + wg * kBlockRows + 8 * h);
-        PARE_UNROLL for (int t = 0; t < kTokens; ++t)
-          sum[h][t] = _mm256_fmadd_ps(minimum, _mm256_set1_ps(x.input_sum(at + t)), sum[h][t]);
-      }
-    }
+  static __m256i add_low(__m256i sums, __m256i u, __m256i x) {
+    return _mm256_add_epi16(sums, _mm256_maddubs_epi16(u, x));
   }
-  PARE_UNROLL for (int h = 0; h < kHalves; ++h) {
-    const std::int64_t row = block * kBlockRows + (half + h) * 8;
-    if (row >= w.rows) return;
-    const __m256i mask = tail_mask(w.rows - row);
-    PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
-      float* to = out + (first + t) * ldo + row;
-      _mm256_maskstore_ps(to, mask, add ? _mm256_add_ps(_mm256_maskload_ps(to, mask), sum[h][t]) : sum[h][t]);
-    }
+  static __m256i add_both(__m256i sums, __m256i low, __m256i x, __m256i high, __m256i y) {
+    return _mm256_add_epi16(sums, _mm256_add_epi16(_mm256_maddubs_epi16(low, x), _mm256_maddubs_epi16(high, y)));
   }
-}
-
-template <CodecKind kKind>
-void tile_int8(const PackedMatrix& w, std::int64_t block_begin, std::int64_t block_end, const Int8Tile& x, float* out,
-               std::int64_t ldo, bool add) {
-  for (std::int64_t block = block_begin; block < block_end; ++block) {
-    const int halves = w.rows - block * kBlockRows > 8 ? 2 : 1;
-    std::int64_t t = 0;
-    for (; t + 4 <= x.width; t += 4) {
-      for (int half = 0; half < halves; ++half) part_int8<kKind, 4, 1>(w, block, half, x, t, out, ldo, add);
-    }
-    if (t + 2 <= x.width) {
-      part_int8<kKind, 2, 2>(w, block, 0, x, t, out, ldo, add);
-      t += 2;
-    }
-    if (t < x.width) part_int8<kKind, 1, 2>(w, block, 0, x, t, out, ldo, add);
-  }
-}
-
-void matmul_int8(const PackedMatrix& w, const Int8Activations& x, std::int64_t tile_begin, std::int64_t tile_end,
-                 std::int64_t block_begin, std::int64_t block_end, float* out, std::int64_t ldo, bool add) {
-  const auto kernel = w.codec.kind == CodecKind::kQ8    ? tile_int8<CodecKind::kQ8>
-                      : w.codec.kind == CodecKind::kQ4  ? tile_int8<CodecKind::kQ4>
-                      : w.codec.kind == CodecKind::kQ4a ? tile_int8<CodecKind::kQ4a>
-                      : w.codec.kind == CodecKind::kQ4m ? tile_int8<CodecKind::kQ4m>
-                      : w.codec.kind == CodecKind::kQ3  ? tile_int8<CodecKind::kQ3>
-                                                        : tile_int8<CodecKind::kQ2>;
-  for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    kernel(w, block_begin, block_end, int8_tile(x, tile), out + tile * kActTile * ldo, ldo, add);
-  }
-}
+  static __m256i widen(__m256i sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
+};
 
 inline int reduce_max(__m256i v) {
   __m128i top = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
@@ -534,8 +386,8 @@ void soft_cap(float* x, float cap, std::int64_t n) {
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2",   matmul_float, matmul_int8, quantize_tile, rms_norm,      silu_mul,
-                              gelu_mul, gelu_tanh,    gelu,        soft_cap,      &kAvx2Attention};
+const Kernels kAvx2Kernels = {"avx2",   matmul_float, matmul_int8<PairProducts>, quantize_tile, rms_norm, silu_mul,
+                              gelu_mul, gelu_tanh,    gelu,                      soft_cap,      &kAvx2Attention};
 
 }  // namespace pare
 #endif

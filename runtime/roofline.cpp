@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "runtime/kernels.h"
 #include "runtime/team.h"
 
 namespace pare {
@@ -78,14 +79,28 @@ std::int64_t rounds_for(double seconds, Loop loop) {
 
 }  // namespace
 
+const PeakLoops& peak_loops(const std::string& kernels) {
+#if defined(__x86_64__)
+  if (kernels == kAvx2Peaks.name) return kAvx2Peaks;
+  if (kernels == kAvx512VnniPeaks.name) return kAvx512VnniPeaks;
+  if (kernels == "avxvnni") {
+    static const PeakLoops vnni = [] {
+      PeakLoops made = kAvx2Peaks;
+      made.name = "avxvnni";
+      made.int8 = avxvnni_products().peak;
+      made.int8_operations = avxvnni_products().peak_operations;
+      return made;
+    }();
+    return vnni;
+  }
+#endif
+  if (kernels == kPlainPeaks.name) return kPlainPeaks;
+  throw usage_error("roofline", "kernels with loops of their own", "\"" + kernels + "\"");
+}
+
 Roofline measure_roofline(const std::string& kernels, int threads, std::int64_t buffer_bytes,
                           const std::function<void()>& step) {
-  const PeakLoops* loops = &kPlainPeaks;
-#if defined(__x86_64__)
-  if (kernels == kAvx2Peaks.name) loops = &kAvx2Peaks;
-  if (kernels == kAvx512VnniPeaks.name) loops = &kAvx512VnniPeaks;
-#endif
-  if (kernels != loops->name) throw usage_error("roofline", "kernels with loops of their own", "\"" + kernels + "\"");
+  const PeakLoops* loops = &peak_loops(kernels);
   Roofline roof;
   roof.threads = threads;
   std::atomic<std::uint64_t> kept{0};  // the results, so that no loop is idle

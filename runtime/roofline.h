@@ -21,6 +21,9 @@ struct PeakLoops {
   std::int64_t fma_operations;
 };
 
+// Those of a name of available_kernels(); error (exit 2) for any other.
+const PeakLoops& peak_loops(const std::string& kernels);
+
 extern const PeakLoops kPlainPeaks;
 #if defined(__x86_64__)
 extern const PeakLoops kAvx2Peaks;

@@ -348,6 +348,26 @@ TEST_P(KernelsTest, AnOutputHasTheSameBitsInAnyBatch) {
   }
 }
 
+TEST_P(KernelsTest, BytesAreMultipliedToTheSameBitsInBothWaysOf256) {
+  if (GetParam() != "avxvnni") return;  // the others have sums of their own
+  const Kernels &vnni = kernels_named("avxvnni"), &avx2 = kernels_named("avx2");
+  EXPECT_NE(vnni.matmul_int8, avx2.matmul_int8);
+  std::uint32_t seed = 500;
+  for (const Case& c : cases()) {
+    if (c.codec.is_float()) continue;
+    const Sample s = make_sample(c.codec, c.rows, c.cols, ++seed);
+    constexpr std::int64_t kTokens = 15;
+    const std::vector<float> x = random_floats(kTokens * c.cols, seed);
+    Int8Activations q;
+    q.resize(kTokens, c.cols);
+    for (std::int64_t tile = 0; tile < q.tiles(); ++tile) avx2.quantize_tile(x.data(), c.cols, tile, q);
+    std::vector<float> a(static_cast<std::size_t>(kTokens * c.rows)), b(a.size());
+    vnni.matmul_int8(s.matrix, q, 0, q.tiles(), 0, s.matrix.row_blocks(), a.data(), c.rows, false);
+    avx2.matmul_int8(s.matrix, q, 0, q.tiles(), 0, s.matrix.row_blocks(), b.data(), c.rows, false);
+    ASSERT_EQ(0, std::memcmp(a.data(), b.data(), a.size() * 4)) << describe(c);
+  }
+}
+
 TEST_P(KernelsTest, QuantizationIsTheSameOnEveryInstructionSet) {
   const Kernels& k = kernels_named(GetParam());
   for (const std::int64_t cols : {4, 31, 32, 172, 576}) {

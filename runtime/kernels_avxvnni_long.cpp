@@ -1,0 +1,2 @@
+#define PARE_VNNI_CODING kAvxVnniLong
+#include "runtime/kernels_avxvnni.cpp"
