@@ -151,6 +151,16 @@ std::vector<std::size_t> free_tensors(const std::vector<TensorPlan>& plan, const
   return free;
 }
 
+void require_choices(const Codec& asked) {
+  if (asked.is_float()) return;  // refused elsewhere
+  for (const char* name : kChoices) {
+    const Codec choice = Codec::parse(name, "--bits");
+    if (choice.kind == asked.kind && !asked.int8_inputs) return;
+  }
+  throw usage_error("--codec", "with --bits or --kl one of q3, q4 and q8, which they choose from", asked.name(),
+                    "leave --codec out");
+}
+
 void require_free(const std::vector<std::size_t>& free, const std::string& option) {
   if (free.empty())
     throw usage_error(option, "block linears whose codec is that of --codec", "none", "leave --policy rules out");

@@ -43,6 +43,9 @@ std::vector<std::size_t> free_tensors(const std::vector<TensorPlan>& plan, const
 
 // Before anything is measured. Errors: exit 2 where no tensor is free; where the narrowest codecs of those that are need
 // more than `bits` a weight.
+// Where the codec asked for promises more than the choices keep (a zero point, a minimum, int8 inputs), or has fewer bits
+// than any of them.
+void require_choices(const Codec& asked);
 void require_free(const std::vector<std::size_t>& free, const std::string& option);
 void require_bits(const std::vector<TensorPlan>& plan, const std::vector<std::size_t>& free, double bits);
 

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
+#include <set>
+#include <tuple>
 
 #include "core/error.h"
 #include "quantize/awq.h"
@@ -31,9 +33,25 @@ std::vector<float> floats(const EqualizeJob& job, const TensorSpec& spec) {
   return values;
 }
 
+// An input of a block, or of one of its experts.
+using Input = std::tuple<int, std::int64_t, BlockStage>;
+
+// Those that a linear reads or makes which is kept as it is: scaling would round it anew.
+std::set<Input> kept_inputs(const ModelConfig& config, const std::vector<TensorPlan>& plan) {
+  std::set<Input> kept;
+  for (const TensorPlan& tensor : plan) {
+    const TensorSpec& spec = tensor.spec;
+    if (spec.role != TensorRole::kLinear || tensor.codec) continue;
+    kept.emplace(spec.layer, spec.expert, input_stage(config, spec));
+    if (const auto made = made_rows(config, spec)) kept.emplace(spec.layer, spec.expert, made->stage);
+  }
+  return kept;
+}
+
 class Equalizer : public BlockVisitor {
  public:
-  Equalizer(const EqualizeJob& job, Context& context) : job_(job), config_(job.model.config()), context_(context) {
+  Equalizer(const EqualizeJob& job, Context& context)
+      : job_(job), config_(job.model.config()), context_(context), kept_(kept_inputs(config_, job.plan)) {
     for (const TensorPlan& tensor : job.plan) plan_[tensor.spec.name] = &tensor;
   }
 
@@ -45,7 +63,7 @@ class Equalizer : public BlockVisitor {
 
   // The weights of the walk stay as they are: every input is measured in the original model.
   void compress(int layer, BlockStage stage, std::span<BlockLinear> linears, const InputStatistics& input) override {
-    if (cannot_fold(config_, stage)) return;
+    if (cannot_fold(config_, stage) || kept_.contains({layer, input.expert, stage})) return;
     std::vector<ScaledLinear> rounded;
     for (const BlockLinear& linear : linears) {
       if (const auto& codec = plan_.at(linear.name)->codec)
@@ -170,6 +188,7 @@ class Equalizer : public BlockVisitor {
   const EqualizeJob& job_;
   const ModelConfig& config_;
   Context& context_;
+  std::set<Input> kept_;
   std::map<std::string, const TensorPlan*> plan_;
   BlockScales scales_, expert_scales_;
   Json rows_ = Json::array();
@@ -177,10 +196,23 @@ class Equalizer : public BlockVisitor {
 
 }  // namespace
 
-std::vector<std::string> equalize_notes(const ModelConfig& config) {
+std::vector<std::string> equalize_notes(const ModelConfig& config, const std::vector<TensorPlan>& plan) {
   std::vector<std::string> notes;
   for (const BlockStage stage : kStages)
     if (const auto reason = cannot_fold(config, stage)) notes.push_back("not scaled, " + *reason);
+  const std::set<Input> kept = kept_inputs(config, plan);
+  std::set<Input> left, scaled;
+  for (const TensorPlan& tensor : plan) {
+    if (tensor.spec.role != TensorRole::kLinear || !tensor.codec) continue;
+    const Input input{tensor.spec.layer, tensor.spec.expert, input_stage(config, tensor.spec)};
+    if (!cannot_fold(config, std::get<BlockStage>(input))) (kept.contains(input) ? left : scaled).insert(input);
+  }
+  if (scaled.empty())
+    throw usage_error("--equalize", "an input whose linears are all quantized, and whose scales fold away", "none",
+                      "leave --equalize out");
+  if (!left.empty())
+    notes.push_back("not scaled, a linear that is kept reads or makes them: " + std::to_string(left.size()) + " of " +
+                    std::to_string(left.size() + scaled.size()) + " inputs");
   return notes;
 }
 

@@ -34,8 +34,9 @@ struct EqualizeJob {
 inline constexpr std::int64_t kScaleTokens = 2048;
 inline constexpr double kEqualizeCandidates = 21;  // about, in estimates of time
 
-// One line per input of a block that has to stay as it is; error (exit 2) where none can be scaled.
-std::vector<std::string> equalize_notes(const ModelConfig& config);
+// One line per kind of input that has to stay as it is: its scales do not fold, or a linear that reads or makes it has
+// no codec. Error: exit 2 where none is left.
+std::vector<std::string> equalize_notes(const ModelConfig& config, const std::vector<TensorPlan>& plan);
 
 // Writes every tensor of the model into the writer, one durable piece per block; skips what is there. Of each input
 // that folds (quantize/fold.h) the method's candidate with the least output error on held-out windows, leaving it alone

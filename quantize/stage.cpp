@@ -173,8 +173,10 @@ std::vector<TensorPlan> check(const Options& options, const PlannedModel& model)
     throw usage_error("--method " + options.get<std::string>("method"), "a tensor in q4, q4g64 or q4g128",
                       "none, the rule is for no other codec", "choose another --codec or --method rtn");
   }
+  if (equalizes(options)) equalize_notes(model.config, tensors);
   if (allocates(options)) {
     const std::vector<std::size_t> free = free_linears(options, tensors);
+    require_choices(Codec::parse(options.get<std::string>("codec"), "--codec"));
     require_free(free, options.has("bits") ? "--bits" : "--kl");
     if (options.has("bits")) require_bits(tensors, free, options.get<double>("bits"));
   }
@@ -293,7 +295,8 @@ StagePlan plan(const Options& given, const PlannedModel& input) {
   }
   if (equalizes(options)) {
     notes.push_back("a float32 copy of the model with its inputs scaled lies beside the output while it is made");
-    for (std::string& note : equalize_notes(config)) notes.push_back(std::move(note));
+    if (allocates(options)) notes.push_back("inputs are scaled for --codec, before each tensor gets a codec of its own");
+    for (std::string& note : equalize_notes(config, tensors)) notes.push_back(std::move(note));
     operations += kEqualizeCandidates * (search + 2.0 * static_cast<double>(kScaleTokens) * block_parameters);
   }
   if (tuning_steps(options) > 0)  // the original once, the quantized model forwards and backwards
@@ -470,7 +473,7 @@ Json report(const Options& options, const ModelConfig& config, const std::vector
 Json equalize_into(const fs::path& work, const Options& options, const Checkpoint& model,
                    const std::vector<TensorPlan>& tensors, const CalibrationWindows& windows, const std::string& dtype,
                    bool spill, Context& context) {
-  for (const std::string& note : equalize_notes(model.config())) context.progress->note(note);
+  for (const std::string& note : equalize_notes(model.config(), tensors)) context.progress->note(note);
   fs::create_directories(work / kEqualized);
   CheckpointWriter writer(work / kEqualized, model.config(), "float32");
   equalize({model, tensors, writer, work / kEqualizedRows,

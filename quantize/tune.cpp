@@ -177,8 +177,10 @@ void Tuner::add_matrix(const TensorPlan& plan, const Tensor& weight) {
     const Tensor place = torch::where(scale != 0, above / torch::where(scale != 0, scale, torch::ones_like(scale)),
                                       torch::zeros_like(original));
     matrix.latent.emplace(torch::maximum(torch::minimum(place, code + kLatentReach), code - kLatentReach));
+    // With minima zeros lie in groups of zeros alone, whose scale is 0 and stays so; code 0 is the least weight there.
     const Tensor zero = original == 0;
-    if (zero.to(torch::kFloat).mean().item<double>() >= 0.05) matrix.kept = zero.logical_not().to(torch::kFloat);
+    if (!centres.defined() && zero.to(torch::kFloat).mean().item<double>() >= 0.05)
+      matrix.kept = zero.logical_not().to(torch::kFloat);
   }
   matrices_.push_back(std::move(matrix));
 }

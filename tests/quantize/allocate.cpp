@@ -213,6 +213,12 @@ TEST(Allocate, ASmallerDivergenceTakesMoreBits) {
   }
 }
 
+TEST(Allocate, CodecsThatAreNoChoiceAreRefused) {
+  for (const char* name : {"q4a", "q4m", "q2", "w8a8"})
+    EXPECT_THROW(require_choices(Codec::parse(name, "test")), Error) << name;
+  for (const char* name : {"q3g64", "q4", "q4g128", "q8", "q8c"}) require_choices(Codec::parse(name, "test"));
+}
+
 TEST(Allocate, SameBytesAtAnyThreadCount) {
   ScratchFolder scratch;
   write_tiny(scratch / "in", tiny_config(2), "bfloat16");

@@ -423,6 +423,28 @@ TEST(Equalize, RefusesWhatCannotBe) {
   EXPECT_NE(refused({{"method", "rtn"}}).find("--equalize"), std::string::npos);
   const std::string few = refused({{"random-tokens", true}, {"samples", 4}, {"context", 16}});
   EXPECT_NE(few.find("at least 5 --samples"), std::string::npos) << few;
+  const Json calibrated = {{"random-tokens", true}, {"samples", 8}, {"context", 16}, {"method", "rtn"}};
+  Json keep = calibrated;
+  keep.update({{"codec", "keep"}});
+  EXPECT_NE(refused(keep).find("linears are all quantized"), std::string::npos);
+  keep.update({{"codec", "q4"}, {"policy", {"*v_proj*=keep", "*up_proj*=keep"}}});
+  EXPECT_NE(refused(keep).find("linears are all quantized"), std::string::npos);
+}
+
+TEST(Equalize, WhatIsKeptStaysAsItIs) {
+  ScratchFolder scratch;
+  write_tiny(scratch / "in", tiny_config(2), "bfloat16", uneven);
+  const Json result = run_quantize({{"model", (scratch / "in").string()}, {"out", (scratch / "out").string()},
+                                    {"random-tokens", true}, {"samples", 10}, {"context", 33}, {"codec", "q3"},
+                                    {"method", "rtn"}, {"equalize", "awq"}, {"policy", {"*up_proj*=keep"}}});
+  ASSERT_EQ(result.at("scaled").size(), 2u) << "up_proj reads the inputs of the MLP and makes those of down_proj";
+  EXPECT_EQ(result.at("scaled")[0].at("kind"), "self_attn.q_proj");
+  EXPECT_EQ(result.at("scaled")[1].at("kind"), "self_attn.o_proj");
+  const Checkpoint before(scratch / "in"), after(scratch / "out");
+  for (const TensorSpec& spec : after.tensors()) {
+    if (spec.name.find("up_proj") == std::string::npos && spec.name.find("post_attention") == std::string::npos) continue;
+    EXPECT_EQ(before.read_f32(spec.name), after.read_f32(spec.name)) << spec.name;
+  }
 }
 
 }  // namespace
