@@ -21,6 +21,7 @@ Command verify_command();
 Command tokenize_command();
 Command train_tokenizer_command();
 Command export_command();
+Command plan_command();
 Command run_command();
 Command bench_command();
 Command eval_command_runtime();  // compact files, and folders through an F32 compact temporary

@@ -2,18 +2,35 @@
 // unless asked.
 #include "runtime/export.h"
 
+#include <fmt/format.h>
+
 #include "core/error.h"
+#include "runtime/compatibility.h"
 #include "runtime/gguf_export.h"
 #include "runtime/verbs/cli.h"
 
 namespace pare {
 namespace {
 
-Json run_compact(const Checkpoint& checkpoint, const fs::path& out, const Options& options, Context& context) {
+ExportOptions compact_options(const Options& options) {
   ExportOptions chosen;
-  chosen.out = out;
+  chosen.out = options.get_or<std::string>("out", "");
   chosen.codec = options.get<std::string>("codec");
   chosen.fallback = !options.get<bool>("no-fallback");
+  return chosen;
+}
+
+GgufOptions gguf_options(const Options& options) {
+  GgufOptions chosen;
+  chosen.out = options.get_or<std::string>("out", "");
+  chosen.codec = options.get<std::string>("codec");
+  chosen.fallback = !options.get<bool>("no-fallback");
+  chosen.requantize = options.get<bool>("requantize");
+  return chosen;
+}
+
+Json run_compact(const Checkpoint& checkpoint, const fs::path& out, const Options& options, Context& context) {
+  const ExportOptions chosen = compact_options(options);
   const ExportPlan plan = plan_export(checkpoint, chosen);
   export_compact(checkpoint, chosen, context);
   const CompactFile file(out);
@@ -25,11 +42,7 @@ Json run_compact(const Checkpoint& checkpoint, const fs::path& out, const Option
 }
 
 Json run_gguf(const Checkpoint& checkpoint, const fs::path& out, const Options& options, Context& context) {
-  GgufOptions chosen;
-  chosen.out = out;
-  chosen.codec = options.get<std::string>("codec");
-  chosen.fallback = !options.get<bool>("no-fallback");
-  chosen.requantize = options.get<bool>("requantize");
+  const GgufOptions chosen = gguf_options(options);
   const GgufPlan plan = plan_gguf(checkpoint, chosen);
   export_gguf(checkpoint, plan, chosen, context);
   return {{"out", out.string()}, {"file_bytes", fs::file_size(out)}, {"notes", plan.notes}};
@@ -48,18 +61,61 @@ Json run_folder(const Checkpoint& checkpoint, const fs::path& out, Context& cont
   return {{"out", out.string()}, {"tensor_bytes", written.tensor_bytes()}, {"notes", checkpoint.notes()}};
 }
 
+// Where the model would load, as rows and as text.
+Json compatibility_rows(const Checkpoint& checkpoint, std::string& text) {
+  Json rows = Json::array();
+  text = fmt::format("{:<14} {:<8} {:<8} {}\n", "target", "loads", "fast", "give it");
+  for (const Compatibility& row : compatibility(checkpoint)) {
+    text += fmt::format("{:<14} {:<8} {:<8} {}\n", row.target, answer_name(row.loads), answer_name(row.fast), row.how);
+    for (const std::string& reason : row.reasons) text += "    " + reason + "\n";
+    rows.push_back({{"target", row.target},
+                    {"loads", answer_name(row.loads)},
+                    {"fast", answer_name(row.fast)},
+                    {"how", row.how},
+                    {"reasons", row.reasons}});
+  }
+  return rows;
+}
+
+Json run_plan(const Options& options, Context& context) {
+  std::string text;
+  const Json rows = compatibility_rows(Checkpoint::open(options.get<std::string>("model")), text);
+  context.print(text);
+  return {{"model", options.get<std::string>("model")}, {"targets", rows}};
+}
+
+// What run_export would write, and where that would load.
+Json dry_run(const Checkpoint& checkpoint, const Options& options, Context& context) {
+  const auto to = options.get<std::string>("to"), codec = options.get<std::string>("codec");
+  std::vector<std::string> notes = checkpoint.notes();
+  if (to == "gguf") {
+    notes = plan_gguf(checkpoint, gguf_options(options)).notes;
+  } else if (to == "compact") {
+    notes = plan_export(checkpoint, compact_options(options)).notes;
+  }
+  std::string text;
+  const Json rows = compatibility_rows(checkpoint, text);
+  std::string said = "nothing is written; --to " + to + " --codec " + codec + " would work\n";
+  for (const std::string& note : notes) said += "    " + note + "\n";
+  context.print(said + "the model as it is:\n" + text);
+  return {{"to", to}, {"notes", notes}, {"targets", rows}};
+}
+
 Json run_export(const Options& options, Context& context) {
-  const fs::path out = options.get<std::string>("out");
+  const bool dry = options.get<bool>("dry-run");
+  if (!dry && !options.has("out")) throw usage_error("--out", "a file or folder to write", "nothing", "or --dry-run");
+  const fs::path out = options.get_or<std::string>("out", "");
   const auto to = options.get<std::string>("to"), codec = options.get<std::string>("codec");
   if (codec != "keep") Codec::parse(codec, "--codec");  // a wrong name before anything is read
   if (to == "folder" && codec != "keep")
     throw usage_error("--codec", "keep with --to folder", codec, "pare quantize makes folders of codes");
   if (to != "gguf" && options.get<bool>("requantize"))
     throw usage_error("--requantize", "--to gguf", "--to " + to, "only GGUF blocks may not hold codes as they are");
-  if (fs::exists(fs::symlink_status(out)))
+  if (!out.empty() && fs::exists(fs::symlink_status(out)))
     throw usage_error(out.string(), "an output that does not exist yet", "an existing one",
                       "remove it or choose another --out");
   const Checkpoint checkpoint = Checkpoint::open(options.get<std::string>("model"));
+  if (dry) return dry_run(checkpoint, options, context);
   Json result = to == "gguf"     ? run_gguf(checkpoint, out, options, context)
                 : to == "folder" ? run_folder(checkpoint, out, context)
                                  : run_compact(checkpoint, out, options, context);
@@ -102,8 +158,26 @@ Command export_command() {
        .type = OptionType::kFlag,
        .help = "gguf: round q4a weights to what Q4_1 can hold instead of storing them in F32",
        .default_value = false},
-      {.name = "out", .type = OptionType::kPath, .help = "file or folder to write", .required = true}};
+      {.name = "dry-run",
+       .type = OptionType::kFlag,
+       .help = "write nothing; say whether it would work, and which programs would load the model and run it fast",
+       .default_value = false},
+      {.name = "out", .type = OptionType::kPath, .help = "file or folder to write"}};
   command.run = run_export;
+  return command;
+}
+
+Command plan_command() {
+  Command command;
+  command.name = "plan";
+  command.summary = "Say which programs would load a model and run it fast, and why others would not";
+  command.example = "pare plan model-q4";
+  command.options = {{.name = "model",
+                      .type = OptionType::kPath,
+                      .help = "model folder, GGUF file or compact file",
+                      .required = true,
+                      .positional = true}};
+  command.run = run_plan;
   return command;
 }
 

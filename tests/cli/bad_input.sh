@@ -240,6 +240,9 @@ refuse "GGUF: cut off, by export" 3 "cut.gguf: byte" "$EDGE" export "$T/cut.gguf
 refuse "GGUF where a folder is asked for" 3 "to folder" "$PARE" quantize --model "$T/good.gguf" --out "$OUT" --codec q4 --method rtn
 refuse "GGUF: requantize for another target" 2 "to gguf" "$EDGE" export "$IN" --requantize --out "$OUT"
 refuse "folder: a codec" 2 "keep" "$EDGE" export "$T/good.gguf" --to folder --codec q4 --out "$OUT"
+refuse "export: neither an output nor --dry-run" 2 "dry-run" "$EDGE" export "$T/good.gguf"
+refuse "export: dry run of a codec that GGUF has not" 2 "GGUF blocks" "$EDGE" export "$IN" --to gguf --codec q4g128 --dry-run
+refuse "plan: cut off" 3 "cut.gguf: byte" "$EDGE" plan "$T/cut.gguf"
 refuse "quantize: no size" 2 "max-ram.*4G" "$PARE" quantize --model "$IN" --out "$OUT" --text "$TEXT" --max-ram 4GB
 refuse "prune: too little memory" 5 "max-ram" "$PARE" prune --method wanda --sparsity 0.5 --model "$IN" --out "$OUT" --text "$TEXT" --max-ram 100M
 refuse "quantize: too little memory" 5 "max-ram" "$PARE" quantize --model "$IN" --out "$OUT" --text "$TEXT" --max-ram 100M
