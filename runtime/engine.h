@@ -16,7 +16,7 @@ namespace pare {
 
 struct EngineOptions {
   int threads = 0;                 // 0: all cores
-  std::string kernels;             // "" = best of this machine, or "plain", "avx2", "avx512vnni"; PARE_KERNELS overrides ""
+  std::string kernels;             // "" = best of this machine, or a name of available_kernels(); PARE_KERNELS overrides ""
   bool int8_activations = true;    // false: float activations (exact against the unpacked weights to rounding)
   // Keys and values: "f32", "f16" or "q8" (int8, one scale per position and head); "" = f16 beside int8 activations,
   // f32 beside float ones.

@@ -1,5 +1,9 @@
 #include "runtime/kernels.h"
 
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 
@@ -115,44 +119,53 @@ Int8Tile int8_tile(const Int8Activations& x, std::int64_t tile) {
   return view;
 }
 
-std::vector<std::string> available_kernels() {
-  std::vector<std::string> names{"plain"};
+namespace {
+
+// What this machine can run, best last.
+std::vector<const Kernels*> kernels_here() {
+  std::vector<const Kernels*> here{&kPlainKernels};
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    names.emplace_back("avx2");
+    here.push_back(&kAvx2Kernels);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
-      names.emplace_back("avx512vnni");
+      here.push_back(&kAvx512VnniKernels);
     }
   }
+#elif defined(__aarch64__)
+  here.push_back(&kNeonKernels);
+  if ((getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0) {
+    here.push_back(&kDotprodKernels);
+    if ((getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0) here.push_back(&kI8mmKernels);
+  }
 #endif
+  return here;
+}
+
+}  // namespace
+
+std::vector<std::string> available_kernels() {
+  std::vector<std::string> names;
+  for (const Kernels* each : kernels_here()) names.emplace_back(each->name);
   return names;
 }
 
 const Kernels& choose_kernels(const std::string& name) {
-  const std::vector<std::string> available = available_kernels();
+  const std::vector<const Kernels*> here = kernels_here();
   std::string wanted = name, place = "kernels";
   if (wanted.empty()) {
-    if (const char* env = std::getenv("PARE_KERNELS"); env != nullptr && *env != '\0') {
-      wanted = env;
-      place = "environment variable PARE_KERNELS";
-    } else {
-      wanted = available.back();
-    }
+    const char* env = std::getenv("PARE_KERNELS");
+    if (env == nullptr || *env == '\0') return *here.back();
+    wanted = env;
+    place = "environment variable PARE_KERNELS";
   }
   std::string list;
-  bool found = false;
-  for (const std::string& each : available) {
-    list += (list.empty() ? "" : ", ") + each;
-    found = found || each == wanted;
+  for (const Kernels* each : here) {
+    if (wanted == each->name) return *each;
+    list += (list.empty() ? "" : ", ") + std::string(each->name);
   }
-  if (!found) throw usage_error(place, "kernels that this machine has: " + list, "\"" + wanted + "\"");
-#if defined(__x86_64__)
-  if (wanted == "avx512vnni") return kAvx512VnniKernels;
-  if (wanted == "avx2") return kAvx2Kernels;
-#endif
-  return kPlainKernels;
+  throw usage_error(place, "kernels that this machine has: " + list, "\"" + wanted + "\"");
 }
 
 }  // namespace pare

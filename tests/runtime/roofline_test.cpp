@@ -13,17 +13,9 @@
 namespace pare {
 namespace {
 
-const PeakLoops& loops_of(const std::string& kernels) {
-#if defined(__x86_64__)
-  if (kernels == "avx2") return kAvx2Peaks;
-  if (kernels == "avx512vnni") return kAvx512VnniPeaks;
-#endif
-  return kPlainPeaks;
-}
-
 TEST(RooflineTest, LoopsDoTheOperationsThatAreCounted) {
   for (const std::string& kernels : available_kernels()) {
-    const PeakLoops& loops = loops_of(kernels);
+    const PeakLoops& loops = peak_loops(kernels);
     ASSERT_EQ(loops.name, kernels);
     EXPECT_EQ(loops.int8(7), 7 * loops.int8_operations / 2 * 3 * -2) << kernels;
     EXPECT_EQ(loops.fma(7), static_cast<float>(7 * loops.fma_operations / 2) * 0.125f) << kernels;
@@ -40,7 +32,7 @@ TEST(RooflineTest, EveryByteIsRead) {
     std::memset(data.get(), 0, kLines * 64);
     for (std::int64_t i = 0; i < kLines * 64; ++i) {
       data.get()[i] = std::byte{1};
-      const std::uint64_t sum = loops_of(kernels).read(data.get(), kLines);
+      const std::uint64_t sum = peak_loops(kernels).read(data.get(), kLines);
       EXPECT_EQ(sum, std::uint64_t{1} << (i % 8 * 8)) << kernels << ", byte " << i;
       data.get()[i] = std::byte{0};
     }
