@@ -46,6 +46,8 @@ extern const AttentionKernels kPlainAttention;
 #if defined(__x86_64__)
 extern const AttentionKernels kAvx2Attention;
 extern const AttentionKernels kAvx512VnniAttention;
+#elif defined(__aarch64__)
+extern const AttentionKernels kNeonAttention;
 #endif
 
 }  // namespace pare

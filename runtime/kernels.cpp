@@ -1,5 +1,9 @@
 #include "runtime/kernels.h"
 
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 
@@ -115,8 +119,9 @@ Int8Tile int8_tile(const Int8Activations& x, std::int64_t tile) {
   return view;
 }
 
-#if defined(__x86_64__)
 namespace {
+
+#if defined(__x86_64__)
 
 bool has_avx512vnni() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -133,51 +138,58 @@ const Kernels& avxvnni_kernels() {
   return kernels;
 }
 
+#endif
+
+// What this machine can run, best last.
+std::vector<const Kernels*> kernels_here() {
+  std::vector<const Kernels*> here{&kPlainKernels};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    here.push_back(&kAvx2Kernels);
+    const bool wide = has_avx512vnni();
+    if (wide || __builtin_cpu_supports("avxvnni")) here.push_back(&avxvnni_kernels());
+    if (wide) here.push_back(&kAvx512VnniKernels);
+  }
+#elif defined(__aarch64__)
+  here.push_back(&kNeonKernels);
+  if ((getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0) {
+    here.push_back(&kDotprodKernels);
+    if ((getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0) here.push_back(&kI8mmKernels);
+  }
+#endif
+  return here;
+}
+
 }  // namespace
 
+#if defined(__x86_64__)
 const VnniProducts& avxvnni_products() {
   return __builtin_cpu_supports("avxvnni") ? kAvxVnniShort : kAvxVnniLong;
 }
 #endif
 
 std::vector<std::string> available_kernels() {
-  std::vector<std::string> names{"plain"};
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    names.emplace_back("avx2");
-    const bool wide = has_avx512vnni();
-    if (wide || __builtin_cpu_supports("avxvnni")) names.emplace_back("avxvnni");
-    if (wide) names.emplace_back("avx512vnni");
-  }
-#endif
+  std::vector<std::string> names;
+  for (const Kernels* each : kernels_here()) names.emplace_back(each->name);
   return names;
 }
 
 const Kernels& choose_kernels(const std::string& name) {
-  const std::vector<std::string> available = available_kernels();
+  const std::vector<const Kernels*> here = kernels_here();
   std::string wanted = name, place = "kernels";
   if (wanted.empty()) {
-    if (const char* env = std::getenv("PARE_KERNELS"); env != nullptr && *env != '\0') {
-      wanted = env;
-      place = "environment variable PARE_KERNELS";
-    } else {
-      wanted = available.back();
-    }
+    const char* env = std::getenv("PARE_KERNELS");
+    if (env == nullptr || *env == '\0') return *here.back();
+    wanted = env;
+    place = "environment variable PARE_KERNELS";
   }
   std::string list;
-  bool found = false;
-  for (const std::string& each : available) {
-    list += (list.empty() ? "" : ", ") + each;
-    found = found || each == wanted;
+  for (const Kernels* each : here) {
+    if (wanted == each->name) return *each;
+    list += (list.empty() ? "" : ", ") + std::string(each->name);
   }
-  if (!found) throw usage_error(place, "kernels that this machine has: " + list, "\"" + wanted + "\"");
-#if defined(__x86_64__)
-  if (wanted == "avx512vnni") return kAvx512VnniKernels;
-  if (wanted == "avxvnni") return avxvnni_kernels();
-  if (wanted == "avx2") return kAvx2Kernels;
-#endif
-  return kPlainKernels;
+  throw usage_error(place, "kernels that this machine has: " + list, "\"" + wanted + "\"");
 }
 
 }  // namespace pare

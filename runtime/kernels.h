@@ -112,7 +112,8 @@ struct Kernels {
   const AttentionKernels* attention;
 };
 
-// Names this machine can run, best last: "plain", "avx2", "avxvnni", "avx512vnni".
+// Names this machine can run, best last, of "plain", "avx2", "avxvnni", "avx512vnni" on x86 and "plain", "neon",
+// "dotprod", "i8mm" on aarch64.
 std::vector<std::string> available_kernels();
 // "": PARE_KERNELS if set, else the best. Unknown or not supported here: exit 2 with the list.
 const Kernels& choose_kernels(const std::string& name);
@@ -130,6 +131,10 @@ extern const VnniProducts kAvxVnniShort, kAvxVnniLong;
 // The coding that this machine knows; only where available_kernels() has "avxvnni".
 const VnniProducts& avxvnni_products();
 extern const Kernels kAvx512VnniKernels;
+#elif defined(__aarch64__)
+extern const Kernels kNeonKernels;
+extern const Kernels kDotprodKernels;
+extern const Kernels kI8mmKernels;
 #endif
 
 }  // namespace pare

@@ -32,7 +32,7 @@ typedef struct pare_sampler pare_sampler;
 
 typedef struct pare_options {
   int threads;           /* 0: all cores */
-  const char* kernels;   /* NULL: best of this machine; "plain", "avx2", "avxvnni", "avx512vnni" */
+  const char* kernels;   /* NULL: the best here; "plain", "avx2", "avxvnni", "avx512vnni", "neon", "dotprod", "i8mm" */
   int float_activations; /* 0: int8 activations with quantized weights, a cache of halves; 1: float, both */
 } pare_options;
 

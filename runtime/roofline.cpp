@@ -81,8 +81,6 @@ std::int64_t rounds_for(double seconds, Loop loop) {
 
 const PeakLoops& peak_loops(const std::string& kernels) {
 #if defined(__x86_64__)
-  if (kernels == kAvx2Peaks.name) return kAvx2Peaks;
-  if (kernels == kAvx512VnniPeaks.name) return kAvx512VnniPeaks;
   if (kernels == "avxvnni") {
     static const PeakLoops vnni = [] {
       PeakLoops made = kAvx2Peaks;
@@ -94,13 +92,22 @@ const PeakLoops& peak_loops(const std::string& kernels) {
     return vnni;
   }
 #endif
-  if (kernels == kPlainPeaks.name) return kPlainPeaks;
+  static constexpr const PeakLoops* kAll[] = {
+      &kPlainPeaks,
+#if defined(__x86_64__)
+      &kAvx2Peaks, &kAvx512VnniPeaks,
+#elif defined(__aarch64__)
+      &kNeonPeaks, &kDotprodPeaks, &kI8mmPeaks,
+#endif
+  };
+  for (const PeakLoops* loops : kAll)
+    if (kernels == loops->name) return *loops;
   throw usage_error("roofline", "kernels with loops of their own", "\"" + kernels + "\"");
 }
 
 Roofline measure_roofline(const std::string& kernels, int threads, std::int64_t buffer_bytes,
                           const std::function<void()>& step) {
-  const PeakLoops* loops = &peak_loops(kernels);
+  const PeakLoops& loops = peak_loops(kernels);
   Roofline roof;
   roof.threads = threads;
   std::atomic<std::uint64_t> kept{0};  // the results, so that no loop is idle
@@ -111,17 +118,17 @@ Roofline measure_roofline(const std::string& kernels, int threads, std::int64_t 
 #pragma omp parallel num_threads(threads)
     std::memset(share(omp_get_thread_num()), 1, static_cast<std::size_t>(lines) * 64);
     roof.read_bytes = measure(threads, static_cast<double>(lines) * 64, step,
-                              [&](int thread) { kept += loops->read(share(thread), lines); });
+                              [&](int thread) { kept += loops.read(share(thread), lines); });
   }
   constexpr double kRunSeconds = 0.01;
   const std::int64_t int8 =
-      rounds_for(kRunSeconds, [&](std::int64_t rounds) { kept += static_cast<std::uint64_t>(loops->int8(rounds)); });
-  roof.int8_ops = measure(threads, static_cast<double>(int8 * loops->int8_operations), step,
-                          [&](int) { kept += static_cast<std::uint64_t>(loops->int8(int8)); });
+      rounds_for(kRunSeconds, [&](std::int64_t rounds) { kept += static_cast<std::uint64_t>(loops.int8(rounds)); });
+  roof.int8_ops = measure(threads, static_cast<double>(int8 * loops.int8_operations), step,
+                          [&](int) { kept += static_cast<std::uint64_t>(loops.int8(int8)); });
   const std::int64_t fma =
-      rounds_for(kRunSeconds, [&](std::int64_t rounds) { kept += loops->fma(rounds) > 0 ? 1 : 0; });
-  roof.float_ops = measure(threads, static_cast<double>(fma * loops->fma_operations), step,
-                           [&](int) { kept += loops->fma(fma) > 0 ? 1 : 0; });
+      rounds_for(kRunSeconds, [&](std::int64_t rounds) { kept += loops.fma(rounds) > 0 ? 1 : 0; });
+  roof.float_ops = measure(threads, static_cast<double>(fma * loops.fma_operations), step,
+                           [&](int) { kept += loops.fma(fma) > 0 ? 1 : 0; });
   return roof;
 }
 

@@ -28,7 +28,13 @@ extern const PeakLoops kPlainPeaks;
 #if defined(__x86_64__)
 extern const PeakLoops kAvx2Peaks;
 extern const PeakLoops kAvx512VnniPeaks;
+#elif defined(__aarch64__)
+extern const PeakLoops kNeonPeaks;
+extern const PeakLoops kDotprodPeaks;
+extern const PeakLoops kI8mmPeaks;
 #endif
+// By a name of available_kernels(); another one: exit 2.
+const PeakLoops& peak_loops(const std::string& kernels);
 
 struct Peak {
   double median = 0, best = 0;  // per second, of kRooflineRuns runs

@@ -18,6 +18,8 @@ void TeamBarrier::wait(int threads) {
     if (phase_.load(std::memory_order_acquire) != phase) return;
 #if defined(__x86_64__)
     __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("isb");  // waits about as long as x86's pause; most cores take yield for nothing
 #endif
   }
   while (phase_.load(std::memory_order_acquire) == phase) phase_.wait(phase, std::memory_order_acquire);

@@ -476,6 +476,35 @@ TEST_P(KernelsTest, NanPassesThroughElementwiseKernels) {
 INSTANTIATE_TEST_SUITE_P(All, KernelsTest, ::testing::ValuesIn(available_kernels()),
                          [](const auto& each) { return each.param; });
 
+// Sums of codes are exact and groups are added alike, with fused steps, on all but the plain set.
+TEST(FastKernelsTest, Int8ProductsHaveTheSameBitsOnAll) {
+  const std::vector<std::string> names = available_kernels();
+  if (names.size() < 3) GTEST_SKIP() << "this machine has fewer than two";
+  const Kernels& first = kernels_named(names[1]);
+  std::uint32_t seed = 700;
+  for (const Case& c : cases()) {
+    if (c.codec.is_float()) continue;
+    const Sample s = make_sample(c.codec, c.rows, c.cols, ++seed);
+    for (const std::int64_t tokens : {1, 2, 7, 12}) {
+      const std::vector<float> x = random_floats(tokens * c.cols, seed);
+      Int8Activations q;
+      q.resize(tokens, c.cols);
+      first.quantize_tile(x.data(), c.cols, 0, q);
+      const auto products = [&](const Kernels& k) {
+        std::vector<float> out(static_cast<std::size_t>(tokens * c.rows));
+        k.matmul_int8(s.matrix, q, 0, 1, 0, s.matrix.row_blocks(), out.data(), c.rows, false);
+        return out;
+      };
+      const std::vector<float> want = products(first);
+      for (std::size_t i = 2; i < names.size(); ++i) {
+        const std::vector<float> got = products(kernels_named(names[i]));
+        ASSERT_EQ(0, std::memcmp(got.data(), want.data(), want.size() * 4))
+            << names[i] << ", " << describe(c) << ", tokens " << tokens;
+      }
+    }
+  }
+}
+
 TEST(PackedMatrixTest, RowsComeBackExactly) {
   std::uint32_t seed = 500;
   for (const Case& c : cases()) {

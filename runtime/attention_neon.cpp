@@ -1,0 +1,203 @@
+// Attention with NEON, for all its instruction sets: 16 positions, or 16 dimensions of values, are 4 registers.
+#if defined(__aarch64__)
+#include <cmath>
+
+#include "runtime/attention_kernels.h"
+#include "runtime/lanes_neon.h"
+
+namespace pare {
+namespace {
+
+struct F32 {
+  using Type = float;
+  static void load(const float* p, float32x4_t* to) {
+    PARE_UNROLL for (int k = 0; k < 4; ++k) to[k] = vld1q_f32(p + k * 4);
+  }
+};
+struct F16 {
+  using Type = std::uint16_t;
+  static void load(const std::uint16_t* p, float32x4_t* to) {
+    PARE_UNROLL for (int k = 0; k < 4; ++k) to[k] = load_halves(p + k * 4);
+  }
+};
+struct Q8 {
+  using Type = std::int8_t;
+  static void load(const std::int8_t* p, float32x4_t* to) {
+    const int8x16_t bytes = vld1q_s8(p);
+    const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
+    to[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(low)));
+    to[1] = vcvtq_f32_s32(vmovl_high_s16(low));
+    to[2] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(high)));
+    to[3] = vcvtq_f32_s32(vmovl_high_s16(high));
+  }
+};
+
+void narrow(const float* x, std::int64_t n, KvType type, std::byte* out, float* scale) {
+  if (type == KvType::kF32) {
+    std::memcpy(out, x, static_cast<std::size_t>(n) * 4);
+    return;
+  }
+  const auto bytes = [&](std::int64_t i, std::size_t each) {
+    return static_cast<std::size_t>(std::min<std::int64_t>(4, n - i)) * each;
+  };
+  if (type == KvType::kF16) {
+    for (std::int64_t i = 0; i < n; i += 4) {
+      const float16x4_t halves = vcvt_f16_f32(load_first(x + i, n - i));
+      std::memcpy(out + 2 * i, &halves, bytes(i, 2));
+    }
+    return;
+  }
+  uint32x4_t peaks = vdupq_n_u32(0);
+  for (std::int64_t i = 0; i < n; i += 4) peaks = vmaxq_u32(peaks, magnitude(load_first(x + i, n - i)));
+  const Int8Scale int8(peaks);
+  for (std::int64_t i = 0; i < n; i += 4) {
+    const int16x4_t words = vmovn_s32(int8.codes(load_first(x + i, n - i)));
+    const int8x8_t codes = vmovn_s16(vcombine_s16(words, words));
+    std::memcpy(out + i, &codes, bytes(i, 1));
+  }
+  *scale = int8.scale;
+}
+
+// The place in `ahead` that `at` has in the plane.
+template <class T>
+inline void ask_ahead(const KvPlane& plane, const T* at) {
+  if (plane.ahead != nullptr) __builtin_prefetch(plane.ahead + (reinterpret_cast<const std::byte*>(at) - plane.data));
+}
+
+// kVectors * 4 positions from `first` on.
+template <class Kv, int kQueries, int kVectors>
+void scores_tile(const float* q, std::int64_t ldq, const KvPlane& plane, std::int64_t first, std::int64_t head_dim,
+                 float* out, std::int64_t ldo) {
+  const auto* keys = reinterpret_cast<const typename Kv::Type*>(plane.data) + first;
+  float32x4_t sum[kQueries][kVectors];
+  PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+    PARE_UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = vdupq_n_f32(0);
+  }
+  for (std::int64_t d = 0; d < head_dim; ++d) {
+    float32x4_t k[kVectors];
+    PARE_UNROLL for (int v = 0; v < kVectors; v += 4) {
+      ask_ahead(plane, keys + d * kPage + v * 4);
+      Kv::load(keys + d * kPage + v * 4, k + v);
+    }
+    PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+      PARE_UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = vfmaq_n_f32(sum[i][v], k[v], q[i * ldq + d]);
+    }
+  }
+  PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+    PARE_UNROLL for (int v = 0; v < kVectors; ++v) {
+      if constexpr (sizeof(typename Kv::Type) == 1)
+        sum[i][v] = vmulq_f32(sum[i][v], vld1q_f32(plane.scales + first + v * 4));
+      vst1q_f32(out + i * ldo + v * 4, sum[i][v]);
+    }
+  }
+}
+
+template <class Kv, int kQueries>
+void scores_rows(const float* q, std::int64_t ldq, const KvPlane& plane, std::int64_t head_dim, std::int64_t positions,
+                 float* out, std::int64_t ldo) {
+  std::int64_t p = 0;
+  if constexpr (kQueries <= 2) {  // else the registers are full
+    for (; p + 16 < positions; p += 32) scores_tile<Kv, kQueries, 8>(q, ldq, plane, p, head_dim, out + p, ldo);
+  }
+  for (; p < positions; p += 16) scores_tile<Kv, kQueries, 4>(q, ldq, plane, p, head_dim, out + p, ldo);
+}
+
+template <class Kv>
+void scores_of(const float* q, std::int64_t ldq, std::int64_t count, const KvPlane& keys, std::int64_t head_dim,
+               std::int64_t positions, float* out, std::int64_t ldo) {
+  std::int64_t i = 0;
+  for (; i + 4 <= count; i += 4) scores_rows<Kv, 4>(q + i * ldq, ldq, keys, head_dim, positions, out + i * ldo, ldo);
+  q += i * ldq;
+  out += i * ldo;
+  if (count - i == 3) return scores_rows<Kv, 3>(q, ldq, keys, head_dim, positions, out, ldo);
+  if (count - i == 2) return scores_rows<Kv, 2>(q, ldq, keys, head_dim, positions, out, ldo);
+  if (count - i == 1) return scores_rows<Kv, 1>(q, ldq, keys, head_dim, positions, out, ldo);
+}
+
+void scores(const float* q, std::int64_t ldq, std::int64_t count, const KvPlane& keys, std::int64_t head_dim,
+            std::int64_t positions, float* out, std::int64_t ldo) {
+  const auto run = keys.type == KvType::kF32   ? scores_of<F32>
+                   : keys.type == KvType::kF16 ? scores_of<F16>
+                                               : scores_of<Q8>;
+  run(q, ldq, count, keys, head_dim, positions, out, ldo);
+}
+
+float softmax(float* s, std::int64_t n, float* peak, float* shrink) {
+  float32x4_t peaks = vdupq_n_f32(*peak);
+  std::int64_t i = 0;
+  for (; i + 4 <= n; i += 4) peaks = vmaxq_f32(peaks, vld1q_f32(s + i));
+  for (; i < n; ++i) peaks = vmaxq_f32(peaks, vdupq_n_f32(s[i]));
+  const float next = vmaxvq_f32(peaks);
+  *shrink = *peak == -INFINITY ? 0.0f : std::exp(*peak - next);
+  *peak = next;
+  float32x4_t sum = vdupq_n_f32(0);
+  for (i = 0; i < n; i += 4) {
+    store_first(s + i, exp_ps(vsubq_f32(load_first(s + i, n - i), vdupq_n_f32(next))), n - i);
+    sum = vaddq_f32(sum, load_first(s + i, n - i));
+  }
+  return vaddvq_f32(sum);
+}
+
+// kVectors * 4 dimensions from d on.
+template <class Kv, int kQueries, int kVectors>
+void weigh_tile(const float* probs, std::int64_t ldp, const KvPlane& plane, std::int64_t d, std::int64_t width,
+                std::int64_t positions, float* acc) {
+  const auto* values = reinterpret_cast<const typename Kv::Type*>(plane.data) + d;
+  acc += d;
+  float32x4_t sum[kQueries][kVectors];
+  PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+    PARE_UNROLL for (int k = 0; k < kVectors; ++k) sum[i][k] = vld1q_f32(acc + i * width + k * 4);
+  }
+  for (std::int64_t p = 0; p < positions; ++p) {
+    float32x4_t v[kVectors];
+    PARE_UNROLL for (int k = 0; k < kVectors; k += 4) {
+      ask_ahead(plane, values + p * width + k * 4);
+      Kv::load(values + p * width + k * 4, v + k);
+    }
+    PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+      float prob = probs[i * ldp + p];
+      if constexpr (sizeof(typename Kv::Type) == 1) prob *= plane.scales[p];
+      PARE_UNROLL for (int k = 0; k < kVectors; ++k) sum[i][k] = vfmaq_n_f32(sum[i][k], v[k], prob);
+    }
+  }
+  PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
+    PARE_UNROLL for (int k = 0; k < kVectors; ++k) vst1q_f32(acc + i * width + k * 4, sum[i][k]);
+  }
+}
+
+template <class Kv, int kQueries>
+void weigh_rows(const float* probs, std::int64_t ldp, const KvPlane& plane, std::int64_t width, std::int64_t positions,
+                float* acc) {
+  std::int64_t d = 0;
+  if constexpr (kQueries <= 2) {  // else the registers are full
+    for (; d + 32 <= width; d += 32) weigh_tile<Kv, kQueries, 8>(probs, ldp, plane, d, width, positions, acc);
+  }
+  for (; d < width; d += 16) weigh_tile<Kv, kQueries, 4>(probs, ldp, plane, d, width, positions, acc);
+}
+
+template <class Kv>
+void weigh_of(const float* probs, std::int64_t ldp, std::int64_t count, const KvPlane& values, std::int64_t width,
+              std::int64_t positions, float* acc) {
+  std::int64_t i = 0;
+  for (; i + 4 <= count; i += 4) weigh_rows<Kv, 4>(probs + i * ldp, ldp, values, width, positions, acc + i * width);
+  probs += i * ldp;
+  acc += i * width;
+  if (count - i == 3) return weigh_rows<Kv, 3>(probs, ldp, values, width, positions, acc);
+  if (count - i == 2) return weigh_rows<Kv, 2>(probs, ldp, values, width, positions, acc);
+  if (count - i == 1) return weigh_rows<Kv, 1>(probs, ldp, values, width, positions, acc);
+}
+
+void weigh(const float* probs, std::int64_t ldp, std::int64_t count, const KvPlane& values, std::int64_t width,
+           std::int64_t positions, float* acc) {
+  const auto run = values.type == KvType::kF32   ? weigh_of<F32>
+                   : values.type == KvType::kF16 ? weigh_of<F16>
+                                                 : weigh_of<Q8>;
+  run(probs, ldp, count, values, width, positions, acc);
+}
+
+}  // namespace
+
+const AttentionKernels kNeonAttention = {narrow, scores, softmax, weigh};
+
+}  // namespace pare
+#endif
