@@ -134,7 +134,10 @@ void Session::Impl::prepare(std::int64_t count) {
   const std::int64_t sequence = position + count;
   rows = 0;
   const bool now_beyond = rope_beyond(engine->config(), sequence);
-  if (now_beyond != beyond) cached = 0;
+  if (now_beyond != beyond && cached > 0) {
+    cached = 0;
+    cache.restart();
+  }
   beyond = now_beyond;
   hidden.reserve(std::max(count, std::min(position - cached, Forward::kBatch)) * engine->config().hidden_size);
   while (cached < position) {  // what the switch made stale
@@ -232,12 +235,33 @@ std::uint64_t Session::cache_bytes() const {
   return impl_->cache.bytes();
 }
 
+void Session::truncate(std::int64_t position) {
+  Impl& s = *impl_;
+  if (position < 0 || position > s.position) {
+    throw failure("truncate", "a position from 0 to " + std::to_string(s.position), std::to_string(position));
+  }
+  if (position == 0) return reset();
+  if (!can_truncate(position)) {
+    throw failure("truncate", "a position near " + std::to_string(s.position) + " (sliding windows keep no more)",
+                  std::to_string(position), "reset the session and feed the text again");
+  }
+  s.position = position;
+  s.cached = std::min(s.cached, position);
+  s.rows = 0;
+  if (s.engine->config().rope_long) s.history.resize(static_cast<std::size_t>(position));
+}
+
+bool Session::can_truncate(std::int64_t position) const {
+  return position == 0 || (position > 0 && position <= impl_->position && impl_->cache.holds(position));
+}
+
 void Session::reset() {
   impl_->position = 0;
   impl_->rows = 0;
   impl_->cached = 0;
   impl_->beyond = false;
   impl_->history.clear();
+  impl_->cache.restart();
 }
 
 namespace {

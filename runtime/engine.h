@@ -54,6 +54,11 @@ class Session {
   // The last row of each session's last call: out [sessions, vocab_size].
   static void logits_each(std::span<Session* const> sessions, float* out);
   std::int64_t position() const;
+  // Forgets the positions from `position` on; what is fed next gets the bits that it would get in a new session. A block
+  // with a sliding window has overwritten what lies far back: up to Forward::kBatch positions can always be forgotten.
+  // Errors: exit 1 where that is not so, and beyond position().
+  void truncate(std::int64_t position);
+  bool can_truncate(std::int64_t position) const;
   std::uint64_t cache_bytes() const;  // what the keys and values hold in memory
   void reset();
 
@@ -67,15 +72,33 @@ struct SamplerOptions {
   double top_p = 1;
   std::uint64_t seed = 0;
 };
+// Tokens with a chance above 0, after temperature and top-p.
+struct Choices {
+  struct Choice {
+    double weight;
+    float logit;
+    std::int32_t id;
+  };
+  std::vector<Choice> all;
+  double total = 0;  // of the weights, with those too small for `all`
+
+  static Choices certain(std::int32_t id) { return {{{1.0, 0.0f, id}}, 1.0}; }
+  double probability(std::int32_t id) const;  // 0 where it is none of them
+};
 class Sampler {
  public:
   explicit Sampler(const SamplerOptions& options);
-  std::int32_t operator()(std::span<const float> logits);
+  std::int32_t operator()(std::span<const float> logits);  // draws from weigh()
+  // Errors: no logits, one that is NaN or plus infinity, all minus infinity (exit 1).
+  void weigh(std::span<const float> logits, Choices& out) const;
+  std::int32_t draw(const Choices& choices);  // takes a random number only where there is a choice
+  double uniform();                           // in [0, 1)
 
  private:
   SamplerOptions options_;
+  bool greedy_ = false;
   std::uint64_t state_[4];
-  std::vector<std::pair<float, std::int32_t>> scratch_;
+  Choices choices_;
 };
 
 // The runtime as seen by the evaluator.

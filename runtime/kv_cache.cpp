@@ -15,12 +15,14 @@ KvCache::KvCache(const ModelConfig& config, KvType type, std::int64_t most_token
                    4) {
   for (int block = 0; block < config.num_layers; ++block) {
     const std::int64_t window = config.window(block);
+    windows_.push_back(window);
     ring_.push_back(window > 0 ? (window + most_tokens + kPage - 1) / kPage + 1 : 0);
   }
   pages_.resize(ring_.size());
 }
 
 void KvCache::reserve(std::int64_t positions) {
+  reached_ = std::max(reached_, positions);
   const std::int64_t wanted = (positions + kPage - 1) / kPage;
   std::vector<std::size_t> grow;  // blocks, once for each page
   for (std::size_t block = 0; block < pages_.size(); ++block) {
@@ -36,6 +38,16 @@ void KvCache::reserve(std::int64_t positions) {
     pages_[block].push_back(at);
     at += page_floats_;
   }
+}
+
+bool KvCache::holds(std::int64_t position) const {
+  if (reached_ == 0) return position == 0;
+  for (std::size_t block = 0; block < ring_.size(); ++block) {
+    if (ring_[block] == 0) continue;
+    const std::int64_t oldest = std::max<std::int64_t>(0, (reached_ - 1) / kPage - ring_[block] + 1);  // page
+    if (std::max<std::int64_t>(0, position + 1 - windows_[block]) / kPage < oldest) return false;
+  }
+  return true;
 }
 
 std::byte* KvCache::page(std::int64_t block, std::int64_t page) {

@@ -17,7 +17,11 @@ class KvCache {
  public:
   // most_tokens: positions of one call at most.
   KvCache(const ModelConfig& config, KvType type, std::int64_t most_tokens);
+  // Room for positions below `positions`, which will be stored.
   void reserve(std::int64_t positions);
+  // Whether what the positions from `position` on see still stands: a ring has overwritten its oldest pages.
+  bool holds(std::int64_t position) const;
+  void restart() { reached_ = 0; }  // everything will be stored again
   KvPlane keys(std::int64_t block, std::int64_t page, std::int64_t kv_head);
   KvPlane values(std::int64_t block, std::int64_t page, std::int64_t kv_head);
   // Stores what attention will read at `position`: keys already rotated. x: head_dim floats each.
@@ -31,7 +35,9 @@ class KvCache {
   std::byte* page(std::int64_t block, std::int64_t page);
   KvType type_;
   std::int64_t kv_heads_, head_dim_, value_width_, page_floats_;
+  std::int64_t reached_ = 0;                  // highest `positions` since the start
   std::vector<std::int64_t> ring_;            // by block: pages at most, 0: no end
+  std::vector<std::int64_t> windows_;         // by block, 0: none
   std::vector<FloatBuffer> memory_;           // the pages of all blocks that were added together
   std::vector<std::vector<float*>> pages_;    // [block][page of the ring]
 };

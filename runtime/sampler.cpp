@@ -12,8 +12,8 @@ std::uint64_t rotate_left(std::uint64_t x, int k) {
   return (x << k) | (x >> (64 - k));
 }
 
-// xoshiro256** (Blackman and Vigna), public domain algorithm; a draw is uniform in [0, 1) with 53 bits.
-double draw(std::uint64_t (&s)[4]) {
+// xoshiro256** (Blackman and Vigna), public domain algorithm; uniform in [0, 1) with 53 bits.
+double next_uniform(std::uint64_t (&s)[4]) {
   const std::uint64_t result = rotate_left(s[1] * 5, 7) * 9;
   const std::uint64_t t = s[1] << 17;
   s[2] ^= s[0];
@@ -34,6 +34,7 @@ Sampler::Sampler(const SamplerOptions& options) : options_(options) {
   if (!(options.top_p > 0 && options.top_p <= 1)) {
     throw usage_error("top-p", "a number above 0 and at most 1", std::to_string(options.top_p));
   }
+  greedy_ = !std::isfinite(1.0 / options.temperature);  // zero, or too small to divide by
   std::uint64_t seed = options.seed;
   for (std::uint64_t& word : state_) {  // splitmix64
     seed += 0x9e3779b97f4a7c15u;
@@ -44,7 +45,17 @@ Sampler::Sampler(const SamplerOptions& options) : options_(options) {
   }
 }
 
+double Choices::probability(std::int32_t id) const {
+  const auto found = std::find_if(all.begin(), all.end(), [&](const Choice& choice) { return choice.id == id; });
+  return found == all.end() ? 0 : found->weight / total;
+}
+
 std::int32_t Sampler::operator()(std::span<const float> logits) {
+  weigh(logits, choices_);
+  return draw(choices_);
+}
+
+void Sampler::weigh(std::span<const float> logits, Choices& out) const {
   if (logits.empty()) throw failure("logits", "at least one", "none");
   std::size_t best = 0;
   for (std::size_t i = 0; i < logits.size(); ++i) {
@@ -56,36 +67,46 @@ std::int32_t Sampler::operator()(std::span<const float> logits) {
   }
   if (logits[best] == -INFINITY) throw failure("logits", "a token that is possible", "minus infinity for every token");
   const double peak = logits[best], inverse = 1.0 / options_.temperature;
-  if (!std::isfinite(inverse)) return static_cast<std::int32_t>(best);  // zero, or too small to divide by
-
+  out.all.clear();
+  out.total = 1;
+  if (greedy_) {
+    out.all.push_back({1, logits[best], static_cast<std::int32_t>(best)});
+    return;
+  }
   const auto weight = [&](float logit) { return std::exp((logit - peak) * inverse); };
-  double total = 0;
-  for (const float logit : logits) total += weight(logit);
+  out.total = 0;
+  for (const float logit : logits) out.total += weight(logit);
   // A token below this share, the likeliest apart, cannot belong to the smallest set of tokens that reaches top_p.
   const double floor = options_.top_p < 1 && logits.size() > 1
-                           ? (1 - options_.top_p) / static_cast<double>(logits.size() - 1) * total
+                           ? (1 - options_.top_p) / static_cast<double>(logits.size() - 1) * out.total
                            : 0;
-  scratch_.clear();
   for (std::size_t i = 0; i < logits.size(); ++i) {
     const double w = weight(logits[i]);
-    if (i == best || (w >= floor && w > 0)) scratch_.emplace_back(logits[i], static_cast<std::int32_t>(i));
+    if (i == best || (w >= floor && w > 0)) out.all.push_back({w, logits[i], static_cast<std::int32_t>(i)});
   }
-  if (options_.top_p < 1) {
-    std::sort(scratch_.begin(), scratch_.end(), [](const auto& a, const auto& b) {
-      return a.first != b.first ? a.first > b.first : a.second < b.second;
-    });
-    double mass = 0;
-    std::size_t keep = 0;
-    while (keep < scratch_.size() && mass < options_.top_p * total) mass += weight(scratch_[keep++].first);
-    scratch_.resize(std::max<std::size_t>(keep, 1));
-    total = mass;
-  }
-  double point = draw(state_) * total;
-  for (const auto& [logit, id] : scratch_) {
-    point -= weight(logit);
+  if (options_.top_p >= 1) return;
+  std::sort(out.all.begin(), out.all.end(), [](const auto& a, const auto& b) {
+    return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
+  });
+  double mass = 0;
+  std::size_t keep = 0;
+  while (keep < out.all.size() && mass < options_.top_p * out.total) mass += out.all[keep++].weight;
+  out.all.resize(std::max<std::size_t>(keep, 1));
+  out.total = mass;
+}
+
+std::int32_t Sampler::draw(const Choices& choices) {
+  if (greedy_) return choices.all.front().id;
+  double point = uniform() * choices.total;
+  for (const auto& [weight, logit, id] : choices.all) {
+    point -= weight;
     if (point < 0) return id;
   }
-  return scratch_.back().second;
+  return choices.all.back().id;
+}
+
+double Sampler::uniform() {
+  return next_uniform(state_);
 }
 
 }  // namespace pare

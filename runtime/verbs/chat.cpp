@@ -32,12 +32,12 @@ class Chat {
                                      engine_.file().path().string())),
         sampler_(sampler),
         context_(context),
-        session_(engine),
         limit_(options.get<std::int64_t>("tokens")),
         ends_(engine_.config().eos_ids) {
     // Some models end a turn with a token that only the tokenizer's configuration names.
     if (const std::int32_t id = engine_.tokenizer().id(template_.special_token("eos_token")); id >= 0)
       ends_.push_back(id);
+    continuation_ = make_continuation(engine, sampler_, ends_, options, context_);
     if (options.has("system")) messages_.push_back(message("system", options.get<std::string>("system")));
   }
 
@@ -53,13 +53,13 @@ class Chat {
                         std::to_string(ids.size()), "begin a new one");
     std::size_t reused = held_.size();
     if (reused >= ids.size() || !std::equal(held_.begin(), held_.end(), ids.begin())) {
-      session_.reset();
+      continuation_->reset();
       reused = 0;
     }
     StreamDecoder decoder(engine_.tokenizer());
     for (const std::int32_t id : ids) decoder.push(id);
     const Generation made =
-        generate(session_, engine_, sampler_, decoder, std::span(ids).subspan(reused), limit_, ends_,
+        generate(*continuation_, decoder, std::span(ids).subspan(reused), limit_, ends_,
                  [this](const std::string& piece) { print_piece(context_, piece); });
     print_piece(context_, "\n");
     held_ = ids;
@@ -72,6 +72,7 @@ class Chat {
                       {"text", made.text},
                       {"ids", made.ids},
                       {"stop", made.stop}});
+    if (!made.counts.is_null()) turns_.back()["ahead"] = made.counts;
   }
 
   Json result() const { return {{"messages", messages_}, {"turns", turns_}, {"seed", context_.seed}}; }
@@ -81,10 +82,10 @@ class Chat {
   const ChatTemplate template_;
   Sampler& sampler_;
   Context& context_;
-  Session session_;
+  std::unique_ptr<Continuation> continuation_;
   const std::int64_t limit_;
   std::vector<std::int64_t> ends_;
-  std::vector<std::int32_t> held_;  // what the session has been fed
+  std::vector<std::int32_t> held_;  // by continuation_
   Json messages_ = Json::array(), turns_ = Json::array();
 };
 

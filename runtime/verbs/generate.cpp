@@ -11,8 +11,8 @@ static double seconds_since(Clock::time_point begin) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
 }
 
-Generation generate(Session& session, const Engine& engine, Sampler& sampler, StreamDecoder& decoder,
-                    std::span<const std::int32_t> prompt, std::int64_t limit, std::span<const std::int64_t> ends,
+Generation generate(Continuation& continuation, StreamDecoder& decoder, std::span<const std::int32_t> prompt,
+                    std::int64_t limit, std::span<const std::int64_t> ends,
                     const std::function<void(const std::string&)>& emit) {
   Generation out;
   out.fed = prompt.size();
@@ -20,35 +20,36 @@ Generation generate(Session& session, const Engine& engine, Sampler& sampler, St
     out.text += piece;
     if (!piece.empty()) emit(piece);
   };
-  std::vector<float> logits(static_cast<std::size_t>(engine.config().vocab_size));
   const auto prefill_start = Clock::now();
-  session.feed(prompt);
+  continuation.feed(prompt);
   Clock::time_point decode_start = Clock::now();
-  auto rows = static_cast<std::int64_t>(prompt.size());
+  std::size_t taken = 0;
+  bool ended = false;
   while (static_cast<std::int64_t>(out.ids.size()) < limit) {
     throw_if_interrupted("run", "");
-    session.logits(rows - 1, 1, logits.data());
-    const std::int32_t id = sampler(logits);
-    if (out.ids.empty()) {
-      out.prefill_seconds = seconds_since(prefill_start);
-      decode_start = Clock::now();
+    const std::int64_t most = taken == 0 ? 1 : limit - static_cast<std::int64_t>(out.ids.size());
+    for (const std::int32_t id : continuation.next(most)) {
+      if (taken++ == 0) {
+        out.prefill_seconds = seconds_since(prefill_start);
+        decode_start = Clock::now();
+      }
+      if (std::find(ends.begin(), ends.end(), id) != ends.end()) {
+        out.stop = "eos";
+        ended = true;
+        break;
+      }
+      out.ids.push_back(id);
+      push(decoder.push(id));
     }
-    if (std::find(ends.begin(), ends.end(), id) != ends.end()) {
-      out.stop = "eos";
-      break;
-    }
-    out.ids.push_back(id);
-    push(decoder.push(id));
-    if (static_cast<std::int64_t>(out.ids.size()) == limit) break;
-    if (session.position() >= engine.config().max_position_embeddings) {
+    if (ended || static_cast<std::int64_t>(out.ids.size()) == limit) break;
+    if (continuation.room() <= 0) {
       out.stop = "context";
       break;
     }
-    session.feed({&id, 1});
-    ++out.decoded;
-    rows = 1;
   }
+  out.decoded = taken > 0 ? taken - 1 : 0;
   out.decode_seconds = seconds_since(decode_start);
+  out.counts = continuation.counts();
   push(decoder.finish());
   return out;
 }
@@ -71,9 +72,10 @@ void print_speed(const Generation& made, const Engine& engine, const Context& co
   const double prefill = prefill_rate(made), decode = decode_rate(made);
   std::fprintf(stderr,
                "%zu prompt tokens at %.1f tokens/s; %zu new tokens at %.1f tokens/s (stopped: %s); %s; %s, %d threads, "
-               "%s activations\n",
+               "%s activations%s\n",
                made.fed, prefill, made.ids.size(), decode, made.stop, more.c_str(), engine.options().kernels.c_str(),
-               engine.options().threads, engine.options().int8_activations ? "int8" : "float");
+               engine.options().threads, engine.options().int8_activations ? "int8" : "float",
+               counts_in_words(made.counts).c_str());
 }
 
 }  // namespace pare

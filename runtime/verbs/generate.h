@@ -8,7 +8,7 @@
 
 #include "core/context.h"
 #include "core/options.h"
-#include "runtime/engine.h"
+#include "runtime/continuation.h"
 
 namespace pare {
 
@@ -18,14 +18,27 @@ struct Generation {
   const char* stop = "length";    // or "eos", "context"
   std::size_t fed = 0;            // tokens of the prompt that had to be fed
   double prefill_seconds = 0, decode_seconds = 0;
-  std::size_t decoded = 0;        // of `ids`, those fed during decode_seconds
+  std::size_t decoded = 0;        // of what decode_seconds gave, without the first token; an end token counts
+  Json counts;                    // Continuation::counts
 };
 
-// Feeds `prompt` behind what the session holds and samples up to `limit` tokens, until one of `ends` comes.
+// Feeds `prompt` behind what is held and takes up to `limit` tokens, until one of `ends` comes.
 // decoder: has seen what stands before; `emit` gets the text piece by piece.
-Generation generate(Session& session, const Engine& engine, Sampler& sampler, StreamDecoder& decoder,
-                    std::span<const std::int32_t> prompt, std::int64_t limit, std::span<const std::int64_t> ends,
+Generation generate(Continuation& continuation, StreamDecoder& decoder, std::span<const std::int32_t> prompt,
+                    std::int64_t limit, std::span<const std::int64_t> ends,
                     const std::function<void(const std::string&)>& emit);
+
+// Who continues, as the options say: one model, with guesses of a second one (--draft) or of the text (--lookup), or
+// two by turns (--fallback).
+std::vector<OptionDecl> continuation_options();
+void check_continuation_options(const Options& options);  // exit 2 where they do not go together; opens nothing
+std::unique_ptr<Continuation> make_continuation(const std::shared_ptr<const Engine>& engine, Sampler& sampler,
+                                                const std::vector<std::int64_t>& ends, const Options& options,
+                                                const Context& context);
+// Continuation::counts in words; empty for null.
+std::string counts_in_words(const Json& counts);
+// The options that say how a file is opened; `act` and `kv` among them.
+EngineOptions engine_options(const Options& options, const Context& context);
 
 double prefill_rate(const Generation& made);  // tokens per second
 double decode_rate(const Generation& made);

@@ -47,11 +47,8 @@ std::vector<std::int32_t> prompt_ids(const Engine& engine, const std::string& pr
 Json run(const Options& options, Context& context) {
   const auto start = Clock::now();
   if (options.get<double>("temp") == 0) refuse_unused(options, {"top-p"}, "at --temp 0", "pare run");
-  EngineOptions engine_options;
-  engine_options.threads = context.threads;
-  engine_options.int8_activations = options.get<std::string>("act") == "int8";
-  engine_options.kv = options.get_or<std::string>("kv", "");
-  const auto engine = Engine::open(options.get<std::string>("model"), engine_options);
+  check_continuation_options(options);
+  const auto engine = Engine::open(options.get<std::string>("model"), engine_options(options, context));
   SamplerOptions sampling;
   sampling.temperature = options.get<double>("temp");
   sampling.top_p = options.get<double>("top-p");
@@ -72,12 +69,12 @@ Json run(const Options& options, Context& context) {
 
   std::vector<std::int64_t> ends = engine->config().eos_ids;
   if (options.get<bool>("ignore-eos")) ends.clear();
-  Session session(engine);
+  const auto continuation = make_continuation(engine, sampler, ends, options, context);
   StreamDecoder decoder(engine->tokenizer());
   // The decoder sees the prompt too: a leading space of the continuation belongs to the text.
   for (const std::int32_t id : ids) decoder.push(id);
   const double before_seconds = seconds_since(start);
-  const Generation made = generate(session, *engine, sampler, decoder, ids, options.get<std::int64_t>("tokens"), ends,
+  const Generation made = generate(*continuation, decoder, ids, options.get<std::int64_t>("tokens"), ends,
                                    [&](const std::string& piece) { print_piece(context, piece); });
   print_piece(context, "\n");
   const double first_token_seconds = made.ids.empty() ? 0 : before_seconds + made.prefill_seconds;
@@ -98,6 +95,7 @@ Json run(const Options& options, Context& context) {
   result["activations"] = engine->options().int8_activations ? "int8" : "float";
   result["kv"] = engine->options().kv;
   result["seed"] = context.seed;
+  if (!made.counts.is_null()) result["ahead"] = made.counts;
   return result;
 }
 
@@ -144,6 +142,7 @@ Command run_command() {
       kv_option(),
       {.name = "ignore-eos", .type = OptionType::kFlag, .help = "go on after an end token", .default_value = false},
   };
+  for (OptionDecl& option : continuation_options()) command.options.push_back(std::move(option));
   command.run = run;
   command.example = "pare run model.pare -p \"Once upon a time\" -n 100 --temp 0.8 --top-p 0.9";
   return command;

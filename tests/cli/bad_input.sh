@@ -170,6 +170,9 @@ unused "eval: split without text" "--split" "$PARE" eval "$IN" --tasks "$T/none.
 unused "eval: act without a compact file" "--act" "$PARE" eval "$IN" --text "$TEXT" --act float
 unused "eval: top-k without a cache" "--top-k" "$PARE" eval "$IN" --text "$TEXT" --top-k 5
 unused "run: top-p at temperature 0" "--top-p" "$PARE" run "$T/none.pare" -p x --top-p 0.5
+unused "run: threshold without fallback" "--threshold" "$PARE" run "$T/none.pare" -p x --threshold 0.3
+unused "run: draft tokens without a draft" "--draft-tokens" "$PARE" run "$T/none.pare" -p x --draft-tokens 3
+unused "run: confidence of a look-up" "--draft-confidence" "$EDGE" run "$T/none.pare" -p x --lookup 3 --draft-confidence 0.2
 unused "tokenize: show-special of a text" "--show-special" "$PARE" tokenize "$IN" --text x --show-special
 unused "tokenize: plain of ids" "--plain" "$PARE" tokenize "$IN" --decode 1 --plain
 unused "train: steps and tokens" "--steps" "$PARE" train --model "$IN" --out "$OUT" --text "$TEXT" --steps 3 --tokens 999
@@ -181,6 +184,12 @@ refuse "bench: nothing" 2 "nothing to measure" "$PARE" bench "$T/none.pare" -p 0
 unused "bench: depth without decoding" "--depth" "$PARE" bench "$T/none.pare" -n 0 --depth 3
 unused "bench: sequences without decoding" "--sequences" "$PARE" bench "$T/none.pare" -n 0 --sequences 3
 refuse "bench: machine before a file that is none" 3 "none.pare" "$PARE" bench "$T/none.pare" --roofline
+refuse "run: draft and fallback" 2 "one of --draft and --fallback" "$PARE" run "$T/none.pare" -p x --draft "$T/none.pare" --fallback "$T/none.pare"
+refuse "run: draft and look-up" 2 "one of --draft and --lookup" "$EDGE" run "$T/none.pare" -p x --draft "$T/none.pare" --lookup 3
+refuse "run: look-up and fallback" 2 "one of --lookup and --fallback" "$EDGE" run "$T/none.pare" -p x --lookup 3 --fallback "$T/none.pare"
+refuse "run: look-up of no tokens" 2 "lookup" "$EDGE" run "$T/none.pare" -p x --lookup 0
+refuse "run: too many guesses" 2 "draft-tokens.*64" "$EDGE" run "$T/none.pare" -p x --draft x --draft-tokens 65
+refuse "run: threshold that is no probability" 2 "threshold" "$EDGE" run "$T/none.pare" -p x --fallback x --threshold nan
 refuse "run: unknown cache" 2 "f32.*f16.*q8" "$PARE" run "$T/none.pare" -p x --kv f8
 unused "eval: cache of a folder" "--kv" "$PARE" eval "$IN" --text "$TEXT" --kv q8
 
@@ -260,6 +269,17 @@ done
 cp "$T/good.pare" "$IN/flip.pare"
 printf '\x55' | dd of="$IN/flip.pare" bs=1 seek=$((size / 2)) conv=notrunc 2>/dev/null
 refuse "one byte changed: verify" 3 "flip.pare|hash|differ" "$PARE" verify "$IN/flip.pare"
+for way in draft fallback; do
+  refuse "run: no $way there" 3 "nowhere.pare" "$EDGE" run "$T/good.pare" -p x -n 2 --$way "$T/nowhere.pare"
+  refuse "run: $way cut off" 3 "cut.pare" "$EDGE" run "$T/good.pare" -p x -n 2 --$way "$IN/cut.pare"
+  refuse "run: a folder as $way" 3 "good" "$EDGE" run "$T/good.pare" -p x -n 2 --$way "$T/good"
+  rm -rf "$T/strange" "$T/strange.pare"; cp -r "$T/good" "$T/strange"
+  sed -i 's/endoftext/endofsong/g' "$T/strange/tokenizer.json"
+  cmp -s "$T/good/tokenizer.json" "$T/strange/tokenizer.json" && { echo "FAILED no other tokenizer"; FAILED=$((FAILED + 1)); }
+  accept "export with another tokenizer" "$PARE" export "$T/strange" --to compact --codec q8 --out "$T/strange.pare"
+  refuse "run: $way with other tokens" 3 "strange.pare.*same tokenizer" "$EDGE" run "$T/good.pare" -p x -n 2 --$way "$T/strange.pare"
+  accept "run: the model as its own $way" "$EDGE" run "$T/good.pare" -p x -n 9 --$way "$T/good.pare"
+done
 refuse "a folder is no compact file: run" 3 "." "$PARE" run "$T/good" -p x -n 2
 refuse "text is no compact file: run" 3 "text.txt" "$PARE" run "$TEXT" -p x -n 2
 refuse "no chat template: run --chat" 3 "chat template.*found none" "$PARE" run "$T/good.pare" --chat -p x

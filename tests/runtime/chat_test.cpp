@@ -123,6 +123,26 @@ TEST_F(ChatTest, TheSessionKeepsWhatTheTemplateRepeats) {
   EXPECT_EQ(run.at("turns").at(1).at("reused_tokens"), 0);
 }
 
+TEST_F(ChatTest, GuessesChangeNothing) {
+  const fs::path path = write(kChatMl);
+  const auto talk = [&](Json given) {
+    const Typed typed("once upon\na time\nthere\n");
+    given.update({{"chat", true}, {"tokens", 20}});
+    return call(path, given).at("turns");
+  };
+  const Json plain = talk({});
+  ASSERT_EQ(plain.size(), 3u);
+  for (const Json& more : {Json{{"draft", write(kChatMl).string()}}, Json{{"lookup", 3}}}) {
+    const Json turns = talk(more);
+    ASSERT_EQ(turns.size(), 3u);
+    for (std::size_t i = 0; i < 3; ++i) {
+      EXPECT_EQ(turns.at(i).at("ids"), plain.at(i).at("ids")) << more << ", turn " << i;
+      EXPECT_EQ(turns.at(i).at("reused_tokens"), plain.at(i).at("reused_tokens"));
+      EXPECT_EQ(turns.at(i).at("ahead").at("tokens"), 19);
+    }
+  }
+}
+
 TEST_F(ChatTest, EndsAtTheEndOfATurn) {
   // Token 2 is <|im_end|>: the end token of this model, and of its tokenizer's configuration.
   const fs::path path = write(kChatMl);

@@ -81,6 +81,41 @@ TEST_P(RuntimeFamily, DecodingInPiecesEqualsPrefill) {
   RecordProperty("difference", std::to_string(largest * 1e6));
 }
 
+// What --draft and --lookup stand on: a pass over several tokens has the bits of one pass for each, and so has what
+// follows where the session was taken back; whichever ingredients a family has.
+TEST_P(RuntimeFamily, PassesOfSeveralTokensAndStepsBackKeepTheBits) {
+  const auto opened = engine();
+  const ModelConfig& config = opened->config();
+  const auto vocab = static_cast<std::size_t>(config.vocab_size);
+  std::vector<std::int32_t> text;
+  for (const FamilyText& each : family_texts(golden_))
+    if (each.ids.size() > text.size()) text = each.ids;
+  const auto count = static_cast<std::int64_t>(text.size());
+  Session single(opened), several(opened);
+  std::vector<float> want(vocab), got(17 * vocab);
+  std::int64_t at = 0;
+  for (std::int64_t step = 0; at < count; ++step) {
+    std::int64_t n = std::min(1 + step * 5 % 17, count - at);
+    // Behind LongRoPE's switch the tokens of a pass would be turned otherwise: no pass goes across.
+    while (rope_beyond(config, at + n) != rope_beyond(config, at + 1)) --n;
+    const auto ids = std::span(text).subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(n));
+    // Something else first, which is taken back.
+    const std::int64_t wrong = std::min<std::int64_t>(1 + step % 7, config.max_position_embeddings - at);
+    several.feed(std::vector<std::int32_t>(static_cast<std::size_t>(wrong), 5));
+    several.truncate(at);
+    several.feed(ids);
+    several.logits(0, n, got.data());
+    for (std::int64_t i = 0; i < n; ++i) {
+      single.feed(ids.subspan(static_cast<std::size_t>(i), 1));
+      single.logits(0, 1, want.data());
+      ASSERT_TRUE(std::equal(want.begin(), want.end(), got.begin() + i * static_cast<std::int64_t>(vocab)))
+          << "position " << at + i << ", of a pass of " << n;
+    }
+    at += n;
+  }
+  EXPECT_EQ(single.position(), count);
+}
+
 // Learned positions end; what stands behind their table must not be read, whatever limit a caller asks for.
 TEST_P(RuntimeFamily, NoTextIsLongerThanLearnedPositions) {
   const auto opened = engine();

@@ -62,6 +62,71 @@ TEST_F(VerbsTest, RunStopsAtEndTokensAndAtTheEndOfTheContext) {
   EXPECT_TRUE(stopped);
 }
 
+TEST_F(VerbsTest, RunGuessesAheadAndSaysHowOften) {
+  const std::string tokenizer = *Engine::open(path())->file().embedded("tokenizer.json");
+  const auto other = [&](const char* name, std::uint32_t seed, std::int64_t vocab, std::int64_t positions,
+                         const std::string& text) {
+    ModelConfig config = tiny_config("llama", 32, 64, 4, 2, 8, vocab, true);
+    config.max_position_embeddings = positions;
+    write_tiny_model(scratch_.path / name, config, {CodecKind::kQ4, 32}, seed, {{"tokenizer.json", text}});
+    return (scratch_.path / name).string();
+  };
+  const std::string draft = other("d.pare", 5, 288, 300, tokenizer);
+  const std::string small = other("small.pare", 7, 280, 60, tokenizer);
+  const Json given = {{"prompt", "once upon"}, {"tokens", 60}, {"ignore-eos", true}};
+  const auto with = [&](Json more) {
+    more.update(given);
+    return more;
+  };
+  const Json plain = call(run_command(), given);
+  EXPECT_FALSE(plain.contains("ahead"));
+  for (const Json& more : {Json{{"draft", draft}}, Json{{"draft", draft}, {"draft-tokens", 3}}, Json{{"lookup", 2}},
+                           Json{{"draft", small}, {"draft-confidence", 0.0}}, Json{{"draft", path().string()}}}) {
+    const Json run = call(run_command(), with(more));
+    EXPECT_EQ(run.at("ids"), plain.at("ids")) << more;
+    EXPECT_EQ(run.at("text"), plain.at("text"));
+    const Json& ahead = run.at("ahead");
+    EXPECT_EQ(ahead.at("tokens"), 59) << more;
+    EXPECT_LE(ahead.at("passes"), 59);
+    EXPECT_GT(ahead.at("drafted").get<int>(), 0) << more;
+    EXPECT_LE(ahead.at("accepted").get<int>(), ahead.at("tested").get<int>());
+    EXPECT_EQ(more.contains("draft"), ahead.contains("draft_seconds"));
+  }
+  const Json never = call(run_command(), with({{"fallback", draft}, {"threshold", 0.0}}));
+  EXPECT_EQ(never.at("ids"), plain.at("ids"));
+  EXPECT_EQ(never.at("ahead").at("handed_over"), 0);
+  const Json by_turns = call(run_command(), with({{"fallback", draft}, {"threshold", 0.6}}));
+  EXPECT_GT(by_turns.at("ahead").at("handed_over").get<int>(), 0);
+  EXPECT_EQ(by_turns.at("ahead").at("tokens"), 60);
+  Json turn = {{"draft", draft}, {"temp", 1.0}};
+  EXPECT_EQ(call(run_command(), with(turn), 4, 1).at("ids"), call(run_command(), with(turn), 4, 2).at("ids"));
+
+  const auto refused = [&](const Json& more) {
+    try {
+      call(run_command(), with(more));
+    } catch (const Error& error) {
+      return std::string(error.what());
+    }
+    return std::string("accepted");
+  };
+  EXPECT_NE(refused({{"draft", draft}, {"fallback", draft}}).find("one of --draft and --fallback"), std::string::npos);
+  EXPECT_NE(refused({{"draft", draft}, {"lookup", 2}}).find("one of --draft and --lookup"), std::string::npos);
+  EXPECT_NE(refused({{"fallback", draft}, {"lookup", 2}}).find("one of --lookup and"), std::string::npos);
+  EXPECT_NE(refused({{"threshold", 0.2}}).find("--threshold has no use"), std::string::npos);
+  EXPECT_NE(refused({{"draft-tokens", 2}}).find("--draft-tokens has no use"), std::string::npos);
+  EXPECT_NE(refused({{"lookup", 2}, {"draft-confidence", 0.1}}).find("--draft-confidence has no use"),
+            std::string::npos);
+  EXPECT_NE(refused({{"draft", draft}, {"draft-tokens", 0}}).find("draft-tokens"), std::string::npos);
+  EXPECT_NE(refused({{"fallback", draft}, {"threshold", 1.5}}).find("threshold"), std::string::npos);
+  EXPECT_NE(refused({{"lookup", 0}}).find("lookup"), std::string::npos);
+  TokenizerTraining training;
+  training.vocab_size = 280;
+  const std::string strange =
+      other("strange.pare", 7, 280, 60, train_tokenizer({"quite another text, that is"}, training));
+  for (const char* option : {"draft", "fallback"})
+    EXPECT_NE(refused({{option, strange}}).find("same tokenizer"), std::string::npos) << refused({{option, strange}});
+}
+
 TEST_F(VerbsTest, AnEmptyPromptStartsFromATokenOfTheFile) {
   const Json run = call(run_command(), {{"tokens", 3}, {"ignore-eos", true}});
   EXPECT_EQ(run.at("prompt_ids").size(), 1u);  // <|endoftext|>: this tokenizer has no begin token
