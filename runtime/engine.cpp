@@ -170,7 +170,7 @@ void Session::Impl::prepare(std::int64_t count) {
   const bool now_beyond = rope_beyond(engine->config(), sequence);
   if (now_beyond != beyond) cached = 0;
   beyond = now_beyond;
-  if (cached == 0) cache.clear();
+  if (cached == 0) cache.restart();
   hidden.reserve(std::max(count, std::min(position - cached, Forward::kBatch)) * engine->config().hidden_size);
   while (cached < position) {  // what the switch made stale
     const Forward::Part part{&cache, cached, std::min(Forward::kBatch, position - cached), sequence, &stop};
@@ -290,7 +290,7 @@ void Session::reset() {
   impl_->cached = 0;
   impl_->beyond = false;
   impl_->history.clear();
-  impl_->cache.clear();
+  impl_->cache.restart();
 }
 
 void Session::cancel() noexcept {

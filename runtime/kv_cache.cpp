@@ -15,7 +15,7 @@ KvCache::KvCache(const ModelConfig& config, KvType type, std::int64_t most_token
                    4) {
   for (int block = 0; block < config.num_layers; ++block) {
     const std::int64_t window = config.window(block);
-    window_.push_back(window);
+    windows_.push_back(window);
     ring_.push_back(window > 0 ? (window + most_tokens + kPage - 1) / kPage + 1 : 0);
   }
   begin_.resize(ring_.size());
@@ -39,25 +39,25 @@ void KvCache::reserve(std::int64_t positions) {
       at += page_floats_;
     }
   }
-  written_ = std::max(written_, positions);
+  reached_ = std::max(reached_, positions);
 }
 
 bool KvCache::holds(std::int64_t position) const {
   for (std::size_t block = 0; block < ring_.size(); ++block) {
-    const std::int64_t pages = (written_ + kPage - 1) / kPage;
+    const std::int64_t pages = (reached_ + kPage - 1) / kPage;
     const std::int64_t oldest = ring_[block] > 0 ? (pages - ring_[block]) * kPage : 0;
     if (first_seen(static_cast<std::int64_t>(block), position) < std::max(oldest, begin_[block])) return false;
   }
   return true;
 }
 
-void KvCache::clear() {
-  written_ = 0;
+void KvCache::restart() {
+  reached_ = 0;
   std::fill(begin_.begin(), begin_.end(), 0);
 }
 
 std::int64_t KvCache::first_seen(std::int64_t block, std::int64_t end) const {
-  const std::int64_t window = window_[static_cast<std::size_t>(block)];
+  const std::int64_t window = windows_[static_cast<std::size_t>(block)];
   return window > 0 ? std::max<std::int64_t>(0, end + 1 - window) : 0;
 }
 
@@ -91,7 +91,7 @@ void KvCache::copy_out(std::int64_t block, std::int64_t first, std::int64_t coun
 }
 
 void KvCache::begin_copy(std::int64_t end) {
-  clear();
+  restart();
   reserve(end);
   for (std::size_t b = 0; b < begin_.size(); ++b) {
     const auto block = static_cast<std::int64_t>(b);

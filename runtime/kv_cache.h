@@ -30,7 +30,7 @@ class KvCache {
   // Whether keys and values of all positions that a token at `position` sees are here: a ring drops old ones, also for
   // a call that was not finished.
   bool holds(std::int64_t position) const;
-  void clear();
+  void restart();
 
   // What a token at `end` sees in a block: positions [first_seen(), end). A record is one position of a block: of every
   // kv head key [head_dim], value [head_dim] and, with kQ8, the scales of both.
@@ -47,9 +47,9 @@ class KvCache {
   void each_piece(std::int64_t block, std::int64_t first, std::int64_t count, Move move);
   KvType type_;
   std::int64_t kv_heads_, head_dim_, value_width_, page_floats_;
-  std::int64_t written_ = 0;                  // positions that were reserved since clear()
+  std::int64_t reached_ = 0;                  // positions that were reserved since restart()
   std::vector<std::int64_t> begin_;           // by block: the first position that copy_in() brought
-  std::vector<std::int64_t> window_;          // by block, 0: all
+  std::vector<std::int64_t> windows_;         // by block, 0: all
   std::vector<std::int64_t> ring_;            // by block: pages at most, 0: no end
   std::vector<FloatBuffer> memory_;           // the pages of all blocks that were added together
   std::vector<std::vector<float*>> pages_;    // [block][page of the ring]
