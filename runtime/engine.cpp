@@ -1,22 +1,18 @@
 #include "runtime/engine.h"
 
-#include <omp.h>
-
 #include <algorithm>
+#include <atomic>
 #include <mutex>
 #include <optional>
 
 #include "core/error.h"
-#include "core/gguf_file.h"
-#include "runtime/export.h"
 #include "runtime/forward.h"
 #include "runtime/kernels.h"
-#include "runtime/temporary_folder.h"
+#include "runtime/session_state.h"
+#include "runtime/team.h"
 
 namespace pare {
 namespace {
-
-constexpr int kMaxThreads = 1024;  // the OpenMP runtime ends the program when it cannot start a thread
 
 class MappedEngine : public Engine {
  public:
@@ -25,7 +21,7 @@ class MappedEngine : public Engine {
     if (options_.threads < 0 || options_.threads > kMaxThreads) {
       throw usage_error("threads", "0 to " + std::to_string(kMaxThreads), std::to_string(options_.threads));
     }
-    if (options_.threads == 0) options_.threads = std::min(omp_get_num_procs(), kMaxThreads);
+    if (options_.threads == 0) options_.threads = std::min(processors(), kMaxThreads);
     options_.kernels = kernels_.name;
     // A file of floats meets no int8 activations: it stays exact.
     const bool rounds = options_.int8_activations && std::any_of(file_.tensors().begin(), file_.tensors().end(),
@@ -64,12 +60,8 @@ class MappedEngine : public Engine {
 
 }  // namespace
 
-std::shared_ptr<const Engine> Engine::open(const fs::path& file, const EngineOptions& options) {
-  if (!GgufFile::is_gguf(file)) return std::make_shared<MappedEngine>(file, options);
-  const TemporaryFolder folder;
-  const fs::path compact = folder.path() / file.filename();
-  export_temporary(Checkpoint::open(file), compact);
-  return std::make_shared<MappedEngine>(compact, options);  // the mapping outlives the name
+std::shared_ptr<const Engine> Engine::open_compact(const fs::path& file, const EngineOptions& options) {
+  return std::make_shared<MappedEngine>(file, options);
 }
 
 namespace {
@@ -94,20 +86,29 @@ struct Session::Impl {
   std::int64_t limit;
   std::int64_t position = 0;
   std::int64_t rows = 0;  // of the last feed
-  // Where LongRoPE switches, keys of the shorter sequence do not fit any more: the ids are kept and fed again.
-  std::vector<std::int32_t> history;  // of all positions; LongRoPE only
+  // Where LongRoPE switches, keys of the shorter sequence do not fit any more, and a call that did not finish may have
+  // pushed what a window sees out of its ring: then the ids are fed again.
+  std::vector<std::int32_t> history;  // of all positions
   std::int64_t cached = 0;            // positions that the cache holds
   bool beyond = false;                // for which side of the switch
+  std::atomic<bool> stop{false};
   KvCache cache;
   Forward forward;
   FloatBuffer hidden;    // [rows, hidden_size], before the final norm
+  FloatBuffer kept;      // the last row of the last feed, while another one runs
   FloatBuffer gathered;  // of several sessions
 
   // Throws unless `ids` may follow.
   void check(std::span<const std::int32_t> ids) const;
-  // Makes the cache fit what stands before `count` more ids, and room for their hidden states.
+  // Makes the cache fit what stands before `count` more ids, and room for them and for their hidden states.
   void prepare(std::int64_t count);
   void appended(std::span<const std::int32_t> ids);
+  [[noreturn]] void stopped();
+  // Runs `body` for sessions that it may fail: what it did to them is then undone, but for rows before the last one.
+  template <class Body>
+  static void attempt(std::span<Session* const> sessions, Body body);
+  StateShape shape() const;
+  StateContent content() const;
 };
 
 Session::Session(std::shared_ptr<const Engine> engine, std::int64_t max_positions)
@@ -130,26 +131,60 @@ void Session::Impl::check(std::span<const std::int32_t> ids) const {
   }
 }
 
+void Session::Impl::stopped() {
+  stop.store(false);
+  throw Error(ExitCode::kInterrupted, engine->file().path().string(), "a call that ends by itself",
+              "a request to stop");
+}
+
+template <class Body>
+void Session::Impl::attempt(std::span<Session* const> sessions, Body body) {
+  std::vector<bool> had_rows;
+  for (Session* const session : sessions) {
+    Impl& s = *session->impl_;
+    const std::int64_t width = s.engine->config().hidden_size;
+    s.kept.reserve(width);
+    if (s.rows > 0) std::copy_n(s.hidden.data() + (s.rows - 1) * width, width, s.kept.data());
+    had_rows.push_back(s.rows > 0);
+  }
+  try {
+    for (Session* const session : sessions)
+      if (session->impl_->stop.load()) session->impl_->stopped();
+    body();
+  } catch (...) {
+    for (std::size_t i = 0; i < sessions.size(); ++i) {
+      Impl& s = *sessions[i]->impl_;
+      s.rows = had_rows[i] ? 1 : 0;
+      if (had_rows[i]) std::copy_n(s.kept.data(), s.engine->config().hidden_size, s.hidden.data());
+      if (!s.cache.holds(s.cached)) s.cached = 0;
+    }
+    throw;
+  }
+}
+
 void Session::Impl::prepare(std::int64_t count) {
   const std::int64_t sequence = position + count;
-  rows = 0;
+  // Doubled, so that feeding one by one stays linear.
+  if (const auto needed = static_cast<std::size_t>(sequence); needed > history.capacity())
+    history.reserve(std::max(needed, 2 * history.capacity()));
   const bool now_beyond = rope_beyond(engine->config(), sequence);
   if (now_beyond != beyond && cached > 0) {
     cached = 0;
     cache.restart();
   }
   beyond = now_beyond;
+  if (cached == 0) cache.restart();
   hidden.reserve(std::max(count, std::min(position - cached, Forward::kBatch)) * engine->config().hidden_size);
   while (cached < position) {  // what the switch made stale
-    const Forward::Part part{&cache, cached, std::min(Forward::kBatch, position - cached), sequence};
+    const Forward::Part part{&cache, cached, std::min(Forward::kBatch, position - cached), sequence, &stop};
     const std::span<const std::int32_t> stale{history.data() + cached, static_cast<std::size_t>(part.count)};
-    forward.run(stale, {&part, 1}, hidden.data());
+    if (!forward.run(stale, {&part, 1}, hidden.data())) stopped();
     cached += part.count;
   }
 }
 
 void Session::Impl::appended(std::span<const std::int32_t> ids) {
-  if (engine->config().rope_long) history.insert(history.end(), ids.begin(), ids.end());
+  history.insert(history.end(), ids.begin(), ids.end());
   rows = static_cast<std::int64_t>(ids.size());
   position = cached = position + rows;
 }
@@ -158,22 +193,27 @@ void Session::feed(std::span<const std::int32_t> ids) {
   Impl& s = *impl_;
   const auto count = static_cast<std::int64_t>(ids.size());
   s.check(ids);
-  s.rows = 0;
-  if (count == 0) return;
-  s.prepare(count);
-  // Where memory runs out, the positions before this call still stand.
-  for (std::int64_t first = 0; first < count; first += Forward::kBatch) {
-    const std::int64_t n = std::min(Forward::kBatch, count - first);
-    const Forward::Part part{&s.cache, s.position + first, n, s.position + count};
-    s.forward.run(ids.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(part.count)), {&part, 1},
-                  s.hidden.data() + first * s.engine->config().hidden_size);
+  if (count == 0) {
+    s.rows = 0;
+    return;
   }
+  Session* const self = this;
+  Impl::attempt({&self, 1}, [&] {
+    s.prepare(count);
+    for (std::int64_t first = 0; first < count; first += Forward::kBatch) {
+      const std::int64_t n = std::min(Forward::kBatch, count - first);
+      const Forward::Part part{&s.cache, s.position + first, n, s.position + count, &s.stop};
+      float* to = s.hidden.data() + first * s.engine->config().hidden_size;
+      if (!s.forward.run(ids.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(n)), {&part, 1}, to))
+        s.stopped();
+    }
+  });
   s.appended(ids);
 }
 
 void Session::feed_each(std::span<Session* const> sessions, std::span<const std::int32_t> ids) {
   if (sessions.size() != ids.size() || sessions.size() > static_cast<std::size_t>(Forward::kBatch)) {
-    throw failure("feed_each", "as many ids as sessions, " + std::to_string(Forward::kBatch) + " at most",
+    throw usage_error("feed_each", "as many ids as sessions, " + std::to_string(Forward::kBatch) + " at most",
                   std::to_string(ids.size()) + " ids, " + std::to_string(sessions.size()) + " sessions");
   }
   if (sessions.empty()) return;
@@ -181,20 +221,24 @@ void Session::feed_each(std::span<Session* const> sessions, std::span<const std:
     const bool own = sessions[i]->impl_->engine == sessions[0]->impl_->engine;
     if (!own || std::find(sessions.begin(), sessions.begin() + static_cast<std::ptrdiff_t>(i), sessions[i]) !=
                     sessions.begin() + static_cast<std::ptrdiff_t>(i)) {
-      throw failure("feed_each", "different sessions of one engine", own ? "one twice" : "another engine");
+      throw usage_error("feed_each", "different sessions of one engine", own ? "one twice" : "another engine");
     }
     sessions[i]->impl_->check(ids.subspan(i, 1));
   }
   Impl& first = *sessions[0]->impl_;
   const std::int64_t width = first.engine->config().hidden_size;
-  std::vector<Forward::Part> parts;
-  for (Session* const session : sessions) {
-    Impl& s = *session->impl_;
-    s.prepare(1);
-    parts.push_back({&s.cache, s.position, 1, s.position + 1});
-  }
   first.gathered.reserve(static_cast<std::int64_t>(sessions.size()) * width);
-  first.forward.run(ids, parts, first.gathered.data());
+  Impl::attempt(sessions, [&] {
+    std::vector<Forward::Part> parts;
+    for (Session* const session : sessions) {
+      Impl& s = *session->impl_;
+      s.prepare(1);
+      parts.push_back({&s.cache, s.position, 1, s.position + 1, &s.stop});
+    }
+    if (first.forward.run(ids, parts, first.gathered.data())) return;
+    for (Session* const session : sessions)
+      if (session->impl_->stop.load()) session->impl_->stopped();
+  });
   for (std::size_t i = 0; i < sessions.size(); ++i) {
     Impl& s = *sessions[i]->impl_;
     std::copy_n(first.gathered.data() + static_cast<std::int64_t>(i) * width, width, s.hidden.data());
@@ -210,7 +254,7 @@ void Session::logits_each(std::span<Session* const> sessions, float* out) {
   for (std::size_t i = 0; i < sessions.size(); ++i) {
     const Impl& s = *sessions[i]->impl_;
     if (s.engine != first.engine || s.rows == 0)
-      throw failure("logits_each", "sessions of one engine that were fed",
+      throw usage_error("logits_each", "sessions of one engine that were fed",
                     s.rows == 0 ? "one that was not" : "another engine");
     float* row = first.gathered.data() + static_cast<std::int64_t>(i) * width;
     std::copy_n(s.hidden.data() + (s.rows - 1) * width, width, row);
@@ -231,6 +275,14 @@ std::int64_t Session::position() const {
   return impl_->position;
 }
 
+std::int64_t Session::rows() const {
+  return impl_->rows;
+}
+
+std::span<const std::int32_t> Session::ids() const {
+  return impl_->history;
+}
+
 std::uint64_t Session::cache_bytes() const {
   return impl_->cache.bytes();
 }
@@ -248,7 +300,7 @@ void Session::truncate(std::int64_t position) {
   s.position = position;
   s.cached = std::min(s.cached, position);
   s.rows = 0;
-  if (s.engine->config().rope_long) s.history.resize(static_cast<std::size_t>(position));
+  s.history.resize(static_cast<std::size_t>(position));
 }
 
 bool Session::can_truncate(std::int64_t position) const {
@@ -262,6 +314,64 @@ void Session::reset() {
   impl_->beyond = false;
   impl_->history.clear();
   impl_->cache.restart();
+}
+
+void Session::cancel() noexcept {
+  impl_->stop.store(true);
+}
+
+void Session::clear_cancel() noexcept {
+  impl_->stop.store(false);
+}
+
+StateShape Session::Impl::shape() const {
+  const ModelConfig& c = engine->config();
+  return {engine->file().file_hash(), cache.type(),  c.num_layers, c.num_kv_heads,
+          c.head_dim,                 c.hidden_size, c.vocab_size};
+}
+
+StateContent Session::Impl::content() const {
+  // What the cache holds for the other side of LongRoPE's switch does not fit what is fed next.
+  const bool fits = beyond == rope_beyond(engine->config(), position);
+  const std::int64_t width = engine->config().hidden_size;
+  return {history, fits ? cached : 0, rows > 0 ? hidden.data() + (rows - 1) * width : nullptr};
+}
+
+std::uint64_t Session::state_bytes() const {
+  return pare::state_bytes(impl_->shape(), impl_->cache, impl_->content());
+}
+
+void Session::save(const std::function<void(std::span<const std::byte>)>& write) const {
+  write_state(impl_->shape(), impl_->cache, impl_->content(), write);
+}
+
+void Session::save(const fs::path& file) const {
+  AtomicFile out(file);
+  save([&](std::span<const std::byte> bytes) { out.write(bytes); });
+  out.commit();
+}
+
+void Session::load(std::span<const std::byte> state, const std::string& place) {
+  Impl& s = *impl_;
+  StateReader reader(state, s.shape(), s.cache, place);
+  if (reader.positions() > s.limit)
+    throw input_error(place, "at most " + std::to_string(s.limit) + " positions", std::to_string(reader.positions()),
+                      "open the session with more");
+  s.hidden.reserve(s.engine->config().hidden_size);
+  s.cache.reserve(reader.cached());
+  // Nothing fails from here on.
+  reader.fill(s.cache);
+  if (reader.has_row()) reader.row(s.hidden.data());
+  s.rows = reader.has_row() ? 1 : 0;
+  s.position = reader.positions();
+  s.cached = reader.cached();
+  s.history = reader.take_ids();
+  s.beyond = rope_beyond(s.engine->config(), s.position);
+}
+
+void Session::load(const fs::path& file) {
+  const MappedFile mapped(file);
+  load(mapped.bytes(), file.string());
 }
 
 namespace {

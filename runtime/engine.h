@@ -28,6 +28,8 @@ class Engine {
  public:
   // A compact file, or a GGUF file, which is taken through a temporary compact one (in TMPDIR, gone when this returns).
   static std::shared_ptr<const Engine> open(const fs::path& file, const EngineOptions& options = {});
+  // A compact file; what it takes is all that an embedded runtime carries.
+  static std::shared_ptr<const Engine> open_compact(const fs::path& file, const EngineOptions& options = {});
   virtual ~Engine() = default;
   virtual const CompactFile& file() const = 0;
   virtual const ModelConfig& config() const = 0;
@@ -43,7 +45,9 @@ class Session {
   ~Session();
   Session(Session&&) noexcept;
 
-  // Appends ids; keeps the hidden states of this call's positions for logits(). Errors: context full (exit 3).
+  // Appends ids; keeps the hidden states of this call's positions for logits(). Errors: context full (exit 3), stopped
+  // by cancel() (exit 130). Whatever the error, the session stands where it stood; of the rows of the feed() before,
+  // the last one alone may be left.
   void feed(std::span<const std::int32_t> ids);
   // Rows of the last feed() call: out [count, vocab_size].
   void logits(std::int64_t first, std::int64_t count, float* out);
@@ -59,8 +63,25 @@ class Session {
   // Errors: exit 1 where that is not so, and beyond position().
   void truncate(std::int64_t position);
   bool can_truncate(std::int64_t position) const;
-  std::uint64_t cache_bytes() const;  // what the keys and values hold in memory
+  std::int64_t rows() const;                  // that logits() knows
+  std::span<const std::int32_t> ids() const;  // all that were fed, position() of them
+  std::uint64_t cache_bytes() const;          // what the keys and values hold in memory
   void reset();
+
+  // From any thread: stops the feed() or feed_each() that this session is in, before its next block of the model, or
+  // else the next one. The request stands until a call has failed by it or clear_cancel().
+  void cancel() noexcept;
+  void clear_cancel() noexcept;
+
+  // All that a session of the same file and kind of cache needs to go on from here, its last row of logits included
+  // (runtime/FORMAT.md section 8). write() may be called many times, state_bytes() in all.
+  std::uint64_t state_bytes() const;
+  void save(const std::function<void(std::span<const std::byte>)>& write) const;
+  void save(const fs::path& file) const;  // through AtomicFile
+  // Errors: exit 3 for the state of another model, cache or version, longer than this session may become, cut short or
+  // changed; the session is then as before. `place` names where the bytes come from.
+  void load(std::span<const std::byte> state, const std::string& place);
+  void load(const fs::path& file);
 
  private:
   struct Impl;

@@ -1,6 +1,5 @@
 #include "runtime/forward.h"
 
-#include <omp.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -101,7 +100,7 @@ struct Forward::Worker {
   Forward& f;
   Scratch& mine;
   std::int64_t tokens;
-  int threads;  // of this team
+  int thread, threads;  // of this team
   std::int64_t stage = 0;
 
   template <class Item>
@@ -175,7 +174,7 @@ struct Forward::Worker {
       tile(0);
     } else if (normed_first || wanted.any()) {
       if (wanted.any()) {
-        if (omp_get_thread_num() == 0) resize();
+        if (thread == 0) resize();
         barrier();
       }
       share((tokens + kActTile - 1) / kActTile, tile);
@@ -398,7 +397,7 @@ struct Forward::Worker {
         barrier();
         x = f.expert_in_.data();
       }
-      Worker part{f, mine, own, threads, stage};
+      Worker part{f, mine, own, thread, threads, stage};
       Input inputs = part.prepare(x, h, {}, forms({&mlp.gate, &mlp.up}));
       part.gate_up(inputs, mlp);
       inputs = part.prepare(f.gate_.data(), inner, {}, forms({&mlp.down}));
@@ -470,7 +469,7 @@ void Forward::fill_rope(const Part& part, std::int64_t first_row) {
   }
 }
 
-void Forward::run(std::span<const std::int32_t> ids, std::span<const Part> parts, float* hidden) {
+bool Forward::run(std::span<const std::int32_t> ids, std::span<const Part> parts, float* hidden) {
   const auto tokens = static_cast<std::int64_t>(ids.size());
   const Experts& experts = config_.experts;
   const std::int64_t active = std::min(experts.count, tokens * experts.per_token);
@@ -516,12 +515,21 @@ void Forward::run(std::span<const std::int32_t> ids, std::span<const Part> parts
       config_.hidden_size * (2 * q_width_ + 2 * kv_width_ + matrices * mlps * config_.intermediate_size);
   const int threads = block_team_.threads(tokens * block_products / 4, threads_);
   const auto begun = std::chrono::steady_clock::now();
-#pragma omp parallel num_threads(threads)
-  {
-    Worker worker{*this, scratch_[static_cast<std::size_t>(omp_get_thread_num())], tokens, omp_get_num_threads()};
-    for (std::int64_t i = 0; i < config_.num_layers; ++i) worker.block(i, hidden);
-  }
+  // The block after which the team leaves. One thread decides when it enters a block; the others look when they have
+  // passed the barriers of that block, so that all leave after the same one.
+  std::atomic<std::int64_t> last{config_.num_layers};
+  run_team(threads, [&](int thread, int team) {
+    Worker worker{*this, scratch_[static_cast<std::size_t>(thread)], tokens, thread, team};
+    for (std::int64_t i = 0; i < config_.num_layers && i <= last.load(std::memory_order_relaxed); ++i) {
+      if (thread == 0 && i < last.load(std::memory_order_relaxed) &&
+          std::any_of(parts.begin(), parts.end(), [](const Part& part) { return part.stop && part.stop->load(); }))
+        last.store(i, std::memory_order_relaxed);
+      worker.block(i, hidden);
+    }
+  });
+  if (last.load(std::memory_order_relaxed) < config_.num_layers) return false;
   block_team_.record(tokens * block_products / 4, threads, seconds_since(begun));
+  return true;
 }
 
 void Forward::head(const float* hidden, std::int64_t count, float* out) {
@@ -533,9 +541,8 @@ void Forward::head(const float* hidden, std::int64_t count, float* out) {
     const std::int64_t products = tokens * config_.hidden_size * config_.vocab_size;
     const int threads = head_team_.threads(products, threads_);
     const auto begun = std::chrono::steady_clock::now();
-#pragma omp parallel num_threads(threads)
-    {
-      Worker worker{*this, scratch_[static_cast<std::size_t>(omp_get_thread_num())], tokens, omp_get_num_threads()};
+    run_team(threads, [&](int thread, int team) {
+      Worker worker{*this, scratch_[static_cast<std::size_t>(thread)], tokens, thread, team};
       const Input in = worker.prepare(hidden + first * config_.hidden_size, config_.hidden_size, weights_.final_norm,
                                       worker.forms({&linear}));
       worker.multiply(in, {{&linear, to, config_.vocab_size, false}});
@@ -547,7 +554,7 @@ void Forward::head(const float* hidden, std::int64_t count, float* out) {
                             std::min(kPiece, count_all - i * kPiece));
         });
       }
-    }
+    });
     head_team_.record(products, threads, seconds_since(begun));
   }
 }

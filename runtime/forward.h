@@ -22,14 +22,17 @@ class Forward {
           bool int8_activations);
 
   // Tokens of one sequence in a call, at positions [position, position + count). `sequence`: length of the whole one
-  // that is being fed; LongRoPE turns all of it by that (rope_beyond), and the cache must be of the same side.
+  // that is being fed; LongRoPE turns all of it by that (rope_beyond), and the cache must be of the same side. `stop`
+  // is read before every block.
   struct Part {
     KvCache* cache = nullptr;
     std::int64_t position = 0, count = 0, sequence = 0;
+    const std::atomic<bool>* stop = nullptr;
   };
   // Embeds `ids` (kBatch at most), those of the parts one after the other, and runs all blocks; writes the residual
   // stream after the last block to hidden [count, hidden_size]. The bits do not depend on what else is in the call.
-  void run(std::span<const std::int32_t> ids, std::span<const Part> parts, float* hidden);
+  // false: a part's `stop` was found set; `hidden` and what the caches hold of these positions mean nothing.
+  bool run(std::span<const std::int32_t> ids, std::span<const Part> parts, float* hidden);
   // Final norm and head: hidden [count, hidden_size] -> out [count, vocab_size]; any count.
   void head(const float* hidden, std::int64_t count, float* out);
 

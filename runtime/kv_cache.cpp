@@ -18,36 +18,94 @@ KvCache::KvCache(const ModelConfig& config, KvType type, std::int64_t most_token
     windows_.push_back(window);
     ring_.push_back(window > 0 ? (window + most_tokens + kPage - 1) / kPage + 1 : 0);
   }
+  begin_.resize(ring_.size());
   pages_.resize(ring_.size());
 }
 
 void KvCache::reserve(std::int64_t positions) {
-  reached_ = std::max(reached_, positions);
   const std::int64_t wanted = (positions + kPage - 1) / kPage;
   std::vector<std::size_t> grow;  // blocks, once for each page
   for (std::size_t block = 0; block < pages_.size(); ++block) {
     const std::int64_t most = ring_[block] > 0 ? std::min(wanted, ring_[block]) : wanted;
     for (auto page = static_cast<std::int64_t>(pages_[block].size()); page < most; ++page) grow.push_back(block);
   }
-  if (grow.empty()) return;
-  FloatBuffer memory;
-  memory.reserve(static_cast<std::int64_t>(grow.size()) * page_floats_);
-  float* at = memory.data();
-  memory_.push_back(std::move(memory));
-  for (const std::size_t block : grow) {
-    pages_[block].push_back(at);
-    at += page_floats_;
+  if (!grow.empty()) {
+    FloatBuffer memory;
+    memory.reserve(static_cast<std::int64_t>(grow.size()) * page_floats_);
+    float* at = memory.data();
+    memory_.push_back(std::move(memory));
+    for (const std::size_t block : grow) {
+      pages_[block].push_back(at);
+      at += page_floats_;
+    }
   }
+  reached_ = std::max(reached_, positions);
 }
 
 bool KvCache::holds(std::int64_t position) const {
-  if (reached_ == 0) return position == 0;
   for (std::size_t block = 0; block < ring_.size(); ++block) {
-    if (ring_[block] == 0) continue;
-    const std::int64_t oldest = std::max<std::int64_t>(0, (reached_ - 1) / kPage - ring_[block] + 1);  // page
-    if (std::max<std::int64_t>(0, position + 1 - windows_[block]) / kPage < oldest) return false;
+    const std::int64_t pages = (reached_ + kPage - 1) / kPage;
+    const std::int64_t oldest = ring_[block] > 0 ? (pages - ring_[block]) * kPage : 0;
+    if (first_seen(static_cast<std::int64_t>(block), position) < std::max(oldest, begin_[block])) return false;
   }
   return true;
+}
+
+void KvCache::restart() {
+  reached_ = 0;
+  std::fill(begin_.begin(), begin_.end(), 0);
+}
+
+std::int64_t KvCache::first_seen(std::int64_t block, std::int64_t end) const {
+  const std::int64_t window = windows_[static_cast<std::size_t>(block)];
+  return window > 0 ? std::max<std::int64_t>(0, end + 1 - window) : 0;
+}
+
+std::int64_t KvCache::record_bytes() const {
+  return kv_heads_ * (2 * head_dim_ * kv_bytes(type_) + (type_ == KvType::kQ8 ? 8 : 0));
+}
+
+// Calls move(memory, record, bytes) for every run of bytes that lies together.
+template <class Move>
+void KvCache::each_piece(std::int64_t block, std::int64_t first, std::int64_t count, Move move) {
+  const std::int64_t width = kv_bytes(type_), record = record_bytes(), own = record / kv_heads_;
+  for (std::int64_t position = first; position < first + count; ++position) {
+    const std::int64_t slot = position % kPage;
+    for (std::int64_t head = 0; head < kv_heads_; ++head) {
+      const KvPlane k = keys(block, position / kPage, head), v = values(block, position / kPage, head);
+      std::int64_t at = (position - first) * record + head * own;
+      for (std::int64_t i = 0; i < head_dim_; ++i, at += width) move(k.data + (i * kPage + slot) * width, at, width);
+      move(v.data + slot * value_width_ * width, at, head_dim_ * width);
+      at += head_dim_ * width;
+      if (type_ != KvType::kQ8) continue;
+      move(reinterpret_cast<std::byte*>(k.scales + slot), at, std::int64_t{4});
+      move(reinterpret_cast<std::byte*>(v.scales + slot), at + 4, std::int64_t{4});
+    }
+  }
+}
+
+void KvCache::copy_out(std::int64_t block, std::int64_t first, std::int64_t count, std::byte* records) {
+  each_piece(block, first, count, [&](const std::byte* memory, std::int64_t record, std::int64_t bytes) {
+    std::memcpy(records + record, memory, static_cast<std::size_t>(bytes));
+  });
+}
+
+void KvCache::begin_copy(std::int64_t end) {
+  restart();
+  reserve(end);
+  for (std::size_t b = 0; b < begin_.size(); ++b) {
+    const auto block = static_cast<std::int64_t>(b);
+    begin_[b] = first_seen(block, end);
+    // Attention multiplies what lies before it in the same page by 0, which must be numbers.
+    if (begin_[b] < end && begin_[b] % kPage != 0)
+      std::memset(page(block, begin_[b] / kPage), 0, static_cast<std::size_t>(page_floats_) * 4);
+  }
+}
+
+void KvCache::copy_in(std::int64_t block, std::int64_t first, std::int64_t count, const std::byte* records) {
+  each_piece(block, first, count, [&](std::byte* memory, std::int64_t record, std::int64_t bytes) {
+    std::memcpy(memory, records + record, static_cast<std::size_t>(bytes));
+  });
 }
 
 std::byte* KvCache::page(std::int64_t block, std::int64_t page) {

@@ -19,9 +19,6 @@ class KvCache {
   KvCache(const ModelConfig& config, KvType type, std::int64_t most_tokens);
   // Room for positions below `positions`, which will be stored.
   void reserve(std::int64_t positions);
-  // Whether what the positions from `position` on see still stands: a ring has overwritten its oldest pages.
-  bool holds(std::int64_t position) const;
-  void restart() { reached_ = 0; }  // everything will be stored again
   KvPlane keys(std::int64_t block, std::int64_t page, std::int64_t kv_head);
   KvPlane values(std::int64_t block, std::int64_t page, std::int64_t kv_head);
   // Stores what attention will read at `position`: keys already rotated. x: head_dim floats each.
@@ -31,13 +28,30 @@ class KvCache {
   std::int64_t value_width() const { return value_width_; }  // head_dim rounded up to 16
   std::uint64_t bytes() const;
 
+  // Whether keys and values of all positions that a token at `position` sees are here: a ring drops old ones, also for
+  // a call that was not finished.
+  bool holds(std::int64_t position) const;
+  void restart();
+
+  // What a token at `end` sees in a block: positions [first_seen(), end). A record is one position of a block: of every
+  // kv head key [head_dim], value [head_dim] and, with kQ8, the scales of both.
+  std::int64_t first_seen(std::int64_t block, std::int64_t end) const;
+  std::int64_t record_bytes() const;
+  void copy_out(std::int64_t block, std::int64_t first, std::int64_t count, std::byte* records);
+  // Takes positions [first_seen(), end) of every block to be all there is, and room for them; then copy_in() them.
+  void begin_copy(std::int64_t end);
+  void copy_in(std::int64_t block, std::int64_t first, std::int64_t count, const std::byte* records);
+
  private:
   std::byte* page(std::int64_t block, std::int64_t page);
+  template <class Move>
+  void each_piece(std::int64_t block, std::int64_t first, std::int64_t count, Move move);
   KvType type_;
   std::int64_t kv_heads_, head_dim_, value_width_, page_floats_;
-  std::int64_t reached_ = 0;                  // highest `positions` since the start
+  std::int64_t reached_ = 0;                  // positions that were reserved since restart()
+  std::vector<std::int64_t> begin_;           // by block: the first position that copy_in() brought
+  std::vector<std::int64_t> windows_;         // by block, 0: all
   std::vector<std::int64_t> ring_;            // by block: pages at most, 0: no end
-  std::vector<std::int64_t> windows_;         // by block, 0: none
   std::vector<FloatBuffer> memory_;           // the pages of all blocks that were added together
   std::vector<std::vector<float*>> pages_;    // [block][page of the ring]
 };

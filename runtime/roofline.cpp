@@ -1,6 +1,5 @@
 #include "runtime/roofline.h"
 
-#include <omp.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -52,14 +51,13 @@ Peak measure(int threads, double units, const std::function<void()>& step, Work 
     if (step) step();
     TeamBarrier barrier;
     Clock::time_point begin, end;
-#pragma omp parallel num_threads(threads)
-    {
-      barrier.wait(threads);
-      if (omp_get_thread_num() == 0) begin = Clock::now();
-      work(omp_get_thread_num());
-      barrier.wait(threads);
-      if (omp_get_thread_num() == 0) end = Clock::now();
-    }
+    run_team(threads, [&](int thread, int team) {
+      barrier.wait(team);
+      if (thread == 0) begin = Clock::now();
+      work(thread);
+      barrier.wait(team);
+      if (thread == 0) end = Clock::now();
+    });
     rates.push_back(units * threads / std::chrono::duration<double>(end - begin).count());
   }
   return peak_of(std::move(rates));
@@ -115,8 +113,7 @@ Roofline measure_roofline(const std::string& kernels, int threads, std::int64_t 
     const std::int64_t lines = buffer_bytes / 64 / threads;
     const Buffer buffer(lines * threads * 64);
     const auto share = [&](int thread) { return buffer.data() + thread * lines * 64; };
-#pragma omp parallel num_threads(threads)
-    std::memset(share(omp_get_thread_num()), 1, static_cast<std::size_t>(lines) * 64);
+    run_team(threads, [&](int thread, int) { std::memset(share(thread), 1, static_cast<std::size_t>(lines) * 64); });
     roof.read_bytes = measure(threads, static_cast<double>(lines) * 64, step,
                               [&](int thread) { kept += loops.read(share(thread), lines); });
   }

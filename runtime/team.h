@@ -4,8 +4,19 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 
 namespace pare {
+
+constexpr int kMaxThreads = 1024;  // the OpenMP runtime ends the program when it cannot start a thread
+
+// Cores that this process may use; at least 1.
+int processors();
+
+// Calls work(thread, threads) in every thread of a team and returns when all are done; the caller is thread 0. A team
+// is smaller than asked where the system has no more threads. `work` must neither throw nor run a team of its own.
+// The threads are OpenMP's, or without OpenMP our own; either way they belong to the calling thread and stay with it.
+void run_team(int threads, const std::function<void(int thread, int threads)>& work);
 
 // Waits for a few microseconds, then sleeps: where other programs want the cores too, a thread that spins for its
 // partner takes away the time that the partner needs.

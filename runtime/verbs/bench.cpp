@@ -1,6 +1,5 @@
 // `pare bench`: prefill and decode speed of a compact file, and how near they are to what the machine can do.
 #include <fmt/format.h>
-#include <omp.h>
 
 #include <algorithm>
 #include <charconv>
@@ -10,6 +9,7 @@
 #include "runtime/engine.h"
 #include "runtime/kernels.h"
 #include "runtime/roofline.h"
+#include "runtime/team.h"
 #include "runtime/verbs/cli.h"
 
 namespace pare {
@@ -104,7 +104,7 @@ struct Plan {
 // The machine's limits at 1 thread, at all of them and at every number asked.
 Json measure_machine(const std::string& kernels, std::vector<int> counts, Context& context) {
   counts.push_back(1);
-  counts.push_back(omp_get_num_procs());
+  counts.push_back(processors());
   std::sort(counts.begin(), counts.end());
   counts.erase(std::unique(counts.begin(), counts.end()), counts.end());
   Json roofs = Json::array();
@@ -325,7 +325,7 @@ Json bench(const Options& options, Context& context) {
     if (context.threads > 0) throw usage_error("pare bench", "either -t or --threads", "both");
     thread_counts = parse_threads(options.get<std::string>("threads-list"));
   } else {
-    thread_counts.push_back(context.threads > 0 ? context.threads : omp_get_num_procs());
+    thread_counts.push_back(context.threads > 0 ? context.threads : processors());
   }
   Json machine = Json::array();
   if (options.get<bool>("roofline")) {

@@ -1,7 +1,9 @@
 #include "runtime/verbs/cli.h"
 
 #include <fmt/format.h>
+#ifdef _OPENMP
 #include <omp.h>
+#endif
 
 #include <CLI/CLI.hpp>
 #include <cstdio>
@@ -173,7 +175,9 @@ int execute(const Given& given, const Globals& globals) {
     context.seed = globals.seed;
     context.seed_given = globals.seed_given;
     context.progress = &progress;
+#ifdef _OPENMP
     if (globals.threads > 0) omp_set_num_threads(globals.threads);
+#endif
     install_interrupt_handler();
     const Json result = command.run(options, context);
     if (globals.json) {
