@@ -388,10 +388,10 @@ double probability_of(std::span<const float> logits, std::int32_t id) {
   float peak = -INFINITY;
   for (const float logit : logits) peak = std::max(peak, logit);
   double total = 0;
-  for (const float logit : logits) total += std::exp(static_cast<double>(logit) - static_cast<double>(peak));
+  for (const float logit : logits) total += static_cast<double>(std::exp(logit - peak));
   if (!(total >= 1) || !std::isfinite(total))
     throw failure("logits", "numbers", "values that are not finite", "check the weights with `pare verify`");
-  return std::exp(static_cast<double>(logits[static_cast<std::size_t>(id)]) - static_cast<double>(peak)) / total;
+  return static_cast<double>(std::exp(logits[static_cast<std::size_t>(id)] - peak)) / total;
 }
 
 double top_probability(std::span<const float> logits) {
