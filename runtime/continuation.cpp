@@ -197,13 +197,14 @@ class ModelDrafter : public Drafter {
     const auto begun = Clock::now();
     model_.hold(text);
     std::size_t made = 0;
+    double sure = 1;  // that all guesses so far stand, as the draft sees it
     while (true) {
       const std::span<const float> logits = model_.logits(vocab_);
-      if (options_.confidence > 0 && top_probability(logits) < options_.confidence) break;
       Guess& guess = guesses_[made];
       sampler_.weigh(logits, guess.from);
       guess.id = sampler_.draw(guess.from);
       if (static_cast<std::int64_t>(++made) == most || is_end(options_.ends, guess.id)) break;
+      if (options_.confidence > 0 && (sure *= probability_of(logits, guess.id)) < options_.confidence) break;
       model_.append({&guess.id, 1});
     }
     seconds_ += seconds_since(begun);
@@ -383,14 +384,19 @@ std::unique_ptr<Drafter> lookup_drafter(std::int64_t longest, const DraftOptions
   return std::make_unique<LookupDrafter>(longest, options);
 }
 
-double top_probability(std::span<const float> logits) {
+double probability_of(std::span<const float> logits, std::int32_t id) {
   float peak = -INFINITY;
   for (const float logit : logits) peak = std::max(peak, logit);
   double total = 0;
-  for (const float logit : logits) total += std::exp(static_cast<double>(logit) - static_cast<double>(peak));
+  for (const float logit : logits) total += static_cast<double>(std::exp(logit - peak));
   if (!(total >= 1) || !std::isfinite(total))
     throw failure("logits", "numbers", "values that are not finite", "check the weights with `pare verify`");
-  return 1 / total;
+  return static_cast<double>(std::exp(logits[static_cast<std::size_t>(id)] - peak)) / total;
+}
+
+double top_probability(std::span<const float> logits) {
+  const auto best = std::max_element(logits.begin(), logits.end());
+  return probability_of(logits, static_cast<std::int32_t>(best - logits.begin()));
 }
 
 void require_same_tokens(const Engine& model, const Engine& other) {

@@ -44,7 +44,7 @@ class Drafter {
 
 struct DraftOptions {
   std::int64_t tokens = 8;        // guesses a pass at most
-  double confidence = 0;          // no further guess where the draft gives its likeliest token less than this
+  double confidence = 0;          // no further guess once the draft gives all of them together less than this
   std::vector<std::int64_t> ends; // tokens behind which nothing is guessed
 };
 // Guesses of a small model with the same tokens, drawn by `sampler`. Beyond its context it makes none.
@@ -74,7 +74,8 @@ std::unique_ptr<Continuation> continue_with_fallback(std::shared_ptr<const Engin
                                                      std::shared_ptr<const Engine> large, double threshold,
                                                      Sampler& sampler);
 
-// Of the likeliest token, at temperature 1. Errors: as Sampler::weigh.
+// At temperature 1: of a token, and of the likeliest one. Errors: exit 1, logits that are not finite.
+double probability_of(std::span<const float> logits, std::int32_t id);
 double top_probability(std::span<const float> logits);
 
 // Errors: exit 3 where an id does not mean the same token in both. Rows of padding behind the tokenizer's ids may

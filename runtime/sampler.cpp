@@ -73,17 +73,19 @@ void Sampler::weigh(std::span<const float> logits, Choices& out) const {
     out.all.push_back({1, logits[best], static_cast<std::int32_t>(best)});
     return;
   }
-  const auto weight = [&](float logit) { return std::exp((logit - peak) * inverse); };
   out.total = 0;
-  for (const float logit : logits) out.total += weight(logit);
+  for (std::size_t i = 0; i < logits.size(); ++i) {
+    const double w = std::exp((logits[i] - peak) * inverse);
+    out.all.push_back({w, logits[i], static_cast<std::int32_t>(i)});
+    out.total += w;
+  }
   // A token below this share, the likeliest apart, cannot belong to the smallest set of tokens that reaches top_p.
   const double floor = options_.top_p < 1 && logits.size() > 1
                            ? (1 - options_.top_p) / static_cast<double>(logits.size() - 1) * out.total
                            : 0;
-  for (std::size_t i = 0; i < logits.size(); ++i) {
-    const double w = weight(logits[i]);
-    if (i == best || (w >= floor && w > 0)) out.all.push_back({w, logits[i], static_cast<std::int32_t>(i)});
-  }
+  std::erase_if(out.all, [&](const Choices::Choice& choice) {
+    return choice.id != static_cast<std::int32_t>(best) && (choice.weight < floor || choice.weight == 0);
+  });
   if (options_.top_p >= 1) return;
   std::sort(out.all.begin(), out.all.end(), [](const auto& a, const auto& b) {
     return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;

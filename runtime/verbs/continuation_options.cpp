@@ -9,7 +9,7 @@
 namespace pare {
 namespace {
 
-constexpr std::int64_t kDraftTokens = 8, kLookupTokens = 8;
+constexpr std::int64_t kDraftTokens = 8, kLookupTokens = 4;
 constexpr std::int64_t kMostDraftTokens = 64;
 
 }  // namespace
@@ -27,13 +27,14 @@ std::vector<OptionDecl> continuation_options() {
        .maximum = 64},
       {.name = "draft-tokens",
        .type = OptionType::kInteger,
-       .help = fmt::format("tokens guessed before the model looks, at most [{}]", kDraftTokens),
+       .help = fmt::format("tokens guessed before the model looks, at most [{}; with --lookup {}]", kDraftTokens,
+                           kLookupTokens),
        .minimum = 1,
        .maximum = static_cast<double>(kMostDraftTokens)},
       {.name = "draft-confidence",
        .type = OptionType::kNumber,
-       .help = "stop guessing where the draft gives its likeliest token less than this",
-       .default_value = 0.4,
+       .help = "guess on only while the draft gives all its guesses together at least this probability; 0: always",
+       .default_value = 0.5,
        .minimum = 0,
        .maximum = 1},
       {.name = "fallback",

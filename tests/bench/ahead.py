@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""What guessing ahead (`pare run --draft`, `--lookup`) gains and `--fallback` costs, as a results file.
+"""What guessing ahead (`pare run --draft`, `--lookup`) gains and what `--fallback` costs, as a results file.
 
-usage: ahead.py --pare pare-edge --figures ahead_figures --model M.pare --draft D.pare --text FOLDER
-                --out FILE.json [--prompts 6] [--tokens 192] [--windows 40] [--passes FILE.pare ...]
+usage: ahead.py --figures build/tests/ahead_figures --model M.pare --draft D.pare --out FOLDER --text FOLDER...
+                [--prompts 5] [--tokens 192] [--rounds 9] [--windows 60] [--large L.pare --small S.pare] [--note TEXT]
 
-FOLDER holds texts that neither model was trained on (*.txt). Prompts are the first 240 bytes of the longest of them.
-A second is one that the program had a processor, on one thread, so that other work on the machine counts little; what
-a run that makes one token takes (opening, prompt) is subtracted. At temperature 0 every way must give the tokens of
-the plain one, or nothing is written. `predicted` is tokens a pass / (v + k c): v, the cost of the checking pass, and c,
-that of one guess, in passes over one token, both measured by themselves; k guesses a pass on average.
---passes: further files of which only the cost of passes over 1 to 9 tokens is measured.
+Each FOLDER holds texts that neither model was trained on (*.txt); of each its longest ones are the prompts. A second is
+one that the program had a processor, on one thread, so that other work on the machine counts little. Greedy tokens are
+compared with those of the plain way: where one differs, nothing is written. `predicted` is tokens a pass / (v + k c):
+v, the cost of the checking pass, and c, that of one guess, both in passes over one token and measured by themselves; k
+guesses a pass on average. Of --large and --small only passes over 1 to 9 tokens are measured. `expected` is what
+follows for a share alpha of guesses that stand: (1 - alpha^(k+1)) / ((1 - alpha) (v + k c)) at the best k.
+Writes FOLDER/ahead.json and FOLDER/fallback.json.
 """
 import argparse
 import json
@@ -18,110 +19,87 @@ import pathlib
 import platform
 import subprocess
 import sys
-import tempfile
 
 
-def timed(command):
-    """Seconds of processor time of the whole program, and the result that it printed."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen([str(part) for part in command], stdout=out, stderr=errors)
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        for stream in (out, errors):
-            stream.seek(0)
-        if process.returncode != 0:
-            sys.exit(f"{' '.join(map(str, command))}: exit {process.returncode}\n{errors.read()[-2000:].decode()}")
-        return used.ru_utime + used.ru_stime, json.loads(out.read())["result"]
-
-
-def printed(command):
+def figures(*command):
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"{' '.join(map(str, command))}: exit {done.returncode}\n{done.stderr[-2000:]}")
     return json.loads(done.stdout)
 
 
-def ways(draft):
-    yield "plain", []
-    for tokens in (1, 2, 3, 4, 6, 8):
-        yield f"draft, {tokens} guesses", ["--draft", draft, "--draft-tokens", tokens, "--draft-confidence", 0]
-    for confidence in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8):
-        yield f"draft, while it gives {confidence}", ["--draft", draft, "--draft-tokens", 8,
-                                                      "--draft-confidence", confidence]
-    for tokens in (2, 4, 8):
-        yield f"lookup of 3, {tokens} guesses", ["--lookup", 3, "--draft-tokens", tokens]
+def described(rows, cost, guess):
+    plain = {row["temperature"]: row["seconds"] for row in rows if row["way"] == "plain"}
+    for row in rows:
+        out = {"way": row["way"], "temperature": row["temperature"], "seconds": round(row["seconds"], 4)}
+        if row["way"] != "plain":
+            per_pass, length = row["tokens"] / row["passes"], row["drafted"] / row["passes"]
+            low = min(int(length), len(cost) - 2)  # a pass over 1 + length tokens
+            check = cost[low] + (length - low) * (cost[low + 1] - cost[low])
+            out["guesses_per_pass"] = round(length, 3)
+            out["alpha"] = round(row["accepted"] / max(1, row["tested"]), 3)
+            out["tokens_per_pass"] = round(per_pass, 3)
+            out["predicted"] = round(per_pass / (check + row["draft_passes"] / row["passes"] * guess), 3)
+            out["speed_up"] = round(plain[row["temperature"]] / row["seconds"], 3)
+        yield out
 
 
-def measure(given, prompts, temperature, passes):
-    sampling = ["--temp", temperature] + (["--top-p", 0.95] if temperature > 0 else [])
-    cost = {name: [row["of_one"] for row in rows] for name, rows in passes.items()}
-    guess = passes["draft"][0]["seconds"] / passes["model"][0]["seconds"]
-    rows, plain_ids, plain_seconds = [], {}, 0.0
-    for name, options in ways(given.draft):
-        seconds, totals = 0.0, {}
-        for number, prompt in enumerate(prompts):
-            command = [given.pare, "run", given.model, "-p", prompt, "--ignore-eos", "--threads", 1, "--json", "-q",
-                       "--seed", number, *sampling, *options]
-            opening, _ = timed([*command, "-n", 1])
-            whole, result = timed([*command, "-n", given.tokens])
-            seconds += whole - opening
-            if name == "plain":
-                plain_ids[number] = result["ids"]
-            elif temperature == 0 and result["ids"] != plain_ids[number]:
-                sys.exit(f"{name}: not the tokens of plain decoding")
-            for key, value in result.get("ahead", {}).items():
-                if isinstance(value, (int, float)):
-                    totals[key] = totals.get(key, 0) + value
-        row = {"way": name, "temperature": temperature, "seconds": round(seconds, 3)}
-        if name == "plain":
-            plain_seconds = seconds
-        else:
-            per_pass = totals["tokens"] / totals["passes"]
-            length = totals["drafted"] / totals["passes"]
-            low = min(int(length), len(cost["model"]) - 2)  # a pass over 1 + length tokens
-            check = cost["model"][low] + (length - low) * (cost["model"][low + 1] - cost["model"][low])
-            row.update({
-                "tokens_per_pass": round(per_pass, 3),
-                "guesses_per_pass": round(length, 3),
-                "alpha": round(totals["accepted"] / max(1, totals["tested"]), 3),
-                "speed_up": round(plain_seconds / seconds, 3),
-                "predicted": round(per_pass / (check + (length * guess if "draft_passes" in totals else 0)), 3),
-            })
-        rows.append(row)
-        print(json.dumps(row), file=sys.stderr)
+def expected(cost, guess):
+    rows = []
+    for alpha in (0.5, 0.6, 0.7, 0.8, 0.9):
+        best = max(((1 - alpha ** (k + 1)) / ((1 - alpha) * (cost[k] + k * guess)), k) for k in range(1, len(cost)))
+        rows.append({"alpha": alpha, "guesses": best[1], "speed_up": round(best[0], 2)})
     return rows
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("pare", "figures", "model", "draft", "text", "out"):
+    for name in ("figures", "model", "draft", "out"):
         parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--prompts", type=int, default=6)
-    parser.add_argument("--tokens", type=int, default=192)
-    parser.add_argument("--windows", type=int, default=40)
-    parser.add_argument("--passes", nargs="*", default=[])
-    parser.add_argument("--note", default="")
+    parser.add_argument("--text", nargs="+", required=True)
+    for name, value in (("prompts", 5), ("tokens", 192), ("rounds", 9), ("windows", 60)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    for name in ("large", "small", "note"):
+        parser.add_argument(f"--{name}", default="")
     given = parser.parse_args()
-    texts = sorted(pathlib.Path(given.text).glob("*.txt"), key=lambda path: (-path.stat().st_size, path.name))
-    prompts = [path.read_bytes()[:240].decode(errors="ignore") for path in texts[:given.prompts]]
-    if len(prompts) < given.prompts:
-        sys.exit(f"{given.text}: {given.prompts} texts needed")
-    passes = {"model": printed([given.figures, "passes", given.model, 400]),
-              "draft": printed([given.figures, "passes", given.draft, 400])}
-    rows = [row for temperature in (0, 0.8) for row in measure(given, prompts, temperature, passes)]
-    for file in given.passes:
-        passes[pathlib.Path(file).name] = printed([given.figures, "passes", file, 15])
-    result = {
-        "command": "python3 tests/bench/ahead.py",
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, one thread; processor time",
-        "note": given.note,
-        "prompts": given.prompts, "tokens": given.tokens,
-        "cost_of_passes": passes,
-        "cost_of_a_guess": round(passes["draft"][0]["seconds"] / passes["model"][0]["seconds"], 3),
-        "runs": rows,
-        "fallback": printed([given.figures, "curve", given.draft, given.model, given.windows, *texts]),
-    }
-    pathlib.Path(given.out).write_text(json.dumps(result, indent=1) + "\n")
+    texts = {}
+    for folder in map(pathlib.Path, given.text):
+        found = sorted(folder.glob("*.txt"), key=lambda path: (-path.stat().st_size, path.name))
+        if not found:
+            sys.exit(f"{folder}: no *.txt")
+        texts[folder.name.replace("_held_out", "")] = found
+    pairs = {"model": (given.model, given.draft, 400)}
+    if given.large and given.small:
+        pairs[pathlib.Path(given.large).stem] = (given.large, given.small, 15)
+    costs = {}
+    for name, (large, small, rounds) in pairs.items():
+        passes = figures(given.figures, "passes", large, rounds)
+        guesses = figures(given.figures, "passes", small, rounds)
+        cost, guess = [row["of_one"] for row in passes], guesses[0]["seconds"] / passes[0]["seconds"]
+        costs[name] = {"draft": pathlib.Path(small).stem, "seconds_of_one": passes[0]["seconds"],
+                       "passes_over_1_to_9": [round(each, 3) for each in cost], "guess": round(guess, 3),
+                       "expected": expected(cost, guess)}
+    cost, guess = costs["model"]["passes_over_1_to_9"], costs["model"]["guess"]
+    runs = {name: list(described(figures(given.figures, "runs", given.model, given.draft, given.tokens, given.rounds,
+                                         *found[:given.prompts]), cost, guess)) for name, found in texts.items()}
+    curves = {name: figures(given.figures, "curve", given.draft, given.model, given.windows, *found)
+              for name, found in texts.items()}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    head = {"command": "python3 tests/bench/ahead.py", "commit": commit, "note": given.note,
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}; processor time of one thread"}
+    shown = ("draft, 1 guess", "draft, 3 guesses", "draft, while all stand with 0.5", "look-up of 3, 4 guesses")
+    ahead = {**head, "tokens": given.tokens, "rounds": given.rounds, "costs": costs, "runs": runs,
+             "columns": ["text", "temperature", "way", "guesses that stand", "tokens a pass", "predicted", "measured"],
+             "table": [[name, row["temperature"], row["way"], row["alpha"], row["tokens_per_pass"], row["predicted"],
+                        row["speed_up"]] for name, rows in runs.items() for row in rows if row["way"] in shown]}
+    columns = ["threshold"] + [f"{name}: {what}" for name in curves
+                               for what in ("handed over", "top-1 as the large one's", "loss, nats")]
+    fallback = {**head, "curves": curves, "columns": columns,
+                "table": [[rows[0]["threshold"]] + [round(row[key], 3) for row in rows
+                                                    for key in ("handed_over", "top1_as_large", "loss")]
+                          for rows in list(zip(*(curve["rows"] for curve in curves.values())))[::2]]}
+    for name, result in (("ahead", ahead), ("fallback", fallback)):
+        (pathlib.Path(given.out) / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 main()

@@ -2,6 +2,9 @@
 //
 //   ahead_figures passes FILE ROUNDS        processor time of a pass over 1 to 9 tokens with all their logits, one
 //                                           thread, behind 64 positions; rounds are interleaved
+//   ahead_figures runs MODEL DRAFT TOKENS ROUNDS TEXT...   every way to continue the first 240 bytes of each text by
+//                                           TOKENS: processor time behind the first token, one thread, rounds
+//                                           interleaved; fails where greedy tokens are not those of the plain way
 //   ahead_figures curve SMALL LARGE WINDOWS TEXT...   next-token figures of `run SMALL --fallback LARGE --threshold T`
 //                                           on given text, for thresholds from 0 to 1
 #include <time.h>
@@ -61,7 +64,92 @@ Json passes(const char* file, int rounds) {
   return out;
 }
 
-Json curve(const char* small_file, const char* large_file, std::size_t most_windows, std::vector<fs::path> texts) {
+struct Way {
+  std::string name;
+  bool lookup = false;
+  DraftOptions options;  // no tokens: plain
+};
+std::vector<Way> all_ways() {
+  std::vector<Way> ways = {{"plain", false, {0, 0, {}}}};
+  const auto guesses = [](std::int64_t count) { return std::to_string(count) + (count == 1 ? " guess" : " guesses"); };
+  for (const std::int64_t tokens : {1, 2, 3, 4, 6, 8})
+    ways.push_back({"draft, " + guesses(tokens), false, {tokens, 0, {}}});
+  for (int tenths = 1; tenths <= 9; tenths += 2)
+    ways.push_back({"draft, while all stand with 0." + std::to_string(tenths), false, {8, tenths / 10.0, {}}});
+  for (const std::int64_t tokens : {1, 2, 4, 8})
+    ways.push_back({"look-up of 3, " + guesses(tokens), true, {tokens, 0, {}}});
+  return ways;
+}
+
+// Sums of one way over all prompts.
+struct Spent {
+  std::vector<double> seconds;  // by round
+  double tokens = 0, passes = 0, drafted = 0, tested = 0, accepted = 0, draft_passes = 0;
+};
+
+Json runs(const char* model_file, const char* draft_file, std::int64_t tokens, int rounds,
+          const std::vector<fs::path>& texts) {
+  const auto model = open_alone(model_file), draft = open_alone(draft_file);
+  require_same_tokens(*model, *draft);
+  std::vector<std::vector<std::int32_t>> prompts;
+  for (const fs::path& text : texts) prompts.push_back(model->tokenizer().encode(read_text(text).substr(0, 240)));
+  const std::vector<Way> ways = all_ways();
+  Json out = Json::array();
+  for (const double temperature : {0.0, 0.8}) {
+    std::vector<Spent> spent(ways.size());
+    std::vector<std::vector<std::int32_t>> plain(prompts.size());
+    for (int round = 0; round < rounds; ++round) {
+      for (std::size_t w = 0; w < ways.size(); ++w) {
+        const Way& way = ways[w];
+        Sampler sampler({temperature, temperature > 0 ? 0.95 : 1, static_cast<std::uint64_t>(round)});
+        std::unique_ptr<Drafter> drafter;
+        if (way.lookup) drafter = lookup_drafter(3, way.options);
+        else if (way.options.tokens > 0)
+          drafter = model_drafter(draft, model->config().vocab_size, sampler, way.options);
+        const auto by = continue_by(model, sampler, {}, std::move(drafter));
+        double seconds = 0;
+        for (std::size_t i = 0; i < prompts.size(); ++i) {
+          by->reset();
+          by->feed(prompts[i]);
+          std::vector<std::int32_t> got;
+          got.push_back(by->next(1).front());
+          const double begun = processor_seconds();
+          while (static_cast<std::int64_t>(got.size()) < tokens)
+            for (const std::int32_t id : by->next(tokens - static_cast<std::int64_t>(got.size()))) got.push_back(id);
+          seconds += processor_seconds() - begun;
+          if (w == 0) plain[i] = got;
+          if (temperature == 0 && got != plain[i]) throw std::runtime_error(way.name + ": other tokens than plain");
+          if (const Json counts = by->counts(); !counts.is_null()) {
+            spent[w].tokens += counts.at("tokens").get<double>();
+            spent[w].passes += counts.at("passes").get<double>();
+            spent[w].drafted += counts.at("drafted").get<double>();
+            spent[w].tested += counts.at("tested").get<double>();
+            spent[w].accepted += counts.at("accepted").get<double>();
+            if (counts.contains("draft_passes")) spent[w].draft_passes += counts.at("draft_passes").get<double>();
+          }
+        }
+        spent[w].seconds.push_back(seconds);
+      }
+    }
+    for (std::size_t w = 0; w < ways.size(); ++w) {
+      Spent& each = spent[w];
+      std::sort(each.seconds.begin(), each.seconds.end());
+      out.push_back({{"way", ways[w].name},
+                     {"temperature", temperature},
+                     {"seconds", each.seconds[each.seconds.size() / 2]},
+                     {"tokens", each.tokens},
+                     {"passes", each.passes},
+                     {"drafted", each.drafted},
+                     {"tested", each.tested},
+                     {"accepted", each.accepted},
+                     {"draft_passes", each.draft_passes}});
+    }
+  }
+  return out;
+}
+
+Json curve(const char* small_file, const char* large_file, std::size_t most_windows,
+           const std::vector<fs::path>& texts) {
   const auto small = open_alone(small_file), large = open_alone(large_file);
   require_same_tokens(*small, *large);
   const std::int64_t context =
@@ -134,10 +222,13 @@ int main(int argc, char** argv) {
     pare::Json out;
     if (mode == "passes" && argc == 4 && std::atoi(argv[3]) > 0) {
       out = pare::passes(argv[2], std::atoi(argv[3]));
+    } else if (mode == "runs" && argc > 6 && std::atoi(argv[4]) > 1 && std::atoi(argv[5]) > 0) {
+      out = pare::runs(argv[2], argv[3], std::atoi(argv[4]), std::atoi(argv[5]), {argv + 6, argv + argc});
     } else if (mode == "curve" && argc > 5 && std::atoi(argv[4]) > 0) {
       out = pare::curve(argv[2], argv[3], static_cast<std::size_t>(std::atoi(argv[4])), {argv + 5, argv + argc});
     } else {
-      std::fprintf(stderr, "usage: ahead_figures passes FILE ROUNDS | curve SMALL LARGE WINDOWS TEXT...\n");
+      std::fprintf(stderr, "usage: ahead_figures passes FILE ROUNDS | runs MODEL DRAFT TOKENS ROUNDS TEXT... | "
+                   "curve SMALL LARGE WINDOWS TEXT...\n");
       return 2;
     }
     std::printf("%s\n", out.dump().c_str());

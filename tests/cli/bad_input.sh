@@ -277,7 +277,7 @@ for way in draft fallback; do
   sed -i 's/endoftext/endofsong/g' "$T/strange/tokenizer.json"
   cmp -s "$T/good/tokenizer.json" "$T/strange/tokenizer.json" && { echo "FAILED no other tokenizer"; FAILED=$((FAILED + 1)); }
   accept "export with another tokenizer" "$PARE" export "$T/strange" --to compact --codec q8 --out "$T/strange.pare"
-  refuse "run: $way with other tokens" 3 "strange.pare.*same tokenizer" "$EDGE" run "$T/good.pare" -p x -n 2 --$way "$T/strange.pare"
+  refuse "run: $way with other tokens" 3 "strange.pare.*as in good.pare" "$EDGE" run "$T/good.pare" -p x -n 2 --$way "$T/strange.pare"
   accept "run: the model as its own $way" "$EDGE" run "$T/good.pare" -p x -n 9 --$way "$T/good.pare"
 done
 refuse "a folder is no compact file: run" 3 "." "$PARE" run "$T/good" -p x -n 2
