@@ -54,6 +54,8 @@ Json run_export(const Options& options, Context& context) {
   if (codec != "keep") Codec::parse(codec, "--codec");  // a wrong name before anything is read
   if (to == "folder" && codec != "keep")
     throw usage_error("--codec", "keep with --to folder", codec, "pare quantize makes folders of codes");
+  if (to == "folder" && options.get<bool>("no-fallback"))
+    throw usage_error("--no-fallback", "--to compact or gguf", "--to folder", "a folder holds every matrix as it is");
   if (to != "gguf" && options.get<bool>("requantize"))
     throw usage_error("--requantize", "--to gguf", "--to " + to, "only GGUF blocks may not hold codes as they are");
   if (fs::exists(fs::symlink_status(out)))
@@ -95,8 +97,8 @@ Command export_command() {
        .default_value = "keep"},
       {.name = "no-fallback",
        .type = OptionType::kFlag,
-       .help = "refuse matrices that the target cannot hold as asked instead of storing them as q8c (compact) or F32 "
-               "(gguf)",
+       .help = "refuse matrices that the target cannot hold as asked instead of storing them as q8c, fused ones as f16, "
+               "(compact) or F32 (gguf)",
        .default_value = false},
       {.name = "requantize",
        .type = OptionType::kFlag,
