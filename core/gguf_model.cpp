@@ -176,10 +176,6 @@ class GgufModel : public TensorStore {
     }
   }
 
-  static Codec float_codec(DType dtype) {
-    return {dtype == DType::kF16 ? CodecKind::kF16 : dtype == DType::kBF16 ? CodecKind::kBf16 : CodecKind::kF32, 0};
-  }
-
   // Blocks that are codes of ours stay codes; others are floats in F32.
   Codec codec_of(const TensorSpec& spec, const Source& from) {
     const GgmlType type = from.view->type;

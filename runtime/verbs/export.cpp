@@ -36,7 +36,7 @@ Json run_gguf(const Checkpoint& checkpoint, const fs::path& out, const Options& 
 }
 
 Json run_folder(const Checkpoint& checkpoint, const fs::path& out, Context& context) {
-  export_folder(checkpoint, out, context);
+  const std::vector<std::string> notes = export_folder(checkpoint, out, context);
   const Checkpoint written(out);
   const auto bytes = static_cast<double>(written.tensor_bytes());
   context.report.add({.stage = "folder",
@@ -45,7 +45,7 @@ Json run_folder(const Checkpoint& checkpoint, const fs::path& out, Context& cont
                       .after = bytes,
                       .unit = "bytes",
                       .standard_error = {}});
-  return {{"out", out.string()}, {"tensor_bytes", written.tensor_bytes()}, {"notes", checkpoint.notes()}};
+  return {{"out", out.string()}, {"tensor_bytes", written.tensor_bytes()}, {"notes", notes}};
 }
 
 Json run_export(const Options& options, Context& context) {
