@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <map>
 
 #include "core/error.h"
 #include "core/fused_rows.h"
@@ -193,16 +194,26 @@ void write_folder_weights(const Checkpoint& checkpoint, CheckpointWriter& writer
 std::vector<std::string> export_folder(const Checkpoint& checkpoint, const fs::path& out, Context& context) {
   std::vector<std::string> notes = checkpoint.notes();
   note_doubles(checkpoint, notes);
-  FolderTransaction folder(out);
-  CheckpointWriter writer(folder.work(), checkpoint.config(), checkpoint.float_dtype());
+  std::map<std::string, std::string> side_files;
   for (const std::string& name : side_file_names()) {
-    const auto text = name == "tokenizer.json" ? embedded_tokenizer(checkpoint, &notes) : checkpoint.side_file(name);
-    if (text) writer.put_side_file(name, *text);
+    auto text = name == "tokenizer.json" ? embedded_tokenizer(checkpoint, &notes) : checkpoint.side_file(name);
+    if (text) side_files.emplace(name, std::move(*text));
   }
   if (context.progress != nullptr)
     for (const std::string& note : notes) context.progress->note(note);
-  write_folder_weights(checkpoint, writer, out, context);
-  writer.finish();
+  FolderTransaction folder(out);
+  if (!fs::is_empty(folder.work()))  // a stage could go on from there, an export cannot
+    throw usage_error(folder.work().string(), "no unfinished work of another command", "a folder that is not empty",
+                      "let that command finish, remove the folder or choose another --out");
+  try {
+    CheckpointWriter writer(folder.work(), checkpoint.config(), checkpoint.float_dtype());
+    for (const auto& [name, text] : side_files) writer.put_side_file(name, text);
+    write_folder_weights(checkpoint, writer, out, context);
+    writer.finish();
+  } catch (...) {
+    folder.discard();
+    throw;
+  }
   folder.commit();
   return notes;
 }
