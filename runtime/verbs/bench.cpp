@@ -138,14 +138,14 @@ Json measure(const Plan& plan, int threads, Context& context, Json& about) {
   auto engine = Engine::open(plan.path, options);
   std::vector<double> open_seconds{seconds_since(start)};
   const ModelConfig& config = engine->config();
-  const std::int64_t most = std::max(plan.prompt, plan.depth + plan.decode * (plan.depth > 0 ? plan.repeats + 1 : 1));
-  if (most > config.max_position_embeddings) {
-    throw input_error(
-        plan.path,
-        fmt::format("-p, and --depth with all repetitions of -n, at most {} (context)", config.max_position_embeddings),
-        std::to_string(most));
+  const std::int64_t most = config.max_position_embeddings;
+  // Each by itself: the sum of any two numbers may be none.
+  if (plan.prompt > most || plan.depth > most || plan.decode > most - plan.depth) {
+    throw input_error(plan.path, fmt::format("-p, and --depth and -n together, at most {} (context)", most),
+                      fmt::format("-p {}, --depth {} and -n {}", plan.prompt, plan.depth, plan.decode));
   }
-  const auto ids = bench_ids(std::max<std::int64_t>(most, 1), config.vocab_size, context.seed);
+  const auto ids = bench_ids(std::max<std::int64_t>({plan.prompt, plan.depth + plan.decode, 1}), config.vocab_size,
+                             context.seed);
   std::vector<float> logits(static_cast<std::size_t>(config.vocab_size * plan.sequences));
   const Work work = work_of(*engine);
   std::vector<double> prefill_rates, decode_rates, token_seconds;
@@ -174,13 +174,11 @@ Json measure(const Plan& plan, int threads, Context& context, Json& about) {
         }
       }
       if (plan.decode > 0) {
-        if (r == 0 || plan.depth == 0 || plan.prompt > 0) {
-          for (Session* const each : all) {
-            each->reset();
-            for (std::int64_t at = 0; at < plan.depth; at += 512) {
-              throw_if_interrupted("bench", "");
-              each->feed({ids.data() + at, static_cast<std::size_t>(std::min<std::int64_t>(512, plan.depth - at))});
-            }
+        for (Session* const each : all) {  // every repetition decodes at the same depth
+          each->reset();
+          for (std::int64_t at = 0; at < plan.depth; at += 512) {
+            throw_if_interrupted("bench", "");
+            each->feed({ids.data() + at, static_cast<std::size_t>(std::min<std::int64_t>(512, plan.depth - at))});
           }
         }
         const auto begin = Clock::now();
