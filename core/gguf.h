@@ -37,7 +37,8 @@ struct GgufTensor {
 };
 
 // Streaming writer: the header first, then the bytes of each tensor in order, each aligned to 32. finish() checks that
-// all came and commits. Errors: std::logic_error for duplicate or overlong names and rows that are no whole blocks.
+// all came and commits. Errors: exit 2 from finish() where a file appeared meanwhile; std::logic_error for duplicate or
+// overlong names and rows that are no whole blocks.
 class GgufWriter {
  public:
   GgufWriter(fs::path path, const std::vector<std::pair<std::string, GgufValue>>& metadata,
@@ -47,6 +48,7 @@ class GgufWriter {
 
  private:
   void pad();
+  fs::path path_;
   AtomicFile file_;
   std::vector<GgufTensor> tensors_;
   std::size_t current_ = 0;
