@@ -269,6 +269,12 @@ const GgufView* GgufFile::find(std::string_view name) const {
   return found == by_name_.end() ? nullptr : &tensors_[found->second];
 }
 
+std::uint64_t GgufFile::tensor_bytes() const {
+  std::uint64_t bytes = 0;
+  for (const GgufView& tensor : tensors_) bytes += tensor.data.size();
+  return bytes;
+}
+
 std::vector<std::string> GgufFile::keys() const {
   return keys_;
 }

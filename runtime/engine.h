@@ -29,7 +29,8 @@ class Engine {
   // A compact file, or a GGUF file, which is taken through a temporary compact one (in TMPDIR, gone when this returns).
   static std::shared_ptr<const Engine> open(const fs::path& file, const EngineOptions& options = {});
   virtual ~Engine() = default;
-  virtual const CompactFile& file() const = 0;
+  virtual const fs::path& path() const = 0;  // what was opened
+  virtual const CompactFile& file() const = 0;  // of a GGUF file: the temporary one, whose name is gone
   virtual const ModelConfig& config() const = 0;
   virtual const EngineOptions& options() const = 0;   // resolved: threads and kernels as chosen
   virtual const Tokenizer& tokenizer() const = 0;      // exit 3 if the file carries none; built on first use

@@ -7,6 +7,7 @@
 #include <chrono>
 
 #include "core/error.h"
+#include "core/gguf_file.h"
 #include "runtime/engine.h"
 #include "runtime/kernels.h"
 #include "runtime/roofline.h"
@@ -206,8 +207,8 @@ Json measure(const Plan& plan, int threads, Context& context, Json& about) {
   }
   about["kernels"] = engine->options().kernels;
   about["kv"] = engine->options().kv;
-  about["file_bytes"] = engine->file().file_bytes();
-  about["tensor_bytes"] = engine->file().tensor_bytes();
+  about["file_bytes"] = fs::file_size(engine->path());
+  about["tensor_bytes"] = about.at("converted") ? GgufFile(plan.path).tensor_bytes() : engine->file().tensor_bytes();
   about["bytes_per_token"] = work.bytes;
   about["block_weights_per_token"] = work.block_products;
   about["limit"] = work.rounded * 2 > work.block_products ? "int8" : "float";
@@ -268,7 +269,8 @@ std::string with_share(const Json& row, const char* value, const char* share) {
   return fmt::format("{:.2f} ({:.0f} %)", giga, 100 * row.at(share).get<double>());
 }
 
-std::string speed_table(const Json& results, const Plan& plan) {
+// converted: opening made a compact file first.
+std::string speed_table(const Json& results, const Plan& plan, bool converted) {
   const auto rate = [](const Json& row, const char* key) {
     if (!row.contains(key)) return std::string("-");
     const Json& s = row.at(key);
@@ -292,7 +294,7 @@ std::string speed_table(const Json& results, const Plan& plan) {
         rate(row, "prefill_tokens_per_second"), with_share(row, "prefill_operations_per_second", "prefill_peak_share"),
         rate(row, "decode_tokens_per_second"), with_share(row, "decode_bytes_per_second", "decode_read_share"), token);
   }
-  table += fmt::format("{:>7}  {:>28}  {:>15}  {:>28}  {:>13}\n", "threads", "open [ms]", "first token [s]",
+  table += fmt::format("{:>7}  {:>28}  {:>15}  {:>28}  {:>13}\n", "threads", converted ? "convert and open [ms]" : "open [ms]", "first token [s]",
                        "key/value cache [MB]", "resident [MB]");
   for (const Json& row : results) {
     const Json& open = row.at("open_seconds");
@@ -327,7 +329,11 @@ Json bench(const Options& options, Context& context) {
   }
   Json machine = Json::array();
   if (options.get<bool>("roofline")) {
-    CompactFile{plan.path};  // a file that is none should not cost the measurement
+    // A file that is none should not cost the measurement.
+    if (GgufFile::is_gguf(plan.path))
+      GgufFile{plan.path};
+    else
+      CompactFile{plan.path};
     machine = measure_machine(choose_kernels("").name, thread_counts, context);
     context.print(machine_table(machine));
   }
@@ -335,7 +341,7 @@ Json bench(const Options& options, Context& context) {
   Json out = {{"file", plan.path},          {"activations", options.get<std::string>("act")},
               {"prompt", plan.prompt},      {"tokens", plan.decode},
               {"repeats", plan.repeats},    {"depth", plan.depth},
-              {"sequences", plan.sequences}};
+              {"sequences", plan.sequences}, {"converted", GgufFile::is_gguf(plan.path)}};
   for (const int threads : thread_counts) {
     results.push_back(measure(plan, threads, context, out));
     add_shares(results.back(), machine, out.at("limit").get<std::string>());
@@ -345,7 +351,7 @@ Json bench(const Options& options, Context& context) {
   context.print(fmt::format(kTitle, plan.path, out.at("bytes_per_token").get<double>() * 1e-6,
                             out.at("kernels").get<std::string>(), options.get<std::string>("act"),
                             out.at("kv").get<std::string>(), plan.repeats) +
-                speed_table(results, plan));
+                speed_table(results, plan, out.at("converted").get<bool>()));
   out["machine"] = machine;
   out["results"] = results;
   out["peak_resident_bytes"] = peak_resident_bytes();
