@@ -363,7 +363,7 @@ Json bench(const Options& options, Context& context) {
 Command bench_command() {
   Command command;
   command.name = "bench";
-  command.summary = "Measure prefill and decode speed of a compact file";
+  command.summary = "Measure prefill and decode speed of a compact file or a GGUF file";
   command.options = {
       {.name = "model", .type = OptionType::kPath, .help = "compact file or GGUF file", .required = true, .positional = true},
       {.name = "prompt",
@@ -390,7 +390,7 @@ Command bench_command() {
        .short_name = "r"},
       {.name = "depth",
        .type = OptionType::kInteger,
-       .help = "tokens that the cache holds when the decode test begins",
+       .help = "tokens that the cache holds when each decode test begins",
        .default_value = 0,
        .minimum = 0},
       {.name = "sequences",

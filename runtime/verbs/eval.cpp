@@ -431,7 +431,7 @@ Command make_eval_command(EvalBackend backend) {
        .positional = true},
       {.name = "against",
        .type = OptionType::kPath,
-       .help = "the original: folder or compact file; without it, perplexity only"},
+       .help = "the original: folder, compact file or GGUF file; without it, perplexity only"},
       {.name = "text",
        .type = OptionType::kTextList,
        .help = "text to score: .txt or .jsonl files, or folders of them"},
