@@ -22,12 +22,6 @@ bool is_float(DType dtype) {
   return dtype == DType::kF32 || dtype == DType::kF16 || dtype == DType::kBF16 || dtype == DType::kF64;
 }
 
-Codec float_codec(DType dtype) {
-  if (dtype == DType::kF16) return {CodecKind::kF16, 0};
-  if (dtype == DType::kBF16) return {CodecKind::kBf16, 0};
-  return {CodecKind::kF32, 0};
-}
-
 std::int64_t elements_of(const TensorSpec& spec) { return spec.shape[0] * (spec.shape.size() == 2 ? spec.shape[1] : 1); }
 
 // "model.layers.0.mlp.up_proj.weight" -> "model.layers.0.mlp.up_proj"

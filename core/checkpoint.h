@@ -81,7 +81,7 @@ class CheckpointWriter {
 
   bool has(std::string_view name) const;
   void put(std::string_view name, const float* values);              // converted to dtype, shape from the config
-  // In a type of its own, which has to hold the values bit for bit, finite or not.
+  // In a type of its own, F32, F16 or BF16, which has to hold the values bit for bit, finite or not.
   void put_stored(std::string_view name, DType dtype, const float* values);
   void put_codes(std::string_view name, const QuantizedTensor& codes);
   // Puts a whole group (one decoder block, say) as one durable piece: either all of it is there after a crash or none.

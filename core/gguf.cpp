@@ -77,7 +77,7 @@ std::uint64_t GgufTensor::bytes() const {
 
 GgufWriter::GgufWriter(fs::path path, const std::vector<std::pair<std::string, GgufValue>>& metadata,
                        std::vector<GgufTensor> tensors)
-    : file_(std::move(path)), tensors_(std::move(tensors)) {
+    : path_(std::move(path)), file_(path_), tensors_(std::move(tensors)) {
   Bytes header;
   header.number<std::uint32_t>(0x46554747);  // "GGUF"
   header.number<std::uint32_t>(3);
@@ -125,6 +125,8 @@ void GgufWriter::write(std::span<const std::byte> bytes) {
 void GgufWriter::finish() {
   if (current_ != tensors_.size())
     throw std::logic_error("GgufWriter: bytes of " + tensors_[current_].name + " are missing");
+  if (fs::exists(fs::symlink_status(path_)))
+    throw usage_error(path_.string(), "an output that does not exist yet", "one that appeared meanwhile");
   file_.commit();
 }
 

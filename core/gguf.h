@@ -37,7 +37,8 @@ struct GgufTensor {
 };
 
 // Streaming writer: the header first, then the bytes of each tensor in order, each aligned to 32. finish() checks that
-// all came and commits. Errors: std::logic_error for duplicate or overlong names and rows that are no whole blocks.
+// all came and commits. Errors: exit 2 from finish() where a file appeared meanwhile; std::logic_error for duplicate or
+// overlong names and rows that are no whole blocks.
 class GgufWriter {
  public:
   GgufWriter(fs::path path, const std::vector<std::pair<std::string, GgufValue>>& metadata,
@@ -47,6 +48,7 @@ class GgufWriter {
 
  private:
   void pad();
+  fs::path path_;
   AtomicFile file_;
   std::vector<GgufTensor> tensors_;
   std::size_t current_ = 0;
@@ -59,9 +61,12 @@ class GgufWriter {
 void pack_ggml_row(GgmlType type, const QuantizedTensor& tensor, std::int64_t row, std::byte* out);
 // Whether -zero * scale of every group is a half: what Q4_1 needs to hold the same weights.
 bool minima_are_halves(const QuantizedTensor& tensor);
-// The other way: blocks of a row as codes [cols] with a scale (and a zero, Q4_1) for each block. false where codes of
-// ours cannot hold the same weights: Q8_0 with a code of -128, Q4_1 whose minimum is no -0 to -15 scales.
-bool unpack_ggml_row(GgmlType type, const std::byte* blocks, std::int64_t cols, std::int8_t* codes,
-                     std::uint16_t* scales, std::uint8_t* zeros);
+// The other way: blocks of Q8_0, Q4_0 or Q4_1 as a row of `out`, whose codec (q8, q4, q4a or q4m in groups of 32) and
+// sizes are set. false where it cannot hold the same weights, bit for bit but for the signs of zeros in Q8_0 and Q4_0:
+// scales or minima that are not finite, Q8_0 with a code of -128, q4a where a minimum is no -0 to -15 scales, q4m where
+// a scale is below 0 and minimum + 15 scales, the minimum of the codes the other way round, is no half.
+bool unpack_ggml_row(GgmlType type, const std::byte* blocks, QuantizedTensor& out, std::int64_t row);
+// Whether all scales and minima of whole blocks of these three types are finite.
+bool ggml_scales_are_finite(GgmlType type, const std::byte* blocks, std::int64_t values);
 
 }  // namespace pare

@@ -12,10 +12,18 @@ namespace {
 
 using Bytes = const std::uint8_t*;
 
-float half(Bytes at) {
+std::uint16_t half_bits(Bytes at) {
   std::uint16_t bits;
   std::memcpy(&bits, at, 2);
-  return f16_to_f32(bits);
+  return bits;
+}
+
+bool finite(std::uint16_t half) {
+  return (half & 0x7c00u) != 0x7c00u;
+}
+
+float half(Bytes at) {
+  return f16_to_f32(half_bits(at));
 }
 
 float integer(int value) {
@@ -127,9 +135,7 @@ void f16(Bytes at, float* out) {
   *out = half(at);
 }
 void bf16(Bytes at, float* out) {
-  std::uint16_t bits;
-  std::memcpy(&bits, at, 2);
-  *out = bf16_to_f32(bits);
+  *out = bf16_to_f32(half_bits(at));
 }
 
 struct Row {
@@ -167,13 +173,6 @@ const Row& row_of(GgmlType type) {
   return *row;
 }
 
-// Halves as they are: -0 would be another spelling of no scale.
-std::uint16_t half_bits(Bytes at) {
-  std::uint16_t bits;
-  std::memcpy(&bits, at, 2);
-  return bits == 0x8000u ? std::uint16_t{0} : bits;
-}
-
 }  // namespace
 
 bool is_ggml_type(std::uint32_t number) {
@@ -204,30 +203,58 @@ void ggml_to_f32(GgmlType type, const std::byte* blocks, std::int64_t values, fl
   for (std::int64_t i = 0; i < values; i += row.values, from += row.bytes) row.read(from, out + i);
 }
 
-bool unpack_ggml_row(GgmlType type, const std::byte* blocks, std::int64_t cols, std::int8_t* codes,
-                     std::uint16_t* scales, std::uint8_t* zeros) {
+bool ggml_scales_are_finite(GgmlType type, const std::byte* blocks, std::int64_t values) {
+  const Row& row = row_of(type);
   auto block = reinterpret_cast<Bytes>(blocks);
-  for (std::int64_t first = 0; first < cols; first += 32, block += row_of(type).bytes) {
-    std::int8_t* out = codes + first;
+  for (std::int64_t i = 0; i < values; i += row.values, block += row.bytes)
+    if (!finite(half_bits(block)) || (type == GgmlType::kQ4_1 && !finite(half_bits(block + 2)))) return false;
+  return true;
+}
+
+bool unpack_ggml_row(GgmlType type, const std::byte* blocks, QuantizedTensor& out, std::int64_t row) {
+  const std::int64_t groups = out.codec.groups(out.cols);
+  auto block = reinterpret_cast<Bytes>(blocks);
+  for (std::int64_t g = 0; g < groups; ++g, block += row_of(type).bytes) {
+    std::int8_t* codes = out.codes.data() + row * out.cols + g * 32;
+    const auto at = static_cast<std::size_t>(row * groups + g);
     std::uint16_t scale = half_bits(block);
+    if (!finite(scale)) return false;
+    const bool negative = (scale & 0x8000u) != 0;
+    if (scale == 0x8000u) scale = 0;  // -0 would be another spelling of no scale
     if (type == GgmlType::kQ8_0) {
-      const bool negative = (scale & 0x8000u) != 0;  // codes are symmetric: both signs change
-      scale &= 0x7fffu;
+      scale &= 0x7fffu;  // codes are symmetric: both signs change
       for (int i = 0; i < 32; ++i) {
         const int code = static_cast<std::int8_t>(block[2 + i]);
         if (code == -128) return false;
-        out[i] = static_cast<std::int8_t>(negative ? -code : code);
+        codes[i] = static_cast<std::int8_t>(negative ? -code : code);
       }
     } else if (type == GgmlType::kQ4_0) {
-      for (int i = 0; i < 32; ++i) out[i] = static_cast<std::int8_t>(nibble(block + 2, i) - 8);
+      for (int i = 0; i < 32; ++i) codes[i] = static_cast<std::int8_t>(nibble(block + 2, i) - 8);
     } else {
-      const float d = f16_to_f32(scale), m = half(block + 2);
-      const float zero = d > 0 ? -m / d : 0.0f;
-      if (!(d >= 0) || !(zero >= 0 && zero <= 15) || std::floor(zero) != zero || -zero * d != m) return false;
-      *zeros++ = static_cast<std::uint8_t>(zero);
-      for (int i = 0; i < 32; ++i) out[i] = static_cast<std::int8_t>(nibble(block + 4, i));
+      std::uint16_t minimum = half_bits(block + 2);
+      if (!finite(minimum) || (negative && minimum == 0x8000u)) return false;  // code 0: -0 x scale - 0 is -0
+      const float d = f16_to_f32(scale), m = f16_to_f32(minimum);
+      bool turned = false;
+      if (out.codec.kind == CodecKind::kQ4a) {
+        const float zero = d > 0 ? -m / d : 0.0f;
+        if (!(d >= 0) || !(zero >= 0 && zero <= 15) || std::floor(zero) != zero || -zero * d != m) return false;
+        out.zeros[at] = static_cast<std::uint8_t>(zero);
+      } else {
+        if (d < 0) {  // code x d + m = (15 - code) x -d + (m + 15 d)
+          const double other = static_cast<double>(m) + 15 * static_cast<double>(d);
+          minimum = f32_to_f16(static_cast<float>(other));
+          if (static_cast<double>(f16_to_f32(minimum)) != other) return false;
+          scale &= 0x7fffu;
+          turned = true;
+        }
+        out.minima[at] = minimum;
+      }
+      for (int i = 0; i < 32; ++i) {
+        const int code = nibble(block + 4, i);
+        codes[i] = static_cast<std::int8_t>(turned ? 15 - code : code);
+      }
     }
-    *scales++ = scale;
+    out.scales[at] = scale;
   }
   return true;
 }

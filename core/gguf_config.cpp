@@ -131,6 +131,9 @@ void read_rope(const GgufFile& file, const Keys& keys, const GgufArchitecture& a
   out.rotary_dim = rotated == out.head_dim ? 0 : rotated;
   const bool divided = file.find("rope_freqs.weight") != nullptr;
   const bool two = file.find("rope_factors_long.weight") != nullptr;
+  if (two && !arch.long_rope)
+    throw input_error(file.path().string() + ": rope_factors_long.weight", "no such tensor in this architecture",
+                      "one");
   const std::string type = keys.text("rope.scaling.type").value_or(two ? "longrope" : "none");
   const double old = keys.number("rope.scale_linear", 1e-6, 1e6).value_or(1.0);
   const double factor = keys.number("rope.scaling.factor", 1e-6, 1e6).value_or(old);

@@ -76,12 +76,13 @@ std::optional<std::int64_t> whole(std::uint32_t type, const std::byte* at) {
   }
 }
 
-std::string cut(std::string text) {
+// The first 80 bytes, less what would be a part of a character.
+std::string cut(std::string_view text) {
   constexpr std::size_t kShown = 80;
-  if (text.size() <= kShown) return text;
+  if (text.size() <= kShown) return std::string(text);
   std::size_t end = kShown;
   while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xc0) == 0x80) --end;
-  return text.substr(0, end) + "...";
+  return std::string(text.substr(0, end)) + "...";
 }
 
 }  // namespace
@@ -268,6 +269,12 @@ const GgufView* GgufFile::find(std::string_view name) const {
   return found == by_name_.end() ? nullptr : &tensors_[found->second];
 }
 
+std::uint64_t GgufFile::tensor_bytes() const {
+  std::uint64_t bytes = 0;
+  for (const GgufView& tensor : tensors_) bytes += tensor.data.size();
+  return bytes;
+}
+
 std::vector<std::string> GgufFile::keys() const {
   return keys_;
 }
@@ -390,9 +397,9 @@ Json GgufFile::shown(std::string_view key) const {
   const auto element = [&](std::uint32_t type) -> Json {
     if (type == kString) {
       const auto length = load<std::uint64_t>(at);
-      std::string text(reinterpret_cast<const char*>(at + 8), std::min<std::uint64_t>(length, 1000));
+      const std::string text = cut({reinterpret_cast<const char*>(at + 8), length});
       at += 8 + length;
-      return tok::is_valid_utf8(text) ? Json(cut(text)) : Json("(" + std::to_string(length) + " bytes)");
+      return tok::is_valid_utf8(text) ? Json(text) : Json("(" + std::to_string(length) + " bytes)");
     }
     const std::byte* here = at;
     at += kBytes[type];

@@ -37,6 +37,7 @@ class GgufFile {
   const fs::path& path() const { return file_.path(); }
   int version() const { return version_; }
   std::uint64_t file_bytes() const { return file_.bytes().size(); }
+  std::uint64_t tensor_bytes() const;  // without what pads them
   const MappedFile& file() const { return file_; }
   const std::vector<GgufView>& tensors() const { return tensors_; }  // in file order
   const GgufView* find(std::string_view name) const;

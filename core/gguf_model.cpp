@@ -1,6 +1,7 @@
 // A GGUF file as a model of ours.
 #include <algorithm>
 #include <cstring>
+#include <mutex>
 #include <set>
 
 #include "core/error.h"
@@ -37,22 +38,18 @@ class GgufModel : public TensorStore {
 
   const ModelConfig& config() const override { return config_; }
   DType dtype(const TensorSpec& spec) const override { return source(spec).dtype; }
-  Codec codec(const TensorSpec& spec) const override { return source(spec).codec; }
+  // Which codes blocks are takes a look at all of them: once, when it is asked.
+  Codec codec(const TensorSpec& spec) const override {
+    const Source& from = source(spec);
+    const std::lock_guard lock(looking_);
+    if (!from.codec) from.codec = codec_of_blocks(spec, from);
+    return *from.codec;
+  }
 
   QuantizedTensor codes(const TensorSpec& spec) const override {
     const Source& from = source(spec);
-    QuantizedTensor tensor;
-    tensor.codec = from.codec;
-    tensor.rows = spec.shape[0];
-    tensor.cols = spec.shape[1];
-    tensor.codes.resize(static_cast<std::size_t>(tensor.rows * tensor.cols));
-    const std::int64_t groups = tensor.codec.groups(tensor.cols);
-    tensor.scales.resize(static_cast<std::size_t>(tensor.rows * groups));
-    const bool zeros = tensor.codec.kind == CodecKind::kQ4a;
-    if (zeros) tensor.zeros.resize(tensor.scales.size());
-    for (std::int64_t r = 0; r < tensor.rows; ++r)
-      unpack_ggml_row(from.view->type, row(from, spec, r), tensor.cols, tensor.codes.data() + r * tensor.cols,
-                      tensor.scales.data() + r * groups, zeros ? tensor.zeros.data() + r * groups : nullptr);
+    QuantizedTensor tensor = no_codes(codec(spec), spec.shape[0], spec.shape[1]);
+    for (std::int64_t r = 0; r < tensor.rows; ++r) unpack_ggml_row(from.view->type, row(from, spec, r), tensor, r);
     tensor.validate(file_.path().string() + ": " + from.view->name);
     return tensor;
   }
@@ -92,7 +89,17 @@ class GgufModel : public TensorStore {
   }
 
   std::string content_hash() const override { return hash_file(file_.path()); }
-  std::vector<std::string> notes() const override { return notes_; }
+  std::vector<std::string> notes() const override {
+    std::map<std::string, std::int64_t> unpacked;
+    for (const TensorSpec& spec : specs_) {
+      const GgmlType type = source(spec).view->type;
+      if (ggml_block_values(type) > 1 && codec(spec).is_float()) ++unpacked[ggml_type_name(type)];
+    }
+    std::vector<std::string> notes;
+    for (const auto& [type, tensors] : unpacked)
+      notes.push_back(std::to_string(tensors) + " tensors of " + type + ": taken as the floats that they stand for");
+    return notes;
+  }
 
  private:
   struct Source {
@@ -101,8 +108,18 @@ class GgufModel : public TensorStore {
     bool neighbours = false, adds_one = false, always_f32 = false;
     std::vector<float> own;  // values that the file has in a key, instead of the view
     DType dtype = DType::kF32;
-    Codec codec;
+    mutable std::optional<Codec> codec;  // of blocks: nothing before they were looked at
   };
+
+  // As many codes, scales, zeros and minima as such a matrix has.
+  static QuantizedTensor no_codes(const Codec& codec, std::int64_t rows, std::int64_t cols) {
+    const auto groups = static_cast<std::size_t>(rows * codec.groups(cols));
+    QuantizedTensor tensor{codec, rows, cols, {}, std::vector<std::uint16_t>(groups), {}, {}};
+    tensor.codes.resize(static_cast<std::size_t>(rows * cols));
+    if (codec.kind == CodecKind::kQ4a) tensor.zeros.resize(groups);
+    if (codec.kind == CodecKind::kQ4m) tensor.minima.resize(groups);
+    return tensor;
+  }
 
   static std::int64_t columns(const TensorSpec& spec) { return spec.shape.size() == 2 ? spec.shape[1] : 1; }
   const Source& source(const TensorSpec& spec) const { return sources_.find(spec.name)->second; }
@@ -176,43 +193,37 @@ class GgufModel : public TensorStore {
     }
   }
 
-  static Codec float_codec(DType dtype) {
-    return {dtype == DType::kF16 ? CodecKind::kF16 : dtype == DType::kBF16 ? CodecKind::kBf16 : CodecKind::kF32, 0};
-  }
-
-  // Blocks that are codes of ours stay codes; others are floats in F32.
-  Codec codec_of(const TensorSpec& spec, const Source& from) {
+  // Blocks that are codes of ours stay codes, the smallest that hold all of a tensor; others are floats in F32.
+  Codec codec_of_blocks(const TensorSpec& spec, const Source& from) const {
     const GgmlType type = from.view->type;
-    const CodecKind kind = type == GgmlType::kQ8_0   ? CodecKind::kQ8
-                           : type == GgmlType::kQ4_0 ? CodecKind::kQ4
-                                                     : CodecKind::kQ4a;
-    if ((type != GgmlType::kQ8_0 && type != GgmlType::kQ4_0 && type != GgmlType::kQ4_1) || from.always_f32)
-      return {CodecKind::kF32, 0};
-    if (type != GgmlType::kQ4_0) {
-      std::vector<std::int8_t> codes(static_cast<std::size_t>(spec.shape[1]));
-      std::vector<std::uint16_t> scales(codes.size() / 32);
-      std::vector<std::uint8_t> zeros(scales.size());
-      for (std::int64_t r = 0; r < spec.shape[0]; ++r)
-        if (!unpack_ggml_row(type, row(from, spec, r), spec.shape[1], codes.data(), scales.data(), zeros.data()))
-          return {CodecKind::kF32, 0};
+    std::vector<QuantizedTensor> tries;
+    const auto add = [&](CodecKind kind) { tries.push_back(no_codes({kind, 32}, 1, spec.shape[1])); };
+    if (type == GgmlType::kQ8_0) add(CodecKind::kQ8);
+    if (type == GgmlType::kQ4_0) add(CodecKind::kQ4);
+    if (type == GgmlType::kQ4_1) add(CodecKind::kQ4a), add(CodecKind::kQ4m);
+    if (tries.empty() || from.always_f32) return float_codec(DType::kF32);
+    std::size_t fits = 0;  // what q4a holds, q4m holds as well
+    for (std::int64_t r = 0; r < spec.shape[0]; ++r) {
+      const std::byte* blocks = row(from, spec, r);
+      if (!ggml_scales_are_finite(type, blocks, spec.shape[1]))
+        throw input_error(file_.path().string() + ": " + from.view->name, "finite scales and minima",
+                          "others in row " + std::to_string(r) + " of " + spec.name, "the file is damaged");
+      while (fits < tries.size() && !unpack_ggml_row(type, blocks, tries[fits], 0)) ++fits;
     }
-    return {kind, 32};
+    release(spec);
+    return fits < tries.size() ? tries[fits].codec : float_codec(DType::kF32);
   }
 
   void choose_types() {
-    std::map<std::string, std::int64_t> unpacked;
     for (const TensorSpec& spec : specs_) {
       Source& from = sources_[spec.name];
       const GgmlType type = from.view->type;
+      if (ggml_block_values(type) > 1) continue;
       if (type == GgmlType::kF16) from.dtype = DType::kF16;
       if (type == GgmlType::kBF16) from.dtype = DType::kBF16;
-      from.codec = ggml_block_values(type) > 1 ? codec_of(spec, from) : float_codec(from.dtype);
-      if (ggml_block_values(type) > 1 && from.codec.is_float()) ++unpacked[ggml_type_name(type)];
-      if (!from.always_f32 && ggml_block_values(type) == 1)
-        vectors_.count_matrix(from.dtype, spec.shape[0] * columns(spec));
+      from.codec = float_codec(from.dtype);
+      if (!from.always_f32) vectors_.count_matrix(from.dtype, spec.shape[0] * columns(spec));
     }
-    for (const auto& [type, tensors] : unpacked)
-      notes_.push_back(std::to_string(tensors) + " tensors of " + type + ": taken as the floats that they stand for");
     for (const TensorSpec& spec : specs_) {
       Source& from = sources_[spec.name];
       if (!from.always_f32 || from.view->type != GgmlType::kF32) continue;
@@ -247,7 +258,7 @@ class GgufModel : public TensorStore {
   ModelConfig config_;
   std::vector<TensorSpec> specs_;
   std::map<std::string, Source, std::less<>> sources_;
-  std::vector<std::string> notes_;
+  mutable std::mutex looking_;
 };
 
 }  // namespace

@@ -2,14 +2,27 @@
 
 #include <bit>
 #include <cstring>
+#include <stdexcept>
 
 #include "core/compact.h"
 #include "core/error.h"
 
 namespace pare {
 
+Codec float_codec(DType dtype) {
+  if (dtype == DType::kF16) return {CodecKind::kF16, 0};
+  if (dtype == DType::kBF16) return {CodecKind::kBf16, 0};
+  return {CodecKind::kF32, 0};
+}
+
+DType float_dtype(CodecKind kind) {
+  return kind == CodecKind::kF16 ? DType::kF16 : kind == CodecKind::kBf16 ? DType::kBF16 : DType::kF32;
+}
+
 bool holds_exactly(DType dtype, std::span<const float> values) {
   if (dtype == DType::kF32) return true;
+  if (dtype != DType::kF16 && dtype != DType::kBF16)
+    throw std::logic_error("floats in " + std::string(dtype_name(dtype)));
   for (const float value : values) {
     const float back = dtype == DType::kF16 ? f16_to_f32(f32_to_f16(value)) : bf16_to_f32(f32_to_bf16(value));
     if (std::bit_cast<std::uint32_t>(back) != std::bit_cast<std::uint32_t>(value)) return false;
@@ -68,7 +81,7 @@ class CompactModel : public TensorStore {
     for (const TensorSpec& spec : specs) {
       const CompactTensor& tensor = file_.tensor(spec.name);
       if (spec.shape.size() == 2 && tensor.codec.is_float())
-        vectors_.count_matrix(dtype_of(tensor.codec), spec.shape[0] * spec.shape[1]);
+        vectors_.count_matrix(float_dtype(tensor.codec.kind), spec.shape[0] * spec.shape[1]);
     }
     for (const TensorSpec& spec : specs) {
       if (spec.shape.size() != 1) continue;
@@ -80,12 +93,10 @@ class CompactModel : public TensorStore {
   const ModelConfig& config() const override { return file_.config(); }
   DType dtype(const TensorSpec& spec) const override {
     if (const auto found = types_.find(spec.name); found != types_.end()) return found->second;
-    return dtype_of(file_.tensor(spec.name).codec);
+    return float_dtype(file_.tensor(spec.name).codec.kind);
   }
   Codec codec(const TensorSpec& spec) const override {
-    const DType type = dtype(spec);
-    if (const auto found = types_.find(spec.name); found != types_.end())
-      return {type == DType::kF16 ? CodecKind::kF16 : type == DType::kBF16 ? CodecKind::kBf16 : CodecKind::kF32, 0};
+    if (const auto found = types_.find(spec.name); found != types_.end()) return float_codec(found->second);
     return file_.tensor(spec.name).codec;
   }
   QuantizedTensor codes(const TensorSpec& spec) const override {
@@ -97,7 +108,7 @@ class CompactModel : public TensorStore {
   }
   void read_rows_f32(const TensorSpec& spec, std::int64_t first, std::int64_t count, float* out) const override {
     const CompactTensor& tensor = file_.tensor(spec.name);
-    const DType type = dtype_of(tensor.codec);
+    const DType type = float_dtype(tensor.codec.kind);
     const std::int64_t cols = spec.shape.size() == 2 ? spec.shape[1] : 1;
     const auto bytes = static_cast<std::size_t>(spec.shape[0] * cols) * static_cast<std::size_t>(dtype_bits(type)) / 8;
     to_f32({spec.name, type, spec.shape, tensor.payload.first(bytes)}, first * cols, count * cols, out);
@@ -107,9 +118,6 @@ class CompactModel : public TensorStore {
   std::string content_hash() const override { return file_.file_hash(); }
 
  private:
-  static DType dtype_of(const Codec& codec) {
-    return codec.kind == CodecKind::kF16 ? DType::kF16 : codec.kind == CodecKind::kBf16 ? DType::kBF16 : DType::kF32;
-  }
   CompactFile file_;
   VectorTypes vectors_;
   std::map<std::string, DType, std::less<>> types_;  // of vectors

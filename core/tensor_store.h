@@ -33,7 +33,11 @@ class TensorStore {
 std::shared_ptr<TensorStore> open_gguf_model(const fs::path& path);
 std::shared_ptr<TensorStore> open_compact_model(const fs::path& path);
 
-// Whether `dtype` holds these floats bit for bit, NaN payloads and signs of zero included.
+// How floats are kept that a folder has in `dtype`: doubles as F32, others as they are; and the type of such floats.
+Codec float_codec(DType dtype);
+DType float_dtype(CodecKind kind);
+
+// Whether `dtype`, F32, F16 or BF16, holds these floats bit for bit, NaN payloads and signs of zero included.
 bool holds_exactly(DType dtype, std::span<const float> values);
 
 // Vectors stand in F32 in such files, whatever they were. They are taken back to the type that most values of the float

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <mutex>
 #include <optional>
 
@@ -16,8 +17,15 @@ namespace {
 
 class MappedEngine : public Engine {
  public:
-  MappedEngine(const fs::path& path, const EngineOptions& options)
-      : kernels_(choose_kernels(options.kernels)), file_(path), weights_(view_weights(file_)), options_(options) {
+  // `path`: the compact file; `opened`: what it was made of, or itself; `no_tokenizer`: why it carries none, if known.
+  MappedEngine(const fs::path& path, const EngineOptions& options, fs::path opened,
+               std::exception_ptr no_tokenizer = nullptr)
+      : kernels_(choose_kernels(options.kernels)),
+        file_(path),
+        weights_(view_weights(file_)),
+        options_(options),
+        opened_(std::move(opened)),
+        no_tokenizer_(std::move(no_tokenizer)) {
     if (options_.threads < 0 || options_.threads > kMaxThreads) {
       throw usage_error("threads", "0 to " + std::to_string(kMaxThreads), std::to_string(options_.threads));
     }
@@ -30,17 +38,19 @@ class MappedEngine : public Engine {
     kv_ = parse_kv(options_.kv);
   }
 
+  const fs::path& path() const override { return opened_; }
   const CompactFile& file() const override { return file_; }
   const ModelConfig& config() const override { return file_.config(); }
   const EngineOptions& options() const override { return options_; }
   const Tokenizer& tokenizer() const override {
     std::call_once(tokenizer_once_, [this] {
       const std::optional<std::string> text = file_.embedded("tokenizer.json");
+      if (!text && no_tokenizer_) std::rethrow_exception(no_tokenizer_);
       if (!text) {
-        throw input_error(file_.path().string(), "an embedded tokenizer", "none",
+        throw input_error(opened_.string(), "an embedded tokenizer", "none",
                           "export the model again from a folder that has tokenizer.json");
       }
-      tokenizer_.emplace(Tokenizer::from_text(*text, file_.path().string() + ": tokenizer.json"));
+      tokenizer_.emplace(Tokenizer::from_text(*text, opened_.string() + ": tokenizer.json"));
     });
     return *tokenizer_;
   }
@@ -53,6 +63,8 @@ class MappedEngine : public Engine {
   CompactFile file_;
   Weights weights_;
   EngineOptions options_;
+  fs::path opened_;
+  std::exception_ptr no_tokenizer_;
   KvType kv_ = KvType::kF32;
   mutable std::once_flag tokenizer_once_;
   mutable std::optional<Tokenizer> tokenizer_;
@@ -60,8 +72,9 @@ class MappedEngine : public Engine {
 
 }  // namespace
 
-std::shared_ptr<const Engine> Engine::open_compact(const fs::path& file, const EngineOptions& options) {
-  return std::make_shared<MappedEngine>(file, options);
+std::shared_ptr<const Engine> Engine::open_compact(const fs::path& file, const EngineOptions& options,
+                                                   const fs::path& origin, std::exception_ptr no_tokenizer) {
+  return std::make_shared<MappedEngine>(file, options, origin.empty() ? file : origin, std::move(no_tokenizer));
 }
 
 namespace {
@@ -118,7 +131,7 @@ Session::Session(Session&&) noexcept = default;
 
 void Session::Impl::check(std::span<const std::int32_t> ids) const {
   const auto count = static_cast<std::int64_t>(ids.size());
-  const std::string place = engine->file().path().string();
+  const std::string place = engine->path().string();
   if (count > limit - position) {
     throw input_error(place, "at most " + std::to_string(limit) + " positions (context full)",
                       std::to_string(position + count), "shorten the text or split it into windows");
@@ -133,7 +146,7 @@ void Session::Impl::check(std::span<const std::int32_t> ids) const {
 
 void Session::Impl::stopped() {
   stop.store(false);
-  throw Error(ExitCode::kInterrupted, engine->file().path().string(), "a call that ends by itself",
+  throw Error(ExitCode::kInterrupted, engine->path().string(), "a call that ends by itself",
               "a request to stop");
 }
 
@@ -380,7 +393,7 @@ class RuntimeLogits : public LogitsSource {
  public:
   explicit RuntimeLogits(std::shared_ptr<const Engine> engine) : engine_(engine), session_(std::move(engine)) {}
   std::string name() const override {
-    return engine_->file().path().filename().string() + " (runtime, " + engine_->options().kernels + ")";
+    return engine_->path().filename().string() + " (runtime, " + engine_->options().kernels + ")";
   }
   std::int64_t vocab_size() const override { return engine_->config().vocab_size; }
   void begin(std::span<const std::int32_t> ids) override {

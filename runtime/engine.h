@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <span>
@@ -28,10 +29,14 @@ class Engine {
  public:
   // A compact file, or a GGUF file, which is taken through a temporary compact one (in TMPDIR, gone when this returns).
   static std::shared_ptr<const Engine> open(const fs::path& file, const EngineOptions& options = {});
-  // A compact file; what it takes is all that an embedded runtime carries.
-  static std::shared_ptr<const Engine> open_compact(const fs::path& file, const EngineOptions& options = {});
+  // A compact file; what it takes is all that an embedded runtime carries. `origin`: what messages name in its place;
+  // `no_tokenizer`: why it carries none, thrown where one is asked for.
+  static std::shared_ptr<const Engine> open_compact(const fs::path& file, const EngineOptions& options = {},
+                                                    const fs::path& origin = {},
+                                                    std::exception_ptr no_tokenizer = nullptr);
   virtual ~Engine() = default;
-  virtual const CompactFile& file() const = 0;
+  virtual const fs::path& path() const = 0;  // what was opened
+  virtual const CompactFile& file() const = 0;  // of a GGUF file: the temporary one, whose name is gone
   virtual const ModelConfig& config() const = 0;
   virtual const EngineOptions& options() const = 0;   // resolved: threads and kernels as chosen
   virtual const Tokenizer& tokenizer() const = 0;      // exit 3 if the file carries none; built on first use

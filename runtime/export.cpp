@@ -1,6 +1,9 @@
 #include "runtime/export.h"
 
+#include <algorithm>
+#include <cmath>
 #include <functional>
+#include <map>
 
 #include "core/error.h"
 #include "core/fused_rows.h"
@@ -13,16 +16,6 @@ namespace {
 
 constexpr const char* kEmbeddedFiles[] = {"tokenizer.json", "tokenizer_config.json", "generation_config.json",
                                           "special_tokens_map.json", "chat_template.jinja"};
-
-Codec kept_float(DType dtype) {
-  if (dtype == DType::kF16) return {CodecKind::kF16, 0};
-  if (dtype == DType::kBF16) return {CodecKind::kBf16, 0};
-  return {CodecKind::kF32, 0};
-}
-
-}  // namespace
-
-namespace {
 
 std::optional<std::string> tokenizer_or_note(const std::function<std::optional<std::string>()>& read,
                                              std::vector<std::string>* notes) {
@@ -38,16 +31,20 @@ std::optional<std::string> tokenizer_or_note(const std::function<std::optional<s
   }
 }
 
+void note_doubles(const Checkpoint& checkpoint, std::vector<std::string>& notes) {
+  const auto count = std::count_if(checkpoint.tensors().begin(), checkpoint.tensors().end(), [&](const TensorSpec& spec) {
+    return checkpoint.dtype(spec.name) == DType::kF64;
+  });
+  if (count > 0) notes.push_back(std::to_string(count) + " tensors of F64: stored in F32");
+}
+
 // Types of vectors, which a compact file holds in f32, where they are not what its reader would take them for.
 std::optional<std::string> vector_types(const Checkpoint& checkpoint, const ExportPlan& plan) {
   VectorTypes types({}, "");
   types.set_fallback(checkpoint.float_dtype());
-  const auto type_of = [](CodecKind kind) {
-    return kind == CodecKind::kF16 ? DType::kF16 : kind == CodecKind::kBf16 ? DType::kBF16 : DType::kF32;
-  };
   for (const CompactWriter::Plan& tensor : plan.tensors)
     if (tensor.shape.size() == 2 && tensor.codec.is_float())
-      types.count_matrix(type_of(tensor.codec.kind), tensor.shape[0] * tensor.shape[1]);
+      types.count_matrix(float_dtype(tensor.codec.kind), tensor.shape[0] * tensor.shape[1]);
   for (const TensorSpec& spec : checkpoint.tensors())
     if (spec.shape.size() == 1 && checkpoint.dtype(spec.name) != DType::kF64)
       types.expect(spec.name, checkpoint.dtype(spec.name), checkpoint.read_f32(spec.name));
@@ -68,6 +65,7 @@ ExportPlan plan_export(const Checkpoint& checkpoint, const ExportOptions& option
   ExportPlan plan;
   plan.notes = checkpoint.notes();
   const bool keep = options.codec == "keep";
+  if (keep) note_doubles(checkpoint, plan.notes);
   const Codec wanted = keep ? Codec{} : Codec::parse(options.codec, "--codec");
   for (const TensorSpec& spec : checkpoint.tensors()) {
     Codec codec{CodecKind::kF32, 0};  // norms and biases
@@ -75,7 +73,7 @@ ExportPlan plan_export(const Checkpoint& checkpoint, const ExportOptions& option
       codec = checkpoint.codec(spec.name);
     } else if (spec.shape.size() == 2) {
       // A router decides by small differences and is tiny: it stays as it is.
-      codec = keep || spec.role == TensorRole::kRouter ? kept_float(checkpoint.dtype(spec.name)) : wanted;
+      codec = keep || spec.role == TensorRole::kRouter ? float_codec(checkpoint.dtype(spec.name)) : wanted;
       if (spec.role == TensorRole::kEmbedding) codec = codec.layout();
       // Small beside the rest, and one row is added to every token: no codes, but no more than 16 bits with them.
       if (spec.role == TensorRole::kPosition && !codec.is_float()) codec = Codec{CodecKind::kF16, 0};
@@ -164,36 +162,60 @@ void export_temporary(const Checkpoint& checkpoint, const fs::path& out, Context
   export_compact(checkpoint, options, context);
 }
 
-void export_folder(const Checkpoint& checkpoint, const fs::path& out, Context& context) {
-  FolderTransaction folder(out);
-  CheckpointWriter writer(folder.work(), checkpoint.config(), checkpoint.float_dtype());
-  const auto count = static_cast<std::int64_t>(checkpoint.tensors().size());
-  if (context.progress != nullptr) {
-    for (const std::string& note : checkpoint.notes()) context.progress->note(note);
-    context.progress->begin("export " + out.filename().string(), count);
-  }
+namespace {
+
+void write_folder_weights(const Checkpoint& checkpoint, CheckpointWriter& writer, const fs::path& out,
+                          Context& context) {
+  if (context.progress != nullptr)
+    context.progress->begin("export " + out.filename().string(), static_cast<std::int64_t>(checkpoint.tensors().size()));
   std::int64_t done = 0;
   writer.begin_piece("weights");
   for (const TensorSpec& spec : checkpoint.tensors()) {
     throw_if_interrupted(out.string(), "nothing was written; run the same command again");
-    if (checkpoint.is_quantized(spec.name))
+    if (checkpoint.is_quantized(spec.name)) {
       writer.put_codes(spec.name, checkpoint.codes(spec.name));
-    else
-      writer.put_stored(spec.name, checkpoint.dtype(spec.name), checkpoint.read_f32(spec.name).data());
+    } else {
+      const std::vector<float> values = checkpoint.read_f32(spec.name);
+      if (checkpoint.dtype(spec.name) == DType::kF64)
+        for (const float value : values)
+          if (!std::isfinite(value))
+            throw input_error("tensor " + spec.name, "finite values that F32 can hold", std::to_string(value));
+      writer.put_stored(spec.name, float_dtype(checkpoint.codec(spec.name).kind), values.data());
+    }
     checkpoint.release(spec.name);
     if (context.progress != nullptr) context.progress->update(++done);
   }
   writer.end_piece();
-  std::vector<std::string> notes;
+  if (context.progress != nullptr) context.progress->end();
+}
+
+}  // namespace
+
+std::vector<std::string> export_folder(const Checkpoint& checkpoint, const fs::path& out, Context& context) {
+  std::vector<std::string> notes = checkpoint.notes();
+  note_doubles(checkpoint, notes);
+  std::map<std::string, std::string> side_files;
   for (const std::string& name : side_file_names()) {
-    const auto text = name == "tokenizer.json" ? embedded_tokenizer(checkpoint, &notes) : checkpoint.side_file(name);
-    if (text) writer.put_side_file(name, *text);
+    auto text = name == "tokenizer.json" ? embedded_tokenizer(checkpoint, &notes) : checkpoint.side_file(name);
+    if (text) side_files.emplace(name, std::move(*text));
   }
-  writer.finish();
+  if (context.progress != nullptr)
+    for (const std::string& note : notes) context.progress->note(note);
+  FolderTransaction folder(out);
+  if (!fs::is_empty(folder.work()))  // a stage could go on from there, an export cannot
+    throw usage_error(folder.work().string(), "no unfinished work of another command", "a folder that is not empty",
+                      "let that command finish, remove the folder or choose another --out");
+  try {
+    CheckpointWriter writer(folder.work(), checkpoint.config(), checkpoint.float_dtype());
+    for (const auto& [name, text] : side_files) writer.put_side_file(name, text);
+    write_folder_weights(checkpoint, writer, out, context);
+    writer.finish();
+  } catch (...) {
+    folder.discard();
+    throw;
+  }
   folder.commit();
-  if (context.progress == nullptr) return;
-  context.progress->end();
-  for (const std::string& note : notes) context.progress->note(note);
+  return notes;
 }
 
 }  // namespace pare

@@ -21,12 +21,6 @@ GgmlType float_type(CodecKind kind) {
   return GgmlType::kF32;
 }
 
-GgmlType stored_type(DType dtype) {
-  if (dtype == DType::kF16) return GgmlType::kF16;
-  if (dtype == DType::kBF16) return GgmlType::kBF16;
-  return GgmlType::kF32;
-}
-
 // Codes of 3 and 2 bits are 4-bit codes too: the same weights, at 4.5 bits.
 GgmlType block_type(CodecKind kind) {
   if (kind == CodecKind::kQ8) return GgmlType::kQ8_0;
@@ -184,24 +178,20 @@ class Planner {
   // The one type of all parts, or F32.
   GgmlType type_of(const GgufPlacement& source) {
     const TensorSpec& first = *source.parts[0];
-    const Codec codec = checkpoint_.codec(first.name);
-    const DType dtype = checkpoint_.dtype(first.name);
-    const bool quantized = !codec.is_float();
+    const GgmlType type = type_of(first);
+    const bool quantized = checkpoint_.is_quantized(first.name);
+    const auto any = [&](const auto& holds) {
+      return std::any_of(source.parts.begin(), source.parts.end(),
+                         [&](const TensorSpec* part) { return holds(part->name); });
+    };
     std::string obstacle;
-    const bool alike = std::all_of(source.parts.begin(), source.parts.end(), [&](const TensorSpec* part) {
-      const Codec own = checkpoint_.codec(part->name);
-      return quantized ? !own.is_float() && block_type(own.kind) == block_type(codec.kind)
-                       : own.is_float() && (!keep_ || checkpoint_.dtype(part->name) == dtype);
-    });
-    const GgmlType type = quantized            ? block_type(codec.kind)
-                          : keep_              ? stored_type(dtype)
-                          : wanted_.is_float() ? float_type(wanted_.kind)
-                                               : block_type(wanted_.kind);
-    if (!alike)
+    if (any([&](const std::string& name) {
+          return checkpoint_.is_quantized(name) != quantized || type_of(checkpoint_.spec(name)) != type;
+        }))
       obstacle = "its parts are of different types";
     else if (first.shape[1] % ggml_block_values(type) != 0)
       obstacle = "rows of " + std::to_string(first.shape[1]) + " are no whole blocks of 32";
-    else if (quantized && codec.kind == CodecKind::kQ4a && !exact_minima(source)) {
+    else if (any([&](const std::string& name) { return !exact_minima(name); })) {
       if (options_.requantize) {
         ++rounded_minima_;
         return type;
@@ -209,9 +199,10 @@ class Planner {
       obstacle = "zero x scale is no half, which Q4_1 needs (--requantize rounds it)";
     }
     if (obstacle.empty()) {
-      widened_ += quantized && codec.bits() < 4 ? 1 : 0;
-      rounding_ += quantized && codec.int8_inputs ? 1 : 0;
-      doubles_ += !quantized && keep_ && dtype == DType::kF64 ? 1 : 0;
+      const auto codec = [&](const std::string& name) { return checkpoint_.codec(name); };
+      widened_ += any([&](const std::string& name) { return codec(name).bits() < 4; });
+      rounding_ += any([&](const std::string& name) { return codec(name).int8_inputs; });
+      doubles_ += keep_ && any([&](const std::string& name) { return checkpoint_.dtype(name) == DType::kF64; });
       return type;
     }
     if (!options_.fallback)
@@ -221,9 +212,15 @@ class Planner {
     return GgmlType::kF32;
   }
 
-  bool exact_minima(const GgufPlacement& source) const {
-    return std::all_of(source.parts.begin(), source.parts.end(),
-                       [&](const TensorSpec* part) { return minima_are_halves(checkpoint_.codes(part->name)); });
+  // What one part by itself is stored in.
+  GgmlType type_of(const TensorSpec& part) const {
+    if (checkpoint_.is_quantized(part.name)) return block_type(checkpoint_.codec(part.name).kind);
+    if (keep_) return float_type(checkpoint_.codec(part.name).kind);
+    return wanted_.is_float() ? float_type(wanted_.kind) : block_type(wanted_.kind);
+  }
+
+  bool exact_minima(const std::string& name) const {
+    return checkpoint_.codec(name).kind != CodecKind::kQ4a || minima_are_halves(checkpoint_.codes(name));
   }
 
   void counted_notes() {

@@ -6,6 +6,7 @@
 #include <chrono>
 
 #include "core/error.h"
+#include "core/gguf_file.h"
 #include "runtime/engine.h"
 #include "runtime/kernels.h"
 #include "runtime/roofline.h"
@@ -138,14 +139,14 @@ Json measure(const Plan& plan, int threads, Context& context, Json& about) {
   auto engine = Engine::open(plan.path, options);
   std::vector<double> open_seconds{seconds_since(start)};
   const ModelConfig& config = engine->config();
-  const std::int64_t most = std::max(plan.prompt, plan.depth + plan.decode * (plan.depth > 0 ? plan.repeats + 1 : 1));
-  if (most > config.max_position_embeddings) {
-    throw input_error(
-        plan.path,
-        fmt::format("-p, and --depth with all repetitions of -n, at most {} (context)", config.max_position_embeddings),
-        std::to_string(most));
+  const std::int64_t most = config.max_position_embeddings;
+  // Each by itself: the sum of any two numbers may be none.
+  if (plan.prompt > most || plan.depth > most || plan.decode > most - plan.depth) {
+    throw input_error(plan.path, fmt::format("-p, and --depth and -n together, at most {} (context)", most),
+                      fmt::format("-p {}, --depth {} and -n {}", plan.prompt, plan.depth, plan.decode));
   }
-  const auto ids = bench_ids(std::max<std::int64_t>(most, 1), config.vocab_size, context.seed);
+  const auto ids = bench_ids(std::max<std::int64_t>({plan.prompt, plan.depth + plan.decode, 1}), config.vocab_size,
+                             context.seed);
   std::vector<float> logits(static_cast<std::size_t>(config.vocab_size * plan.sequences));
   const Work work = work_of(*engine);
   std::vector<double> prefill_rates, decode_rates, token_seconds;
@@ -174,13 +175,11 @@ Json measure(const Plan& plan, int threads, Context& context, Json& about) {
         }
       }
       if (plan.decode > 0) {
-        if (r == 0 || plan.depth == 0 || plan.prompt > 0) {
-          for (Session* const each : all) {
-            each->reset();
-            for (std::int64_t at = 0; at < plan.depth; at += 512) {
-              throw_if_interrupted("bench", "");
-              each->feed({ids.data() + at, static_cast<std::size_t>(std::min<std::int64_t>(512, plan.depth - at))});
-            }
+        for (Session* const each : all) {  // every repetition decodes at the same depth
+          each->reset();
+          for (std::int64_t at = 0; at < plan.depth; at += 512) {
+            throw_if_interrupted("bench", "");
+            each->feed({ids.data() + at, static_cast<std::size_t>(std::min<std::int64_t>(512, plan.depth - at))});
           }
         }
         const auto begin = Clock::now();
@@ -208,8 +207,8 @@ Json measure(const Plan& plan, int threads, Context& context, Json& about) {
   }
   about["kernels"] = engine->options().kernels;
   about["kv"] = engine->options().kv;
-  about["file_bytes"] = engine->file().file_bytes();
-  about["tensor_bytes"] = engine->file().tensor_bytes();
+  about["file_bytes"] = fs::file_size(engine->path());
+  about["tensor_bytes"] = about.at("converted") ? GgufFile(plan.path).tensor_bytes() : engine->file().tensor_bytes();
   about["bytes_per_token"] = work.bytes;
   about["block_weights_per_token"] = work.block_products;
   about["limit"] = work.rounded * 2 > work.block_products ? "int8" : "float";
@@ -270,7 +269,8 @@ std::string with_share(const Json& row, const char* value, const char* share) {
   return fmt::format("{:.2f} ({:.0f} %)", giga, 100 * row.at(share).get<double>());
 }
 
-std::string speed_table(const Json& results, const Plan& plan) {
+// converted: opening made a compact file first.
+std::string speed_table(const Json& results, const Plan& plan, bool converted) {
   const auto rate = [](const Json& row, const char* key) {
     if (!row.contains(key)) return std::string("-");
     const Json& s = row.at(key);
@@ -294,7 +294,7 @@ std::string speed_table(const Json& results, const Plan& plan) {
         rate(row, "prefill_tokens_per_second"), with_share(row, "prefill_operations_per_second", "prefill_peak_share"),
         rate(row, "decode_tokens_per_second"), with_share(row, "decode_bytes_per_second", "decode_read_share"), token);
   }
-  table += fmt::format("{:>7}  {:>28}  {:>15}  {:>28}  {:>13}\n", "threads", "open [ms]", "first token [s]",
+  table += fmt::format("{:>7}  {:>28}  {:>15}  {:>28}  {:>13}\n", "threads", converted ? "convert and open [ms]" : "open [ms]", "first token [s]",
                        "key/value cache [MB]", "resident [MB]");
   for (const Json& row : results) {
     const Json& open = row.at("open_seconds");
@@ -329,7 +329,11 @@ Json bench(const Options& options, Context& context) {
   }
   Json machine = Json::array();
   if (options.get<bool>("roofline")) {
-    CompactFile{plan.path};  // a file that is none should not cost the measurement
+    // A file that is none should not cost the measurement.
+    if (GgufFile::is_gguf(plan.path))
+      GgufFile{plan.path};
+    else
+      CompactFile{plan.path};
     machine = measure_machine(choose_kernels("").name, thread_counts, context);
     context.print(machine_table(machine));
   }
@@ -337,7 +341,7 @@ Json bench(const Options& options, Context& context) {
   Json out = {{"file", plan.path},          {"activations", options.get<std::string>("act")},
               {"prompt", plan.prompt},      {"tokens", plan.decode},
               {"repeats", plan.repeats},    {"depth", plan.depth},
-              {"sequences", plan.sequences}};
+              {"sequences", plan.sequences}, {"converted", GgufFile::is_gguf(plan.path)}};
   for (const int threads : thread_counts) {
     results.push_back(measure(plan, threads, context, out));
     add_shares(results.back(), machine, out.at("limit").get<std::string>());
@@ -347,7 +351,7 @@ Json bench(const Options& options, Context& context) {
   context.print(fmt::format(kTitle, plan.path, out.at("bytes_per_token").get<double>() * 1e-6,
                             out.at("kernels").get<std::string>(), options.get<std::string>("act"),
                             out.at("kv").get<std::string>(), plan.repeats) +
-                speed_table(results, plan));
+                speed_table(results, plan, out.at("converted").get<bool>()));
   out["machine"] = machine;
   out["results"] = results;
   out["peak_resident_bytes"] = peak_resident_bytes();
@@ -359,7 +363,7 @@ Json bench(const Options& options, Context& context) {
 Command bench_command() {
   Command command;
   command.name = "bench";
-  command.summary = "Measure prefill and decode speed of a compact file";
+  command.summary = "Measure prefill and decode speed of a compact file or a GGUF file";
   command.options = {
       {.name = "model", .type = OptionType::kPath, .help = "compact file or GGUF file", .required = true, .positional = true},
       {.name = "prompt",
@@ -386,7 +390,7 @@ Command bench_command() {
        .short_name = "r"},
       {.name = "depth",
        .type = OptionType::kInteger,
-       .help = "tokens that the cache holds when the decode test begins",
+       .help = "tokens that the cache holds when each decode test begins",
        .default_value = 0,
        .minimum = 0},
       {.name = "sequences",

@@ -29,7 +29,7 @@ class Chat {
   Chat(const std::shared_ptr<const Engine>& engine, Sampler& sampler, const Options& options, Context& context)
       : engine_(*engine),
         template_(ChatTemplate::find([&](const std::string& name) { return engine_.file().embedded(name); },
-                                     engine_.file().path().string())),
+                                     engine_.path().string())),
         sampler_(sampler),
         context_(context),
         limit_(options.get<std::int64_t>("tokens")),

@@ -44,9 +44,7 @@ class Subject {
     if (!GgufFile::is_gguf(path)) return;
     const GgufFile gguf(path);
     file_bytes_ = gguf.file_bytes();
-    std::uint64_t bytes = 0;
-    for (const GgufView& tensor : gguf.tensors()) bytes += tensor.data.size();
-    gguf_bytes_ = bytes;
+    gguf_bytes_ = gguf.tensor_bytes();
     hash_ = hash_file(path);
   }
 
@@ -175,6 +173,7 @@ class Evaluation {
   void choose_tokenizer() {
     const std::optional<std::string> first = reference().tokenizer_text(), own = model_->tokenizer_text();
     const std::optional<std::string>& text = first ? first : own;
+    if (!text && reference().engine()) reference().engine()->tokenizer();  // says why there is none
     if (!text) throw input_error(reference().path().string(), "a tokenizer.json", "none");
     tokenizer_.emplace(
         Tokenizer::from_text(*text, (first ? reference() : *model_).path().string() + ": tokenizer.json"));
@@ -432,7 +431,7 @@ Command make_eval_command(EvalBackend backend) {
        .positional = true},
       {.name = "against",
        .type = OptionType::kPath,
-       .help = "the original: folder or compact file; without it, perplexity only"},
+       .help = "the original: folder, compact file or GGUF file; without it, perplexity only"},
       {.name = "text",
        .type = OptionType::kTextList,
        .help = "text to score: .txt or .jsonl files, or folders of them"},

@@ -49,7 +49,7 @@ Json run_gguf(const Checkpoint& checkpoint, const fs::path& out, const Options& 
 }
 
 Json run_folder(const Checkpoint& checkpoint, const fs::path& out, Context& context) {
-  export_folder(checkpoint, out, context);
+  const std::vector<std::string> notes = export_folder(checkpoint, out, context);
   const Checkpoint written(out);
   const auto bytes = static_cast<double>(written.tensor_bytes());
   context.report.add({.stage = "folder",
@@ -58,7 +58,7 @@ Json run_folder(const Checkpoint& checkpoint, const fs::path& out, Context& cont
                       .after = bytes,
                       .unit = "bytes",
                       .standard_error = {}});
-  return {{"out", out.string()}, {"tensor_bytes", written.tensor_bytes()}, {"notes", checkpoint.notes()}};
+  return {{"out", out.string()}, {"tensor_bytes", written.tensor_bytes()}, {"notes", notes}};
 }
 
 // Where the model would load, as rows and as text.
@@ -109,6 +109,8 @@ Json run_export(const Options& options, Context& context) {
   if (codec != "keep") Codec::parse(codec, "--codec");  // a wrong name before anything is read
   if (to == "folder" && codec != "keep")
     throw usage_error("--codec", "keep with --to folder", codec, "pare quantize makes folders of codes");
+  if (to == "folder" && options.get<bool>("no-fallback"))
+    throw usage_error("--no-fallback", "--to compact or gguf", "--to folder", "a folder holds every matrix as it is");
   if (to != "gguf" && options.get<bool>("requantize"))
     throw usage_error("--requantize", "--to gguf", "--to " + to, "only GGUF blocks may not hold codes as they are");
   if (!out.empty() && fs::exists(fs::symlink_status(out)))
@@ -151,8 +153,8 @@ Command export_command() {
        .default_value = "keep"},
       {.name = "no-fallback",
        .type = OptionType::kFlag,
-       .help = "refuse matrices that the target cannot hold as asked instead of storing them as q8c (compact) or F32 "
-               "(gguf)",
+       .help = "refuse matrices that the target cannot hold as asked instead of storing them as q8c, fused ones as f16, "
+               "(compact) or F32 (gguf)",
        .default_value = false},
       {.name = "requantize",
        .type = OptionType::kFlag,

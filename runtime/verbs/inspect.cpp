@@ -107,12 +107,9 @@ Json inspect_gguf(const fs::path& path) {
     out["unsupported"] = error.what();
   }
   Json rows = Json::array();
-  std::uint64_t bytes = 0;
-  for (const GgufView& view : file.tensors()) {
+  for (const GgufView& view : file.tensors())
     rows.push_back(tensor_row(view.name, ggml_type_name(view.type), view.shape, view.data.size()));
-    bytes += view.data.size();
-  }
-  out["tensor_bytes"] = bytes;
+  out["tensor_bytes"] = file.tensor_bytes();
   out["metadata"] = Json::object();
   for (const std::string& key : file.keys()) out["metadata"][key] = file.shown(key);
   out["tensors"] = std::move(rows);

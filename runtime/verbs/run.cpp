@@ -104,7 +104,7 @@ Json run(const Options& options, Context& context) {
 Command run_command() {
   Command command;
   command.name = "run";
-  command.summary = "Continue a text with a compact file, or talk to it";
+  command.summary = "Continue a text with a compact file or a GGUF file, or talk to it";
   command.options = {
       {.name = "model", .type = OptionType::kPath, .help = "compact file or GGUF file", .required = true, .positional = true},
       {.name = "prompt",

@@ -6,7 +6,7 @@ OptionDecl kv_option() {
   return {.name = "kv",
           .type = OptionType::kText,
           .help = "keys and values of past tokens: f32, f16, q8 (int8, a scale per position and head); default: f16 "
-                  "beside int8 activations, f32 beside float ones",
+                  "beside int8 activations, f32 beside float ones and in a file of floats",
           .choices = {"f32", "f16", "q8"}};
 }
 

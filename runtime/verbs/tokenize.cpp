@@ -146,7 +146,7 @@ Command tokenize_command() {
   command.options = {
       {.name = "tokenizer",
        .type = OptionType::kPath,
-       .help = "model folder, compact file, tokenizer.json or tokenizer.model",
+       .help = "model folder, compact file, GGUF file, tokenizer.json or tokenizer.model",
        .required = true,
        .positional = true},
       {.name = "text", .type = OptionType::kText, .help = "text to encode"},

@@ -4,6 +4,7 @@
 #include "core/checkpoint.h"
 #include "core/compact.h"
 #include "core/error.h"
+#include "core/gguf_file.h"
 #include "runtime/verbs/cli.h"
 
 namespace pare {
@@ -58,6 +59,9 @@ Command verify_command() {
       damaged = damaged_tensors(path, checked);
     } else {
       if (!fs::exists(path)) throw input_error(path.string(), "a compact file or a model folder", "nothing there");
+      if (GgufFile::is_gguf(path))
+        throw input_error(path.string(), "a compact file or a model folder", "a GGUF file, which has no hashes",
+                          "pare export --to compact makes a file that has them");
       const CompactFile file(path);
       damaged = file.verify();
       checked = static_cast<std::int64_t>(file.tensors().size());

@@ -125,6 +125,12 @@ class GgufModelParts {
   void erase(const std::string& key) {
     std::erase_if(metadata_, [&](const auto& pair) { return pair.first == key; });
   }
+  // Of another architecture with the same keys.
+  void become(const std::string& architecture) {
+    for (auto& pair : metadata_)
+      if (pair.first.starts_with("llama.")) pair.first.replace(0, 5, architecture);
+    set("general.architecture", architecture);
+  }
   void add(const std::string& name, std::vector<std::int64_t> shape, GgmlType type = GgmlType::kF32) {
     tensors_.push_back({name, type, std::move(shape)});
   }

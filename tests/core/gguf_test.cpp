@@ -1,8 +1,10 @@
 // The GGUF reader: blocks against values of the gguf package, and files that nobody should trust.
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <cmath>
 #include <cstring>
+#include <fstream>
 #include <functional>
 #include <limits>
 
@@ -51,7 +53,7 @@ TEST(GgufBlocks, ValuesAreThoseOfTheReference) {
 }
 
 TEST(GgufBlocks, CodesGoThereAndBack) {
-  for (const char* name : {"q8", "q4", "q4a"}) {
+  for (const char* name : {"q8", "q4", "q4a", "q4m"}) {
     const Codec codec = Codec::parse(name, "");
     QuantizedTensor tensor = testing::random_codes(codec, 7, 96, 3);
     if (codec.kind == CodecKind::kQ4a)  // powers of two, so that zero x scale is a half
@@ -65,9 +67,7 @@ TEST(GgufBlocks, CodesGoThereAndBack) {
     for (std::int64_t r = 0; r < 7; ++r) {
       std::vector<std::byte> blocks(ggml_bytes(type, 96));
       pack_ggml_row(type, tensor, r, blocks.data());
-      const auto at = static_cast<std::size_t>(r) * 3;
-      ASSERT_TRUE(unpack_ggml_row(type, blocks.data(), 96, back.codes.data() + r * 96, back.scales.data() + at,
-                                  back.zeros.empty() ? nullptr : back.zeros.data() + at));
+      ASSERT_TRUE(unpack_ggml_row(type, blocks.data(), back, r));
       tensor.unpack_row(r, row.data());
       ggml_to_f32(type, blocks.data(), 96, floats.data());
       EXPECT_EQ(row, floats) << name;
@@ -76,35 +76,210 @@ TEST(GgufBlocks, CodesGoThereAndBack) {
   }
 }
 
+void put_half(std::vector<std::byte>& block, std::size_t at, std::uint16_t bits) {
+  std::memcpy(block.data() + at, &bits, 2);
+}
+
+float half_at(const std::vector<std::byte>& block, std::size_t at) {
+  std::uint16_t bits;
+  std::memcpy(&bits, block.data() + at, 2);
+  return f16_to_f32(bits);
+}
+
+QuantizedTensor one_block(CodecKind kind) {
+  QuantizedTensor out{{kind, 32}, 1, 32, std::vector<std::int8_t>(32), {0}, {}, {}};
+  if (kind == CodecKind::kQ4a) out.zeros = {0};
+  if (kind == CodecKind::kQ4m) out.minima = {0};
+  return out;
+}
+
 TEST(GgufBlocks, WhatCodesCannotHoldIsSaid) {
-  std::vector<std::int8_t> codes(32);
-  std::uint16_t scale = 0;
-  std::uint8_t zero = 0;
   std::vector<std::byte> block(34);
-  const auto half = [&](std::size_t at, float value) {
-    const std::uint16_t bits = f32_to_f16(value);
-    std::memcpy(block.data() + at, &bits, 2);
-  };
-  half(0, -0.5f);  // a scale below 0: codes turn, the weights stay
+  QuantizedTensor q8 = one_block(CodecKind::kQ8), q4a = one_block(CodecKind::kQ4a), q4m = one_block(CodecKind::kQ4m);
+  put_half(block, 0, f32_to_f16(-0.5f));  // a scale below 0: codes turn, the weights stay
   block[2] = static_cast<std::byte>(7);
-  ASSERT_TRUE(unpack_ggml_row(GgmlType::kQ8_0, block.data(), 32, codes.data(), &scale, nullptr));
-  EXPECT_EQ(codes[0], -7);
-  EXPECT_EQ(f16_to_f32(scale), 0.5f);
+  ASSERT_TRUE(unpack_ggml_row(GgmlType::kQ8_0, block.data(), q8, 0));
+  EXPECT_EQ(q8.codes[0], -7);
+  EXPECT_EQ(f16_to_f32(q8.scales[0]), 0.5f);
   block[5] = static_cast<std::byte>(0x80);
-  EXPECT_FALSE(unpack_ggml_row(GgmlType::kQ8_0, block.data(), 32, codes.data(), &scale, nullptr));
-  for (const auto& [d, m, whole] : {std::tuple(0.5f, -2.0f, true),
-                                    {0.5f, -2.25f, false},
-                                    {0.5f, 0.5f, false},
-                                    {0.5f, -8.0f, false},
-                                    {0.0f, 0.0f, true},
-                                    {0.0f, -1.0f, false}}) {
-    half(0, d);
-    half(2, m);
-    EXPECT_EQ(unpack_ggml_row(GgmlType::kQ4_1, block.data(), 32, codes.data(), &scale, &zero), whole) << d << " " << m;
-    if (whole && d > 0) {
-      EXPECT_EQ(zero, 4);
+  EXPECT_FALSE(unpack_ggml_row(GgmlType::kQ8_0, block.data(), q8, 0));
+  struct Case {
+    float d, m;
+    bool zero, minimum;  // q4a holds it, q4m holds it
+  };
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  for (const auto& [d, m, zero, minimum] : {Case{0.5f, -2.0f, true, true},
+                                            {0.5f, -2.25f, false, true},
+                                            {0.5f, 0.5f, false, true},
+                                            {0.5f, -8.0f, false, true},
+                                            {0.0f, 0.0f, true, true},
+                                            {0.0f, -0.0f, true, true},
+                                            {0.0f, -1.0f, false, true},
+                                            {-0.0f, -1.0f, false, true},
+                                            {-0.0f, 0.0f, true, true},
+                                            {-0.0f, -0.0f, false, false},  // weights of -0
+                                            {-0.5f, 1.0f, false, true},
+                                            {-0.5f, -0.0f, false, false},
+                                            {-0.5f, 2047.0f, false, false},  // 2039.5 is no half
+                                            {-0.5f, 2055.5f, false, false},  // neither is 2048.5 ... 2055.5
+                                            {-8000.0f, 60000.0f, false, true},
+                                            {-8000.0f, -60000.0f, false, false},  // beyond the halves
+                                            {kInfinity, 0.0f, false, false},
+                                            {-kInfinity, 0.0f, false, false},
+                                            {std::nanf(""), 0.0f, false, false},
+                                            {0.5f, kInfinity, false, false},
+                                            {0.5f, std::nanf(""), false, false}}) {
+    put_half(block, 0, f32_to_f16(d));
+    put_half(block, 2, f32_to_f16(m));
+    EXPECT_EQ(unpack_ggml_row(GgmlType::kQ4_1, block.data(), q4a, 0), zero) << d << " " << m;
+    EXPECT_EQ(unpack_ggml_row(GgmlType::kQ4_1, block.data(), q4m, 0), minimum) << d << " " << m;
+    if (zero && d > 0) {
+      EXPECT_EQ(q4a.zeros[0], 4);
     }
   }
+}
+
+// Whatever the two halves of a block are: codes with a minimum are the floats that the block stands for, bit for bit.
+TEST(GgufBlocks, MinimaAreExact) {
+  std::uint64_t state = 88172645463325252ull;
+  const auto random = [&] { return state ^= state << 13, state ^= state >> 7, state ^= state << 17; };
+  int held = 0, turned = 0;
+  for (int round = 0; round < 20000; ++round) {
+    std::vector<std::byte> block(20);
+    for (std::byte& byte : block) byte = static_cast<std::byte>(random() >> 40);
+    if (round % 2 == 0) {  // minima that are sums of scales, where turning a negative scale may be exact
+      const float d = std::ldexp(static_cast<float>(random() >> 40 & 63) - 32, -8);
+      put_half(block, 0, f32_to_f16(d));
+      put_half(block, 2, f32_to_f16(d * (static_cast<float>(random() >> 40 & 63) - 32)));
+    }
+    const float d = half_at(block, 0), m = half_at(block, 2);
+    for (const CodecKind kind : {CodecKind::kQ4a, CodecKind::kQ4m}) {
+      QuantizedTensor codes = one_block(kind);
+      if (!unpack_ggml_row(GgmlType::kQ4_1, block.data(), codes, 0)) {
+        EXPECT_FALSE(kind == CodecKind::kQ4m && std::isfinite(d) && std::isfinite(m) && d > 0) << d << " " << m;
+        continue;
+      }
+      codes.validate("block");
+      float wanted[32], found[32];
+      ggml_to_f32(GgmlType::kQ4_1, block.data(), 32, wanted);
+      codes.unpack_row(0, found);
+      EXPECT_EQ(std::memcmp(wanted, found, sizeof wanted), 0) << d << " " << m;
+      ++held;
+      turned += d < 0;
+    }
+  }
+  EXPECT_GT(held, 10000);
+  EXPECT_GT(turned, 1000);
+}
+
+// Blocks of a good model (all 0) with these bytes at the beginning of one tensor.
+void write_with(const fs::path& path, const std::string& tensor, std::string_view bytes) {
+  testing::GgufModelParts().write(path);
+  const GgufFile file(path);
+  std::string changed = read_text(path);
+  changed.replace(static_cast<std::size_t>(file.find(tensor)->data.data() - file.file().bytes().data()), bytes.size(),
+                  bytes);
+  fs::remove(path);
+  write_bytes(path, changed);
+}
+
+std::string two_halves(float d, float m) {
+  return GgufBytes::number(f32_to_f16(d)) + GgufBytes::number(f32_to_f16(m));
+}
+
+TEST(GgufModel, TakesTheSmallestCodecThatHoldsABlockOfMinima) {
+  const Scratch scratch("gguf");
+  for (const auto& [d, m, codec] : {std::tuple(0.5f, -2.0f, "q4ag32"), {0.5f, 0.3f, "q4mg32"}, {-0.5f, -0.0f, "f32"}}) {
+    write_with(scratch / "m.gguf", "blk.0.attn_output.weight", two_halves(d, m) + "\x21\x43");
+    const auto model = open_gguf_model(scratch / "m.gguf");
+    const TensorSpec spec{"model.layers.0.self_attn.o_proj.weight", {32, 32}, TensorRole::kLinear, 0, ""};
+    ASSERT_EQ(model->codec(spec).name(), codec);
+    std::vector<float> wanted(32 * 32), found(32 * 32);
+    model->read_rows_f32(spec, 0, 32, wanted.data());
+    if (!model->codec(spec).is_float()) {
+      model->codes(spec).unpack(found.data());
+      EXPECT_EQ(std::memcmp(wanted.data(), found.data(), wanted.size() * 4), 0) << codec;
+    }
+    const bool floats = contains(Json(model->notes()).dump(), "of Q4_1: taken as the floats");
+    EXPECT_EQ(floats, std::string(codec) == "f32");
+    fs::remove(scratch / "m.gguf");
+  }
+}
+
+// A scale that is no number is damage in every type whose blocks may be codes.
+TEST(GgufModel, ScalesThatAreNotFiniteAreRefused) {
+  const Scratch scratch("gguf");
+  using T = std::pair<const char*, const char*>;
+  const std::string infinite = GgufBytes::number<std::uint16_t>(0xfc00), nan = GgufBytes::number<std::uint16_t>(0x7e00);
+  for (const auto& [theirs, ours] :
+       {T{"token_embd.weight", "model.embed_tokens.weight"}, {"blk.0.attn_q.weight", "self_attn.q_proj.weight"},
+        {"blk.0.attn_output.weight", "self_attn.o_proj.weight"}}) {
+    for (const std::string& bad : {infinite, nan, std::string("\1\0", 2) + nan}) {
+      if (bad.size() > 2 && std::string_view(theirs) != "blk.0.attn_output.weight") continue;  // no minimum
+      write_with(scratch / "m.gguf", theirs, bad);
+      const auto model = open_gguf_model(scratch / "m.gguf");
+      for (const TensorSpec& spec : expected_tensors(model->config())) {
+        const std::string said = error_of([&] { model->codec(spec); });
+        const bool here = spec.name.ends_with(ours);
+        EXPECT_EQ(said.starts_with("3 ") && contains(said, theirs) && contains(said, "finite"), here) << said;
+      }
+      fs::remove(scratch / "m.gguf");
+    }
+  }
+}
+
+std::uint64_t resident_bytes() {
+  std::uint64_t pages = 0;
+  std::ifstream("/proc/self/statm") >> pages >> pages;
+  return pages * static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+}
+
+// Opening reads no weights; whether blocks are codes is looked up tensor by tensor, and none of them stays in memory.
+TEST(GgufModel, OpeningReadsNoWeights) {
+  const Scratch scratch("gguf");
+  testing::GgufModelParts parts;
+  const std::int64_t inner = 1 << 20;  // 34 MiB a tensor
+  parts.set("llama.feed_forward_length", static_cast<std::uint32_t>(inner));
+  for (const char* name : {"gate", "up", "down"}) {
+    const std::string tensor = std::string("blk.0.ffn_") + name + ".weight";
+    parts.drop(tensor);
+    parts.add(tensor, name == std::string("down") ? std::vector{std::int64_t{32}, inner} : std::vector{inner, std::int64_t{32}},
+              GgmlType::kQ8_0);
+  }
+  parts.write(scratch / "m.gguf");
+  const std::uint64_t before = resident_bytes();
+  const auto model = open_gguf_model(scratch / "m.gguf");
+  EXPECT_LT(resident_bytes(), before + (8u << 20));
+  for (const TensorSpec& spec : expected_tensors(model->config()))
+    if (contains(spec.name, "mlp.")) {
+      EXPECT_EQ(model->codec(spec).name(), "q8");
+    }
+  EXPECT_LT(resident_bytes(), before + (20u << 20));
+}
+
+TEST(GgufFile, TextsAreCutBetweenCharacters) {
+  const Scratch scratch("gguf");
+  std::string text;
+  for (int i = 0; i < 400; ++i) text += "€";  // three bytes each
+  GgufBytes file;
+  file.pair("k", 8, GgufBytes::text(text));
+  file.pair("worse", 8, GgufBytes::text("\xff" + text));
+  write_bytes(scratch / "m.gguf", file.bytes());
+  const GgufFile read(scratch / "m.gguf");
+  const auto shown = read.shown("k").get<std::string>();
+  EXPECT_TRUE(shown.starts_with("€€") && shown.ends_with("...")) << shown;
+  EXPECT_EQ(read.shown("worse"), "(1201 bytes)");
+}
+
+TEST(GgufFile, WhatAppearsMeanwhileIsNotReplaced) {
+  const Scratch scratch("gguf");
+  const fs::path path = scratch / "m.gguf";
+  GgufWriter writer(path, {}, {{"t", GgmlType::kF32, {1}}});
+  writer.write(std::vector<std::byte>(4));
+  write_bytes(path, "mine");
+  const std::string said = error_of([&] { writer.finish(); });
+  EXPECT_TRUE(said.starts_with("2 ") && contains(said, "appeared meanwhile")) << said;
+  EXPECT_EQ(read_text(path), "mine");
 }
 
 TEST(GgufFile, SaysWhatIsThere) {
@@ -349,6 +524,11 @@ const std::vector<WrongModel>& wrong_models() {
        "[1, 32]"},
       {"EmbeddingAsVector", [](P& p) { p.drop("token_embd.weight"), p.add("token_embd.weight", {32}); }, "a matrix"},
       {"RotaryDivisorsTooFew", [](P& p) { p.add("rope_freqs.weight", {3}); }, "4 values of F32"},
+      {"RotaryDivisorsOfAnotherArchitecture",
+       [](P& p) {
+         p.become("qwen3"), p.add("rope_factors_long.weight", {4}), p.add("rope_factors_short.weight", {4});
+       },
+       "no such tensor in this architecture"},
       {"RotaryDivisorsOfZero", [](P& p) { p.add("rope_freqs.weight", {4}); }, "numbers above 0"},
       {"EndBeyondTheVocabulary", [](P& p) { p.set("tokenizer.ggml.eos_token_id", std::uint32_t{40}); },
        "an id below 40"},

@@ -1,7 +1,8 @@
 #include "runtime/export.h"
 
-#include "../core/model_folder.h"
+#include "../core/gguf_bytes.h"
 #include "core/compact.h"
+#include "core/tensor_store.h"
 #include "core/tokenizer.h"
 #include "core/tokenizer_sentencepiece.h"
 #include "runtime/round_to_nearest.h"
@@ -140,6 +141,89 @@ TEST_F(ExportTest, RowsThatDoNotFitFallBackOrFail) {
   EXPECT_TRUE(error_of([&] { plan_export(folder, {.out = scratch_ / "a", .codec = "q5"}); }).starts_with("2 "));
 }
 
+// Doubles, `last` in each tensor behind ordinary numbers.
+void write_doubles(const fs::path& folder, double last) {
+  fs::create_directories(folder);
+  testing::write_bytes(folder / "config.json", small_config().dump());
+  const auto specs = expected_tensors(parse_config(small_config(), nullptr, "config.json"));
+  std::vector<TensorDecl> decls;
+  for (const TensorSpec& spec : specs) decls.push_back({spec.name, DType::kF64, spec.shape});
+  SafetensorsWriter writer(folder / "model.safetensors", decls, {{"format", "pt"}});
+  for (const TensorSpec& spec : specs) {
+    const std::vector<float> values = values_of(spec);
+    std::vector<double> wide(values.begin(), values.end());
+    for (double& value : wide) value /= 3;
+    wide.back() = last;
+    writer.write(std::as_bytes(std::span(wide)));
+  }
+  writer.finish();
+}
+
+TEST_F(ExportTest, DoublesBecomeFloatsAndThatIsSaid) {
+  write_doubles(scratch_ / "m", 0.1);
+  const std::string model = (scratch_ / "m").string();
+  for (const char* to : {"folder", "compact", "gguf"}) {
+    const fs::path out = scratch_ / to;
+    const Json result = run(export_command(), {{"model", model}, {"to", to}, {"out", out.string()}});
+    context_.report = {};
+    EXPECT_TRUE(contains(result["notes"].dump(), "of F64: stored in F32")) << to << result["notes"];
+    const Checkpoint doubles(model), floats = Checkpoint::open(out);
+    for (const TensorSpec& spec : doubles.tensors()) {
+      EXPECT_EQ(floats.dtype(spec.name), DType::kF32);
+      EXPECT_EQ(floats.read_f32(spec.name), doubles.read_f32(spec.name));
+    }
+  }
+  const float value = 0;
+  EXPECT_THROW(holds_exactly(DType::kF64, {&value, 1}), std::logic_error);
+  // What no float holds is refused, and leaves nothing that would stand in the way of the next attempt.
+  write_doubles(scratch_ / "huge", 1e300);
+  const std::string said = error_of([&] {
+    run(export_command(),
+        {{"model", (scratch_ / "huge").string()}, {"to", "folder"}, {"out", (scratch_ / "o").string()}});
+  });
+  EXPECT_TRUE(said.starts_with("3 ") && contains(said, "finite")) << said;
+  EXPECT_FALSE(fs::exists(scratch_ / "o") || fs::exists(scratch_ / "o.partial"));
+  run(export_command(), {{"model", model}, {"to", "folder"}, {"out", (scratch_ / "o").string()}});
+}
+
+// Work that another command left unfinished is neither taken up nor removed.
+TEST_F(ExportTest, UnfinishedWorkOfOthersStays) {
+  testing::write_folder(scratch_ / "m", small_config());
+  const ModelConfig config = Checkpoint(scratch_ / "m").config();
+  const std::string out = (scratch_ / "o").string();
+  {
+    CheckpointWriter writer(out + ".partial", config, "float32");
+    for (const TensorSpec& spec : expected_tensors(config)) {
+      const std::vector<float> zeros(values_of(spec).size());
+      writer.put(spec.name, zeros.data());
+    }
+    writer.finish();
+  }
+  const std::string said =
+      error_of([&] { run(export_command(), {{"model", (scratch_ / "m").string()}, {"to", "folder"}, {"out", out}}); });
+  EXPECT_TRUE(said.starts_with("2 ") && contains(said, "o.partial")) << said;
+  EXPECT_FALSE(fs::exists(out));
+  EXPECT_TRUE(fs::exists(out + ".partial/model.safetensors"));
+  fs::remove_all(out + ".partial");
+  fs::create_directory(out + ".partial");  // an empty one holds no work
+  run(export_command(), {{"model", (scratch_ / "m").string()}, {"to", "folder"}, {"out", out + "/"}});
+  EXPECT_EQ(Checkpoint(out).read_f32("model.norm.weight"),
+            Checkpoint(scratch_ / "m").read_f32("model.norm.weight"));
+}
+
+TEST_F(ExportTest, OptionsWithoutEffectAreRefused) {
+  testing::write_folder(scratch_ / "m", small_config());
+  for (const char* option : {"requantize", "no-fallback"}) {
+    const std::string said = error_of([&] {
+      run(export_command(), {{"model", (scratch_ / "m").string()},
+                             {"to", "folder"},
+                             {"out", (scratch_ / "o").string()},
+                             {option, true}});
+    });
+    EXPECT_TRUE(said.starts_with("2 ") && contains(said, option)) << said;
+  }
+}
+
 TEST_F(ExportTest, TheVerbsWorkTogether) {
   testing::write_folder(scratch_ / "m", small_config());
   testing::write_bytes(scratch_.path() / "m" / "tokenizer.json", "{\"a\": 1}");
@@ -166,6 +250,8 @@ TEST_F(ExportTest, TheVerbsWorkTogether) {
   const std::string message = error_of([&] { run(verify_command(), {{"path", (scratch_ / "bad.pare").string()}}); });
   EXPECT_TRUE(message.starts_with("3 ") && contains(message, damaged.name)) << message;
   EXPECT_TRUE(error_of([&] { run(verify_command(), {{"path", (scratch_ / "none").string()}}); }).starts_with("3 "));
+  testing::GgufModelParts().write(scratch_ / "m.gguf");
+  EXPECT_TRUE(contains(error_of([&] { run(verify_command(), {{"path", (scratch_ / "m.gguf").string()}}); }), "no hashes"));
 }
 
 // The runtime knows tokenizer.json alone: a folder's tokenizer.model travels as what it means.

@@ -1,6 +1,8 @@
 // The run and bench verbs as functions: options in, JSON out.
 #include <gtest/gtest.h>
 
+#include <limits>
+
 #include "core/error.h"
 #include "runtime/engine.h"
 #include "runtime/verbs/cli.h"
@@ -158,7 +160,21 @@ TEST_F(VerbsTest, BenchMeasuresEachThreadCount) {
   }
   EXPECT_THROW(call(bench_command(), {{"prompt", 301}}), Error);
   EXPECT_THROW(call(bench_command(), {{"prompt", 10}, {"tokens", 0}, {"depth", 5}}), Error);
-  EXPECT_THROW(call(bench_command(), {{"prompt", 10}, {"tokens", 60}, {"depth", 100}, {"repeats", 3}}), Error);
+}
+
+// The cache is filled anew for every repetition: what has to fit is the depth and one decoding.
+TEST_F(VerbsTest, BenchDecodesAtTheDepthThatWasAsked) {
+  for (const int prompt : {0, 10})
+    call(bench_command(), {{"prompt", prompt}, {"tokens", 60}, {"depth", 240}, {"repeats", 3}});
+  const std::int64_t most = std::numeric_limits<std::int64_t>::max();
+  for (const auto& [tokens, depth] : {std::pair<std::int64_t, std::int64_t>{60, 241},
+                                      {10, most},
+                                      {most, 1},
+                                      {most / 3 + 1, 1},
+                                      {301, 0}}) {
+    const Json given = {{"prompt", 0}, {"tokens", tokens}, {"depth", depth}, {"repeats", 2}};
+    EXPECT_THROW(call(bench_command(), given), Error) << tokens << " " << depth;
+  }
 }
 
 TEST_F(VerbsTest, BenchCountsWhatTheFileHolds) {
