@@ -4,7 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "core/context.h"
-#include "runtime/engine.h"
+#include "runtime/continuation.h"
 #include "runtime/export.h"
 #include "runtime/kernels.h"
 #include "tests/scratch.h"
@@ -114,6 +114,33 @@ TEST_P(RuntimeFamily, PassesOfSeveralTokensAndStepsBackKeepTheBits) {
     at += n;
   }
   EXPECT_EQ(single.position(), count);
+}
+
+// The greedy tokens, with guesses that are right (its own) and that are mostly wrong (what stood before); across
+// LongRoPE's switch where there is one.
+TEST_P(RuntimeFamily, GuessingAheadGivesTheSameTokens) {
+  const auto opened = engine();
+  const ModelConfig& config = opened->config();
+  constexpr std::int64_t kTokens = 24;
+  std::vector<std::int32_t> prompt;
+  for (const FamilyText& each : family_texts(golden_)) prompt.insert(prompt.end(), each.ids.begin(), each.ids.end());
+  std::int64_t length = std::min<std::int64_t>(static_cast<std::int64_t>(prompt.size()), 200);
+  if (config.rope_long) length = std::min(length, config.rope_long->original_max_position - kTokens / 2);
+  length = std::min(length, config.max_position_embeddings - kTokens);
+  ASSERT_GT(length, 0);
+  prompt.resize(static_cast<std::size_t>(length));
+  Sampler sampler(SamplerOptions{});
+  const auto take = [&](std::unique_ptr<Drafter> drafter) {
+    const auto by = continue_by(opened, sampler, {}, std::move(drafter));
+    by->feed(prompt);
+    std::vector<std::int32_t> out;
+    while (static_cast<std::int64_t>(out.size()) < kTokens)
+      for (const std::int32_t id : by->next(kTokens - static_cast<std::int64_t>(out.size()))) out.push_back(id);
+    return out;
+  };
+  const auto want = take(nullptr);
+  EXPECT_EQ(take(model_drafter(opened, config.vocab_size, sampler, {5, 0, {}})), want);
+  EXPECT_EQ(take(lookup_drafter(1, {6, 0, {}})), want);
 }
 
 // Learned positions end; what stands behind their table must not be read, whatever limit a caller asks for.
