@@ -13,13 +13,14 @@ file(CONFIGURE OUTPUT ${CMAKE_BINARY_DIR}/embed/functions.txt CONTENT "${PARE_FU
 list(TRANSFORM PARE_FUNCTIONS PREPEND "--undefined=" OUTPUT_VARIABLE PARE_ROOTS)
 
 add_custom_command(OUTPUT embed/pare.o
-  COMMAND ${CMAKE_LINKER} -r --gc-sections --force-group-allocation ${PARE_ROOTS} -o embed/whole.o
+  COMMAND ${CMAKE_LINKER} -r --gc-sections --force-group-allocation ${PARE_ROOTS} -o embed/parts.o
     $<TARGET_FILE:pare_runtime> $<TARGET_FILE:pare_core>
+  COMMAND ${CMAKE_LINKER} -r -T ${CMAKE_SOURCE_DIR}/runtime/embed.ld -o embed/whole.o embed/parts.o
   # GNU's unique symbols cannot be made local: names of their own.
   COMMAND sh -c "${CMAKE_NM} embed/whole.o | awk '$2 == \"u\" {print $3 \" pare_unique_\" NR}' >embed/unique.txt"
   COMMAND ${CMAKE_OBJCOPY} --redefine-syms=embed/unique.txt embed/whole.o embed/named.o
   COMMAND ${CMAKE_OBJCOPY} --strip-unneeded --keep-global-symbols=embed/functions.txt embed/named.o embed/pare.o
-  DEPENDS pare_runtime pare_core embed/functions.txt
+  DEPENDS pare_runtime pare_core embed/functions.txt runtime/embed.ld
   WORKING_DIRECTORY ${CMAKE_BINARY_DIR}
   COMMENT "Linking what an embedded runtime needs" VERBATIM)
 add_library(pare_embed STATIC EXCLUDE_FROM_ALL ${CMAKE_BINARY_DIR}/embed/pare.o)
