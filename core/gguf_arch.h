@@ -70,6 +70,14 @@ GgufPairs gguf_tokenizer_keys(const std::string& text, const std::string& place,
 // The way back, in core/gguf_tokenizer_read.cpp: the text of a tokenizer.json; nothing where the file has no
 // vocabulary. Errors: exit 3 naming the key.
 std::optional<std::string> gguf_tokenizer_json(const GgufFile& file, std::int64_t rows);
+// tokenizer.ggml.token_type.
+namespace gguf_token {
+enum Type : std::int32_t { kNormal = 1, kUnknown = 2, kControl = 3, kUserDefined = 4, kUnused = 5, kByte = 6 };
+}
+// "type" of a part of a tokenizer.json, "" where it has none; a Sequence as its members, anything else as itself.
+std::string component_type(const Json& component);
+std::vector<Json> component_members(const Json& component, const char* key);
+
 // The byte-level tokenizers that llama.cpp knows by name (tokenizer.ggml.pre), in core/gguf_pre_tokenizers.cpp.
 struct GgufPreTokenizer {
   const char* name;

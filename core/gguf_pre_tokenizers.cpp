@@ -31,30 +31,19 @@ const std::vector<GgufPreTokenizer>& table() {
   return kTable;
 }
 
-std::string type_of(const Json& component) {
-  return component.is_object() ? component.value("type", std::string()) : std::string();
-}
-
-// A Sequence as its members, anything else as itself.
-std::vector<Json> members(const Json& component, const char* key) {
-  if (component.is_null()) return {};
-  if (type_of(component) == "Sequence") return component.at(key).get<std::vector<Json>>();
-  return {component};
-}
-
 // In the words of GgufPreTokenizer; empty: something that it has no words for.
 std::vector<std::string> splits_of(const Json& tokenizer) {
   std::vector<std::string> splits;
   bool bytes = false;
-  for (const Json& part : members(tokenizer.value("pre_tokenizer", Json()), "pretokenizers")) {
+  for (const Json& part : component_members(tokenizer.value("pre_tokenizer", Json()), "pretokenizers")) {
     if (bytes) return {};
-    if (type_of(part) == "ByteLevel") {
+    if (component_type(part) == "ByteLevel") {
       if (part.value("add_prefix_space", true)) return {};
       if (part.value("use_regex", true)) splits.emplace_back("gpt2");
       bytes = true;
-    } else if (type_of(part) == "Digits" && part.value("individual_digits", false)) {
+    } else if (component_type(part) == "Digits" && part.value("individual_digits", false)) {
       splits.emplace_back("digits");
-    } else if (type_of(part) == "Split" && part.value("behavior", std::string()) == "Isolated" &&
+    } else if (component_type(part) == "Split" && part.value("behavior", std::string()) == "Isolated" &&
                !part.value("invert", false)) {
       splits.push_back(part.value("pattern", Json::object()).value("Regex", std::string()));
       // For single characters both spellings split alike.
@@ -68,11 +57,21 @@ std::vector<std::string> splits_of(const Json& tokenizer) {
 
 }  // namespace
 
+std::string component_type(const Json& component) {
+  return component.is_object() ? component.value("type", std::string()) : std::string();
+}
+
+std::vector<Json> component_members(const Json& component, const char* key) {
+  if (component.is_null()) return {};
+  if (component_type(component) == "Sequence") return component.at(key).get<std::vector<Json>>();
+  return {component};
+}
+
 const GgufPreTokenizer* find_pre_tokenizer(const Json& tokenizer) {
   const std::vector<std::string> splits = splits_of(tokenizer);
   const bool ignore_merges = tokenizer.at("model").value("ignore_merges", false);
-  const auto normalizers = members(tokenizer.value("normalizer", Json()), "normalizers");
-  const bool nfc = normalizers.size() == 1 && type_of(normalizers[0]) == "NFC";
+  const auto normalizers = component_members(tokenizer.value("normalizer", Json()), "normalizers");
+  const bool nfc = normalizers.size() == 1 && component_type(normalizers[0]) == "NFC";
   const GgufPreTokenizer* near = nullptr;
   for (const GgufPreTokenizer& row : table()) {
     if (row.splits != splits || row.ignore_merges != ignore_merges) continue;

@@ -9,19 +9,7 @@
 namespace pare {
 namespace {
 
-// llama.cpp's token types.
-enum TokenType : std::int32_t { kNormal = 1, kUnknown = 2, kControl = 3, kUserDefined = 4, kUnused = 5, kByte = 6 };
-
-std::string type_of(const Json& component) {
-  return component.is_object() ? component.value("type", std::string()) : std::string();
-}
-
-// A Sequence as its members, anything else as itself.
-std::vector<Json> members(const Json& component, const char* key) {
-  if (component.is_null()) return {};
-  if (type_of(component) == "Sequence") return component.at(key).get<std::vector<Json>>();
-  return {component};
-}
+using namespace gguf_token;
 
 // llama.cpp knows pre-tokenizers by name; an unknown one would split text differently without a word.
 std::string pre_tokenizer_name(const Json& tokenizer, const std::string& place) {
@@ -34,10 +22,10 @@ std::string pre_tokenizer_name(const Json& tokenizer, const std::string& place) 
 // Where a space is put before the text: "always" (before each stretch between added tokens), "first" (at the very
 // beginning, and not before a space) or "never".
 std::string prepend_scheme(const Json& tokenizer) {
-  for (const Json& part : members(tokenizer.value("normalizer", Json()), "normalizers"))
-    if (type_of(part) == "Prepend") return "always";
-  for (const Json& part : members(tokenizer.value("pre_tokenizer", Json()), "pretokenizers"))
-    if (type_of(part) == "Metaspace") return part.value("prepend_scheme", std::string("always"));
+  for (const Json& part : component_members(tokenizer.value("normalizer", Json()), "normalizers"))
+    if (component_type(part) == "Prepend") return "always";
+  for (const Json& part : component_members(tokenizer.value("pre_tokenizer", Json()), "pretokenizers"))
+    if (component_type(part) == "Metaspace") return part.value("prepend_scheme", std::string("always"));
   return "never";
 }
 
@@ -114,8 +102,8 @@ GgufPairs gguf_tokenizer_keys(const std::string& text, const std::string& place,
     out.emplace_back("tokenizer.ggml.pre", std::string("default"));
   } else {
     out.emplace_back("tokenizer.ggml.pre", pre_tokenizer_name(json, place));
-    for (const Json& part : members(json.value("normalizer", Json()), "normalizers"))
-      notes.push_back("llama.cpp does not apply the tokenizer's " + type_of(part) + " normalizer");
+    for (const Json& part : component_members(json.value("normalizer", Json()), "normalizers"))
+      notes.push_back("llama.cpp does not apply the tokenizer's " + component_type(part) + " normalizer");
   }
   out.emplace_back("tokenizer.ggml.tokens", tokens);
   out.emplace_back("tokenizer.ggml.token_type", types);

@@ -11,7 +11,7 @@
 namespace pare {
 namespace {
 
-enum TokenType : std::int64_t { kNormal = 1, kUnknown = 2, kControl = 3, kUserDefined = 4, kUnused = 5, kByte = 6 };
+using namespace gguf_token;
 
 constexpr std::size_t kLongestToken = 1024;
 

@@ -215,6 +215,14 @@ void attend_rows(const Kernels& kernels, const ModelConfig& config, KvCache& cac
     const float inverse = 1.0f / sums[i];
     for (std::int64_t c = 0; c < d; ++c) rows.out[i * rows.stride + c] = acc[i * width + c] * inverse;
   }
+  if (rows.step == 0) return;
+  // A value beyond a half that only later rows see makes NaN of a weight of 0. By itself a row does not meet it.
+  for (std::int64_t i = 0; i + 1 < rows.count; ++i) {
+    float* out = rows.out + i * rows.stride;
+    if (std::none_of(out, out + d, [](float x) { return std::isnan(x); })) continue;
+    attend_rows(kernels, config, cache, block, kv_head, {rows.q + i * rows.stride, out, rows.stride, 1, end_of(i), 0},
+                scratch);
+  }
 }
 
 }  // namespace pare

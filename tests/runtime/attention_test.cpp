@@ -154,6 +154,28 @@ TEST_P(AttentionTest, RowsOverPagesMatchDoubles) {
   }
 }
 
+// A value that no half holds reaches the rows that see it, and no others.
+TEST_P(AttentionTest, RowsDoNotMeetWhatTheyDoNotSee) {
+  const std::int64_t d = 24;
+  const ModelConfig config = tiny_config("llama", 4 * d, 64, 4, 2, d, 40, true);
+  KvCache cache(config, KvType::kF16, 30);
+  cache.reserve(30);
+  const auto keys = random_floats(30 * d, 1), q = random_floats(kMaxQueries * d, 3, 0.5f);
+  auto values = random_floats(30 * d, 2);
+  values[20 * d + 5] = 1e6f;
+  for (std::int64_t p = 0; p < 30; ++p) cache.store(attention(), 1, p, 1, keys.data() + p * d, values.data() + p * d);
+  AttentionScratch scratch;
+  scratch.reserve(d);
+  std::vector<float> out(static_cast<std::size_t>(kMaxQueries * d)), alone(static_cast<std::size_t>(d));
+  attend_rows(kernels(), config, cache, 1, 1, {q.data(), out.data(), d, kMaxQueries, 15, 1}, scratch);
+  for (std::int64_t i = 0; i < kMaxQueries; ++i) {
+    const bool sees = 15 + i > 20;
+    attend_rows(kernels(), config, cache, 1, 1, {q.data() + i * d, alone.data(), d, 1, 15 + i, 0}, scratch);
+    EXPECT_EQ(std::memcmp(alone.data(), out.data() + i * d, alone.size() * 4), 0) << i;
+    EXPECT_EQ(std::isfinite(alone[5]), !sees) << i;
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(All, AttentionTest, ::testing::ValuesIn(available_kernels()),
                          [](const auto& each) { return each.param; });
 

@@ -23,7 +23,7 @@ class VerbsTest : public ::testing::Test {
   }
   fs::path path() const { return scratch_.path / "m.pare"; }
   Json call(const Command& command, Json given, std::uint64_t seed = 0, int threads = 1) {
-    given["model"] = path().string();
+    if (!given.contains("model")) given["model"] = path().string();
     Progress progress(true);
     Context context;
     context.json = context.quiet = true;
@@ -192,7 +192,10 @@ TEST_F(VerbsTest, BenchCountsWhatTheFileHolds) {
 }
 
 TEST_F(VerbsTest, BenchMeasuresTheMachine) {
-  const Json bench = call(bench_command(), {{"prompt", 20}, {"tokens", 3}, {"repeats", 1}, {"roofline", true}}, 0, 1);
+  const std::string gguf = (scratch_.path / "m.gguf").string();
+  call(export_command(), {{"to", "gguf"}, {"out", gguf}});
+  const Json bench = call(
+      bench_command(), {{"model", gguf}, {"prompt", 20}, {"tokens", 3}, {"repeats", 1}, {"roofline", true}}, 0, 1);
   ASSERT_GE(bench.at("machine").size(), 1u);
   EXPECT_EQ(bench.at("machine").at(0).at("threads"), 1);
   for (const char* key : {"read_bytes_per_second", "int8_operations_per_second", "float_operations_per_second"}) {
