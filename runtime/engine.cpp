@@ -134,7 +134,8 @@ void Session::Impl::check(std::span<const std::int32_t> ids) const {
   const std::string place = engine->path().string();
   if (count > limit - position) {
     throw input_error(place, "at most " + std::to_string(limit) + " positions (context full)",
-                      std::to_string(count) + " more at position " + std::to_string(position), "shorten the text or split it into windows");
+                      std::to_string(count) + " more at position " + std::to_string(position),
+                      "shorten the text or split it into windows");
   }
   for (const std::int32_t id : ids) {
     if (id < 0 || id >= engine->config().vocab_size) {

@@ -154,6 +154,7 @@ TEST_F(Robust, ThreadsDoNotDisturbEachOther) {
     ids.resize(static_cast<std::size_t>(count));
     pare_session* session = pare_session_open(model, 0);
     std::atomic<bool> done{false};
+    if (disturbed) pare_cancel(session);
     std::thread other([&] {
       while (disturbed && !done) {
         pare_cancel(session);
