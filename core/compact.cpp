@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <fstream>
 #include <set>
 
 #include "core/error.h"
@@ -48,6 +49,17 @@ bool has_magic(std::span<const std::byte> bytes) {
          std::memcmp(bytes.data() + at, kHashKey.data(), kHashKey.size()) == 0;
 }
 
+// Those that come with a GGUF file are told what to do with it.
+std::shared_ptr<SafetensorsFile> open_safetensors(const fs::path& path) {
+  if (fs::is_regular_file(path)) {
+    char magic[4] = {};
+    std::ifstream(path, std::ios::binary).read(magic, sizeof magic);
+    if (std::string_view(magic, sizeof magic) == "GGUF")
+      throw input_error(path.string(), "a compact file", "a GGUF file", "pare export FILE --out model.pare makes one of it");
+  }
+  return std::make_shared<SafetensorsFile>(path);
+}
+
 }  // namespace
 
 bool CompactFile::is_compact(const fs::path& path) {
@@ -56,7 +68,7 @@ bool CompactFile::is_compact(const fs::path& path) {
   return file.bytes().size() >= 8 + kMagic.size() && std::memcmp(file.bytes().data() + 8, kMagic.data(), kMagic.size()) == 0;
 }
 
-CompactFile::CompactFile(const fs::path& path) : file_(std::make_shared<SafetensorsFile>(path)) {
+CompactFile::CompactFile(const fs::path& path) : file_(open_safetensors(path)) {
   const std::string place = path.string();
   if (!has_magic(file_->file().bytes()))
     throw input_error(place, "a compact file", "a safetensors file without the pare header", "make one with pare export");

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "runtime/attention_kernels.h"
+#include "runtime/attention_rows.h"
 #include "runtime/lanes_avx2.h"
 
 namespace pare {
@@ -94,26 +94,6 @@ void scores_rows(const float* q, std::int64_t ldq, const KvPlane& plane, std::in
   }
 }
 
-template <class Kv>
-void scores_of(const float* q, std::int64_t ldq, std::int64_t count, const KvPlane& keys, std::int64_t head_dim,
-               std::int64_t positions, float* out, std::int64_t ldo) {
-  std::int64_t i = 0;
-  for (; i + 4 <= count; i += 4) scores_rows<Kv, 4>(q + i * ldq, ldq, keys, head_dim, positions, out + i * ldo, ldo);
-  q += i * ldq;
-  out += i * ldo;
-  if (count - i == 3) return scores_rows<Kv, 3>(q, ldq, keys, head_dim, positions, out, ldo);
-  if (count - i == 2) return scores_rows<Kv, 2>(q, ldq, keys, head_dim, positions, out, ldo);
-  if (count - i == 1) return scores_rows<Kv, 1>(q, ldq, keys, head_dim, positions, out, ldo);
-}
-
-void scores(const float* q, std::int64_t ldq, std::int64_t count, const KvPlane& keys, std::int64_t head_dim,
-            std::int64_t positions, float* out, std::int64_t ldo) {
-  const auto run = keys.type == KvType::kF32   ? scores_of<F32>
-                   : keys.type == KvType::kF16 ? scores_of<F16>
-                                               : scores_of<Q8>;
-  run(q, ldq, count, keys, head_dim, positions, out, ldo);
-}
-
 float softmax(float* s, std::int64_t n, float* peak, float* shrink) {
   const __m256 lowest = _mm256_set1_ps(-INFINITY);
   __m256 peaks = _mm256_set1_ps(*peak);
@@ -164,29 +144,19 @@ void weigh_rows(const float* probs, std::int64_t ldp, const KvPlane& plane, std:
   }
 }
 
-template <class Kv>
-void weigh_of(const float* probs, std::int64_t ldp, std::int64_t count, const KvPlane& values, std::int64_t width,
-              std::int64_t positions, float* acc) {
-  std::int64_t i = 0;
-  for (; i + 4 <= count; i += 4) weigh_rows<Kv, 4>(probs + i * ldp, ldp, values, width, positions, acc + i * width);
-  probs += i * ldp;
-  acc += i * width;
-  if (count - i == 3) return weigh_rows<Kv, 3>(probs, ldp, values, width, positions, acc);
-  if (count - i == 2) return weigh_rows<Kv, 2>(probs, ldp, values, width, positions, acc);
-  if (count - i == 1) return weigh_rows<Kv, 1>(probs, ldp, values, width, positions, acc);
-}
-
-void weigh(const float* probs, std::int64_t ldp, std::int64_t count, const KvPlane& values, std::int64_t width,
-           std::int64_t positions, float* acc) {
-  const auto run = values.type == KvType::kF32   ? weigh_of<F32>
-                   : values.type == KvType::kF16 ? weigh_of<F16>
-                                                 : weigh_of<Q8>;
-  run(probs, ldp, count, values, width, positions, acc);
-}
+struct Tiles {
+  using Float = F32;
+  using Half = F16;
+  using Byte = Q8;
+  template <class Kv, int kQueries>
+  static constexpr auto* scores = scores_rows<Kv, kQueries>;
+  template <class Kv, int kQueries>
+  static constexpr auto* weigh = weigh_rows<Kv, kQueries>;
+};
 
 }  // namespace
 
-const AttentionKernels kAvx2Attention = {narrow, scores, softmax, weigh};
+const AttentionKernels kAvx2Attention = {narrow, scores<Tiles>, softmax, weigh<Tiles>};
 
 }  // namespace pare
 #endif

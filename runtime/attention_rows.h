@@ -1,0 +1,50 @@
+// How an instruction set's tiles cover the query rows of one page: four at a time, then the rest at once. `Tiles` names
+// the kinds of keys and values (Float, Half, Byte) and the functions scores<Kv, rows> and weigh<Kv, rows>. Included by
+// the attention sources alone.
+#pragma once
+
+#include "runtime/attention_kernels.h"
+
+namespace pare {
+namespace {
+
+template <class Tiles, class Kv>
+void scores_of(const float* q, std::int64_t ldq, std::int64_t count, const KvPlane& keys, std::int64_t head_dim,
+               std::int64_t positions, float* out, std::int64_t ldo) {
+  for (; count >= 4; count -= 4, q += 4 * ldq, out += 4 * ldo)
+    Tiles::template scores<Kv, 4>(q, ldq, keys, head_dim, positions, out, ldo);
+  if (count == 3) Tiles::template scores<Kv, 3>(q, ldq, keys, head_dim, positions, out, ldo);
+  if (count == 2) Tiles::template scores<Kv, 2>(q, ldq, keys, head_dim, positions, out, ldo);
+  if (count == 1) Tiles::template scores<Kv, 1>(q, ldq, keys, head_dim, positions, out, ldo);
+}
+
+template <class Tiles>
+void scores(const float* q, std::int64_t ldq, std::int64_t count, const KvPlane& keys, std::int64_t head_dim,
+            std::int64_t positions, float* out, std::int64_t ldo) {
+  const auto run = keys.type == KvType::kF32   ? scores_of<Tiles, typename Tiles::Float>
+                   : keys.type == KvType::kF16 ? scores_of<Tiles, typename Tiles::Half>
+                                               : scores_of<Tiles, typename Tiles::Byte>;
+  run(q, ldq, count, keys, head_dim, positions, out, ldo);
+}
+
+template <class Tiles, class Kv>
+void weigh_of(const float* probs, std::int64_t ldp, std::int64_t count, const KvPlane& values, std::int64_t width,
+              std::int64_t positions, float* acc) {
+  for (; count >= 4; count -= 4, probs += 4 * ldp, acc += 4 * width)
+    Tiles::template weigh<Kv, 4>(probs, ldp, values, width, positions, acc);
+  if (count == 3) Tiles::template weigh<Kv, 3>(probs, ldp, values, width, positions, acc);
+  if (count == 2) Tiles::template weigh<Kv, 2>(probs, ldp, values, width, positions, acc);
+  if (count == 1) Tiles::template weigh<Kv, 1>(probs, ldp, values, width, positions, acc);
+}
+
+template <class Tiles>
+void weigh(const float* probs, std::int64_t ldp, std::int64_t count, const KvPlane& values, std::int64_t width,
+           std::int64_t positions, float* acc) {
+  const auto run = values.type == KvType::kF32   ? weigh_of<Tiles, typename Tiles::Float>
+                   : values.type == KvType::kF16 ? weigh_of<Tiles, typename Tiles::Half>
+                                                 : weigh_of<Tiles, typename Tiles::Byte>;
+  run(probs, ldp, count, values, width, positions, acc);
+}
+
+}  // namespace
+}  // namespace pare
