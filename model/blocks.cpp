@@ -44,10 +44,14 @@ torch::Tensor past_attention(DecoderBlock& block, const torch::Tensor& hidden, c
   return block->parallel_residual() ? hidden : with_attention(block, hidden, rope);
 }
 
+// `mix`: what down_proj reads.
+torch::Tensor past_mlp(DecoderBlock& block, const torch::Tensor& hidden, const RopeTables& rope,
+                       const torch::Tensor& mix) {
+  return block->mlp_output(block->parallel_residual() ? with_attention(block, hidden, rope) : hidden, mix);
+}
+
 torch::Tensor past_mlp(DecoderBlock& block, const torch::Tensor& hidden, const RopeTables& rope) {
-  if (block->parallel_residual())
-    return block->mlp_output(with_attention(block, hidden, rope), stage_input(block, BlockStage::kDown, hidden, rope));
-  return block->mlp_output(hidden, stage_input(block, BlockStage::kDown, hidden, rope));
+  return past_mlp(block, hidden, rope, stage_input(block, BlockStage::kDown, hidden, rope));
 }
 
 // Inputs that one call of the visitor works with.
@@ -106,6 +110,9 @@ class Walk {
   template <class Work>
   void with_linears(DecoderBlock& block, int layer, Step step, const Work& work);
   InputStatistics statistics(DecoderBlock& block, int layer, Step step, std::int64_t columns);
+  // The input of the original stream. Its weights stay as they are, so where this input was all that the next step
+  // waited for, the window goes on at once and does not compute it again.
+  torch::Tensor reference_input(BlockStage stage, std::int64_t window);
   void count_routes(DecoderBlock& block);
   torch::Tensor expert_input(DecoderBlock& block, Step step, const torch::Tensor& hidden, bool all_tokens,
                              WindowRows& rows);
@@ -280,6 +287,18 @@ void Walk::take_sample(std::int64_t first, std::span<const WindowRows> windows, 
   }
 }
 
+torch::Tensor Walk::reference_input(BlockStage stage, std::int64_t window) {
+  const torch::Tensor state = hidden(original_, window), input = stage_input(reference_, stage, state, rope_);
+  torch::Tensor next;
+  if (stage == BlockStage::kO && !reference_->parallel_residual()) next = reference_->attention_output(state, input);
+  if (stage == BlockStage::kDown) next = past_mlp(reference_, state, rope_, input);
+  if (next.defined()) {
+    const torch::Tensor values = next.to(torch::kCPU, torch::kFloat).contiguous();
+    original_.write(window, values.data_ptr<float>());
+  }
+  return input;
+}
+
 InputStatistics Walk::statistics(DecoderBlock& block, int layer, Step step, std::int64_t columns) {
   InputStatistics result;
   result.columns = columns;
@@ -310,8 +329,7 @@ InputStatistics Walk::statistics(DecoderBlock& block, int layer, Step step, std:
       store(step.expert < 0 ? stage_input(block, step.stage, state, rope_)
                             : expert_input(block, step, state, result.all_tokens, own),
             to);
-      if (options_.cross)
-        store(stage_input(reference_, step.stage, hidden(original_, w), rope_), paired.data() + (to - inputs.data()));
+      if (options_.cross) store(reference_input(step.stage, w), paired.data() + (to - inputs.data()));
     });
     cap_first_tokens(inputs, options_.cross ? &paired : nullptr, added, columns);
     if (options_.token_weights) {
@@ -405,7 +423,7 @@ void Walk::with_linears(DecoderBlock& block, int layer, Step step, const Work& w
 // The compressed stream to the point where the MLP or the router reads it.
 void Walk::leave_attention(DecoderBlock& block, int layer, BlockVisitor& visitor) {
   advance(block, compressed_, past_attention);
-  if (options_.cross) advance(reference_, original_, past_attention);
+  if (options_.cross && visitor.finished(layer)) advance(reference_, original_, past_attention);
   if (!config_.has_experts()) return;
   count_routes(block);
   visitor.routed(layer, expert_tokens_);
@@ -503,7 +521,7 @@ void Walk::run(BlockVisitor& visitor) {
       for (const BlockStage stage : kMlp) step({stage});
       advance(block, compressed_, past_mlp);
     }
-    if (options_.cross) advance(reference_, original_, past_mlp);
+    if (options_.cross && finished) advance(reference_, original_, past_mlp);
     visitor.end_block(layer, drift());
     if (context_.progress) context_.progress->update(layer + 1);
   }
