@@ -128,6 +128,7 @@ bool has_avx512vnni() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
 }
 
+#ifdef PARE_AVXVNNI
 const Kernels& avxvnni_kernels() {
   static const Kernels kernels = [] {
     Kernels made = kAvx2Kernels;
@@ -137,6 +138,7 @@ const Kernels& avxvnni_kernels() {
   }();
   return kernels;
 }
+#endif
 
 #endif
 
@@ -148,7 +150,9 @@ std::vector<const Kernels*> kernels_here() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     here.push_back(&kAvx2Kernels);
     const bool wide = has_avx512vnni();
+#ifdef PARE_AVXVNNI
     if (wide || __builtin_cpu_supports("avxvnni")) here.push_back(&avxvnni_kernels());
+#endif
     if (wide) here.push_back(&kAvx512VnniKernels);
   }
 #elif defined(__aarch64__)
@@ -163,7 +167,7 @@ std::vector<const Kernels*> kernels_here() {
 
 }  // namespace
 
-#if defined(__x86_64__)
+#ifdef PARE_AVXVNNI
 const VnniProducts& avxvnni_products() {
   return __builtin_cpu_supports("avxvnni") ? kAvxVnniShort : kAvxVnniLong;
 }

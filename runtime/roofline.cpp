@@ -78,7 +78,7 @@ std::int64_t rounds_for(double seconds, Loop loop) {
 }  // namespace
 
 const PeakLoops& peak_loops(const std::string& kernels) {
-#if defined(__x86_64__)
+#ifdef PARE_AVXVNNI
   if (kernels == "avxvnni") {
     static const PeakLoops vnni = [] {
       PeakLoops made = kAvx2Peaks;
