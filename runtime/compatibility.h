@@ -17,7 +17,8 @@ struct Compatibility {
   std::vector<std::string> reasons;  // for every answer that is not yes, and what else to know
 };
 
-// Headers and tokenizer alone are read, and codes of q4a, whose minima decide about Q4_1. Rules: llama.cpp as
+// Headers and tokenizer alone are read, codes of q4a, whose minima decide about Q4_1, and the blocks of a GGUF file,
+// which decide about its codecs. Rules: llama.cpp as
 // core/gguf_arch.h states them; vLLM's Marlin kernels take 4 and 8 bits in groups of 32, 64, 128 or a row, outputs in
 // multiples of 64 and inputs of 128, counted after q, k, v and gate, up are joined; its CPU kernels 4 bits, or 8 with
 // int8 inputs; compressed-tensors as core/placement.h has_packed_form().

@@ -294,8 +294,9 @@ std::string speed_table(const Json& results, const Plan& plan, bool converted) {
         rate(row, "prefill_tokens_per_second"), with_share(row, "prefill_operations_per_second", "prefill_peak_share"),
         rate(row, "decode_tokens_per_second"), with_share(row, "decode_bytes_per_second", "decode_read_share"), token);
   }
-  table += fmt::format("{:>7}  {:>28}  {:>15}  {:>28}  {:>13}\n", "threads", converted ? "convert and open [ms]" : "open [ms]", "first token [s]",
-                       "key/value cache [MB]", "resident [MB]");
+  table += fmt::format("{:>7}  {:>28}  {:>15}  {:>28}  {:>13}\n", "threads",
+                       converted ? "convert and open [ms]" : "open [ms]", "first token [s]", "key/value cache [MB]",
+                       "resident [MB]");
   for (const Json& row : results) {
     const Json& open = row.at("open_seconds");
     table += fmt::format("{:>7}  {:>28}  {:>15.3f}  {:>28.1f}  {:>13.1f}\n", row.at("threads").get<int>(),

@@ -84,7 +84,7 @@ Json run_plan(const Options& options, Context& context) {
   return {{"model", options.get<std::string>("model")}, {"targets", rows}};
 }
 
-// What run_export would write, and where that would load.
+// Whether run_export would refuse, as far as headers tell, and where the model would load.
 Json dry_run(const Checkpoint& checkpoint, const Options& options, Context& context) {
   const auto to = options.get<std::string>("to"), codec = options.get<std::string>("codec");
   std::vector<std::string> notes = checkpoint.notes();
@@ -95,7 +95,7 @@ Json dry_run(const Checkpoint& checkpoint, const Options& options, Context& cont
   }
   std::string text;
   const Json rows = compatibility_rows(checkpoint, text);
-  std::string said = "nothing is written; --to " + to + " --codec " + codec + " would work\n";
+  std::string said = "nothing is written; headers hold nothing against --to " + to + " --codec " + codec + "\n";
   for (const std::string& note : notes) said += "    " + note + "\n";
   context.print(said + "the model as it is:\n" + text);
   return {{"to", to}, {"notes", notes}, {"targets", rows}};
@@ -162,7 +162,7 @@ Command export_command() {
        .default_value = false},
       {.name = "dry-run",
        .type = OptionType::kFlag,
-       .help = "write nothing; say whether it would work, and which programs would load the model and run it fast",
+       .help = "write nothing; say what headers hold against it, and which programs would load the model and run it fast",
        .default_value = false},
       {.name = "out", .type = OptionType::kPath, .help = "file or folder to write"}};
   command.run = run_export;
