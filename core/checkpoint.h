@@ -92,6 +92,8 @@ class CheckpointWriter {
   void read_f32(std::string_view name, float* out) const;
   // The same for rows [first, first + count), before finish().
   void read_rows_f32(std::string_view name, std::int64_t first, std::int64_t count, float* out) const;
+  // Its pages may leave memory; reading it again brings them back.
+  void release(std::string_view name) const;
   // Copies tokenizer, chat template and generation files byte for byte from the original folder.
   void copy_side_files(const fs::path& from);
   void put_side_file(const std::string& name, std::string_view text);

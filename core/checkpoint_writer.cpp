@@ -339,6 +339,11 @@ void CheckpointWriter::read_rows_f32(std::string_view name, std::int64_t first, 
   to_f32(view, first * cols, count * cols, out);
 }
 
+void CheckpointWriter::release(std::string_view name) const {
+  if (const auto found = state_->entries.find(name); found != state_->entries.end())
+    found->second.file->release(found->second.offset, found->second.bytes);
+}
+
 void CheckpointWriter::copy_side_files(const fs::path& from) {
   for (const std::string& name : side_file_names())
     if (fs::is_regular_file(from / name)) copy_file_durably(from / name, state_->work / name);

@@ -1,12 +1,11 @@
 #include "model/blocks.h"
 
+#include <malloc.h>
 #include <omp.h>
 
 #include <algorithm>
 #include <exception>
-#include <random>
 
-#include "core/corpus.h"
 #include "core/error.h"
 #include "model/activations.h"
 #include "model/decoder.h"
@@ -15,11 +14,6 @@
 
 namespace pare {
 namespace {
-
-// Windows whose inputs are held at a time; a constant, so that sums do not depend on the machine.
-constexpr std::int64_t kShardWindows = 8;
-
-bool held_out(std::int64_t window) { return window % kHeldOutEvery == kHeldOutEvery - 1; }
 
 torch::Tensor stage_input(DecoderBlock& block, BlockStage stage, const torch::Tensor& hidden, const RopeTables& rope) {
   switch (stage) {
@@ -35,23 +29,16 @@ torch::Tensor stage_input(DecoderBlock& block, BlockStage stage, const torch::Te
   throw std::logic_error("block stage");
 }
 
-torch::Tensor with_attention(DecoderBlock& block, const torch::Tensor& hidden, const RopeTables& rope) {
-  return block->attention_output(hidden, stage_input(block, BlockStage::kO, hidden, rope));
-}
-
-// What the MLP's linears compute from: with parallel residuals the block's input still, and attention is added later.
-torch::Tensor past_attention(DecoderBlock& block, const torch::Tensor& hidden, const RopeTables& rope) {
-  return block->parallel_residual() ? hidden : with_attention(block, hidden, rope);
-}
-
-// `mix`: what down_proj reads.
-torch::Tensor past_mlp(DecoderBlock& block, const torch::Tensor& hidden, const RopeTables& rope,
-                       const torch::Tensor& mix) {
-  return block->mlp_output(block->parallel_residual() ? with_attention(block, hidden, rope) : hidden, mix);
-}
-
-torch::Tensor past_mlp(DecoderBlock& block, const torch::Tensor& hidden, const RopeTables& rope) {
-  return past_mlp(block, hidden, rope, stage_input(block, BlockStage::kDown, hidden, rope));
+// The hidden state past the linears that read this stage's input, kO or kDown. With parallel residuals the MLP computes
+// from the block's input still, and attention is added after it. `input`: that input where it is known.
+torch::Tensor past(DecoderBlock& block, BlockStage stage, const torch::Tensor& hidden, const RopeTables& rope,
+                   torch::Tensor input) {
+  const bool parallel = block->parallel_residual();
+  if (stage == BlockStage::kO && parallel) return hidden;
+  if (!input.defined()) input = stage_input(block, stage, hidden, rope);
+  if (stage == BlockStage::kO) return block->attention_output(hidden, input);
+  return block->mlp_output(
+      parallel ? block->attention_output(hidden, stage_input(block, BlockStage::kO, hidden, rope)) : hidden, input);
 }
 
 // Inputs that one call of the visitor works with.
@@ -91,15 +78,15 @@ class Walk {
                  : options.threads > 0 ? options.threads
                                        : omp_get_num_procs()),
         sum_threads_(options.threads > 0 ? options.threads : omp_get_num_procs()),
-        window_size_(windows.length * config_.hidden_size) {}
+        window_size_(windows.length * config_.hidden_size),
+        stride_(options.cross ? paired_stride(config_, windows.count, windows.length, options.paired_tokens) : 1) {}
 
   void run(BlockVisitor& visitor);
 
  private:
-  using Advance = torch::Tensor (*)(DecoderBlock&, const torch::Tensor&, const RopeTables&);
-
   void embed(BlockVisitor& visitor);
-  void advance(DecoderBlock& block, Activations& stream, Advance step);
+  // Past the linears that read `stage`'s input: kO or kDown.
+  void advance(DecoderBlock& block, Activations& stream, BlockStage stage);
   void leave_attention(DecoderBlock& block, int layer, BlockVisitor& visitor);
   // Carries a stream past the experts, one of them resident at a time; work(expert) may change its weights first.
   template <class Work>
@@ -113,6 +100,19 @@ class Walk {
   // The input of the original stream. Its weights stay as they are, so where this input was all that the next step
   // waited for, the window goes on at once and does not compute it again.
   torch::Tensor reference_input(BlockStage stage, std::int64_t window);
+  // Adds what the windows from `first` on, whose inputs and differences lie in the lists, are to the statistics.
+  void add_grams(std::int64_t first, std::span<const WindowRows> windows, const std::vector<float>& inputs,
+                 const std::vector<float>& differences, InputStatistics& result);
+  bool paired(std::int64_t window) const { return window % stride_ == 0; }
+  std::int64_t place(std::int64_t window) const { return window / stride_; }  // of a paired one in the original stream
+  std::int64_t pairs() const { return (windows_.count + stride_ - 1) / stride_; }
+  bool held_out(std::int64_t window) const {
+    return paired(window) && place(window) % kHeldOutEvery == kHeldOutEvery - 1;
+  }
+  std::int64_t windows_of(const Activations& stream) const { return &stream == &original_ ? pairs() : windows_.count; }
+  // What o_proj or down_proj of the compressed stream reads, as statistics() computed it; undefined where it is not kept.
+  torch::Tensor kept(BlockStage stage, std::int64_t window) const;
+  void keep_inputs(Step step, std::int64_t columns);
   void count_routes(DecoderBlock& block);
   torch::Tensor expert_input(DecoderBlock& block, Step step, const torch::Tensor& hidden, bool all_tokens,
                              WindowRows& rows);
@@ -159,8 +159,12 @@ class Walk {
   torch::Device device_;
   int threads_, sum_threads_;
   std::int64_t window_size_;
+  std::int64_t stride_;  // every so many-th window is in the original stream as well
   RopeTables rope_;
   Activations original_, compressed_;        // hidden states [windows][length * hidden]
+  std::vector<float> kept_;                  // inputs of one stage of the first windows, [windows][length * columns]
+  std::int64_t kept_columns_ = 0, kept_windows_ = 0;
+  BlockStage kept_stage_ = BlockStage::kQkv;
   Activations expert_sums_;                  // what the experts so far add to one of them
   std::vector<std::int64_t> expert_tokens_;  // of the block: tokens that chose each expert
   DecoderBlock reference_{nullptr};          // the block with original weights, where both streams advance in step
@@ -175,10 +179,11 @@ void Walk::embed(BlockVisitor& visitor) {
     checkpoint_.release("model.embed_positions.weight");
   }
   const auto look_up = [&](Activations& stream, bool compressed) {
-    stream = Activations(windows_.count, window_size_, options_.spill);
+    const std::int64_t step = compressed ? 1 : stride_;
+    stream = Activations(compressed ? windows_.count : pairs(), window_size_, options_.spill);
     const auto scale = static_cast<float>(config_.embedding_scale);
     std::vector<float> window(static_cast<std::size_t>(window_size_));
-    for (std::int64_t w = 0; w < windows_.count; ++w) {
+    for (std::int64_t w = 0; w < windows_.count; w += step) {
       for (std::int64_t t = 0; t < windows_.length; ++t) {
         const std::int64_t id = windows_.ids[static_cast<std::size_t>(w * windows_.length + t)];
         const auto row = std::span(window).subspan(static_cast<std::size_t>(t * config_.hidden_size),
@@ -188,7 +193,7 @@ void Walk::embed(BlockVisitor& visitor) {
         for (float& x : row) x *= scale;
       }
       for (std::size_t i = 0; i < positions.size(); ++i) window[i] += positions[i];
-      stream.write(w, window.data());
+      stream.write(w / step, window.data());
     }
   };
   if (options_.original_stream || options_.cross) look_up(original_, false);
@@ -196,14 +201,24 @@ void Walk::embed(BlockVisitor& visitor) {
   checkpoint_.release("model.embed_tokens.weight");
 }
 
-void Walk::advance(DecoderBlock& block, Activations& stream, Advance step) {
+void Walk::advance(DecoderBlock& block, Activations& stream, BlockStage stage) {
   if (stream.empty()) return;
-  for (std::int64_t first = 0; first < windows_.count; first += kShardWindows) {
-    each_window(first, std::min(first + kShardWindows, windows_.count), [&](std::int64_t w) {
-      const torch::Tensor next = step(block, hidden(stream, w), rope_).to(torch::kCPU, torch::kFloat).contiguous();
+  const std::int64_t count = windows_of(stream);
+  for (std::int64_t first = 0; first < count; first += kShardWindows) {
+    each_window(first, std::min(first + kShardWindows, count), [&](std::int64_t w) {
+      torch::Tensor input;
+      if (&stream == &compressed_) input = kept(stage, w);
+      const torch::Tensor next =
+          past(block, stage, hidden(stream, w), rope_, input).to(torch::kCPU, torch::kFloat).contiguous();
       stream.write(w, next.data_ptr<float>());
     });
   }
+}
+
+torch::Tensor Walk::kept(BlockStage stage, std::int64_t window) const {
+  if (stage != kept_stage_ || window >= kept_windows_) return {};
+  float* values = const_cast<float*>(kept_.data()) + window * windows_.length * kept_columns_;
+  return torch::from_blob(values, {1, windows_.length, kept_columns_}, torch::kFloat).to(device_);
 }
 
 // Scales row 0 of every window, so that its square counts at most kFirstTokenEnergy times the mean of the others.
@@ -264,7 +279,7 @@ torch::Tensor Walk::expert_input(DecoderBlock& block, Step step, const torch::Te
 // Of windows from `first` on, whose rows lie in `inputs` one after the other.
 void Walk::take_sample(std::int64_t first, std::span<const WindowRows> windows, const std::vector<float>& inputs,
                        InputStatistics& result) const {
-  const std::int64_t held = windows_.count / kHeldOutEvery, columns = result.columns;
+  const std::int64_t held = pairs() / kHeldOutEvery, columns = result.columns;
   const std::int64_t quota = std::max<std::int64_t>(1, options_.sample_tokens / std::max<std::int64_t>(1, held));
   result.peak.resize(static_cast<std::size_t>(columns), 0.0f);
   const float* rows = inputs.data();
@@ -288,15 +303,36 @@ void Walk::take_sample(std::int64_t first, std::span<const WindowRows> windows, 
 }
 
 torch::Tensor Walk::reference_input(BlockStage stage, std::int64_t window) {
-  const torch::Tensor state = hidden(original_, window), input = stage_input(reference_, stage, state, rope_);
-  torch::Tensor next;
-  if (stage == BlockStage::kO && !reference_->parallel_residual()) next = reference_->attention_output(state, input);
-  if (stage == BlockStage::kDown) next = past_mlp(reference_, state, rope_, input);
-  if (next.defined()) {
-    const torch::Tensor values = next.to(torch::kCPU, torch::kFloat).contiguous();
-    original_.write(window, values.data_ptr<float>());
+  const torch::Tensor state = hidden(original_, place(window)), input = stage_input(reference_, stage, state, rope_);
+  if (stage == BlockStage::kO || stage == BlockStage::kDown) {
+    const torch::Tensor next =
+        past(reference_, stage, state, rope_, input).to(torch::kCPU, torch::kFloat).contiguous();
+    original_.write(place(window), next.data_ptr<float>());
   }
   return input;
+}
+
+void Walk::add_grams(std::int64_t first, std::span<const WindowRows> windows, const std::vector<float>& inputs,
+                     const std::vector<float>& differences, InputStatistics& result) {
+  const auto add = [&](const float* left, const float* right, std::int64_t rows, SquareMatrix& sum) {
+    sum.visit([&](auto* values) { add_gram(left, right, rows, result.columns, values, sum_threads_); });
+  };
+  std::int64_t row = 0;
+  for (std::size_t begin = 0, end = 0; begin < windows.size(); begin = end) {  // windows of one kind together
+    const std::int64_t w = first + static_cast<std::int64_t>(begin);
+    const bool held = options_.held_out && held_out(w), pair = options_.cross && paired(w);
+    std::int64_t rows = 0;
+    for (; end < windows.size(); ++end) {
+      const std::int64_t other = first + static_cast<std::int64_t>(end);
+      if ((options_.held_out && held_out(other)) != held || (options_.cross && paired(other)) != pair) break;
+      rows += windows[end].count;
+    }
+    const float* own = inputs.data() + row * result.columns;
+    add(own, own, rows, held ? result.held_hessian : result.hessian);
+    if (pair)
+      add(differences.data() + row * result.columns, own, rows, held ? result.held_cross : result.cross);
+    row += rows;
+  }
 }
 
 InputStatistics Walk::statistics(DecoderBlock& block, int layer, Step step, std::int64_t columns) {
@@ -316,39 +352,43 @@ InputStatistics Walk::statistics(DecoderBlock& block, int layer, Step step, std:
     result.held_hessian = SquareMatrix(columns, 0);
     result.held_cross = SquareMatrix(columns, 0);
   }
-  std::vector<float> inputs, paired;
+  keep_inputs(step, columns);
+  std::vector<float> inputs, differences;
   for (std::int64_t first = 0; first < windows_.count; first += kShardWindows) {
-    const std::int64_t last = std::min(first + kShardWindows, windows_.count);
-    inputs.resize(static_cast<std::size_t>((last - first) * windows_.length * columns));
-    if (options_.cross) paired.resize(inputs.size());
+    const std::int64_t last = std::min(first + kShardWindows, windows_.count), size = windows_.length * columns;
+    inputs.resize(static_cast<std::size_t>((last - first) * size));
+    if (options_.cross) differences.resize(inputs.size());
     std::vector<WindowRows> added(static_cast<std::size_t>(last - first), {windows_.length, true});
     each_window(first, last, [&](std::int64_t w) {
-      float* to = inputs.data() + (w - first) * windows_.length * columns;
+      float* to = inputs.data() + (w - first) * size;
       const torch::Tensor state = hidden(compressed_, w);
       WindowRows& own = added[static_cast<std::size_t>(w - first)];
       store(step.expert < 0 ? stage_input(block, step.stage, state, rope_)
                             : expert_input(block, step, state, result.all_tokens, own),
             to);
-      if (options_.cross) store(reference_input(step.stage, w), paired.data() + (to - inputs.data()));
+      if (w < kept_windows_) std::copy_n(to, size, kept_.data() + w * size);
+      if (!options_.cross || !paired(w)) return;
+      float* difference = differences.data() + (w - first) * size;
+      store(reference_input(step.stage, w), difference);
+      for (std::int64_t i = 0; i < size; ++i) difference[i] -= to[i];
     });
-    cap_first_tokens(inputs, options_.cross ? &paired : nullptr, added, columns);
+    cap_first_tokens(inputs, options_.cross ? &differences : nullptr, added, columns);
     if (options_.token_weights) {
       const auto weights = options_.token_weights->of(layer, step.stage)
                                .subspan(static_cast<std::size_t>(first * windows_.length),
                                         static_cast<std::size_t>((last - first) * windows_.length));
       weigh(weights, columns, inputs.data());
-      if (options_.cross) weigh(weights, columns, paired.data());
+      if (options_.cross) weigh(weights, columns, differences.data());
     }
     std::int64_t rows = 0;  // those of all windows one after the other
     for (std::size_t w = 0; w < added.size(); ++w) {
-      const float* from = inputs.data() + static_cast<std::int64_t>(w) * windows_.length * columns;
+      const float* from = inputs.data() + static_cast<std::int64_t>(w) * size;
       if (from != inputs.data() + rows * columns)
         std::copy_n(from, added[w].count * columns, inputs.data() + rows * columns);
       rows += added[w].count;
     }
     if (options_.hessian) {
-      result.hessian.visit(
-          [&](auto* sum) { add_gram(inputs.data(), inputs.data(), rows, columns, sum, sum_threads_); });
+      add_grams(first, added, inputs, differences, result);
     } else {
       for (std::int64_t t = 0; t < rows; ++t) {
         const float* x = inputs.data() + t * columns;
@@ -357,40 +397,58 @@ InputStatistics Walk::statistics(DecoderBlock& block, int layer, Step step, std:
         }
       }
     }
-    if (options_.cross) {
-      result.cross.visit([&](auto* sum) { add_gram(paired.data(), inputs.data(), rows, columns, sum, sum_threads_); });
-    }
     if (options_.sample_tokens > 0) take_sample(first, added, inputs, result);
-    for (std::int64_t w = first; options_.held_out && w < last; ++w) {
-      if (!held_out(w)) continue;
-      const std::int64_t at = (w - first) * windows_.length * columns;
-      const auto add = [&](const float* left, SquareMatrix& sum) {
-        sum.visit([&](auto* values) {
-          add_gram(left + at, inputs.data() + at, windows_.length, columns, values, sum_threads_);
-        });
-      };
-      add(inputs.data(), result.held_hessian);
-      add(paired.data(), result.held_cross);
-    }
   }
-  const double scale = 1.0 / static_cast<double>(all);
-  for (double& value : result.mean_square) value *= scale;
-  for (SquareMatrix* matrix : {&result.hessian, &result.cross, &result.held_hessian, &result.held_cross}) {
-    if (matrix->empty()) continue;
-    matrix->visit([&](auto* values) {
+  std::int64_t held = 0;
+  for (std::int64_t w = 0; w < windows_.count; ++w) held += options_.held_out && held_out(w) ? 1 : 0;
+  result.paired_tokens = options_.cross ? pairs() * windows_.length : 0;
+  result.held_tokens = held * windows_.length;
+  const auto add = [&](const SquareMatrix& part, SquareMatrix& sum) {
+    sum.visit([&](auto* values) {
+      using Value = std::remove_reference_t<decltype(*values)>;
+      for (std::size_t i = 0; i < static_cast<std::size_t>(columns * columns); ++i)
+        values[i] = static_cast<Value>(static_cast<double>(values[i]) + part[i]);
+    });
+  };
+  const auto divide = [&](SquareMatrix& sum, std::int64_t tokens) {
+    const double scale = tokens > 0 ? 1.0 / static_cast<double>(tokens) : 0.0;
+    sum.visit([&](auto* values) {
       using Value = std::remove_reference_t<decltype(*values)>;
       for (std::int64_t i = 0; i < columns * columns; ++i)
         values[i] = static_cast<Value>(static_cast<double>(values[i]) * scale);
     });
+  };
+  if (options_.held_out) {
+    add(result.held_hessian, result.hessian);
+    add(result.held_cross, result.cross);
+    divide(result.held_hessian, result.held_tokens);
+    divide(result.held_cross, result.held_tokens);
+    result.held_hessian.visit([&](auto* values) { mirror_upper(values, columns); });
   }
-  if (options_.held_out) result.held_hessian.visit([&](auto* values) { mirror_upper(values, columns); });
+  if (options_.cross) divide(result.cross, result.paired_tokens);
   if (options_.hessian) {
+    divide(result.hessian, all);
     result.hessian.visit([&](auto* values) { mirror_upper(values, columns); });
     for (std::int64_t j = 0; j < columns; ++j) {
       result.mean_square[static_cast<std::size_t>(j)] = result.hessian[static_cast<std::size_t>(j * columns + j)];
     }
+  } else {
+    for (double& value : result.mean_square) value /= static_cast<double>(all);
   }
   return result;
+}
+
+// The inputs that the compressed stream goes on from once the weights that read them are chosen, of as many windows as
+// fit into the size of its hidden states.
+void Walk::keep_inputs(Step step, std::int64_t columns) {
+  kept_windows_ = 0;
+  const bool serves = step.stage == BlockStage::kDown ||
+                      (step.stage == BlockStage::kO && !config_.parallel_residual);
+  if (!serves || step.expert >= 0 || !options_.spill.empty()) return;
+  kept_stage_ = step.stage;
+  kept_columns_ = columns;
+  kept_windows_ = std::min(windows_.count, windows_.count * config_.hidden_size / columns);
+  kept_.resize(static_cast<std::size_t>(windows_.count * window_size_));
 }
 
 template <class Work>
@@ -422,8 +480,8 @@ void Walk::with_linears(DecoderBlock& block, int layer, Step step, const Work& w
 
 // The compressed stream to the point where the MLP or the router reads it.
 void Walk::leave_attention(DecoderBlock& block, int layer, BlockVisitor& visitor) {
-  advance(block, compressed_, past_attention);
-  if (options_.cross && visitor.finished(layer)) advance(reference_, original_, past_attention);
+  advance(block, compressed_, BlockStage::kO);
+  if (options_.cross && visitor.finished(layer)) advance(reference_, original_, BlockStage::kO);
   if (!config_.has_experts()) return;
   count_routes(block);
   visitor.routed(layer, expert_tokens_);
@@ -457,6 +515,9 @@ void Walk::visit(DecoderBlock& block, int layer, Step step, BlockVisitor& visito
   const std::string module = stage_modules(config_, step.stage, step.expert).front();
   if (context_.progress) context_.progress->update(layer, module + ": inputs");
   const InputStatistics input = statistics(block, layer, step, block->weight(module).size(1));
+#if defined(__GLIBC__)
+  malloc_trim(0);  // the shards: choosing weights needs other pieces (see prepare_threads)
+#endif
   if (context_.progress) context_.progress->update(layer, module + ": weights");
   throw_if_interrupted("calibration", "the same command continues with the block that was not finished");
   with_linears(block, layer, step,
@@ -467,8 +528,8 @@ double Walk::drift() {
   if (original_.empty()) return 0;
   double difference = 0, energy = 0;
   std::vector<float> original(static_cast<std::size_t>(window_size_)), compressed(original.size());
-  for (std::int64_t w = 0; w < windows_.count; ++w) {
-    original_.read(w, original.data());
+  for (std::int64_t w = 0; w < windows_.count; w += stride_) {
+    original_.read(place(w), original.data());
     compressed_.read(w, compressed.data());
     double window_difference = 0, window_energy = 0;
     for (std::size_t i = 0; i < original.size(); ++i) {
@@ -499,11 +560,12 @@ void Walk::run(BlockVisitor& visitor) {
     if (options_.cross) {
       reference_ = load_block(checkpoint_, layer, device_);
     } else {
-      advance(block, original_, past_attention);
+      advance(block, original_, BlockStage::kO);
       if (config_.has_experts()) through_experts(block, original_, [](std::int64_t) {});
-      else advance(block, original_, past_mlp);
+      else advance(block, original_, BlockStage::kDown);
     }
     visitor.begin_block(layer);
+    kept_windows_ = 0;
     const bool finished = visitor.finished(layer);
     if (finished && context_.progress) context_.progress->update(layer, "replayed");
     const auto step = [&](Step step) {
@@ -519,9 +581,9 @@ void Walk::run(BlockVisitor& visitor) {
       });
     } else {
       for (const BlockStage stage : kMlp) step({stage});
-      advance(block, compressed_, past_mlp);
+      advance(block, compressed_, BlockStage::kDown);
     }
-    if (options_.cross && finished) advance(reference_, original_, past_mlp);
+    if (options_.cross && finished) advance(reference_, original_, BlockStage::kDown);
     visitor.end_block(layer, drift());
     if (context_.progress) context_.progress->update(layer + 1);
   }
@@ -559,71 +621,6 @@ std::string expert_summary(std::span<const std::int64_t> tokens, std::int64_t le
          std::to_string(few) + " of them calibrated on all tokens";
 }
 
-std::string CalibrationWindows::hash() const {
-  Hasher hasher;
-  hasher.update(std::to_string(count) + "x" + std::to_string(length) + (prefixed ? "p" : "") + ":");
-  hasher.update(std::as_bytes(std::span(ids)));
-  return hasher.hex();
-}
-
-CalibrationWindows sample_windows(const Tokenizer& tokenizer, const std::vector<fs::path>& texts, std::int64_t count,
-                                  std::int64_t length, std::uint64_t seed, const std::optional<std::string>& split,
-                                  TextPart part) {
-  const std::vector<std::int32_t> prefix = tokenizer.prefix_ids();
-  std::vector<std::int32_t> joined;
-  for (const Document& document : read_documents(texts, split)) {
-    const std::vector<std::int32_t> ids = encode_document(tokenizer, document);
-    joined.insert(joined.end(), ids.begin(), ids.end());
-  }
-  if (part.begin > 0 || part.end < 1) {
-    const auto at = [&](double share) {
-      return joined.begin() + static_cast<std::ptrdiff_t>(share * static_cast<double>(joined.size()));
-    };
-    joined = std::vector<std::int32_t>(at(part.begin), at(part.end));
-  }
-  const std::int64_t body = length - static_cast<std::int64_t>(prefix.size());
-  if (body < 1 || static_cast<std::int64_t>(joined.size()) < body) {
-    throw input_error(texts.empty() ? "calibration text" : texts.front().string(),
-                      "at least " + std::to_string(length) + " tokens for one window",
-                      std::to_string(joined.size()) + " tokens", "more text, or a smaller --context");
-  }
-  CalibrationWindows windows;
-  windows.count = count;
-  windows.length = length;
-  windows.prefixed = !prefix.empty();
-  windows.ids.reserve(static_cast<std::size_t>(count * length));
-  std::mt19937_64 random(seed);
-  const std::uint64_t starts = joined.size() - static_cast<std::uint64_t>(body) + 1;
-  for (std::int64_t w = 0; w < count; ++w) {
-    const auto start = static_cast<std::ptrdiff_t>(random() % starts);
-    windows.ids.insert(windows.ids.end(), prefix.begin(), prefix.end());
-    windows.ids.insert(windows.ids.end(), joined.begin() + start, joined.begin() + start + body);
-  }
-  return windows;
-}
-
-CalibrationWindows random_windows(std::int64_t vocab_size, std::int64_t count, std::int64_t length,
-                                  std::uint64_t seed) {
-  CalibrationWindows windows;
-  windows.count = count;
-  windows.length = length;
-  std::mt19937_64 random(seed);
-  windows.ids.resize(static_cast<std::size_t>(count * length));
-  for (std::int32_t& id : windows.ids) {
-    id = static_cast<std::int32_t>(random() % static_cast<std::uint64_t>(vocab_size));
-  }
-  return windows;
-}
-
-void require_ids(const CalibrationWindows& windows, std::int64_t vocab_size) {
-  for (std::int32_t id : windows.ids) {
-    if (id < 0 || id >= vocab_size) {
-      throw input_error("calibration tokens", "ids below " + std::to_string(vocab_size), std::to_string(id),
-                        "the tokenizer does not belong to this model");
-    }
-  }
-}
-
 void walk_blocks(const Checkpoint& checkpoint, const CalibrationWindows& windows, const WalkOptions& options,
                  Context& context, BlockVisitor& visitor) {
   require_ids(windows, checkpoint.config().vocab_size);
@@ -636,64 +633,6 @@ void walk_blocks(const Checkpoint& checkpoint, const CalibrationWindows& windows
 
 void require_device(const std::string& name) {
   parse_device(name);
-}
-
-void MemoryPlan::add_note(std::vector<std::string>& notes) const {
-  if (spill)
-    notes.push_back(
-        "activations of the calibration windows go to an HDF5 file: with them in memory the peak would be " +
-        bytes_in_words(unspilled));
-}
-
-MemoryPlan plan_memory(const Options& options, const std::function<std::uint64_t(const fs::path& spill)>& peak,
-                       const std::string& hint) {
-  const std::uint64_t unspilled = peak({});
-  MemoryPlan plan{unspilled, unspilled, false};
-  if (!options.has("max-ram")) return plan;
-  const std::uint64_t limit = parse_bytes(options.get<std::string>("max-ram"), "--max-ram");
-  if (plan.peak <= limit) return plan;
-  if (const std::uint64_t spilled = peak("file"); spilled < plan.peak) {
-    plan.peak = spilled;
-    plan.spill = true;
-  }
-  if (plan.peak > limit)
-    throw Error(ExitCode::kResources, "--max-ram " + options.get<std::string>("max-ram"),
-                bytes_in_words(plan.peak) + (plan.spill ? " with the activations in a file" : ""),
-                bytes_in_words(limit), hint);
-  return plan;
-}
-
-std::uint64_t block_work_bytes(const ModelConfig& config, std::int64_t rows) {
-  const auto queries = config.num_heads * config.head_dim, keys = config.num_kv_heads * config.head_dim;
-  // Hidden state, its normed form and the result; gate and up apart, joined and multiplied, or the same of q, k and v.
-  return 4 * static_cast<std::uint64_t>(rows) *
-         static_cast<std::uint64_t>(3 * config.hidden_size +
-                                    std::max(5 * config.intermediate_size, 3 * queries + 4 * keys));
-}
-
-std::uint64_t walk_peak_bytes(const ModelConfig& config, std::int64_t windows, std::int64_t length,
-                              const WalkOptions& options) {
-  const auto hidden = static_cast<std::uint64_t>(config.hidden_size);
-  const auto wide = static_cast<std::uint64_t>(
-      std::max({config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim}));
-  const auto tokens = static_cast<std::uint64_t>(windows * length);
-  const std::uint64_t streams = (options.original_stream || options.cross ? 2 : 1) + (config.has_experts() ? 1 : 0);
-  const auto attention = static_cast<std::uint64_t>(config.num_heads * config.head_dim) * 2 +
-                         static_cast<std::uint64_t>(config.num_kv_heads * config.head_dim) * 2;
-  const auto inner = static_cast<std::uint64_t>(config.intermediate_size);
-  const std::uint64_t block = hidden * (attention + 3 * inner) * 4;  // one expert of several
-  const std::uint64_t originals = hidden * std::max(attention, 2 * inner) * 4;
-  const std::uint64_t inputs = static_cast<std::uint64_t>(std::min(windows, kShardWindows) * length) * wide * 4;
-  const std::uint64_t square = wide * wide * (static_cast<std::int64_t>(wide) > options.widest_double ? 4 : 8);
-  const auto threads = static_cast<std::uint64_t>(
-      std::min<std::int64_t>({options.threads > 0 ? options.threads : omp_get_num_procs(), kShardWindows, windows}));
-  const std::uint64_t computing = threads * block_work_bytes(config, length);
-  const std::uint64_t walking = block * (options.cross ? 2 : 1) +
-                                std::max(originals, 2 * inputs * (options.cross ? 2 : 1) + computing) +
-                                (options.hessian ? square * (options.cross ? 2 : 1) : 0) +
-                                (options.held_out ? 2 * wide * wide * 4 : 0) +
-                                static_cast<std::uint64_t>(options.sample_tokens) * wide * 4;
-  return (options.spill.empty() ? streams * tokens * hidden * 4 : 0) + walking;
 }
 
 }  // namespace pare

@@ -14,33 +14,11 @@
 #include "core/checkpoint.h"
 #include "core/context.h"
 #include "core/options.h"
-#include "core/tokenizer.h"
 #include "model/block_stage.h"
+#include "model/calibration.h"
 #include "model/sweep.h"
 
 namespace pare {
-
-// Calibration tokens: `count` windows of exactly `length` ids, one after the other.
-struct CalibrationWindows {
-  std::int64_t count = 0, length = 0;
-  std::vector<std::int32_t> ids;  // [count * length]
-  bool prefixed = false;          // every window starts with the tokenizer's prefix (BOS), which attracts outliers
-  std::string hash() const;       // of the ids: part of a resume manifest
-};
-
-// Between which parts of the joined text windows are drawn.
-struct TextPart {
-  double begin = 0, end = 1;
-};
-// Seeded random windows over the documents joined in order; every window starts with the prefix ids, if the tokenizer
-// has any. Errors: exit 3 when the text has fewer tokens than one window.
-CalibrationWindows sample_windows(const Tokenizer& tokenizer, const std::vector<fs::path>& texts, std::int64_t count,
-                                  std::int64_t length, std::uint64_t seed,
-                                  const std::optional<std::string>& split = std::nullopt, TextPart part = {});
-// Error: exit 3 at an id that the model has no embedding for.
-void require_ids(const CalibrationWindows& windows, std::int64_t vocab_size);
-// Uniform random ids below vocab_size, for tests and for models without a tokenizer.
-CalibrationWindows random_windows(std::int64_t vocab_size, std::int64_t count, std::int64_t length, std::uint64_t seed);
 
 // {"self_attn.q_proj", ...}, or the fused {"self_attn.qkv_proj"}. `expert`: whose, in a model with experts.
 std::vector<std::string> stage_modules(const ModelConfig& config, BlockStage stage, std::int64_t expert = -1);
@@ -54,9 +32,12 @@ struct InputStatistics {
   bool all_tokens = false;          // the fallback for an expert that too few chose
   std::vector<double> mean_square;  // [columns] E[w x_j^2]: the diagonal of the Hessian
   SquareMatrix hessian;             // [columns * columns] E[w x x^T], symmetric; empty unless asked for
-  SquareMatrix cross;               // [columns * columns] E[w x_original x^T]; empty unless asked for
-  // What every kHeldOutEvery-th window adds to the two above, in float32; empty unless asked for.
+  // [columns * columns] E[w (x_original - x) x^T] over the tokens that both streams carry; empty unless asked for.
+  SquareMatrix cross;
+  std::int64_t paired_tokens = 0;
+  // The two above over every kHeldOutEvery-th of those windows alone, in float32; empty unless asked for.
   SquareMatrix held_hessian, held_cross;
+  std::int64_t held_tokens = 0;
   // Both empty unless asked for; in the compressed stream, weighted like the rest.
   std::vector<float> peak;    // [columns] max |x_j| over the windows that are not held out
   std::vector<float> sample;  // [rows * columns] inputs of held-out windows, evenly spaced
@@ -92,8 +73,16 @@ class BlockVisitor {
   virtual void end_block(int layer, double drift) {}
 };
 
+// Windows whose inputs are held at a time; a constant, so that sums do not depend on the machine.
+inline constexpr std::int64_t kShardWindows = 8;
 inline constexpr std::int64_t kExpertTokens = 128;
 inline constexpr std::int64_t kHeldOutEvery = 5;
+inline constexpr std::int64_t kPairedTokens = 32768, kPairedTokensPerColumn = 8;
+// By what an input differs from the original model's is known from fewer tokens than the Hessian wants: with cross
+// statistics every so many-th window is carried through the original weights too, at least `paired_tokens` tokens and
+// kPairedTokensPerColumn for each column of the widest input where the windows hold so many.
+std::int64_t paired_stride(const ModelConfig& config, std::int64_t windows, std::int64_t length,
+                           std::int64_t paired_tokens);
 
 // What each token of the calibration windows counts for each distinct input: [layer][stage][window * length + position].
 struct TokenWeights {
@@ -109,12 +98,13 @@ struct WalkOptions {
   std::string device = "cpu";
   int threads = 0;                             // 0: all cores
   bool hessian = false;                        // else only mean_square
-  bool cross = false;                          // needs hessian
+  bool cross = false;                          // needs hessian; the original stream is that of paired_stride
   bool held_out = false;                       // needs cross: see InputStatistics
   std::int64_t sample_tokens = 0;              // at most so many rows in InputStatistics::sample; needs held-out windows
   const TokenWeights* token_weights = nullptr; // of each input, mean 1; null: all 1. Not with experts
   std::int64_t expert_tokens = kExpertTokens;  // see InputStatistics; at least 1
-  bool original_stream = true;                 // false: drift is 0 and half of the activation memory is saved
+  bool original_stream = true;                 // false: drift is 0 and activation memory is saved
+  std::int64_t paired_tokens = kPairedTokens;  // with cross: see paired_stride
   fs::path spill;                              // folder for activations in HDF5 files; empty: they stay in memory
   std::int64_t widest_double = kWidestDouble;  // statistics of wider inputs are kept in float32
 };

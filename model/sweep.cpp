@@ -59,16 +59,13 @@ PARE_CLONES void gram_tile(const float* a, const float* b, std::int64_t rows, fl
   gram_tile_body(a, b, rows, out, stride, height, width);
 }
 
-// Panels [panel][row][32], zero padded.
-void pack_panels(const float* x, std::int64_t rows, std::int64_t cols, std::vector<float>& packed) {
-  const std::int64_t panels = (cols + kPanel - 1) / kPanel;
-  packed.assign(static_cast<std::size_t>(panels * rows * kPanel), 0.0f);
-  for (std::int64_t p = 0; p < panels; ++p) {
-    const std::int64_t width = std::min(kPanel, cols - p * kPanel);
-    for (std::int64_t t = 0; t < rows; ++t) {
-      std::memcpy(packed.data() + (p * rows + t) * kPanel, x + t * cols + p * kPanel,
-                  static_cast<std::size_t>(width) * sizeof(float));
-    }
+// Panel p of [panel][row][32], zero padded.
+void pack_panel(const float* x, std::int64_t rows, std::int64_t cols, std::int64_t p, float* packed) {
+  const std::int64_t width = std::min(kPanel, cols - p * kPanel);
+  float* out = packed + p * rows * kPanel;
+  for (std::int64_t t = 0; t < rows; ++t, out += kPanel) {
+    std::memcpy(out, x + t * cols + p * kPanel, static_cast<std::size_t>(width) * sizeof(float));
+    std::fill(out + width, out + kPanel, 0.0f);
   }
 }
 
@@ -76,10 +73,10 @@ void pack_panels(const float* x, std::int64_t rows, std::int64_t cols, std::vect
 // power of two apart do not fight for the same cache lines, and serve every row of the tile.
 constexpr std::int64_t kStrip = 64, kDepth = 64;
 
-template <class T>
+template <bool kTransposed, class T>
 PARE_INLINE void subtract_body(double* out, const double* factors, const T* m, std::int64_t n, std::int64_t first,
                                std::int64_t last, std::int64_t begin, std::int64_t end) {
-  if (last - first == 1) {
+  if (!kTransposed && last - first == 1) {
     for (std::int64_t j = begin; j < end; ++j) {
       const auto factor = static_cast<double>(m[first * n + j]);
       double* target = out + (j - begin) * kSweepRows;
@@ -93,7 +90,11 @@ PARE_INLINE void subtract_body(double* out, const double* factors, const T* m, s
     for (std::int64_t left = begin; left < end; left += kStrip) {
       const std::int64_t width = std::min(kStrip, end - left), quads = (width + 3) / 4;
       if (width % 4 != 0) std::fill(packed + (quads - 1) * depth * 4, packed + quads * depth * 4, 0.0);
-      for (std::int64_t k = 0; k < depth; ++k) {
+      for (std::int64_t j = 0; kTransposed && j < width; ++j) {
+        const T* column = m + (left + j) * n + top;
+        for (std::int64_t k = 0; k < depth; ++k) packed[(j / 4 * depth + k) * 4 + j % 4] = static_cast<double>(column[k]);
+      }
+      for (std::int64_t k = 0; !kTransposed && k < depth; ++k) {
         const T* row = m + (top + k) * n + left;
         std::int64_t j = 0;
         for (; j + 4 <= width; j += 4) {
@@ -137,11 +138,19 @@ PARE_INLINE void subtract_body(double* out, const double* factors, const T* m, s
 // Clones are made of functions, not of templates.
 PARE_CLONES void subtract(double* out, const double* factors, const double* m, std::int64_t n, std::int64_t first,
                           std::int64_t last, std::int64_t begin, std::int64_t end) {
-  subtract_body(out, factors, m, n, first, last, begin, end);
+  subtract_body<false>(out, factors, m, n, first, last, begin, end);
 }
 PARE_CLONES void subtract(double* out, const double* factors, const float* m, std::int64_t n, std::int64_t first,
                           std::int64_t last, std::int64_t begin, std::int64_t end) {
-  subtract_body(out, factors, m, n, first, last, begin, end);
+  subtract_body<false>(out, factors, m, n, first, last, begin, end);
+}
+PARE_CLONES void subtract_transposed(double* out, const double* factors, const double* m, std::int64_t n,
+                                     std::int64_t first, std::int64_t last, std::int64_t begin, std::int64_t end) {
+  subtract_body<true>(out, factors, m, n, first, last, begin, end);
+}
+PARE_CLONES void subtract_transposed(double* out, const double* factors, const float* m, std::int64_t n,
+                                     std::int64_t first, std::int64_t last, std::int64_t begin, std::int64_t end) {
+  subtract_body<true>(out, factors, m, n, first, last, begin, end);
 }
 
 // total[r] += d H d^T for d [n][kSweepRows]: twice what lies above the diagonal strips, and the strips.
@@ -170,16 +179,21 @@ int resolve_threads(int threads) {
 template <class T>
 void add_gram(const float* a, const float* b, std::int64_t rows, std::int64_t cols, T* sum, int threads) {
   const std::int64_t panels = (cols + kPanel - 1) / kPanel;
-  std::vector<float> left, right;
+  std::vector<float> left(static_cast<std::size_t>(panels * std::min(kGramRows, rows) * kPanel));
+  std::vector<float> right(a == b ? 0 : left.size());
+  const float* other = a == b ? left.data() : right.data();
+#pragma omp parallel num_threads(resolve_threads(threads))
   for (std::int64_t start = 0; start < rows; start += kGramRows) {
     const std::int64_t count = std::min(kGramRows, rows - start);
-    pack_panels(a + start * cols, count, cols, left);
-    if (a != b) pack_panels(b + start * cols, count, cols, right);
-    const std::vector<float>& other = a == b ? left : right;
-#pragma omp parallel for schedule(dynamic) num_threads(resolve_threads(threads))
+#pragma omp for
+    for (std::int64_t p = 0; p < panels; ++p) {
+      pack_panel(a + start * cols, count, cols, p, left.data());
+      if (a != b) pack_panel(b + start * cols, count, cols, p, right.data());
+    }
+#pragma omp for schedule(dynamic)
     for (std::int64_t i = 0; i < panels; ++i) {
       for (std::int64_t j = a == b ? i : 0; j < panels; ++j) {
-        gram_tile(left.data() + i * count * kPanel, other.data() + j * count * kPanel, count,
+        gram_tile(left.data() + i * count * kPanel, other + j * count * kPanel, count,
                   sum + i * kPanel * cols + j * kPanel, cols, std::min(kPanel, cols - i * kPanel),
                   std::min(kPanel, cols - j * kPanel));
       }
@@ -445,7 +459,8 @@ void row_products(const float* a, const float* b, std::int64_t rows, std::int64_
 
 template <class T>
 void subtract_products(double* out, const double* factors, const T* matrix, std::int64_t n, std::int64_t first,
-                       std::int64_t last, std::int64_t begin, std::int64_t end) {
+                       std::int64_t last, std::int64_t begin, std::int64_t end, bool transposed) {
+  if (transposed) return subtract_transposed(out, factors, matrix, n, first, last, begin, end);
   subtract(out, factors, matrix, n, first, last, begin, end);
 }
 
@@ -456,9 +471,9 @@ template void mirror_upper(float*, std::int64_t);
 template std::vector<double> row_errors(const float*, const float*, std::int64_t, std::int64_t, const double*, int);
 template std::vector<double> row_errors(const float*, const float*, std::int64_t, std::int64_t, const float*, int);
 template void subtract_products(double*, const double*, const double*, std::int64_t, std::int64_t, std::int64_t,
-                                std::int64_t, std::int64_t);
+                                std::int64_t, std::int64_t, bool);
 template void subtract_products(double*, const double*, const float*, std::int64_t, std::int64_t, std::int64_t,
-                                std::int64_t, std::int64_t);
+                                std::int64_t, std::int64_t, bool);
 template void row_products(const float*, const float*, std::int64_t, std::int64_t, const double*, int,
                            const std::function<void(RowTile, std::span<double>)>&);
 template void row_products(const float*, const float*, std::int64_t, std::int64_t, const float*, int,

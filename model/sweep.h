@@ -121,10 +121,10 @@ template <class T>
 void row_products(const float* a, const float* b, std::int64_t rows, std::int64_t cols, const T* hessian, int threads,
                   const std::function<void(RowTile, std::span<double>)>& use);
 
-// Of a tile: out_j -= sum over k in [first, last) of factors_k M_kj, for j in [begin, end).
+// Of a tile: out_j -= sum over k in [first, last) of factors_k M_kj, for j in [begin, end); of the transposed M, M_jk.
 // out: [end - begin][kSweepRows], factors: [last - first][kSweepRows], matrix M: [n * n].
 template <class T>
 void subtract_products(double* out, const double* factors, const T* matrix, std::int64_t n, std::int64_t first,
-                       std::int64_t last, std::int64_t begin, std::int64_t end);
+                       std::int64_t last, std::int64_t begin, std::int64_t end, bool transposed = false);
 
 }  // namespace pare

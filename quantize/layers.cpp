@@ -53,9 +53,13 @@ class Quantizer : public BlockVisitor {
   }
   bool finished(int layer) override { return job_.writer.has_piece(piece_name(layer)); }
   void restore(int layer, std::span<BlockLinear> linears) override {
-    for (BlockLinear& linear : linears) job_.writer.read_f32(linear.name, linear.weight.data());
+    for (BlockLinear& linear : linears) {
+      job_.writer.read_f32(linear.name, linear.weight.data());
+      job_.writer.release(linear.name);
+    }
   }
   void begin_block(int layer) override {
+    if (layer == 0) job_.writer.release("model.embed_tokens.weight");
     codes_.clear();
     rows_ = Json::array();
     for (const TensorPlan& tensor : job_.plan) {
@@ -289,6 +293,7 @@ void quantize_layers(const QuantizeJob& job, Context& context) {
     walk.expert_tokens = job.expert_tokens;
     walk.spill = job.spill;
     walk.cross = walk.held_out = job.retarget;
+    walk.paired_tokens = job.paired_tokens;
     walk.token_weights = job.token_weights;
     walk_blocks(job.model, job.windows, walk, context, quantizer);
     return;

@@ -32,6 +32,7 @@ struct QuantizeJob {
   std::int64_t expert_tokens = kExpertTokens;  // an expert that fewer tokens chose is calibrated on all
   fs::path spill;             // folder for activations that do not fit into memory; empty: they do
   bool retarget = false;      // with kGptq: see quantize/retarget.h
+  std::int64_t paired_tokens = kPairedTokens;  // with retarget: see WalkOptions
   const TokenWeights* token_weights = nullptr;
 };
 

@@ -81,6 +81,13 @@ std::vector<OptionDecl> quantize_options() {
      .type = OptionType::kFlag,
      .help = "GPTQ: aim at the original's outputs from the inputs that the quantized model has (Qronos)",
      .default_value = false},
+    {.name = "paired-tokens",
+     .type = OptionType::kInteger,
+     .help = "--retarget: calibration tokens that go through the original weights as well, evenly spaced windows; at least "
+             "8 for each column of the widest linear",
+     .default_value = kPairedTokens,
+     .minimum = 1,
+     .maximum = 1e12},
     {.name = "fisher",
      .type = OptionType::kFlag,
      .help = "weigh calibration tokens by how much the model's loss depends on them; one backward pass of the whole model",

@@ -11,7 +11,7 @@
 namespace pare {
 
 // With x the input of a linear in the original model and y the one in the quantized model, E ||W x - V y||^2 + l ||V - W||^2
-// is least at V = W + D, D = W (G - H) (H + l)^-1, H = E[y y^T], G = E[x y^T]; GPTQ on V is Qronos (Zhang et al. 2025)
+// is least at V = W + D, D = W C (H + l)^-1, H = E[y y^T], C = E[(x - y) y^T]; GPTQ on V is Qronos (Zhang et al. 2025)
 // from its second column on. Where tokens are few D is mostly noise: V = W + a D, with the a in [0, 1] that is best on
 // windows from which D was not made.
 struct Retargeting {
@@ -30,12 +30,11 @@ class Retargeter {
 
  private:
   // rows [columns][kSweepRows] times (H + l)^-1, in place.
-  void divide(std::vector<double>& rows, const SweepFactor& factor, const SquareMatrix& transposed) const;
+  void divide(std::vector<double>& rows, const SweepFactor& factor) const;
 
   const InputStatistics& input_;
   const SweepFactor& factor_;
-  SweepFactor part_factor_;                      // of the windows that are not held out
-  SquareMatrix transposed_, part_transposed_;  // U^T of both
+  SweepFactor part_factor_;  // of the windows that are not held out
   int threads_;
 };
 

@@ -55,6 +55,12 @@ PARE_CLONES void prepare(Group& g) {
   std::memcpy(g.energy.at, energy, sizeof energy);
 }
 
+__attribute__((always_inline)) inline Double8 offsets_of(const Group& g, std::int64_t j, int vector) {
+  Double8 q;
+  std::memcpy(&q, g.offsets.data() + j * kLanes + vector * 8, sizeof q);
+  return q;
+}
+
 // Nearest codes under (scale, zero), then b = q^T A w and c = q^T A q with q = code - zero.
 PARE_CLONES void project(Group& g, const Lanes& scale, const Lanes& zero, CodeRange range, Lanes& b_out, Lanes& c_out) {
   constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: adding and taking it away rounds half to even
@@ -81,23 +87,30 @@ PARE_CLONES void project(Group& g, const Lanes& scale, const Lanes& zero, CodeRa
       b[i] += q * v;
     }
   }
-  for (std::int64_t j = 0; j < g.size; ++j) {
-    Double8 inner[kVectors];
-    Double8 own[kVectors];
-    std::memcpy(own, g.offsets.data() + j * kLanes, sizeof own);
-    const double corner = g.block ? 0.5 * g.block[j * g.stride + j] : 0.5 * (g.diagonal ? g.diagonal[j] : 1.0);
-    for (int i = 0; i < kVectors; ++i) inner[i] = corner * own[i];
-    if (g.block) {
-      for (std::int64_t k = j + 1; k < g.size; ++k) {
-        const double factor = g.block[j * g.stride + k];
+  // Some lines of A at a time, so that codes once loaded serve all of them.
+  constexpr std::int64_t kLines = 4;
+  for (std::int64_t top = 0; top < g.size; top += kLines) {
+    const std::int64_t lines = std::min(kLines, g.size - top);
+    Double8 inner[kLines][kVectors];
+    for (std::int64_t n = 0; n < lines; ++n) {
+      const std::int64_t j = top + n;
+      const double corner = g.block ? 0.5 * g.block[j * g.stride + j] : 0.5 * (g.diagonal ? g.diagonal[j] : 1.0);
+      for (int i = 0; i < kVectors; ++i) inner[n][i] = corner * offsets_of(g, j, i);
+      for (std::int64_t k = j + 1; g.block && k < top + lines; ++k)
+        for (int i = 0; i < kVectors; ++i) inner[n][i] += g.block[j * g.stride + k] * offsets_of(g, k, i);
+    }
+    if (g.block && lines == kLines) {
+      const double* line = g.block + top * g.stride;
+      for (std::int64_t k = top + kLines; k < g.size; ++k) {
         for (int i = 0; i < kVectors; ++i) {
-          Double8 q;
-          std::memcpy(&q, g.offsets.data() + k * kLanes + i * 8, sizeof q);
-          inner[i] += factor * q;
+          const Double8 q = offsets_of(g, k, i);
+#pragma GCC unroll 4
+          for (std::int64_t n = 0; n < kLines; ++n) inner[n][i] += line[n * g.stride + k] * q;
         }
       }
     }
-    for (int i = 0; i < kVectors; ++i) c[i] += own[i] * inner[i];
+    for (std::int64_t n = 0; n < lines; ++n)
+      for (int i = 0; i < kVectors; ++i) c[i] += offsets_of(g, top + n, i) * inner[n][i];
   }
   for (int i = 0; i < kVectors; ++i) c[i] *= 2.0;
   std::memcpy(b_out.at, b, sizeof b);

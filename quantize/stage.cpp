@@ -97,6 +97,7 @@ void refuse_unused_options(const Options& options, const ModelConfig& config) {
   if (method_of(options) != QuantizeMethod::kGptq) {
     refuse_unused(options, {"polish", "damping", "retarget"}, "with --method " + options.get<std::string>("method"), place);
   }
+  if (!options.get<bool>("retarget")) refuse_unused(options, {"paired-tokens"}, "without --retarget", place);
   if (tuning_steps(options) == 0)
     refuse_unused(options, {"tune-text", "tune-batch", "tune-lr"}, "without --tune or --tune-codes", place);
   if (options.get<std::int64_t>("tune-codes") == 0)
@@ -244,9 +245,10 @@ MemoryPlan memory_of(const Options& options, const ModelConfig& config, const st
     walk.hessian = true;
     walk.spill = spill;
     walk.cross = walk.held_out = options.get<bool>("retarget");
+    walk.paired_tokens = options.get<std::int64_t>("paired-tokens");
     std::uint64_t walking = calibrated(options) ? walk_peak_bytes(config, samples, context, walk) : 0;
     if (gptq) walking += factors;
-    if (options.get<bool>("retarget")) walking += 3 * factor;  // of the other windows, and both transposed
+    if (options.get<bool>("retarget")) walking += 2 * factor;  // Hessian and factor of the other windows
     if (equalizes(options)) walking = std::max(walking, equalize_peak_bytes(config, linear, samples, context, spill));
     std::uint64_t whole = 0;  // steps that hold the whole model
     if (options.get<bool>("fisher") || allocates(options)) whole = fisher_peak_bytes(config, samples, context, 0);
@@ -560,6 +562,7 @@ Json run(const Options& given, Context& context) {
                             options.get<std::int64_t>("expert-tokens"),
                             spill ? folder.work() : fs::path(),
                             options.get<bool>("retarget"),
+                            options.get<std::int64_t>("paired-tokens"),
                             options.get<bool>("fisher") ? &sensitivity : nullptr};
       quantize_layers(job, context);
       linears = collect_rows(original.config(), job.rows);

@@ -167,9 +167,10 @@ TEST_F(BlocksTest, HeldOutWindowsAndTokenWeights) {
                            .subspan(static_cast<std::size_t>(w * windows.length), 19);
       const torch::Tensor wide = x.to(torch::kDouble);
       const torch::Tensor factors = torch::tensor(std::vector<double>(own.begin(), own.end()), torch::kDouble);
-      const torch::Tensor product = torch::mm((wide * factors.unsqueeze(1)).t(), wide) / (11.0 * 19.0);
-      all[key] = all.contains(key) ? all[key] + product : product;
-      if (w % kHeldOutEvery == kHeldOutEvery - 1) held[key] = held.contains(key) ? held[key] + product : product;
+      const torch::Tensor product = torch::mm((wide * factors.unsqueeze(1)).t(), wide) / 19.0;
+      all[key] = all.contains(key) ? all[key] + product / 11.0 : product / 11.0;
+      if (w % kHeldOutEvery == kHeldOutEvery - 1)  // two of them
+        held[key] = held.contains(key) ? held[key] + product / 2.0 : product / 2.0;
     }
   }
   ASSERT_EQ(found.statistics.size(), 12u);
@@ -181,17 +182,18 @@ TEST_F(BlocksTest, HeldOutWindowsAndTokenWeights) {
       return most / expected.abs().max().item<double>();
     };
     EXPECT_LT(differs(input.hessian, all[key]), 1e-5);
-    EXPECT_LT(differs(input.cross, all[key]), 1e-5);  // nothing was replaced: both streams are the same
     EXPECT_LT(differs(input.held_hessian, held[key]), 1e-5);
-    EXPECT_LT(differs(input.held_cross, held[key]), 1e-5);
+    EXPECT_EQ(input.paired_tokens, 11 * 19);
+    EXPECT_EQ(input.held_tokens, 2 * 19);
+    for (std::size_t i = 0; i < static_cast<std::size_t>(input.columns * input.columns); ++i) {
+      EXPECT_EQ(input.cross[i], 0.0);  // nothing was replaced: both streams are the same
+      EXPECT_EQ(input.held_cross[i], 0.0);
+    }
   }
 }
 
-TEST_F(BlocksTest, ReplacedWeightsReachEveryLaterInput) {
-  const CalibrationWindows windows = random_windows(80, 5, 16, 6);
-  WalkOptions options = with_hessian(2);
-  options.cross = true;
-  const Recorder changed = walk(folder_, windows, options, Recorder(true));
+TEST_F(BlocksTest, ReplacedWeightsReachEveryLaterInputOfBothStreams) {
+  const CalibrationWindows windows = random_windows(80, 15, 64, 6);
   Decoder original = load_decoder(Checkpoint(folder_), torch::kCPU),
           altered = load_decoder(Checkpoint(folder_), torch::kCPU);
   {
@@ -202,30 +204,50 @@ TEST_F(BlocksTest, ReplacedWeightsReachEveryLaterInput) {
       flat.slice(0, 1, flat.size(0), 2).mul_(0.5);
     }
   }
-  std::map<std::pair<int, int>, torch::Tensor> own, cross;
-  for (std::int64_t w = 0; w < windows.count; ++w) {
-    const auto first = windows.ids.begin() + w * windows.length;
-    const std::vector<std::int32_t> ids(first, first + windows.length);
-    auto before = stage_inputs(original, ids), after = stage_inputs(altered, ids);
-    for (auto& [key, x] : after) {
-      const torch::Tensor wide = x.to(torch::kDouble);
-      const torch::Tensor product = torch::mm(wide.t(), wide),
-                          mixed = torch::mm(before[key].to(torch::kDouble).t(), wide);
-      own[key] = own.contains(key) ? own[key] + product : product;
-      cross[key] = cross.contains(key) ? cross[key] + mixed : mixed;
+  for (const std::int64_t stride : {1, 2}) {
+    WalkOptions options = with_hessian(2);
+    options.cross = options.held_out = true;
+    options.paired_tokens = stride == 1 ? 960 : 1;
+    ASSERT_EQ(paired_stride(walk_config(), 15, 64, options.paired_tokens), stride);
+    const Recorder changed = walk(folder_, windows, options, Recorder(true));
+    std::map<std::pair<int, int>, torch::Tensor> own, cross, held_own, held_cross;
+    std::int64_t pairs = 0, held = 0;
+    for (std::int64_t w = 0; w < windows.count; ++w) {
+      const auto first = windows.ids.begin() + w * windows.length;
+      const std::vector<std::int32_t> ids(first, first + windows.length);
+      const bool paired = w % stride == 0, apart = paired && w / stride % kHeldOutEvery == kHeldOutEvery - 1;
+      pairs += paired ? 64 : 0;
+      held += apart ? 64 : 0;
+      auto before = stage_inputs(original, ids), after = stage_inputs(altered, ids);
+      for (auto& [key, x] : after) {
+        const auto add = [&](auto& sums, const torch::Tensor& left, const torch::Tensor& right) {
+          const torch::Tensor product = torch::mm(left.t(), right);
+          sums[key] = sums.contains(key) ? sums[key] + product : product;
+        };
+        const torch::Tensor wide = x.to(torch::kDouble), difference = before[key].to(torch::kDouble) - wide;
+        add(own, wide, wide);
+        if (paired) add(cross, difference, wide);
+        if (apart) add(held_own, wide, wide);
+        if (apart) add(held_cross, difference, wide);
+      }
     }
+    for (const auto& [key, input] : changed.statistics) {
+      EXPECT_EQ(input.tokens, 15 * 64);
+      EXPECT_EQ(input.paired_tokens, pairs);
+      EXPECT_EQ(input.held_tokens, held);
+      const double largest = own[key].abs().max().item<double>() / static_cast<double>(input.tokens);
+      const auto expect_near = [&](const SquareMatrix& found, const torch::Tensor& sum, std::int64_t tokens) {
+        const torch::Tensor mean = (sum / static_cast<double>(tokens)).contiguous();
+        for (std::int64_t i = 0; i < input.columns * input.columns; ++i)
+          ASSERT_NEAR(found[static_cast<std::size_t>(i)], mean.data_ptr<double>()[i], 1e-4 * largest);
+      };
+      expect_near(input.hessian, own[key], input.tokens);
+      expect_near(input.cross, cross[key], pairs);
+      expect_near(input.held_hessian, held_own[key], held);
+      expect_near(input.held_cross, held_cross[key], held);
+    }
+    EXPECT_GT(changed.drifts.back(), 0.01);
   }
-  for (const auto& [key, input] : changed.statistics) {
-    const auto as_matrix = [&](const std::vector<double>& values) {
-      return torch::tensor(values, torch::kDouble).view({input.columns, input.columns}) *
-             static_cast<double>(input.tokens);
-    };
-    EXPECT_LT((as_matrix(input.hessian.doubles()) - own[key]).abs().max().item<double>(),
-              1e-4 * own[key].abs().max().item<double>());
-    EXPECT_LT((as_matrix(input.cross.doubles()) - cross[key]).abs().max().item<double>(),
-              1e-4 * own[key].abs().max().item<double>());
-  }
-  EXPECT_GT(changed.drifts.back(), 0.01);
 }
 
 TEST_F(BlocksTest, ReplayingFinishedBlocksChangesNoBit) {

@@ -45,38 +45,49 @@ SquareMatrix stored(const Eigen::MatrixXd& m, bool single) {
 }
 
 struct Parts {
-  Eigen::MatrixXd hessian, cross;
+  Eigen::MatrixXd hessian, cross;  // means
+  std::int64_t tokens = 0, paired = 0;
 };
-Parts sums(const Streams& s, int wanted) {  // 0: all, 1: held out
+enum class Rows { kAll, kHeldOut, kOthers };
+// Every `stride`-th token is in both streams; of those every fifth is held out.
+Parts means(const Streams& s, Rows wanted, std::int64_t stride = 1) {
   const std::int64_t n = s.original.cols();
   Parts parts{Eigen::MatrixXd::Zero(n, n), Eigen::MatrixXd::Zero(n, n)};
   for (std::int64_t t = 0; t < s.original.rows(); ++t) {
-    if (wanted == 1 && t % 5 != 4) continue;
+    const bool paired = t % stride == 0, held = paired && t / stride % 5 == 4;
+    if (wanted != Rows::kAll && held != (wanted == Rows::kHeldOut)) continue;
     parts.hessian += s.quantized.row(t).transpose() * s.quantized.row(t);
-    parts.cross += s.original.row(t).transpose() * s.quantized.row(t);
+    ++parts.tokens;
+    if (!paired) continue;
+    parts.cross += (s.original.row(t) - s.quantized.row(t)).transpose() * s.quantized.row(t);
+    ++parts.paired;
   }
-  const double scale = 1.0 / static_cast<double>(s.original.rows());
-  return {parts.hessian * scale, parts.cross * scale};
+  parts.hessian /= static_cast<double>(parts.tokens);
+  parts.cross /= static_cast<double>(parts.paired);
+  return parts;
 }
 
 // The minimiser with its ridge, straight from the definition.
 Eigen::MatrixXd correction(const Eigen::MatrixXd& w, const Parts& parts, double damping) {
   Eigen::MatrixXd damped = parts.hessian;
   damped.diagonal().array() += damping * parts.hessian.diagonal().mean();
-  return damped.ldlt().solve((w * (parts.cross - parts.hessian)).transpose()).transpose();
+  return damped.ldlt().solve((w * parts.cross).transpose()).transpose();
 }
 
-double held_error(const Streams& s, const Eigen::MatrixXd& w, const Eigen::MatrixXd& v) {
+double held_error(const Streams& s, const Eigen::MatrixXd& w, const Eigen::MatrixXd& v, std::int64_t stride) {
   double error = 0;
-  for (std::int64_t t = 4; t < s.original.rows(); t += 5)
+  for (std::int64_t t = 4 * stride; t < s.original.rows(); t += 5 * stride)
     error += (w * s.original.row(t).transpose() - v * s.quantized.row(t).transpose()).squaredNorm();
   return error;
 }
 
-InputStatistics statistics(const Streams& s, bool single) {
+InputStatistics statistics(const Streams& s, bool single, std::int64_t stride = 1) {
   InputStatistics input;
   input.columns = s.original.cols();
-  const Parts all = sums(s, 0), held = sums(s, 1);
+  const Parts all = means(s, Rows::kAll, stride), held = means(s, Rows::kHeldOut, stride);
+  input.tokens = all.tokens;
+  input.paired_tokens = all.paired;
+  input.held_tokens = held.tokens;
   input.hessian = stored(all.hessian, single);
   input.cross = stored(all.cross, single);
   input.held_hessian = stored(held.hessian, true);
@@ -93,20 +104,20 @@ Eigen::MatrixXd matrix(const std::vector<float>& values, std::int64_t rows, std:
 
 TEST(Retarget, IsTheRidgeSolutionShrunkToWhatHeldOutTokensBear) {
   std::mt19937_64 random(3);
-  for (const auto& [tokens, noise, single] : {std::tuple(120, 0.5, false), {400, 0.3, false}, {400, 0.3, true}}) {
+  for (const auto& [tokens, noise, single, stride] :
+       {std::tuple(120, 0.5, false, 1), {400, 0.3, false, 1}, {400, 0.3, true, 1}, {800, 0.3, false, 3}}) {
     const std::int64_t n = 40, rows = 66;
     const Streams streams = random_streams(random, tokens, n, noise, 0.1);
     const std::vector<float> weight = random_weight(random, rows, n);
     const Eigen::MatrixXd w = matrix(weight, rows, n);
-    const InputStatistics input = statistics(streams, single);
+    const InputStatistics input = statistics(streams, single, stride);
     const SweepFactor factor = factor_hessian(input.hessian, n, {0.01, true}, "test", 2);
     const Retargeting found = Retargeter(input, factor, 0.01, "test", 2).retarget(weight.data(), rows, false);
 
-    const Parts all = sums(streams, 0), held = sums(streams, 1);
-    const Eigen::MatrixXd part = correction(w, {all.hessian - held.hessian, all.cross - held.cross}, 0.01);
-    double best = 0, least = held_error(streams, w, w);
+    const Eigen::MatrixXd part = correction(w, means(streams, Rows::kOthers, stride), 0.01);
+    double best = 0, least = held_error(streams, w, w, stride);
     for (double a = 0; a <= 1.0; a += 1e-3) {
-      const double error = held_error(streams, w, w + a * part);
+      const double error = held_error(streams, w, w + a * part, stride);
       if (error < least) {
         least = error;
         best = a;
@@ -114,7 +125,7 @@ TEST(Retarget, IsTheRidgeSolutionShrunkToWhatHeldOutTokensBear) {
     }
     EXPECT_NEAR(found.shrink, best, 2e-3);
     EXPECT_GT(found.shrink, 0.05);
-    const Eigen::MatrixXd expected = w + found.shrink * correction(w, all, 0.01);
+    const Eigen::MatrixXd expected = w + found.shrink * correction(w, means(streams, Rows::kAll, stride), 0.01);
     EXPECT_LT((matrix(found.weight, rows, n) - expected).cwiseAbs().maxCoeff(),
               (single ? 1e-4 : 1e-6) * expected.cwiseAbs().maxCoeff());
     EXPECT_EQ(Retargeter(input, factor, 0.01, "test", 1).retarget(weight.data(), rows, false).weight, found.weight);
