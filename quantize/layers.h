@@ -2,12 +2,14 @@
 #pragma once
 
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "core/checkpoint.h"
 #include "core/context.h"
 #include "model/blocks.h"
+#include "model/sparsity.h"
 #include "quantize/policy.h"
 
 namespace pare {
@@ -33,6 +35,7 @@ struct QuantizeJob {
   fs::path spill;             // folder for activations that do not fit into memory; empty: they do
   bool retarget = false;      // with kGptq: see quantize/retarget.h
   const TokenWeights* token_weights = nullptr;
+  std::optional<Sparsity> sparsity;  // with kGptq: of each linear, chosen in the same sweep
 };
 
 // Writes every tensor of the model into the writer: the embedding, one durable piece per block, the rest. Skips what is
