@@ -338,6 +338,7 @@ void sweep_typed(const float* weight, std::int64_t rows, const SweepFactor& fact
                  int threads) {
   const std::int64_t n = factor.columns;
   const std::int64_t tiles = (rows + kSweepRows - 1) / kSweepRows, group = rule.group();
+  const std::int64_t block = group > 0 ? kSweepBlock / group * group : kSweepBlock;
 #pragma omp parallel num_threads(resolve_threads(threads))
   {
     std::vector<double> current(static_cast<std::size_t>(n * kSweepRows));
@@ -354,9 +355,10 @@ void sweep_typed(const float* weight, std::int64_t rows, const SweepFactor& fact
               static_cast<double>(weight[(tile.first + r) * n + column]);
         }
       }
-      for (std::int64_t first = 0; first < n; first += kSweepBlock) {
-        const std::int64_t last = std::min(first + kSweepBlock, n);
+      for (std::int64_t first = 0; first < n; first += block) {
+        const std::int64_t last = std::min(first + block, n);
         std::fill(errors.begin(), errors.end(), 0.0);
+        rule.open_block(tile, first, last - first, current.data() + first * kSweepRows);
         for (std::int64_t i = first; i < last; ++i) {
           double* here = current.data() + i * kSweepRows;
           double* error = errors.data() + (i - first) * kSweepRows;

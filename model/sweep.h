@@ -94,8 +94,11 @@ struct RowTile {
 class SweepRule {
  public:
   virtual ~SweepRule() = default;
-  // Above 0, a divisor of kSweepBlock: open_group is called before every so many columns.
+  // Above 0, at most kSweepBlock: open_group is called before every so many columns, which share a block of the sweep.
   virtual std::int64_t group() const { return 0; }
+  // Before every block of kSweepBlock columns, or of as many whole groups as that holds. current: [count * kSweepRows],
+  // as below.
+  virtual void open_block(RowTile tile, std::int64_t first, std::int64_t count, const double* current) {}
   // first: visiting position. current: [group() * kSweepRows], the weights of the group as compensated so far, row r of
   // the tile at [c * kSweepRows + r].
   virtual void open_group(RowTile tile, std::int64_t first, const double* current) {}

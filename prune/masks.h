@@ -2,26 +2,15 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 #include <string_view>
 #include <vector>
 
+#include "model/sparsity.h"
+
 namespace pare {
 
-// How many weights go: a fraction of them, or N:M = N kept in every M consecutive inputs of a row.
-struct Sparsity {
-  double fraction = 0.5;     // in (0, 1); of each row or of the tensor, rounded down to whole weights
-  int keep = 0, of = 0;      // N:M when of > 0
-
-  bool n_of_m() const { return of > 0; }
-  // "2:4" -> {keep 2, of 4}. Exit 2 unless 0 < N < M <= 64.
-  static Sparsity pattern(std::string_view text, const std::string& place);
-  std::string name() const;  // "50 %" or "2:4"
-  // Weights removed of `count` that compete with each other.
-  std::int64_t removed(std::int64_t count) const;
-};
-
-// What competes: every weight of the tensor, or only those of one row (Wanda). N:M always competes within M.
+// What competes: every weight of the tensor, or only those of one row (Wanda). N:M always competes within M. Where the
+// sparsity is a number of weights, rows lose as many or one more.
 enum class Scope { kTensor, kRow };
 
 // 1 = stays. The lowest scores go; of equal scores the one with the higher index goes first.

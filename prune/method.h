@@ -45,6 +45,7 @@ const std::vector<PruneMethod>& prune_methods();
 // unstructured.cpp
 PruneMethod magnitude_method();
 PruneMethod wanda_method();
+PruneMethod sparsegpt_method();
 PruneMethod random_method();
 // depth.cpp, width.cpp
 PruneMethod depth_method();
@@ -55,6 +56,8 @@ std::int64_t window_length(const ModelConfig& config, const Options& options);
 // Elements of a tensor as float32. Exit 3 when one of them is NaN or infinite.
 std::vector<float> read_finite(const Checkpoint& model, const std::string& name);
 void check_finite(const float* values, std::size_t count, const std::string& place);
+// The values after a trip through the stored dtype: what the stream sees is what ships.
+void round_to(const std::string& dtype, std::vector<float>& values);
 // Name of a tensor in decoder block `layer`: ("mlp.up_proj.weight", 3) -> "model.layers.3.mlp.up_proj.weight".
 std::string block_tensor(int layer, const std::string& inside);
 std::string block_piece(int layer);  // name of the durable piece that holds the block, written after its experts'

@@ -31,12 +31,22 @@ std::vector<OptionDecl> option_table() {
       {.name = "method", .type = OptionType::kText, .help = method_help, .choices = methods, .required = true},
       {.name = "sparsity",
        .type = OptionType::kNumber,
-       .help = "magnitude, wanda, random: fraction of the weights of the decoder blocks' linears to zero",
+       .help = "magnitude, wanda, sparsegpt, random: fraction of the weights of the decoder blocks' linears to zero",
        .minimum = 0.0,
        .maximum = 0.99},
       {.name = "pattern",
        .type = OptionType::kText,
-       .help = "magnitude, wanda, random: N:M, N weights kept of every M inputs, instead of --sparsity"},
+       .help = "magnitude, wanda, sparsegpt, random: N:M, N weights kept of every M inputs, instead of --sparsity"},
+      {.name = "reconstruct",
+       .type = OptionType::kFlag,
+       .help = "with --sparsity or --pattern: refit the weights that stay to the outputs of the original matrix by "
+               "least squares",
+       .default_value = false},
+      {.name = "allocation",
+       .type = OptionType::kText,
+       .help = "with --sparsity: uniform (default), or owl: blocks in which more weights are outliers by |w| * input "
+               "norm lose less",
+       .choices = {"uniform", "owl"}},
       {.name = "remove",
        .type = OptionType::kInteger,
        .help = "depth: number of decoder blocks to remove",
@@ -55,7 +65,8 @@ std::vector<OptionDecl> option_table() {
        .default_value = false},
       {.name = "damping",
        .type = OptionType::kNumber,
-       .help = "ffn-width: damping of the refit, relative to the mean second moment (default 0.01)",
+       .help = "sparsegpt, --reconstruct, ffn-width: damping of the refit, relative to the mean second moment (default "
+               "0.01)",
        .minimum = 1e-9,
        .maximum = 100.0},
       {.name = "text",
@@ -77,7 +88,7 @@ std::vector<OptionDecl> option_table() {
        .minimum = 2},
       {.name = "device", .type = OptionType::kText, .help = "cpu, cuda or cuda:N", .default_value = "cpu"},
       {.name = "max-ram",
-       .help = "memory to stay below, such as 4G: wanda and ffn-width move activations to a file where they do not "
+       .help = "memory to stay below, such as 4G: methods that calibrate move activations to a file where they do not "
                "fit; refused (exit 5) where that is not enough"},
   };
 }
@@ -115,7 +126,8 @@ void check_options(const PruneMethod& method, const Options& options) {
   }
   if (given != 1)
     problems.push_back(given == 0 ? "needs " + names : "takes one of " + names + ", not both");
-  for (const char* name : {"sparsity", "pattern", "remove", "ffn", "multiple-of", "no-correction", "damping"}) {
+  for (const char* name : {"sparsity", "pattern", "reconstruct", "allocation", "remove", "ffn", "multiple-of",
+                           "no-correction", "damping"}) {
     const auto in = [&](const std::vector<std::string>& list) {
       return std::find(list.begin(), list.end(), name) != list.end();
     };
@@ -131,7 +143,9 @@ void check_options(const PruneMethod& method, const Options& options) {
       if (options.changed(name))
         problems.push_back("has no use for --" + std::string(name) + " without --text or --random-tokens");
   if (text && options.get<bool>("random-tokens")) problems.push_back("takes --text or --random-tokens, not both");
-  if (method.needs_text && !calibrated(options))
+  const bool walks = method.needs_text || is_set(options, "reconstruct") ||
+                     options.get_or<std::string>("allocation", "uniform") != "uniform";
+  if (walks && !calibrated(options))
     problems.push_back("needs calibration text: --text FILE (or --random-tokens)");
   if (problems.empty()) return;
   std::string all;
@@ -370,8 +384,8 @@ StagePlan plan(const Options& options, const PlannedModel& input) {
 }  // namespace
 
 const std::vector<PruneMethod>& prune_methods() {
-  static const std::vector<PruneMethod> table = {magnitude_method(), wanda_method(), random_method(), depth_method(),
-                                                 ffn_width_method()};
+  static const std::vector<PruneMethod> table = {magnitude_method(), wanda_method(), sparsegpt_method(),
+                                                 random_method(),    depth_method(), ffn_width_method()};
   return table;
 }
 
@@ -391,6 +405,13 @@ std::vector<float> read_finite(const Checkpoint& model, const std::string& name)
   std::vector<float> values = model.read_f32(name);
   check_finite(values.data(), values.size(), (model.folder() / name).string());
   return values;
+}
+
+void round_to(const std::string& dtype, std::vector<float>& values) {
+  if (dtype == "bfloat16")
+    for (float& x : values) x = bf16_to_f32(f32_to_bf16(x));
+  else if (dtype == "float16")
+    for (float& x : values) x = f16_to_f32(f32_to_f16(x));
 }
 
 std::string block_tensor(int layer, const std::string& inside) {

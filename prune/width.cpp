@@ -37,14 +37,6 @@ ModelConfig narrower(const ModelConfig& config, const Options& options) {
   return out;
 }
 
-// The value after a trip through the stored dtype: what the stream sees is what ships.
-void round_to(const std::string& dtype, std::vector<float>& values) {
-  if (dtype == "bfloat16")
-    for (float& x : values) x = bf16_to_f32(f32_to_bf16(x));
-  else if (dtype == "float16")
-    for (float& x : values) x = f16_to_f32(f32_to_f16(x));
-}
-
 // Chooses the neurons when the walk reaches down_proj, which is the last linear of a block: gate and up still ran at
 // full width, and zero columns in down_proj make the stream behave as the narrow block will.
 class WidthVisitor : public BlockVisitor {

@@ -24,13 +24,12 @@ constexpr std::int64_t kPolishBlock = 128;  // columns whose gradients follow ev
 template <class T>
 class PolishTile {
  public:
-  PolishTile(RowTile tile, const float* weight, QuantizedTensor& tensor, const T* hessian, bool keep_zeros,
+  PolishTile(RowTile tile, QuantizedTensor& tensor, const T* hessian, std::span<const std::uint8_t> keep,
              std::span<double> g)
       : tile_(tile),
-        weight_(weight),
         tensor_(tensor),
         hessian_(hessian),
-        keep_zeros_(keep_zeros),
+        keep_(keep),
         g_(g.data()),
         cols_(tensor.cols),
         groups_(tensor.codec.groups(tensor.cols)),
@@ -108,7 +107,8 @@ class PolishTile {
     for (std::int64_t i = 0; i < end - begin; ++i) {
       const double* line = corner_.data() + i * kPolishBlock;
       const double step_size = scale(row, (begin + i) / size_), curvature = line[i];
-      if (!(step_size != 0 && curvature > 0) || (keep_zeros_ && weight_[row * cols_ + begin + i] == 0.0f)) continue;
+      const bool zero = !keep_.empty() && keep_[static_cast<std::size_t>(row * cols_ + begin + i)] == 0;
+      if (!(step_size != 0 && curvature > 0) || zero) continue;
       const double wanted = static_cast<double>(code[i]) + g[i] / (step_size * curvature);
       const double step =
           std::nearbyint(std::clamp<double>(wanted, range_.low, range_.high)) - static_cast<double>(code[i]);
@@ -251,10 +251,9 @@ class PolishTile {
   }
 
   RowTile tile_;
-  const float* weight_;
   QuantizedTensor& tensor_;
   const T* hessian_;
-  bool keep_zeros_;
+  std::span<const std::uint8_t> keep_;
   double* g_;
   std::int64_t cols_, groups_, size_;
   CodeRange range_;
@@ -263,13 +262,14 @@ class PolishTile {
   std::array<bool, kSweepRows> moved_{};
 };
 
+// Zeros are where `keep` says, or with a mask where that chooses them on the way.
 class NearestRule : public SweepRule {
  public:
-  NearestRule(const float* weight, QuantizedTensor& tensor, const SweepFactor& factor, bool keep_zeros)
-      : weight_(weight),
-        tensor_(tensor),
+  NearestRule(QuantizedTensor& tensor, const SweepFactor& factor, std::span<const std::uint8_t> keep, SweepMask* mask)
+      : tensor_(tensor),
         factor_(factor),
-        keep_zeros_(keep_zeros),
+        keep_(keep),
+        mask_(mask),
         range_(code_range(tensor.codec.kind)),
         groups_(tensor.codec.groups(tensor.cols)),
         size_(tensor.cols / groups_) {
@@ -278,17 +278,25 @@ class NearestRule : public SweepRule {
       metrics_.push_back(remaining_hessian(factor, first, size_));
   }
 
-  std::int64_t group() const override { return metrics_.empty() ? 0 : size_; }
+  std::int64_t group() const override {
+    if (!metrics_.empty()) return size_;
+    return mask_ ? mask_->sparsity().of : 0;
+  }
+  void open_block(RowTile tile, std::int64_t first, std::int64_t count, const double* current) override {
+    if (mask_ && !mask_->sparsity().n_of_m()) mask_->choose(tile, first, count, current);
+  }
   void open_group(RowTile tile, std::int64_t first, const double* current) override {
+    if (mask_ && mask_->sparsity().n_of_m()) mask_->choose(tile, first, group(), current);
+    if (metrics_.empty()) return;
     const std::int64_t group = factor_.order[static_cast<std::size_t>(first)] / size_;
     const double* values = current;
     std::vector<double> kept;
-    if (keep_zeros_) {
+    if (mask_ || !keep_.empty()) {
       kept.assign(current, current + size_ * kSweepRows);
       for (std::int64_t j = 0; j < size_; ++j) {
         const std::int64_t column = factor_.order[static_cast<std::size_t>(first + j)];
         for (std::int64_t r = 0; r < tile.count; ++r)
-          if (weight_[(tile.first + r) * tensor_.cols + column] == 0.0f)
+          if (is_zero(tile.first + r, column))
             kept[static_cast<std::size_t>(j * kSweepRows + r)] = 0;
       }
       values = kept.data();
@@ -311,7 +319,7 @@ class NearestRule : public SweepRule {
       }
       const int zero = tensor_.zeros.empty() ? 0 : tensor_.zeros[group];
       double offset = 0;
-      if (scale != 0 && !(keep_zeros_ && weight_[row * tensor_.cols + column] == 0.0f)) {
+      if (scale != 0 && !is_zero(row, column)) {
         offset =
             std::nearbyint(std::clamp(current[r] / static_cast<double>(scale), static_cast<double>(range_.low - zero),
                                       static_cast<double>(range_.high - zero)));
@@ -323,10 +331,15 @@ class NearestRule : public SweepRule {
   }
 
  private:
-  const float* weight_;
+  bool is_zero(std::int64_t row, std::int64_t column) const {
+    if (mask_) return !mask_->keeps(row, column);
+    return !keep_.empty() && keep_[static_cast<std::size_t>(row * tensor_.cols + column)] == 0;
+  }
+
   QuantizedTensor& tensor_;
   const SweepFactor& factor_;
-  bool keep_zeros_;
+  std::span<const std::uint8_t> keep_;
+  SweepMask* mask_;
   CodeRange range_;
   std::int64_t groups_, size_;
   std::vector<std::vector<double>> metrics_;  // in visiting order; empty: scales stay
@@ -348,13 +361,27 @@ void copy_row(const QuantizedTensor& from, std::int64_t r, QuantizedTensor& to) 
 
 template <class T>
 GptqResult gptq(const float* weight, const QuantizedTensor& nearest, const T* hessian, const SweepFactor& factor,
-                bool keep_zeros, int threads) {
+                std::span<const std::uint8_t> keep, int threads) {
+  QuantizedTensor swept = nearest;
+  NearestRule rule(swept, factor, keep, nullptr);
+  sweep_columns(weight, nearest.rows, factor, rule, threads);
+  return better_rows(weight, nearest, std::move(swept), hessian, threads);
+}
+
+QuantizedTensor prune_and_sweep(const float* weight, const QuantizedTensor& nearest, const SweepFactor& factor,
+                                SweepMask& mask, int threads) {
+  QuantizedTensor swept = nearest;
+  NearestRule rule(swept, factor, {}, &mask);
+  sweep_columns(weight, nearest.rows, factor, rule, threads);
+  return swept;
+}
+
+template <class T>
+GptqResult better_rows(const float* weight, const QuantizedTensor& nearest, QuantizedTensor swept_codes,
+                       const T* hessian, int threads) {
   const std::int64_t rows = nearest.rows, cols = nearest.cols;
   GptqResult result;
-  result.tensor = nearest;
-  NearestRule rule(weight, result.tensor, factor, keep_zeros);
-  sweep_columns(weight, rows, factor, rule, threads);
-
+  result.tensor = std::move(swept_codes);
   std::vector<float> unpacked(static_cast<std::size_t>(rows * cols));
   nearest.unpack(unpacked.data());
   const std::vector<double> plain = row_errors(weight, unpacked.data(), rows, cols, hessian, threads);
@@ -374,7 +401,7 @@ GptqResult gptq(const float* weight, const QuantizedTensor& nearest, const T* he
 }
 
 template <class T>
-double polish(const float* weight, QuantizedTensor& tensor, const T* hessian, bool keep_zeros, int passes,
+double polish(const float* weight, QuantizedTensor& tensor, const T* hessian, std::span<const std::uint8_t> keep, int passes,
               int threads) {
   const std::int64_t rows = tensor.rows, cols = tensor.cols;
   const QuantizedTensor before = tensor;
@@ -392,7 +419,7 @@ double polish(const float* weight, QuantizedTensor& tensor, const T* hessian, bo
       }
       old_errors[static_cast<std::size_t>(r)] = std::max(0.0, error);
     }
-    PolishTile<T> polished(tile, weight, tensor, hessian, keep_zeros, products);
+    PolishTile<T> polished(tile, tensor, hessian, keep, products);
     for (int pass = 0; pass < passes && polished.pass(); ++pass) {
     }
   });
@@ -408,14 +435,24 @@ double polish(const float* weight, QuantizedTensor& tensor, const T* hessian, bo
   return sum;
 }
 
-template GptqResult gptq(const float*, const QuantizedTensor&, const double*, const SweepFactor&, bool, int);
-template GptqResult gptq(const float*, const QuantizedTensor&, const float*, const SweepFactor&, bool, int);
-template double polish(const float*, QuantizedTensor&, const double*, bool, int, int);
-template double polish(const float*, QuantizedTensor&, const float*, bool, int, int);
+template GptqResult gptq(const float*, const QuantizedTensor&, const double*, const SweepFactor&,
+                         std::span<const std::uint8_t>, int);
+template GptqResult gptq(const float*, const QuantizedTensor&, const float*, const SweepFactor&,
+                         std::span<const std::uint8_t>, int);
+template GptqResult better_rows(const float*, const QuantizedTensor&, QuantizedTensor, const double*, int);
+template GptqResult better_rows(const float*, const QuantizedTensor&, QuantizedTensor, const float*, int);
+template double polish(const float*, QuantizedTensor&, const double*, std::span<const std::uint8_t>, int, int);
+template double polish(const float*, QuantizedTensor&, const float*, std::span<const std::uint8_t>, int, int);
 
 bool is_pruned(std::span<const float> weight) {
   const auto zeros = std::count(weight.begin(), weight.end(), 0.0f);
   return !weight.empty() && static_cast<double>(zeros) >= kPrunedShare * static_cast<double>(weight.size());
+}
+
+std::vector<std::uint8_t> nonzero(std::span<const float> weight) {
+  std::vector<std::uint8_t> out(weight.size());
+  for (std::size_t i = 0; i < out.size(); ++i) out[i] = weight[i] != 0.0f ? 1 : 0;
+  return out;
 }
 
 }  // namespace pare

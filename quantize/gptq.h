@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "core/codec.h"
-#include "model/sweep.h"
+#include "model/sparsity.h"
 
 namespace pare {
 
@@ -19,22 +19,36 @@ struct GptqResult {
 };
 
 // weight: [rows * cols]. nearest: scales, zeros or minima and nearest codes of `weight`. hessian: [cols * cols],
-// undamped. keep_zeros: weights that are exactly 0 stay exactly 0 (a pruned matrix); the others compensate for them. A factor that
-// keeps the codec's groups together has the scales of each searched anew when the sweep reaches it, for the weights as
-// compensated by then and under what an error costs that later columns can still compensate; another one keeps those of
-// `nearest`.
+// undamped. keep: [rows * cols], 0 where the result is exactly 0 (a pruned matrix) and the others compensate; empty: no
+// such weights. A factor that keeps the codec's groups together has the scales of each searched anew when the sweep
+// reaches it, for the weights as compensated by then and under what an error costs that later columns can still
+// compensate; another one keeps those of `nearest`.
 // T: double or float, here and below.
 template <class T>
 GptqResult gptq(const float* weight, const QuantizedTensor& nearest, const T* hessian, const SweepFactor& factor,
-                bool keep_zeros, int threads);
+                std::span<const std::uint8_t> keep, int threads);
+
+// The sweep of gptq that also chooses which weights become 0 (SparseGPT, Frantar & Alistarh 2023, section 3.5): the mask
+// before the scales, which are then searched for what stays. Like in prune, kSweepBlock columns at a time; with N:M the
+// groups of the codec, or of the factor, are a multiple of M. `nearest` gives the codec, and its scales where they are
+// not searched.
+QuantizedTensor prune_and_sweep(const float* weight, const QuantizedTensor& nearest, const SweepFactor& factor,
+                                SweepMask& mask, int threads);
+// Of each row the better.
+template <class T>
+GptqResult better_rows(const float* weight, const QuantizedTensor& nearest, QuantizedTensor swept, const T* hessian,
+                       int threads);
 
 // Coordinate descent on codes and scales after the sweep (QuantEase, Behdin et al. 2023, for the codes; least squares,
-// rounded to f16, for the scales): every accepted step lowers d^T H d of its row. Zeros of a pruned matrix stay. Rows
-// whose exact error did not fall keep what they had. Returns the exact error of all rows.
+// rounded to f16, for the scales): every accepted step lowers d^T H d of its row. keep: as above. Rows whose exact error
+// did not fall keep what they had. Returns the exact error of all rows.
 template <class T>
-double polish(const float* weight, QuantizedTensor& tensor, const T* hessian, bool keep_zeros, int passes, int threads);
+double polish(const float* weight, QuantizedTensor& tensor, const T* hessian, std::span<const std::uint8_t> keep, int passes,
+              int threads);
 
 // True when at least kPrunedShare of the matrix is exactly 0: it was pruned.
 bool is_pruned(std::span<const float> weight);
+// 1 where a weight is not exactly 0.
+std::vector<std::uint8_t> nonzero(std::span<const float> weight);
 
 }  // namespace pare

@@ -82,7 +82,8 @@ class Quantizer : public BlockVisitor {
       throw_if_interrupted(linear.name, "the same command continues with this block");
       const SweepFactor* factor = nullptr;
       if (job_.method == QuantizeMethod::kGptq) {
-        const std::int64_t group = plan.codec->group > 0 && plan.codec->group <= kSweepBlock ? plan.codec->group : 0;
+        std::int64_t group = plan.codec->group > 0 && plan.codec->group <= kSweepBlock ? plan.codec->group : 0;
+        if (group == 0 && job_.sparsity) group = job_.sparsity->of;
         auto found = factors.find(group);
         if (found == factors.end())
           found = factors.emplace(group, factor_hessian(input.hessian, input.columns, {job_.damping, true, group},
@@ -184,6 +185,8 @@ class Quantizer : public BlockVisitor {
                            const SweepFactor* factor, const std::optional<Retargeter>& retargeter) {
     const float* weight = linear.original.data();
     const bool pruned = is_pruned(linear.original);
+    if (pruned && job_.sparsity)
+      throw input_error(linear.name, "a matrix that is not pruned yet", "zeros", "zeros stay zeros without being asked for");
     Retargeting target;
     if (retargeter) {
       target = retargeter->retarget(weight, linear.rows, pruned);
@@ -200,17 +203,33 @@ class Quantizer : public BlockVisitor {
       });
     };
     const bool searched = job_.method != QuantizeMethod::kAbsmax;
-    QuantizedTensor codes =
-        rounds_as_q4_0(job_.method) && codec.kind == CodecKind::kQ4
-            ? round_q4_0(weight, linear.rows, linear.cols, codec,
-                         job_.method == QuantizeMethod::kImatrix ? input.mean_square.data() : nullptr, linear.name,
-                         job_.threads)
-            : round_to_nearest(weight, linear.rows, linear.cols, codec,
-                               searched ? ScaleRule::kSearched : ScaleRule::kAbsmax, importance, linear.name,
-                               job_.threads);
+    const auto nearest_codes = [&](const float* values) {
+      return rounds_as_q4_0(job_.method) && codec.kind == CodecKind::kQ4
+                 ? round_q4_0(values, linear.rows, linear.cols, codec,
+                              job_.method == QuantizeMethod::kImatrix ? input.mean_square.data() : nullptr, linear.name,
+                              job_.threads)
+                 : round_to_nearest(values, linear.rows, linear.cols, codec,
+                                    searched ? ScaleRule::kSearched : ScaleRule::kAbsmax, importance, linear.name,
+                                    job_.threads);
+    };
+    QuantizedTensor codes = nearest_codes(weight);
     if (job_.method == QuantizeMethod::kGptq) {
-      GptqResult result = input.hessian.visit(
-          [&](const auto* hessian) { return gptq(weight, codes, hessian, *factor, pruned, job_.threads); });
+      std::vector<std::uint8_t> keep;
+      if (pruned) keep = nonzero(linear.original);
+      std::optional<QuantizedTensor> swept;
+      if (job_.sparsity) {
+        SweepMask mask(*factor, linear.rows, *job_.sparsity);
+        swept = prune_and_sweep(weight, codes, *factor, mask, job_.threads);
+        keep = mask.keep();
+        std::vector<float> left(weight, weight + linear.rows * linear.cols);
+        for (std::size_t i = 0; i < left.size(); ++i)
+          if (keep[i] == 0) left[i] = 0.0f;
+        codes = nearest_codes(left.data());  // with the same zeros
+      }
+      GptqResult result = input.hessian.visit([&](const auto* hessian) {
+        return swept ? better_rows(weight, codes, std::move(*swept), hessian, job_.threads)
+                     : gptq(weight, codes, hessian, *factor, keep, job_.threads);
+      });
       if (result.nearest_rows == linear.rows && result.nearest_error > 0) {
         throw failure(linear.name, "a column sweep that improves on nearest codes",
                       "none of " + std::to_string(linear.rows) + " rows improved",
@@ -218,13 +237,14 @@ class Quantizer : public BlockVisitor {
       }
       row["before"] = result.nearest_error;
       row["after"] = job_.polish == 0 ? result.error : input.hessian.visit([&](const auto* hessian) {
-        return polish(weight, result.tensor, hessian, pruned, job_.polish, job_.threads);
+        return polish(weight, result.tensor, hessian, keep, job_.polish, job_.threads);
       });
       row["sweep"] = result.sweep_error;
       row["rows_kept_nearest"] = result.nearest_rows;
       row["damping"] = factor->damping;
       row["dead_columns"] = std::count(factor->dead.begin(), factor->dead.end(), 1);
       row["zeros_kept"] = pruned;
+      if (job_.sparsity) row["zeros"] = std::count(keep.begin(), keep.end(), 0);
       if (retargeter) row["retarget_shrink"] = target.shrink;
       codes = std::move(result.tensor);
     } else {

@@ -2,12 +2,14 @@
 #pragma once
 
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "core/checkpoint.h"
 #include "core/context.h"
 #include "model/blocks.h"
+#include "model/sparsity.h"
 #include "quantize/policy.h"
 
 namespace pare {
@@ -34,6 +36,7 @@ struct QuantizeJob {
   bool retarget = false;      // with kGptq: see quantize/retarget.h
   std::int64_t paired_tokens = kPairedTokens;  // with retarget: see WalkOptions
   const TokenWeights* token_weights = nullptr;
+  std::optional<Sparsity> sparsity;  // with kGptq: of each linear, chosen in the same sweep
 };
 
 // Writes every tensor of the model into the writer: the embedding, one durable piece per block, the rest. Skips what is

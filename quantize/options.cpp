@@ -77,6 +77,13 @@ std::vector<OptionDecl> quantize_options() {
      .default_value = 2,
      .minimum = 0,
      .maximum = 100},
+    {.name = "sparsity",
+     .type = OptionType::kNumber,
+     .help = "GPTQ: zero this fraction of every linear in the blocks in the same sweep (SparseGPT); the codes that stay make up "
+             "for it",
+     .minimum = 0.0,
+     .maximum = 0.99},
+    {.name = "pattern", .help = "the same with N:M, N weights kept of every M inputs, such as 2:4"},
     {.name = "retarget",
      .type = OptionType::kFlag,
      .help = "GPTQ: aim at the original's outputs from the inputs that the quantized model has (Qronos)",

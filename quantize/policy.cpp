@@ -172,4 +172,21 @@ std::vector<std::string> fallback_notes(const std::vector<TensorPlan>& plan) {
   return notes;
 }
 
+void require_zeros(const std::vector<TensorPlan>& plan, const Sparsity& sparsity, const std::string& place) {
+  for (const TensorPlan& tensor : plan) {
+    if (tensor.spec.layer < 0 || tensor.spec.role != TensorRole::kLinear) continue;
+    const std::int64_t cols = tensor.spec.shape[1];
+    if (!tensor.codec || tensor.codec->kind == CodecKind::kQ4m)
+      throw usage_error(place, "a codec with a code for exactly 0 in every linear of the blocks",
+                        tensor.spec.name + (tensor.codec ? " as " + tensor.codec->name() : " kept as it is"));
+    const std::int64_t unit = tensor.codec->group > 0 ? tensor.codec->group : cols;
+    if (sparsity.n_of_m() && (cols % sparsity.of != 0 || unit % sparsity.of != 0))
+      throw usage_error(place, "a pattern whose M divides the " + std::to_string(unit) + " weights of a scale in " +
+                                   tensor.spec.name, sparsity.name(), "use --sparsity instead");
+    if (sparsity.removed(cols) == 0)
+      throw usage_error(place, "a fraction that removes at least one of the " + std::to_string(cols) + " inputs of " +
+                                   tensor.spec.name, std::to_string(sparsity.fraction));
+  }
+}
+
 }  // namespace pare

@@ -72,6 +72,29 @@ Equalizing equalizing_of(const Options& options) {
   return name == "awq" ? Equalizing::kAwq : name == "smoothquant" ? Equalizing::kSmoothQuant : Equalizing::kLeastNoise;
 }
 
+// Zeros that the sweep is to choose.
+std::optional<Sparsity> sparsity_of(const Options& options) {
+  if (options.has("pattern")) return Sparsity::pattern(options.get<std::string>("pattern"), "--pattern");
+  if (options.has("sparsity")) return Sparsity{options.get<double>("sparsity")};
+  return std::nullopt;
+}
+
+// Everything that can be wrong with them.
+void check_sparsity(const Options& options, const std::vector<TensorPlan>& tensors) {
+  const std::optional<Sparsity> sparsity = sparsity_of(options);
+  if (!sparsity) return;
+  const std::string place = options.has("pattern") ? "--pattern" : "--sparsity";
+  if (options.has("pattern") && options.has("sparsity"))
+    throw usage_error("--pattern", "one of --sparsity and --pattern", "both", "leave one of the two out");
+  for (const char* other : {"bits", "kl"})
+    if (options.has(other))
+      throw usage_error("--" + std::string(other), "a --codec for all linears with " + place, "both",
+                        "what codecs cost is measured on whole matrices");
+  if (options.get<std::int64_t>("tune-codes") > 0)
+    throw usage_error("--tune-codes", "--tune with " + place, "steps in which codes move", "zeros would not stay");
+  require_zeros(tensors, *sparsity, place);
+}
+
 std::int64_t tuning_steps(const Options& options) {
   return options.get<std::int64_t>("tune") + options.get<std::int64_t>("tune-codes");
 }
@@ -95,7 +118,8 @@ void refuse_unused_options(const Options& options, const ModelConfig& config) {
     throw usage_error("--random-tokens", "one source of calibration tokens", "--text as well");
   }
   if (method_of(options) != QuantizeMethod::kGptq) {
-    refuse_unused(options, {"polish", "damping", "retarget"}, "with --method " + options.get<std::string>("method"), place);
+    refuse_unused(options, {"polish", "damping", "retarget", "sparsity", "pattern"},
+                  "with --method " + options.get<std::string>("method"), place);
   }
   if (!options.get<bool>("retarget")) refuse_unused(options, {"paired-tokens"}, "without --retarget", place);
   if (tuning_steps(options) == 0)
@@ -174,6 +198,7 @@ std::vector<TensorPlan> check(const Options& options, const PlannedModel& model)
     throw usage_error("--method " + options.get<std::string>("method"), "a tensor in q4, q4g64 or q4g128",
                       "none, the rule is for no other codec", "choose another --codec or --method rtn");
   }
+  check_sparsity(options, tensors);
   if (equalizes(options)) equalize_notes(model.config, tensors);
   if (allocates(options)) {
     const std::vector<std::size_t> free = free_linears(options, tensors);
@@ -232,7 +257,7 @@ MemoryPlan memory_of(const Options& options, const ModelConfig& config, const st
     factor = std::max(factor, columns * columns * (tensor.spec.shape[1] > kWidestDouble ? 4 : 8));
   }
   // Codes of the block so far; of one linear its floats, and codes before, after and while they are polished.
-  const std::uint64_t work = codes + linear * 7;
+  const std::uint64_t work = codes + linear * (sparsity_of(options) ? 13 : 7);  // mask, zeroed floats, codes once more
   const auto samples = options.get<std::int64_t>("samples"), context = context_of(options, config);
   // Of linears that share an input each kind of group has a factor of its own, such as with --bits, --kl or --policy.
   std::set<std::int64_t> groups;
@@ -398,7 +423,8 @@ Json report(const Options& options, const ModelConfig& config, const std::vector
             const std::string& dtype, const Json& linears, Context& context) {
   std::vector<std::string> modules;
   std::map<std::string, std::pair<double, double>> sums;
-  double before = 0, after = 0, drift = -1, kept = 0, swept = 0, log_ratio = 0;
+  double before = 0, after = 0, drift = -1, kept = 0, swept = 0, log_ratio = 0, zeros = 0,
+         masked = 0;
   int compared = 0;
   std::vector<const Json*> routed;
   bool errors = false, compares = false;
@@ -422,6 +448,8 @@ Json report(const Options& options, const ModelConfig& config, const std::vector
       log_ratio += std::log(own_after / own_before);
       ++compared;
     }
+    zeros += row.value("zeros", 0.0);
+    if (row.contains("zeros")) masked += row.at("rows").get<double>() * row.at("columns").get<double>();
     kept += row.value("rows_kept_nearest", 0.0);
     swept += row.contains("sweep") ? row.at("rows").get<double>() : 0.0;
   }
@@ -457,6 +485,10 @@ Json report(const Options& options, const ModelConfig& config, const std::vector
               "of " + std::to_string(static_cast<std::int64_t>(swept)),
               {}});
     summary["rows_kept_nearest"] = kept;
+  }
+  if (masked > 0) {
+    rows.add({"quantize", "sparsity of all block linears", {}, zeros / masked, "fraction", {}});
+    summary["sparsity"] = zeros / masked;
   }
   const Sizes sizes = sizes_of(config, tensors, dtype);
   double parameters = 0;
@@ -563,7 +595,8 @@ Json run(const Options& given, Context& context) {
                             spill ? folder.work() : fs::path(),
                             options.get<bool>("retarget"),
                             options.get<std::int64_t>("paired-tokens"),
-                            options.get<bool>("fisher") ? &sensitivity : nullptr};
+                            options.get<bool>("fisher") ? &sensitivity : nullptr,
+                            sparsity_of(options)};
       quantize_layers(job, context);
       linears = collect_rows(original.config(), job.rows);
       if (tunes) {

@@ -160,6 +160,14 @@ refuse "the same in a dry run" "${GROUP_CODE:-3}" "172" "$PARE" compress --dry-r
 refuse "quantize: an embedding has no inputs to round" 2 "embed_tokens.*q8c" "$PARE" quantize --model "$IN" --out "$OUT" --text "$TEXT" --embedding-codec w8a8
 refuse "quantize: a codec that is not there" 2 "did you mean \"q3" "$PARE" quantize --model "$IN" --out "$OUT" --text "$TEXT" --codec q3g16
 
+refuse "prune: sparsegpt without text" 2 "sparsegpt.*calibration text" "$PARE" prune --method sparsegpt --sparsity 0.5 --model "$IN" --out "$OUT"
+refuse "prune: refitting without text" 2 "magnitude.*calibration text" "$PARE" prune --method magnitude --sparsity 0.5 --reconstruct --model "$IN" --out "$OUT"
+refuse "prune: blocks that share out a pattern" 2 "allocation owl.*--pattern 2:4" "$PARE" prune --method wanda --pattern 2:4 --allocation owl --model "$IN" --out "$OUT" --text "$TEXT"
+refuse "prune: damping of nothing" 2 "damping" "$PARE" prune --method wanda --sparsity 0.5 --damping 0.1 --model "$IN" --out "$OUT" --text "$TEXT"
+refuse "quantize: zeros and no code for them" 2 "exactly 0.*q4m" "$PARE" quantize --codec q4m --sparsity 0.5 --model "$IN" --out "$OUT" --text "$TEXT"
+refuse "quantize: a pattern across scales" 2 "pattern.*5:10" "$PARE" quantize --pattern 5:10 --model "$IN" --out "$OUT" --text "$TEXT"
+refuse "quantize: zeros that move" 2 "tune-codes" "$PARE" quantize --sparsity 0.5 --tune-codes 10 --model "$IN" --out "$OUT" --text "$TEXT"
+
 echo "--- options that would do nothing"
 unused() { # NAME OPTION COMMAND...
   local name=$1 option=$2

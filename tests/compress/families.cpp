@@ -163,7 +163,8 @@ TEST_P(FamilyChain, PrunedInDepthAndWidthBothForwardsAgree) {
   };
   prune("depth", {{"remove", 1}});
   prune("wanda", {{"sparsity", 0.25}});
-  std::vector<std::string> methods = {"depth", "wanda"};
+  prune("sparsegpt", {{"sparsity", 0.25}, {"reconstruct", true}, {"allocation", "owl"}});
+  std::vector<std::string> methods = {"depth", "wanda", "sparsegpt"};
   EXPECT_EQ(Checkpoint(scratch_ / "depth").config().num_layers, config.num_layers - 1);
   const Json narrower = {{"ffn", 16}, {"multiple-of", 16}};
   if (config.has_experts()) {

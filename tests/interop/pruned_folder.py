@@ -27,6 +27,8 @@ WORDS = "river stone quiet letter north opens carries garden seven blue wind pap
 METHODS = {
     "magnitude": ["--method", "magnitude", "--sparsity", "0.5"],
     "wanda": ["--method", "wanda", "--pattern", "2:4"],
+    "sparsegpt": ["--method", "sparsegpt", "--pattern", "4:8", "--reconstruct"],
+    "owl": ["--method", "sparsegpt", "--sparsity", "0.5", "--allocation", "owl"],
     "random": ["--method", "random", "--sparsity", "0.3"],
     "depth": ["--method", "depth", "--remove", "2"],
     "ffn-width": ["--method", "ffn-width", "--ffn", "64"],

@@ -16,18 +16,25 @@ using testing::make_model;
 using testing::run_prune;
 using testing::with_text;
 
-TEST(PruneBytes, SameTwiceAndAtOneAndTwoThreads) {
+TEST(PruneBytes, SameAtOneTwoAndThreeThreads) {
   const Folder folder("bytes");
   make_model(folder / "m", {.mlp_bias = true, .dtype = "float16"});
-  for (const auto& [method, key, value] : std::vector<std::tuple<std::string, std::string, Json>>{
-           {"wanda", "sparsity", 0.5}, {"random", "sparsity", 0.5}, {"depth", "remove", 2}, {"ffn-width", "ffn", 64}}) {
+  for (const auto& [method, more] : std::vector<std::pair<std::string, Json>>{
+           {"wanda", {{"sparsity", 0.5}}},
+           {"wanda", {{"sparsity", 0.5}, {"reconstruct", true}, {"allocation", "owl"}}},
+           {"sparsegpt", {{"sparsity", 0.5}}},
+           {"sparsegpt", {{"pattern", "2:4"}, {"reconstruct", true}}},
+           {"random", {{"sparsity", 0.5}}},
+           {"depth", {{"remove", 2}}},
+           {"ffn-width", {{"ffn", 64}}}}) {
     std::vector<std::string> hashes, reports;
-    for (const int threads : {1, 2, 2}) {
-      const fs::path out = folder / (method + std::to_string(hashes.size()));
+    for (const int threads : {1, 2, 3}) {
+      const fs::path out = folder / "out";
       Json options = with_text(base(folder / "m", out, method), folder / "text.txt");
-      options[key] = value;
+      options.update(more);
       reports.push_back(run_prune(options, threads).report.to_json().dump());
       hashes.push_back(hash_file(out / "model.safetensors"));
+      fs::remove_all(out);
     }
     EXPECT_EQ(hashes[0], hashes[1]) << method;
     EXPECT_EQ(hashes[1], hashes[2]) << method;
@@ -53,18 +60,18 @@ void run_and_die(const Json& options, std::size_t pieces) {
   _exit(0);
 }
 
-class PruneResume : public ::testing::TestWithParam<std::tuple<std::string, std::string, Json>> {};
+class PruneResume : public ::testing::TestWithParam<std::tuple<std::string, std::string, Json>> {};  // name, method
 
 TEST_P(PruneResume, AKilledRunContinuesToTheSameBytes) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");
-  const auto& [method, key, value] = GetParam();
+  const auto& [name, method, more] = GetParam();
   // The child of a thread-safe death test runs this test from its top: same names, same bytes.
-  const fs::path folder = fs::temp_directory_path() / ("pare-prune-resume-" + method);
+  const fs::path folder = fs::temp_directory_path() / ("pare-prune-resume-" + name);
   fs::remove_all(folder);
   fs::create_directories(folder);
   make_model(folder / "m", {.hidden = 64, .intermediate = 192, .layers = 6, .dtype = "bfloat16"});
   Json options = with_text(base(folder / "m", folder / "out", method), folder / "text.txt");
-  options[key] = value;
+  options.update(more);
   EXPECT_EXIT(run_and_die(options, 2), ::testing::KilledBySignal(SIGKILL), "");
   ASSERT_TRUE(fs::exists(folder / "out.partial"));
   ASSERT_FALSE(fs::exists(folder / "out"));
@@ -82,16 +89,15 @@ TEST_P(PruneResume, AKilledRunContinuesToTheSameBytes) {
   fs::remove_all(folder);
 }
 
-INSTANTIATE_TEST_SUITE_P(Methods, PruneResume,
-                         ::testing::Values(std::tuple{"magnitude", "sparsity", Json(0.5)},
-                                           std::tuple{"wanda", "sparsity", Json(0.5)},
-                                           std::tuple{"depth", "remove", Json(2)},
-                                           std::tuple{"ffn-width", "ffn", Json(96)}),
-                         [](const auto& info) {
-                           std::string name = std::get<0>(info.param);
-                           std::erase(name, '-');
-                           return name;
-                         });
+INSTANTIATE_TEST_SUITE_P(
+    Methods, PruneResume,
+    ::testing::Values(std::tuple{"magnitude", "magnitude", Json{{"sparsity", 0.5}}},
+                      std::tuple{"wanda", "wanda", Json{{"sparsity", 0.5}}},
+                      std::tuple{"owl", "wanda", Json{{"sparsity", 0.5}, {"allocation", "owl"}, {"reconstruct", true}}},
+                      std::tuple{"sparsegpt", "sparsegpt", Json{{"pattern", "4:8"}}},
+                      std::tuple{"depth", "depth", Json{{"remove", 2}}},
+                      std::tuple{"width", "ffn-width", Json{{"ffn", 96}}}),
+    [](const auto& info) { return std::get<0>(info.param); });
 
 }  // namespace
 }  // namespace pare

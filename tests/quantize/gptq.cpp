@@ -19,6 +19,10 @@ using testing::quadratic;
 using testing::random_hessian;
 using testing::random_weight;
 
+std::vector<std::uint8_t> zeros_of(const std::vector<float>& weight, bool stay) {
+  return stay ? nonzero(weight) : std::vector<std::uint8_t>();
+}
+
 // The literal algorithm in double: explicit inverse Hessian, one elimination per column, no blocks, no factor. Where the
 // order keeps the codec's groups together, each gets new scales when its turn comes, under the inverse of its block of
 // the inverse Hessian of all columns that are left.
@@ -129,7 +133,7 @@ TEST(Gptq, EqualsTheLiteralAlgorithmCodeForCode) {
     const std::int64_t group = std::max<std::int64_t>(0, nearest.codec.group);
     for (const FactorOptions& options : {FactorOptions{0.01, true}, {0.01, false}, {0.01, true, group}}) {
       const SweepFactor factor = factor_hessian(SquareMatrix(h), c.cols, options, "w", 2);
-      const GptqResult result = gptq(w.data(), nearest, h.data(), factor, c.pruned, 2);
+      const GptqResult result = gptq(w.data(), nearest, h.data(), factor, zeros_of(w, c.pruned), 2);
       const QuantizedTensor literal = literal_gptq(w, nearest, h, factor, c.pruned);
       double nearest_error = 0, literal_error = 0, best_error = 0;
       QuantizedTensor expected = nearest;
@@ -174,7 +178,7 @@ TEST(Gptq, PrunedWeightsStayExactlyZeroAndTheRestCompensates) {
     const QuantizedTensor nearest = round_to_nearest(w.data(), 30, 128, Codec::parse(codec, "t"), ScaleRule::kSearched,
                                                      {h.data(), nullptr}, "w", 1);
     const SweepFactor factor = factor_hessian(SquareMatrix(h), 128, {}, "w", 1);
-    const GptqResult result = gptq(w.data(), nearest, h.data(), factor, true, 1);
+    const GptqResult result = gptq(w.data(), nearest, h.data(), factor, nonzero(w), 1);
     std::vector<float> back(w.size());
     result.tensor.unpack(back.data());
     for (std::size_t i = 0; i < w.size(); ++i) {
@@ -204,7 +208,7 @@ TEST(Gptq, LiesBetweenTheExhaustiveOptimumAndNearest) {
     const QuantizedTensor nearest =
         round_to_nearest(w.data(), 1, 32, Codec::parse("q4", "t"), ScaleRule::kAbsmax, {}, "w", 1);
     const SweepFactor factor = factor_hessian(SquareMatrix(h), 32, {1e-6, true}, "w", 1);
-    const GptqResult result = gptq(w.data(), nearest, h.data(), factor, false, 1);
+    const GptqResult result = gptq(w.data(), nearest, h.data(), factor, {}, 1);
     const double scale = static_cast<double>(f16_to_f32(nearest.scales[0]));
     double best = std::numeric_limits<double>::infinity();
     for (int combination = 0; combination < 65536; ++combination) {
@@ -325,7 +329,7 @@ TEST(Polish, EqualsTheDescentOfOneRowAtATime) {
     const QuantizedTensor nearest = round_to_nearest(w.data(), rows, cols, Codec::parse(codec, "t"), ScaleRule::kAbsmax,
                                                      {h.data(), nullptr}, "w", 1);
     QuantizedTensor found = nearest, wanted = nearest;
-    polish(w.data(), found, h.data(), !minima, 2, 2);
+    polish(w.data(), found, h.data(), zeros_of(w, !minima), 2, 2);
     literal_pass(w, wanted, h, !minima);
     literal_pass(w, wanted, h, !minima);
     std::size_t codes = 0, scales = 0, moved = 0;
@@ -342,7 +346,7 @@ TEST(Polish, EqualsTheDescentOfOneRowAtATime) {
 
     const std::vector<float> narrow(h.begin(), h.end());  // the same statistics to 1e-7
     QuantizedTensor same = nearest;
-    const double error = polish(w.data(), same, narrow.data(), !minima, 2, 2);
+    const double error = polish(w.data(), same, narrow.data(), zeros_of(w, !minima), 2, 2);
     double exact = 0;
     for (std::int64_t r = 0; r < rows; ++r) exact += layer_error(w, found, r, h);
     EXPECT_NEAR(error / exact, 1.0, 1e-3) << codec;
@@ -360,12 +364,12 @@ TEST(Polish, EndsWhereNoSingleCodeCanBeImproved) {
       h[static_cast<std::size_t>(7 * cols + j)] = h[static_cast<std::size_t>(j * cols + 7)] = 0;
     const QuantizedTensor nearest = round_to_nearest(w.data(), rows, cols, Codec::parse(codec, "t"),
                                                      ScaleRule::kSearched, {h.data(), nullptr}, "w", 1);
-    GptqResult result = gptq(w.data(), nearest, h.data(), factor_hessian(SquareMatrix(h), cols, {}, "w", 1), true, 1);
+    GptqResult result = gptq(w.data(), nearest, h.data(), factor_hessian(SquareMatrix(h), cols, {}, "w", 1), nonzero(w), 1);
     QuantizedTensor twice = result.tensor;
-    const double error = polish(w.data(), result.tensor, h.data(), true, 100, 2);
+    const double error = polish(w.data(), result.tensor, h.data(), nonzero(w), 100, 2);
     EXPECT_LT(error, result.error) << codec;
     result.tensor.validate("w");
-    polish(w.data(), twice, h.data(), true, 100, 1);
+    polish(w.data(), twice, h.data(), nonzero(w), 100, 1);
     EXPECT_EQ(twice.codes, result.tensor.codes);
     EXPECT_EQ(twice.scales, result.tensor.scales);
 
@@ -406,9 +410,9 @@ TEST(Gptq, SameBitsAtAnyThreadCount) {
   for (const std::int64_t group : {0, 32}) {
     const FactorOptions options{0.01, true, group};
     const GptqResult one =
-        gptq(w.data(), nearest, h.data(), factor_hessian(SquareMatrix(h), 160, options, "w", 1), false, 1);
+        gptq(w.data(), nearest, h.data(), factor_hessian(SquareMatrix(h), 160, options, "w", 1), {}, 1);
     const GptqResult three =
-        gptq(w.data(), nearest, h.data(), factor_hessian(SquareMatrix(h), 160, options, "w", 3), false, 3);
+        gptq(w.data(), nearest, h.data(), factor_hessian(SquareMatrix(h), 160, options, "w", 3), {}, 3);
     EXPECT_EQ(one.tensor.codes, three.tensor.codes);
     EXPECT_EQ(one.tensor.scales, three.tensor.scales);
     EXPECT_EQ(one.error, three.error);
