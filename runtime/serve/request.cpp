@@ -12,7 +12,7 @@
 namespace pare::serve {
 namespace {
 
-constexpr std::size_t kMostStops = 16;
+constexpr std::size_t kMostStops = 16, kMostPrompts = 2048;
 constexpr int kMostAlternatives = 20;
 
 ApiError wrong(const std::string& field, const std::string& expected, const Json& found) {
@@ -165,6 +165,8 @@ std::vector<std::vector<std::int32_t>> prompts_of(const Fields& fields, const Se
   } else {
     throw wrong("prompt", expected, *given);
   }
+  if (prompts.size() > kMostPrompts)
+    throw ApiError(400, fmt::format("prompt: at most {} in a request, found {}", kMostPrompts, prompts.size()), "prompt");
   for (const auto& ids : prompts) check_prompt(ids, model, "prompt");
   return prompts;
 }

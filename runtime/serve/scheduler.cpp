@@ -187,6 +187,7 @@ void Scheduler::abort() {
 Scheduler::Counts Scheduler::counts() const {
   const std::lock_guard lock(mutex_);
   Counts out = counts_;
+  out.closed = closed_;
   out.running = std::count(taken_.begin(), taken_.end(), true);
   out.waiting = std::count_if(waiting_.begin(), waiting_.end(), [](const auto& t) { return t->started_ == 0; });
   return out;

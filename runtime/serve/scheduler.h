@@ -105,6 +105,7 @@ class Scheduler {
     std::int64_t running = 0, waiting = 0;  // sequences; requests of which none is running
     std::int64_t passes = 0, tokens = 0;    // of the model; that were fed, prompts included
     std::int64_t together = 0;              // the most sequences of one pass
+    bool closed = false;
   };
   Counts counts() const;
 

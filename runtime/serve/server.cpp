@@ -177,7 +177,7 @@ httplib::Server::HandlerResponse Server::before_routing(const Request& request, 
 
 Json Server::health() const {
   const Scheduler::Counts counts = scheduler_.counts();
-  return {{"status", stopping_ ? "stopping" : "ok"}, {"running", counts.running}, {"waiting", counts.waiting},
+  return {{"status", counts.closed ? "stopping" : "ok"}, {"running", counts.running}, {"waiting", counts.waiting},
           {"passes", counts.passes},                 {"tokens", counts.tokens},   {"most_together", counts.together}};
 }
 

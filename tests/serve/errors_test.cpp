@@ -64,6 +64,7 @@ TEST_F(Errors, FieldsThatAreNotKnownOrNotOfTheirKind) {
   refused({{"prompt", nullptr}}, "found none", "prompt");
   for (const Json& prompt : {Json(1), Json::array(), Json{{"a", 1}}, Json{"a", 1}, Json{{1}, "a"}, Json(true)})
     refused({{"prompt", prompt}}, "prompt", "prompt");
+  refused({{"prompt", std::vector<std::string>(2049, "a")}}, "at most 2048", "prompt");
   refused({{"prompt", {1, 290}}}, "0 to 289", "prompt");
   refused({{"prompt", {1, -1}}}, "0 to 289", "prompt");
   refused({{"prompt", {1, 1.5}}}, "whole number", "prompt");
