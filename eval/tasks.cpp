@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <fstream>
+#include <map>
 
 #include "core/error.h"
+#include "core/tokenizer_text.h"
 #include "eval/divergence.h"
 #include "eval/rows.h"
 
@@ -21,6 +23,38 @@ std::int64_t characters(std::string_view text) {
 }
 
 bool is_blank(char c) { return c == ' ' || c == '\n' || c == '\t' || c == '\r'; }
+
+// What Python's str.isspace() and \s hold for white space.
+bool is_python_space(char32_t code) { return tok::is_whitespace(code) || (code >= 0x1C && code <= 0x1F); }
+
+// Bytes of valid UTF-8 up to the white space at its end, and from the white space at its beginning.
+std::size_t end_without_space(std::string_view text) {
+  std::size_t end = 0;
+  for (std::size_t i = 0; i < text.size();)
+    if (!is_python_space(tok::next_char(text, i))) end = i;
+  return end;
+}
+std::size_t begin_without_space(std::string_view text) {
+  for (std::size_t i = 0, begin = 0; i < text.size(); begin = i)
+    if (!is_python_space(tok::next_char(text, i))) return begin;
+  return text.size();
+}
+
+// Pieces that white space cuts a text into, empty ones at its ends included.
+std::int64_t words(std::string_view text) {
+  std::int64_t n = 1;
+  bool inside = false;
+  for (std::size_t i = 0; i < text.size();) {
+    const bool space = is_python_space(tok::next_char(text, i));
+    n += space && !inside;
+    inside = space;
+  }
+  return n;
+}
+
+TaskItem::Pair pair_of(std::string context, std::string continuation, const std::string& written) {
+  return {std::move(context), std::move(continuation), characters(written), std::ssize(written), words(written)};
+}
 
 // One line of a task file with its place, so that every complaint names file:line.
 class Line {
@@ -77,19 +111,20 @@ class Line {
 
 // lm-eval's target_delimiter: one blank between context and continuation.
 std::string delimited(const std::string& continuation) {
-  return !continuation.empty() && is_blank(continuation.front()) ? continuation : " " + continuation;
+  return " " + continuation;
 }
 
-enum class Shape { kChoices, kOptions, kContinuation, kPair };
+enum class Shape { kChoices, kOptions, kContinuation, kPair, kText };
 
 Shape shape_of(const Line& line) {
   if (line.has("query") && line.has("choices")) return Shape::kChoices;
   if (line.has("sentence_good")) return Shape::kPair;
   if (line.has("context") && line.has("continuation")) return Shape::kContinuation;
   if (line.has("sentence") && line.has("option1")) return Shape::kOptions;
+  if (line.has("text")) return Shape::kText;
   throw input_error(line.place(),
-                    "query/choices/gold, context/continuation, sentence_good/sentence_bad or "
-                    "sentence/option1/option2/label",
+                    "query/choices/gold, context/continuation, sentence_good/sentence_bad, "
+                    "sentence/option1/option2/label or text",
                     "none of these sets of keys");
 }
 
@@ -99,7 +134,7 @@ TaskItem item_of(const Line& line, Shape shape) {
     case Shape::kChoices: {
       const std::string query = line.text("query");
       for (const std::string& choice : line.texts("choices")) {
-        item.pairs.push_back({query, delimited(choice), characters(choice)});
+        item.pairs.push_back(pair_of(query, delimited(choice), choice));
       }
       item.gold = line.index("gold", static_cast<std::int64_t>(item.pairs.size()));
       break;
@@ -109,24 +144,32 @@ TaskItem item_of(const Line& line, Shape shape) {
       const std::size_t gap = sentence.find('_');
       if (gap == std::string::npos) throw input_error(line.place(), "\"sentence\" with a gap \"_\"", "no gap");
       std::string rest = sentence.substr(gap + 1);
-      rest.erase(0, std::min(rest.find_first_not_of(" \n\t\r"), rest.size()));
+      rest.resize(end_without_space(rest));
+      rest.erase(0, begin_without_space(rest));
       for (const char* key : {"option1", "option2"}) {
-        item.pairs.push_back({sentence.substr(0, gap) + line.text(key), delimited(rest), characters(rest)});
+        item.pairs.push_back(pair_of(sentence.substr(0, gap) + line.text(key), delimited(rest), rest));
       }
       item.gold = line.index("label", 2);
       break;
     }
     case Shape::kContinuation: {
       const std::string continuation = line.text("continuation");
-      item.pairs.push_back({line.text("context"), delimited(continuation), characters(continuation)});
+      const bool has_blank = !continuation.empty() && is_blank(continuation.front());
+      item.pairs.push_back(
+          pair_of(line.text("context"), has_blank ? continuation : delimited(continuation), continuation));
       break;
     }
     case Shape::kPair:
       for (const char* key : {"sentence_good", "sentence_bad"}) {
         const std::string sentence = line.text(key);
-        item.pairs.push_back({"", sentence, characters(sentence)});
+        item.pairs.push_back(pair_of("", delimited(sentence), sentence));
       }
       break;
+    case Shape::kText: {
+      const std::string text = line.text("text");
+      item.pairs.push_back(pair_of("", text, text));
+      break;
+    }
   }
   for (const TaskItem::Pair& pair : item.pairs) {
     const bool blank = std::all_of(pair.continuation.begin(), pair.continuation.end(), is_blank);
@@ -148,13 +191,14 @@ Encoded encode_pair(const Tokenizer& tokenizer, const TaskItem::Pair& pair, cons
   if (pair.context.empty()) {
     result.ids = options.prefix_ids;
     const std::vector<std::int32_t> text = tokenizer.encode(pair.continuation, false, false);
+    // A text that begins with the prefix itself gets no second one.
+    if (!text.empty() && !result.ids.empty() && text.front() == result.ids.back()) result.ids.pop_back();
+    context_ids = std::max<std::int64_t>(static_cast<std::int64_t>(result.ids.size()), 1);
     result.ids.insert(result.ids.end(), text.begin(), text.end());
     // Without any prefix the first token has nothing before it and cannot be scored.
-    context_ids = std::max<std::int64_t>(static_cast<std::int64_t>(options.prefix_ids.size()), 1);
   } else {
     // Trailing blanks of the context belong to the continuation, then one encoding is cut at the context's length.
-    const std::size_t kept = pair.context.find_last_not_of(" \n\t\r") + 1;
-    const std::string context = pair.context.substr(0, kept);
+    const std::string context = pair.context.substr(0, end_without_space(pair.context));
     result.ids = tokenizer.encode(pair.context + pair.continuation, true, false);
     context_ids = static_cast<std::int64_t>(tokenizer.encode(context, true, false).size());
     if (context.empty()) context_ids = std::max<std::int64_t>(context_ids, 1);
@@ -183,7 +227,34 @@ class Scorer {
       : model_(model), tokenizer_(tokenizer), options_(options) {}
 
   PairScore score(const TaskItem::Pair& pair, const std::string& place) {
-    const Encoded encoded = encode_pair(tokenizer_, pair, options_, place);
+    return score(encode_pair(tokenizer_, pair, options_, place), place);
+  }
+
+  // The log-probability of a text, in windows of the context that overlap by one id; the last one is filled up with
+  // what stands before.
+  double score_text(const std::string& text, const std::string& place) {
+    const std::vector<std::int32_t> ids = tokenizer_.encode(text, false, false);
+    if (ids.empty()) throw input_error(place, "at least one token to score", "none");
+    if (options_.prefix_ids.empty())
+      throw input_error(place, "a token that begins a text, of which the first one is predicted", "none in the model");
+    const auto n = static_cast<std::int64_t>(ids.size());
+    const std::int64_t most = options_.context > 0 ? options_.context : n;
+    double sum = 0;
+    for (std::int64_t end = 0; end < n;) {
+      const std::int64_t count = std::min(most, n - end);
+      Encoded window;
+      window.scored = count;
+      if (end == 0) window.ids.push_back(options_.prefix_ids.back());
+      end += count;
+      const std::int64_t begin = end == count ? 0 : end - most - 1;
+      window.ids.insert(window.ids.end(), ids.begin() + begin, ids.begin() + end);
+      sum += score(window, place).log_prob;
+    }
+    return sum;
+  }
+
+ private:
+  PairScore score(const Encoded& encoded, const std::string& place) {
     const std::int64_t vocab = model_.vocab_size();
     for (const std::int32_t id : encoded.ids) {
       if (id < 0 || id >= vocab) {
@@ -226,7 +297,6 @@ class Scorer {
     return result;
   }
 
- private:
   LogitsSource& model_;
   const Tokenizer& tokenizer_;
   const TaskOptions& options_;
@@ -248,10 +318,13 @@ Task read_task(const fs::path& jsonl, std::int64_t limit) {
   if (!in) throw input_error(jsonl.string(), "a readable file", "cannot be opened");
   Task task;
   task.name = jsonl.stem().string();
+  task.file = jsonl;
   std::optional<Shape> shape;
   std::string text;
   for (std::int64_t number = 1; std::getline(in, text); ++number) {
     if (std::all_of(text.begin(), text.end(), is_blank)) continue;
+    ++task.items_in_file;
+    if (limit > 0 && std::ssize(task.items) == limit) continue;  // only counted
     const std::string place = jsonl.string() + ":" + std::to_string(number);
     if (text.size() > kMaxLine)
       throw input_error(place, "a line of at most 16 MiB", std::to_string(text.size()) + " bytes");
@@ -260,12 +333,12 @@ Task read_task(const fs::path& jsonl, std::int64_t limit) {
     const Line line(json, place);
     if (!shape) {
       shape = shape_of(line);
-      task.kind = *shape == Shape::kPair           ? TaskKind::kMinimalPair
+      task.kind = *shape == Shape::kText           ? TaskKind::kText
+                  : *shape == Shape::kPair         ? TaskKind::kMinimalPair
                   : *shape == Shape::kContinuation ? TaskKind::kContinuation
                                                    : TaskKind::kMultipleChoice;
     }
     task.items.push_back(item_of(line, *shape));
-    if (limit > 0 && static_cast<std::int64_t>(task.items.size()) == limit) break;
   }
   if (task.items.empty()) throw input_error(jsonl.string(), "at least one task item", "an empty file");
   return task;
@@ -276,20 +349,31 @@ TaskResult score_task(LogitsSource& model, const Tokenizer& tokenizer, const Tas
   TaskResult result;
   result.name = task.name;
   result.kind = task.kind;
+  result.file = task.file;
+  result.items_in_file = task.items_in_file;
   result.items = static_cast<std::int64_t>(task.items.size());
   Scorer scorer(model, tokenizer, options);
-  std::vector<double> right, right_norm, log_probs;
+  std::vector<double> right, right_norm, right_bytes, log_probs;
+  double all_bytes = 0, all_words = 0;
   progress.begin(task.name, result.items);
   for (std::size_t i = 0; i < task.items.size(); ++i) {
     throw_if_interrupted("eval", "run the same command again");
     const TaskItem& item = task.items[i];
     const std::string place = task.name + " item " + std::to_string(i + 1);
-    std::vector<double> plain, normed;
+    std::vector<double> plain, normed, by_bytes;
     bool greedy = false;
+    progress.update(static_cast<std::int64_t>(i));
+    if (task.kind == TaskKind::kText) {
+      log_probs.push_back(scorer.score_text(item.pairs[0].continuation, place));
+      all_bytes += static_cast<double>(item.pairs[0].bytes);
+      all_words += static_cast<double>(item.pairs[0].words);
+      continue;
+    }
     for (const TaskItem::Pair& pair : item.pairs) {
       const PairScore score = scorer.score(pair, place);
       plain.push_back(score.log_prob);
       normed.push_back(score.log_prob / static_cast<double>(std::max<std::int64_t>(pair.characters, 1)));
+      by_bytes.push_back(score.log_prob / static_cast<double>(std::max<std::int64_t>(pair.bytes, 1)));
       greedy = score.greedy;
     }
     if (task.kind == TaskKind::kContinuation) {
@@ -298,16 +382,25 @@ TaskResult score_task(LogitsSource& model, const Tokenizer& tokenizer, const Tas
       right.push_back(greedy ? 1 : 0);
     } else {
       result.picks.push_back(first_maximum(plain));
-      // A tie between the sentences of a minimal pair shows no preference for the good one.
-      const bool tie = task.kind == TaskKind::kMinimalPair && plain[0] == plain[1];
-      right.push_back(result.picks.back() == item.gold && !tie ? 1 : 0);
+      right.push_back(result.picks.back() == item.gold ? 1 : 0);
       right_norm.push_back(first_maximum(normed) == item.gold ? 1 : 0);
+      right_bytes.push_back(first_maximum(by_bytes) == item.gold ? 1 : 0);
     }
-    progress.update(static_cast<std::int64_t>(i + 1));
   }
   progress.end();
+  if (task.kind == TaskKind::kText) {
+    double sum = 0;
+    for (const double log_prob : log_probs) sum += log_prob;
+    result.word_perplexity = std::exp(-(sum / all_words));
+    result.byte_perplexity = std::exp(-(sum / all_bytes));
+    result.bits_per_byte = -(sum / all_bytes) / std::log(2);
+    return result;
+  }
   result.accuracy = plain_mean(right);
-  if (task.kind == TaskKind::kMultipleChoice) result.accuracy_norm = plain_mean(right_norm);
+  if (task.kind == TaskKind::kMultipleChoice) {
+    result.accuracy_norm = plain_mean(right_norm);
+    result.accuracy_bytes = plain_mean(right_bytes);
+  }
   if (task.kind == TaskKind::kContinuation) {
     const Estimate mean = plain_mean(log_probs);
     Estimate perplexity{std::exp(-mean.value), {}};
@@ -321,33 +414,49 @@ void set_agreement(TaskResult& result, const TaskResult& original) {
   if (result.picks.size() != original.picks.size()) {
     throw failure(result.name, std::to_string(original.picks.size()) + " picks", std::to_string(result.picks.size()));
   }
+  if (result.picks.empty()) return;
   std::vector<double> same(result.picks.size());
   for (std::size_t i = 0; i < same.size(); ++i) same[i] = result.picks[i] == original.picks[i] ? 1 : 0;
   result.agreement = plain_mean(same);
 }
 
-void add_rows(const TaskResult& result, const TaskResult* original, const std::string& stage, Report& report) {
-  const auto row = [&](const char* metric, const Estimate& value, const Estimate* before, const char* unit) {
-    const std::optional<double> was = before ? std::optional<double>(before->value) : std::nullopt;
-    report.add({stage, result.name + " " + metric, was, value.value, unit, value.standard_error});
+void each_metric(const TaskResult& result,
+                 const std::function<void(const char*, const std::optional<Estimate>&, const char*)>& see) {
+  const auto plain = [](const std::optional<double>& value) {
+    return value ? std::optional<Estimate>(Estimate{*value, {}}) : std::nullopt;
   };
-  row("acc", result.accuracy, original ? &original->accuracy : nullptr, "share");
-  if (result.accuracy_norm) {
-    row("acc_norm", *result.accuracy_norm, original ? &*original->accuracy_norm : nullptr, "share");
+  see("acc", result.accuracy, "share");
+  see("acc_norm", result.accuracy_norm, "share");
+  see("acc_bytes", result.accuracy_bytes, "share");
+  see("perplexity", result.perplexity, "");
+  see("word_perplexity", plain(result.word_perplexity), "");
+  see("byte_perplexity", plain(result.byte_perplexity), "");
+  see("bits_per_byte", plain(result.bits_per_byte), "bits");
+  see("agreement", result.agreement, "share");
+}
+
+void add_rows(const TaskResult& result, const TaskResult* original, const std::string& stage, Report& report) {
+  std::map<std::string, double> before;
+  if (original) {
+    each_metric(*original, [&](const char* metric, const std::optional<Estimate>& value, const char*) {
+      if (value) before[metric] = value->value;
+    });
   }
-  if (result.perplexity) row("perplexity", *result.perplexity, original ? &*original->perplexity : nullptr, "");
-  if (result.agreement) row("agreement", *result.agreement, nullptr, "share");
+  each_metric(result, [&](const char* metric, const std::optional<Estimate>& value, const char* unit) {
+    if (!value) return;
+    const auto was = before.find(metric);
+    report.add({stage, result.name + " " + metric,
+                was == before.end() ? std::nullopt : std::optional<double>(was->second), value->value, unit,
+                value->standard_error});
+  });
 }
 
 Json to_json(const TaskResult& result) {
-  const char* kinds[] = {"multiple_choice", "continuation", "minimal_pair"};
-  Json json = {{"task", result.name},
-               {"kind", kinds[static_cast<int>(result.kind)]},
-               {"items", result.items},
-               {"acc", to_json(result.accuracy)}};
-  if (result.accuracy_norm) json["acc_norm"] = to_json(*result.accuracy_norm);
-  if (result.perplexity) json["perplexity"] = to_json(*result.perplexity);
-  if (result.agreement) json["agreement"] = to_json(*result.agreement);
+  const char* kinds[] = {"multiple_choice", "continuation", "minimal_pair", "text"};
+  Json json = {{"task", result.name}, {"kind", kinds[static_cast<int>(result.kind)]}, {"items", result.items}};
+  each_metric(result, [&](const char* metric, const std::optional<Estimate>& value, const char*) {
+    if (value) json[metric] = to_json(*value);
+  });
   return json;
 }
 

@@ -20,6 +20,7 @@ needs=(
   "libcli11-dev|/usr/include/CLI/CLI.hpp|command line"
   "libgtest-dev|/usr/include/gtest/gtest.h|tests"
   "libgmock-dev|/usr/include/gmock/gmock.h|tests"
+  "libcpp-httplib-dev|/usr/include/httplib.h|pare serve"
   "nlohmann-json3-dev|/usr/include/nlohmann/json.hpp|JSON"
   "libyaml-cpp-dev|/usr/include/yaml-cpp/yaml.h|recipes"
   "libpcre2-dev|/usr/include/pcre2.h|the tokenizer's patterns"

@@ -225,10 +225,22 @@ void Session::feed(std::span<const std::int32_t> ids) {
   s.appended(ids);
 }
 
+static_assert(Session::kMostFedTogether == Forward::kBatch);
+
 void Session::feed_each(std::span<Session* const> sessions, std::span<const std::int32_t> ids) {
-  if (sessions.size() != ids.size() || sessions.size() > static_cast<std::size_t>(Forward::kBatch)) {
-    throw usage_error("feed_each", "as many ids as sessions, " + std::to_string(Forward::kBatch) + " at most",
-                  std::to_string(ids.size()) + " ids, " + std::to_string(sessions.size()) + " sessions");
+  std::vector<std::span<const std::int32_t>> texts;
+  for (std::size_t i = 0; i < ids.size(); ++i) texts.push_back(ids.subspan(i, 1));
+  feed_each(sessions, texts);
+}
+
+void Session::feed_each(std::span<Session* const> sessions, std::span<const std::span<const std::int32_t>> texts) {
+  std::vector<std::int32_t> ids;
+  for (const std::span<const std::int32_t> text : texts) ids.insert(ids.end(), text.begin(), text.end());
+  const bool empty = std::any_of(texts.begin(), texts.end(), [](const auto& text) { return text.empty(); });
+  if (sessions.size() != texts.size() || empty || ids.size() > static_cast<std::size_t>(kMostFedTogether)) {
+    throw usage_error("feed_each", "ids for every session, " + std::to_string(kMostFedTogether) + " at most",
+                      std::to_string(ids.size()) + " ids for " + std::to_string(texts.size()) + " of " +
+                          std::to_string(sessions.size()) + " sessions");
   }
   if (sessions.empty()) return;
   for (std::size_t i = 0; i < sessions.size(); ++i) {
@@ -237,26 +249,30 @@ void Session::feed_each(std::span<Session* const> sessions, std::span<const std:
                     sessions.begin() + static_cast<std::ptrdiff_t>(i)) {
       throw usage_error("feed_each", "different sessions of one engine", own ? "one twice" : "another engine");
     }
-    sessions[i]->impl_->check(ids.subspan(i, 1));
+    sessions[i]->impl_->check(texts[i]);
   }
   Impl& first = *sessions[0]->impl_;
   const std::int64_t width = first.engine->config().hidden_size;
-  first.gathered.reserve(static_cast<std::int64_t>(sessions.size()) * width);
+  first.gathered.reserve(static_cast<std::int64_t>(ids.size()) * width);
   Impl::attempt(sessions, [&] {
     std::vector<Forward::Part> parts;
-    for (Session* const session : sessions) {
-      Impl& s = *session->impl_;
-      s.prepare(1);
-      parts.push_back({&s.cache, s.position, 1, s.position + 1, &s.stop});
+    for (std::size_t i = 0; i < sessions.size(); ++i) {
+      Impl& s = *sessions[i]->impl_;
+      const auto count = static_cast<std::int64_t>(texts[i].size());
+      s.prepare(count);
+      parts.push_back({&s.cache, s.position, count, s.position + count, &s.stop});
     }
     if (first.forward.run(ids, parts, first.gathered.data())) return;
     for (Session* const session : sessions)
       if (session->impl_->stop.load()) session->impl_->stopped();
   });
+  const float* rows = first.gathered.data();
   for (std::size_t i = 0; i < sessions.size(); ++i) {
     Impl& s = *sessions[i]->impl_;
-    std::copy_n(first.gathered.data() + static_cast<std::int64_t>(i) * width, width, s.hidden.data());
-    s.appended(ids.subspan(i, 1));
+    const auto count = static_cast<std::int64_t>(texts[i].size());
+    std::copy_n(rows, count * width, s.hidden.data());
+    rows += count * width;
+    s.appended(texts[i]);
   }
 }
 

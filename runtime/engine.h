@@ -60,6 +60,9 @@ class Session {
   // Appends ids[i] to sessions[i], of all in one pass that reads the weights once; the bits are those of a feed() each.
   // The sessions are different ones of one engine. Errors as for feed(), before anything is appended.
   static void feed_each(std::span<Session* const> sessions, std::span<const std::int32_t> ids);
+  // The same with texts of any length above 0, kMostFedTogether ids in all: sessions[i] gets texts[i].
+  static void feed_each(std::span<Session* const> sessions, std::span<const std::span<const std::int32_t>> texts);
+  static constexpr std::int64_t kMostFedTogether = 240;
   // The last row of each session's last call: out [sessions, vocab_size].
   static void logits_each(std::span<Session* const> sessions, float* out);
   std::int64_t position() const;

@@ -311,10 +311,12 @@ struct Forward::Worker {
   // Takes q, k and v to mixed_.
   void attend(std::int64_t block) {
     const std::int64_t d = f.config_.head_dim, kv_heads = f.config_.num_kv_heads, width = f.q_width_;
-    if (!f.one_sequence_) {  // every row has its own keys: nothing to wait for
-      share(tokens * kv_heads, [&](std::int64_t item) {
-        rotate_and_store(block, item % kv_heads, item / kv_heads, item / kv_heads + 1);
-        attend_heads(block, item / kv_heads, item % kv_heads);
+    if (const auto sequences = static_cast<std::int64_t>(f.starts_.size()) - 1; sequences > 1) {
+      share(sequences * kv_heads, [&](std::int64_t item) {  // with keys of their own: nothing to wait for
+        const auto sequence = static_cast<std::size_t>(item / kv_heads);
+        const std::int64_t first = f.starts_[sequence], end = f.starts_[sequence + 1];
+        rotate_and_store(block, item % kv_heads, first, end);
+        for (std::int64_t t = first; t < end; ++t) attend_heads(block, t, item % kv_heads);
       });
     } else if (tokens < 8) {  // nor has a kv head to wait for another one
       share(kv_heads, [&](std::int64_t kv_head) {
@@ -491,12 +493,13 @@ bool Forward::run(std::span<const std::int32_t> ids, std::span<const Part> parts
     sin_[k].reserve(tokens * static_cast<std::int64_t>(frequencies_[k].size()));
   }
   rows_.clear();
-  one_sequence_ = parts.size() == 1;
+  starts_.assign(1, 0);
   for (const Part& part : parts) {
     require_positions(config_, part.position + part.count, "runtime");
     part.cache->reserve(part.position + part.count);
     fill_rope(part, static_cast<std::int64_t>(rows_.size()));
     for (std::int64_t t = 0; t < part.count; ++t) rows_.push_back({part.cache, part.position + t});
+    starts_.push_back(static_cast<std::int64_t>(rows_.size()));
   }
   const auto scale = static_cast<float>(config_.embedding_scale);
   for (std::int64_t t = 0; t < tokens; ++t) {

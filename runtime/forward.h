@@ -80,7 +80,7 @@ class Forward {
   FloatBuffer normed_, q_, k_, v_, mixed_, gate_, up_, added_, router_, expert_in_, position_;
   FloatBuffer cos_[3], sin_[3];  // by RopeKind: [tokens, rotated pairs]
   std::vector<Row> rows_;
-  bool one_sequence_ = true;     // in this call
+  std::vector<std::int64_t> starts_;  // of the sequences in rows_, and the end
   std::vector<Route> routes_;    // by expert
   Int8Activations int8_input_, token_int8_input_;
 };

@@ -28,25 +28,18 @@ class Chat {
  public:
   Chat(const std::shared_ptr<const Engine>& engine, Sampler& sampler, const Options& options, Context& context)
       : engine_(*engine),
-        template_(ChatTemplate::find([&](const std::string& name) { return engine_.file().embedded(name); },
-                                     engine_.path().string())),
+        template_(chat_template(engine_)),
         sampler_(sampler),
         context_(context),
         limit_(options.get<std::int64_t>("tokens")),
-        ends_(engine_.config().eos_ids) {
-    // Some models end a turn with a token that only the tokenizer's configuration names.
-    if (const std::int32_t id = engine_.tokenizer().id(template_.special_token("eos_token")); id >= 0)
-      ends_.push_back(id);
+        ends_(chat_ends(engine_, template_)) {
     continuation_ = make_continuation(engine, sampler_, ends_, options, context_);
     if (options.has("system")) messages_.push_back(message("system", options.get<std::string>("system")));
   }
 
   void turn(const std::string& text) {
     messages_.push_back(message("user", text));
-    const std::string prompt = template_.render(messages_, true, local_time());
-    // The template writes the special tokens itself, the one that begins a text too.
-    const std::vector<std::int32_t> ids = engine_.tokenizer().encode(prompt, false, true);
-    if (ids.empty()) throw input_error("chat", "a conversation that gives at least one token", "none");
+    const auto [prompt, ids] = chat_prompt(engine_, template_, messages_);
     const std::int64_t room = engine_.config().max_position_embeddings;
     if (static_cast<std::int64_t>(ids.size()) > room)
       throw input_error("chat", fmt::format("a conversation of at most {} tokens", room),
@@ -84,12 +77,33 @@ class Chat {
   Context& context_;
   std::unique_ptr<Continuation> continuation_;
   const std::int64_t limit_;
-  std::vector<std::int64_t> ends_;
+  const std::vector<std::int64_t> ends_;
   std::vector<std::int32_t> held_;  // by continuation_
   Json messages_ = Json::array(), turns_ = Json::array();
 };
 
 }  // namespace
+
+ChatTemplate chat_template(const Engine& engine) {
+  return ChatTemplate::find([&](const std::string& name) { return engine.file().embedded(name); },
+                            engine.path().string());
+}
+
+std::vector<std::int64_t> chat_ends(const Engine& engine, const ChatTemplate& form) {
+  std::vector<std::int64_t> ends = engine.config().eos_ids;
+  // Some models end a turn with a token that only the tokenizer's configuration names.
+  if (const std::int32_t id = engine.tokenizer().id(form.special_token("eos_token")); id >= 0) ends.push_back(id);
+  return ends;
+}
+
+ChatPrompt chat_prompt(const Engine& engine, const ChatTemplate& form, const Json& messages) {
+  ChatPrompt prompt;
+  prompt.text = form.render(messages, true, local_time());
+  // The template writes the special tokens itself, the one that begins a text too.
+  prompt.ids = engine.tokenizer().encode(prompt.text, false, true);
+  if (prompt.ids.empty()) throw input_error("chat", "a conversation that gives at least one token", "none");
+  return prompt;
+}
 
 Json run_chat(const std::shared_ptr<const Engine>& engine, Sampler& sampler, const Options& options, Context& context) {
   Chat chat(engine, sampler, options, context);

@@ -24,6 +24,7 @@ Command export_command();
 Command plan_command();
 Command run_command();
 Command bench_command();
+Command serve_command();         // in programs that are built with cpp-httplib
 Command eval_command_runtime();  // compact files, and folders through an F32 compact temporary
 std::vector<Command> runtime_commands();
 

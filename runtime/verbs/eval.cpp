@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
@@ -12,6 +13,7 @@
 #include "core/error.h"
 #include "core/gguf_file.h"
 #include "eval/divergence.h"
+#include "eval/lm_eval_results.h"
 #include "eval/speed.h"
 #include "eval/tasks.h"
 #include "runtime/engine.h"
@@ -67,6 +69,11 @@ class Subject {
   std::optional<std::string> tokenizer_text() const {
     if (engine_) return engine_->file().embedded("tokenizer.json");
     return tokenizer_json_text(path_);
+  }
+  std::optional<std::string> tokenizer_config() const {
+    if (engine_) return engine_->file().embedded("tokenizer_config.json");
+    const fs::path file = path_ / "tokenizer_config.json";
+    return fs::is_regular_file(file) ? std::optional(read_text(file)) : std::nullopt;
   }
   LogitsSource& logits(const EvalBackend& backend, const std::string& device, Context& context) {
     if (!logits_) logits_ = engine_ ? runtime_logits(engine_) : backend.folder(*folder_, device, context);
@@ -130,6 +137,9 @@ class Evaluation {
     if (caches && !(text && options_.has("against")))
       throw usage_error("--cache", "--against and --text with it", "not both");
     refuse_unused_options(text, caches);
+    const bool as_lm_eval = options_.get<std::string>("output-format") == "lm-eval";
+    if (as_lm_eval && !tasks) throw usage_error("--output-format lm-eval", "--tasks with it", "none");
+    begun_ = std::chrono::system_clock::now();
     model_.emplace(options_.get<std::string>("model"), options_, context_);
     if (options_.has("against")) original_.emplace(options_.get<std::string>("against"), options_, context_);
     choose_tokenizer();
@@ -150,6 +160,7 @@ class Evaluation {
     if (tasks) score_tasks(task_list);
     context_.print(context_.report.table());
     result_["report"] = context_.report.to_json();
+    if (options_.has("output")) write_output(options_.get<std::string>("output"), as_lm_eval);
     return std::move(result_);
   }
 
@@ -158,6 +169,7 @@ class Evaluation {
     if (!text)
       refuse_unused(options_, {"split", "score", "documents", "one-window-per-document", "per"}, "without --text",
                     "pare eval");
+    if (!options_.has("output")) refuse_unused(options_, {"output-format"}, "without --output", "pare eval");
     if (backend_.open_cache && !caches) refuse_unused(options_, {"top-k"}, "without --cache", "pare eval");
     bool folders = false, files = false;
     for (const char* name : {"model", "against"}) {
@@ -354,15 +366,57 @@ class Evaluation {
     return result;
   }
 
+  // What the harness predicts the first token of a text from: the tokenizer's BOS, else its EOS.
+  std::vector<std::int32_t> text_beginning() const {
+    if (const std::optional<std::string> text = reference().tokenizer_config()) {
+      const Json config = parse_json(*text, reference().path().string() + ": tokenizer_config.json");
+      for (const char* key : {"bos_token", "eos_token"}) {
+        const Json token = config.is_object() ? config.value(key, Json(nullptr)) : Json(nullptr);
+        const Json content = token.is_object() ? token.value("content", Json(nullptr)) : token;
+        if (!content.is_string()) continue;
+        if (const std::int32_t id = tokenizer_->id(content.get<std::string>()); id >= 0) return {id};
+      }
+    }
+    if (std::vector<std::int32_t> ids = tokenizer_->prefix_ids(); !ids.empty()) return ids;
+    const std::vector<std::int64_t>& ends = reference().config().eos_ids;
+    if (ends.empty()) return {};
+    return {static_cast<std::int32_t>(ends.front())};
+  }
+
+  void write_output(const fs::path& where, bool as_lm_eval) {
+    fs::path file = where;
+    Json json = result_;
+    if (as_lm_eval) {
+      LmEvalRun run;
+      run.model = model_->path().string();
+      run.model_args = {{"pretrained", run.model}};
+      if (model_->engine()) {
+        run.model_args["act"] = options_.get<std::string>("act");
+        run.model_args["kv"] = model_->engine()->options().kv;
+      }
+      run.limit = limit_;
+      run.context = task_context();
+      const std::chrono::duration<double> since = begun_.time_since_epoch();
+      run.begun = since.count();
+      run.seconds = std::chrono::duration<double>(std::chrono::system_clock::now() - begun_).count();
+      file = lm_eval_file(where, run);
+      if (file != where) fs::create_directories(file.parent_path());
+      json = lm_eval_results(task_results_, run);
+    }
+    write_text(file, json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n");
+    result_["output"] = file.string();
+    context_.progress->note("written: " + file.string());
+  }
+
+  std::int64_t task_context() const { return options_.has("ctx") ? length_ : most_positions_; }
+
   void score_tasks(const std::vector<Task>& tasks) {
     TaskOptions task_options;
-    task_options.context = options_.has("ctx") ? length_ : most_positions_;
-    task_options.prefix_ids = tokenizer_->prefix_ids();
-    const std::vector<std::int64_t>& ends = reference().config().eos_ids;
-    if (task_options.prefix_ids.empty() && !ends.empty())
-      task_options.prefix_ids = {static_cast<std::int32_t>(ends.front())};
+    task_options.context = task_context();
+    task_options.prefix_ids = text_beginning();
     Json list = Json::array();
     double sum = 0, original_sum = 0;
+    int with_accuracy = 0;
     for (const Task& task : tasks) {
       TaskResult result =
           score_task(model_->logits(backend_, device_, context_), *tokenizer_, task, task_options, *context_.progress);
@@ -371,17 +425,19 @@ class Evaluation {
         before = score_task(original_->logits(backend_, device_, context_), *tokenizer_, task, task_options,
                             *context_.progress);
         set_agreement(result, *before);
-        original_sum += before->accuracy.value;
+        if (before->accuracy) original_sum += before->accuracy->value;
       }
-      sum += result.accuracy.value;
+      task_results_.push_back(result);
+      if (result.accuracy) sum += result.accuracy->value;
+      with_accuracy += result.accuracy.has_value();
       add_rows(result, before ? &*before : nullptr, stage(), context_.report);
       Json json = to_json(result);
       if (before) json["original"] = to_json(*before);
       list.push_back(std::move(json));
     }
     result_["tasks"] = std::move(list);
-    if (tasks.size() < 2) return;
-    const double n = static_cast<double>(tasks.size());
+    if (with_accuracy < 2) return;
+    const double n = with_accuracy;
     const std::optional<double> was = original_ ? std::optional<double>(original_sum / n) : std::nullopt;
     context_.report.add({stage(), "mean of tasks acc", was, sum / n, "share", std::nullopt});
     result_["mean_acc"] = sum / n;
@@ -394,6 +450,8 @@ class Evaluation {
   std::optional<Subject> model_, original_;
   std::optional<Tokenizer> tokenizer_, other_tokenizer_;
   std::vector<Window> windows_;
+  std::vector<TaskResult> task_results_;
+  std::chrono::system_clock::time_point begun_;
   std::int64_t limit_ = 0, length_ = 0, most_positions_ = 0, vocab_ = 0;
   Json result_;
 };
@@ -461,7 +519,14 @@ Command make_eval_command(EvalBackend backend) {
       {.name = "tasks",
        .type = OptionType::kTextList,
        .help = "task files (.jsonl): query/choices/gold, context/continuation, sentence_good/sentence_bad or "
-               "sentence/option1/option2/label; or folders"},
+               "sentence/option1/option2/label, text; or folders"},
+      {.name = "output", .type = OptionType::kPath, .help = "file to write the result to, as JSON"},
+      {.name = "output-format",
+       .type = OptionType::kText,
+       .help = "pare: the object of --json; lm-eval: the results of lm-evaluation-harness, into the file if it ends in "
+               ".json, else into a folder as the harness names it",
+       .default_value = "pare",
+       .choices = {"pare", "lm-eval"}},
       {.name = "act",
        .type = OptionType::kText,
        .help = "activations that meet quantized weights of a compact file; w8a8 linears round theirs either way",

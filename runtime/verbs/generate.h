@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "core/chat_template.h"
 #include "core/context.h"
 #include "core/options.h"
 #include "runtime/continuation.h"
@@ -42,6 +43,19 @@ EngineOptions engine_options(const Options& options, const Context& context);
 
 double prefill_rate(const Generation& made);  // tokens per second
 double decode_rate(const Generation& made);
+
+// The prompt's ids; an empty prompt becomes the token that begins a text. `note` says which was taken. Errors: exit 3.
+std::vector<std::int32_t> prompt_ids(const Engine& engine, const std::string& prompt, std::string& note);
+
+// A conversation in the form of the model's chat template, which the caller keeps. Errors: exit 3, no template or one
+// that refuses the conversation.
+ChatTemplate chat_template(const Engine& engine);
+std::vector<std::int64_t> chat_ends(const Engine& engine, const ChatTemplate& form);  // tokens that end a turn
+struct ChatPrompt {
+  std::string text;
+  std::vector<std::int32_t> ids;  // at least one
+};
+ChatPrompt chat_prompt(const Engine& engine, const ChatTemplate& form, const Json& messages);
 
 // `pare run --chat`: a conversation through the model's chat template; lines of stdin unless --prompt is given.
 Json run_chat(const std::shared_ptr<const Engine>& engine, Sampler& sampler, const Options& options, Context& context);

@@ -17,33 +17,6 @@ double seconds_since(Clock::time_point begin) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
 }
 
-// The prompt's ids; an empty prompt becomes the token that begins a text. `note` says which was taken.
-std::vector<std::int32_t> prompt_ids(const Engine& engine, const std::string& prompt, std::string& note) {
-  const Tokenizer& tokenizer = engine.tokenizer();
-  std::vector<std::int32_t> ids = tokenizer.encode(prompt, true, true);
-  if (!prompt.empty()) {
-    if (ids.empty()) throw input_error("prompt", "text that gives at least one token", "none");
-    return ids;
-  }
-  if (ids.empty()) ids = tokenizer.prefix_ids();
-  if (ids.empty()) {
-    for (const char* piece : {"<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>"}) {
-      if (const std::int32_t id = tokenizer.id(piece); id >= 0) {
-        ids.push_back(id);
-        break;
-      }
-    }
-  }
-  if (ids.empty() && !engine.config().eos_ids.empty())
-    ids.push_back(static_cast<std::int32_t>(engine.config().eos_ids.front()));
-  if (ids.empty()) {
-    throw input_error("prompt", "a text (this model has no token that begins one)", "an empty prompt",
-                      "give one with -p");
-  }
-  note = fmt::format("empty prompt: starting from token {} {}", ids.front(), tokenizer.token(ids.front()));
-  return ids;
-}
-
 Json run(const Options& options, Context& context) {
   const auto start = Clock::now();
   if (options.get<double>("temp") == 0) refuse_unused(options, {"top-p"}, "at --temp 0", "pare run");
@@ -100,6 +73,32 @@ Json run(const Options& options, Context& context) {
 }
 
 }  // namespace
+
+std::vector<std::int32_t> prompt_ids(const Engine& engine, const std::string& prompt, std::string& note) {
+  const Tokenizer& tokenizer = engine.tokenizer();
+  std::vector<std::int32_t> ids = tokenizer.encode(prompt, true, true);
+  if (!prompt.empty()) {
+    if (ids.empty()) throw input_error("prompt", "text that gives at least one token", "none");
+    return ids;
+  }
+  if (ids.empty()) ids = tokenizer.prefix_ids();
+  if (ids.empty()) {
+    for (const char* piece : {"<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>"}) {
+      if (const std::int32_t id = tokenizer.id(piece); id >= 0) {
+        ids.push_back(id);
+        break;
+      }
+    }
+  }
+  if (ids.empty() && !engine.config().eos_ids.empty())
+    ids.push_back(static_cast<std::int32_t>(engine.config().eos_ids.front()));
+  if (ids.empty()) {
+    throw input_error("prompt", "a text (this model has no token that begins one)", "an empty prompt",
+                      "give one with -p");
+  }
+  note = fmt::format("empty prompt: starting from token {} {}", ids.front(), tokenizer.token(ids.front()));
+  return ids;
+}
 
 Command run_command() {
   Command command;

@@ -11,8 +11,13 @@ OptionDecl kv_option() {
 }
 
 std::vector<Command> runtime_commands() {
-  return {new_command(),    inspect_command(), verify_command(), tokenize_command(), train_tokenizer_command(),
-          plan_command(),   export_command(),  run_command(),    bench_command(),          eval_command_runtime()};
+  std::vector<Command> commands = {
+      new_command(),  inspect_command(), verify_command(), tokenize_command(), train_tokenizer_command(),
+      plan_command(), export_command(),  run_command(),    bench_command(),    eval_command_runtime()};
+#ifdef PARE_SERVE
+  commands.push_back(serve_command());
+#endif
+  return commands;
 }
 
 }  // namespace pare

@@ -175,6 +175,7 @@ unused() { # NAME OPTION COMMAND...
   refuse "$name" 2 "$option has no use" "$@"
 }
 unused "eval: split without text" "--split" "$PARE" eval "$IN" --tasks "$T/none.jsonl" --split x
+unused "eval: form of no output" "--output-format" "$PARE" eval "$IN" --text "$TEXT" --output-format lm-eval
 unused "eval: act without a compact file" "--act" "$PARE" eval "$IN" --text "$TEXT" --act float
 unused "eval: top-k without a cache" "--top-k" "$PARE" eval "$IN" --text "$TEXT" --top-k 5
 unused "run: top-p at temperature 0" "--top-p" "$PARE" run "$T/none.pare" -p x --top-p 0.5
@@ -193,6 +194,13 @@ unused "bench: depth without decoding" "--depth" "$PARE" bench "$T/none.pare" -n
 unused "bench: sequences without decoding" "--sequences" "$PARE" bench "$T/none.pare" -n 0 --sequences 3
 refuse "bench: machine before a file that is none" 3 "none.pare" "$PARE" bench "$T/none.pare" --roofline
 refuse "run: draft and fallback" 2 "one of --draft and --fallback" "$PARE" run "$T/none.pare" -p x --draft "$T/none.pare" --fallback "$T/none.pare"
+refuse "serve: no such file" 3 "none.pare" "$EDGE" serve "$T/none.pare" --port 0
+refuse "serve: no port" 2 "port" "$EDGE" serve "$T/none.pare" --port 65536
+refuse "serve: nothing at a time" 2 "parallel" "$EDGE" serve "$T/none.pare" --parallel 0
+refuse "serve: a queue below nothing" 2 "queue" "$EDGE" serve "$T/none.pare" --queue -1
+refuse "serve: size in no unit" 2 "max-body" "$EDGE" serve "$T/none.pare" --max-body much
+refuse "eval: the harness's results of no tasks" 2 "--tasks with it" "$EDGE" eval "$T/none.pare" --text "$TEXT" --output x.json \
+  --output-format lm-eval
 refuse "run: draft and look-up" 2 "one of --draft and --lookup" "$EDGE" run "$T/none.pare" -p x --draft "$T/none.pare" --lookup 3
 refuse "run: look-up and fallback" 2 "one of --lookup and --fallback" "$EDGE" run "$T/none.pare" -p x --lookup 3 --fallback "$T/none.pare"
 refuse "run: look-up of no tokens" 2 "lookup" "$EDGE" run "$T/none.pare" -p x --lookup 0
@@ -253,6 +261,8 @@ for verb in inspect run bench; do
   for file in cut many; do refuse "GGUF: $file, by $verb" 3 "$file.gguf: byte" "$EDGE" $verb "$T/$file.gguf"; done
 done
 refuse "GGUF: cut off, by eval" 3 "cut.gguf: byte" "$EDGE" eval "$T/cut.gguf" --text "$T/good.gguf"
+refuse "serve: a context that the model does not have" 3 "--ctx" "$EDGE" serve "$T/good.gguf" --port 0 --ctx 100000000
+refuse "serve: an address of nobody here" 1 "listened on" "$EDGE" serve "$T/good.gguf" --port 0 --host 203.0.113.7
 refuse "GGUF: cut off, by export" 3 "cut.gguf: byte" "$EDGE" export "$T/cut.gguf" --out "$OUT"
 refuse "GGUF where a folder is asked for" 3 "to folder" "$PARE" quantize --model "$T/good.gguf" --out "$OUT" --codec q4 --method rtn
 refuse "GGUF: requantize for another target" 2 "to gguf" "$EDGE" export "$IN" --requantize --out "$OUT"

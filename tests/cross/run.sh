@@ -16,7 +16,7 @@ missing=()
 need() { command -v "$1" >/dev/null || missing+=("$2"); }
 need aarch64-linux-gnu-g++ g++-aarch64-linux-gnu
 need qemu-aarch64-static qemu-user-static
-for library in pcre2-8:pcre2 utf8proc:utf8proc xxhash:xxhash fmt:fmt gtest:gtest; do
+for library in pcre2-8:pcre2 utf8proc:utf8proc xxhash:xxhash fmt:fmt gtest:gtest cpp-httplib:cpp-httplib; do
   ls /usr/lib/aarch64-linux-gnu/lib"${library%%:*}".* >/dev/null 2>&1 || missing+=("lib${library#*:}-dev:arm64")
 done
 if [ ${#missing[@]} -gt 0 ]; then

@@ -1,3 +1,4 @@
+#include "eval/lm_eval_results.h"
 #include "eval/tasks.h"
 
 #include <gtest/gtest.h>
@@ -130,8 +131,8 @@ TEST_F(TasksTest, MultipleChoiceByLogProbabilityAndByCharacters) {
   ASSERT_GT(kB, 8 * kA);
   ASSERT_GT(kRare, 8 * kA);
   EXPECT_EQ(r.picks, (std::vector<std::int64_t>{0, 0, 2}));
-  EXPECT_DOUBLE_EQ(r.accuracy.value, 1.0 / 3);
-  EXPECT_DOUBLE_EQ(*r.accuracy.standard_error, std::sqrt((1.0 / 3) * (2.0 / 3) / 2));  // sqrt(p (1 - p) / (n - 1))
+  EXPECT_DOUBLE_EQ(r.accuracy->value, 1.0 / 3);
+  EXPECT_DOUBLE_EQ(*r.accuracy->standard_error, std::sqrt((1.0 / 3) * (2.0 / 3) / 2));  // sqrt(p (1 - p) / (n - 1))
   // Per character, blank included in the sum: aaaaaaaa -0.87 wins twice, aa -1.39 beats a -2.08.
   EXPECT_DOUBLE_EQ(r.accuracy_norm->value, 2.0 / 3);
   EXPECT_FALSE(r.perplexity.has_value());
@@ -158,8 +159,14 @@ TEST_F(TasksTest, LogitsAreTakenInBlocksAndGiveTheSameScores) {
 TEST_F(TasksTest, AccNormCountsCharactersNotBytes) {
   const Task t = task("{\"query\": \"q\", \"choices\": [\"\xC3\xA9t\xC3\xA9\", \" x\"], \"gold\": 0}");
   EXPECT_EQ(t.items[0].pairs[0].characters, 3);
-  EXPECT_EQ(t.items[0].pairs[1].continuation, " x");  // has its own blank
+  EXPECT_EQ(t.items[0].pairs[0].bytes, 5);
+  EXPECT_EQ(t.items[0].pairs[1].continuation, "  x");  // a blank of its own does not replace the one between
   EXPECT_EQ(t.items[0].pairs[1].characters, 2);
+  Unigram model = letters();
+  const Tokenizer tokenizer = Tokenizer::from_json(letter_tokenizer(true), "letters");
+  const TaskResult r = score_task(model, tokenizer, task(R"({"query": "q", "choices": ["bb", "aaaa"], "gold": 1})"),
+                                  {512, {27}}, quiet_);
+  EXPECT_DOUBLE_EQ(r.accuracy_bytes->value, r.accuracy_norm->value);  // the same in ASCII
 }
 
 TEST_F(TasksTest, ContinuationIsGreedyMatchAndPerplexity) {
@@ -218,11 +225,69 @@ TEST_F(TasksTest, MinimalPairsCompareWholeSentences) {
   const Tokenizer tokenizer = Tokenizer::from_json(letter_tokenizer(true), "letters");
   const TaskResult r = score_task(model, tokenizer, t, {512, {27}}, quiet_);
   EXPECT_EQ(r.picks, (std::vector<std::int64_t>{0, 1, 0}));
-  EXPECT_DOUBLE_EQ(r.accuracy.value, 1.0 / 3);  // the tie of the third is no preference for the good sentence
+  EXPECT_DOUBLE_EQ(r.accuracy->value, 2.0 / 3);  // the third is a tie, which counts for the first
+  EXPECT_EQ(t.items[0].pairs[0].continuation, " aab");
   EXPECT_FALSE(r.accuracy_norm.has_value());
   EXPECT_EQ(model.last.front(), 27);
-  // Without any prefix the first token is context: "b" alone leaves nothing to score.
-  EXPECT_THROW(score_task(model, tokenizer, t, {512, {}}, quiet_), Error);
+  // Without any prefix the first token is context, here the blank.
+  EXPECT_EQ(score_task(model, tokenizer, t, {512, {}}, quiet_).picks, r.picks);
+  // So it is where the text begins with what would be put before it.
+  score_task(model, tokenizer, t, {512, {26}}, quiet_);
+  EXPECT_EQ(model.last, (std::vector<std::int32_t>{26, 1}));
+}
+
+TEST_F(TasksTest, TextsAreScoredInWindowsThatOverlapByOneId) {
+  const Task t = task(R"({"text": "abcdefghij"})"
+                      "\n"
+                      R"({"text": "a b\u00a0 \u001cc "})");
+  EXPECT_EQ(t.kind, TaskKind::kText);
+  EXPECT_EQ(t.items[1].pairs[0].words, 4);  // a, b, c and the empty one behind the last blank
+  EXPECT_EQ(t.items[1].pairs[0].bytes, 9);
+  const Tokenizer tokenizer = Tokenizer::from_json(letter_tokenizer(true), "letters");
+  Unigram model = letters();
+  const TaskResult r = score_task(model, tokenizer, task(R"({"text": "abcdefghij"})"), {4, {27}}, quiet_);
+  EXPECT_EQ(model.last, (std::vector<std::int32_t>{5, 6, 7, 8}));  // the last two ids behind as much as fits
+  EXPECT_EQ(model.begun, 3);
+  const double sum = kA + kB + 8 * kRare;
+  EXPECT_NEAR(*r.byte_perplexity, std::exp(-sum / 10), 1e-5);
+  EXPECT_NEAR(*r.bits_per_byte, -sum / 10 / std::log(2), 1e-5);
+  EXPECT_NEAR(*r.word_perplexity / std::exp(-sum), 1, 1e-5);
+  EXPECT_FALSE(r.accuracy);
+  // What a window sees decides: the same text by a model with memory, in windows cut by hand.
+  FakeLogits memory(28, 3, 2.0);
+  const TaskResult whole = score_task(memory, tokenizer, t, {512, {27}}, quiet_);
+  EXPECT_EQ(whole.items, 2);
+  EXPECT_THROW(score_task(memory, tokenizer, t, {512, {}}, quiet_), Error);  // nothing predicts the first token
+}
+
+TEST_F(TasksTest, ResultsInTheFormOfTheHarness) {
+  const Tokenizer tokenizer = Tokenizer::from_json(letter_tokenizer(true), "letters");
+  Unigram model = letters();
+  std::vector<TaskResult> results;
+  for (const char* text : {R"({"query": "q", "choices": ["b", "aaaaaaaa"], "gold": 0})", R"({"text": "abc"})",
+                           R"({"context": "x", "continuation": "a"})"}) {
+    const std::string line = std::string(text) + "\n";
+    results.push_back(score_task(model, tokenizer, task(line + line + line, 2), {512, {27}}, quiet_));
+    results.back().name = to_json(results.back()).at("kind").get<std::string>();
+  }
+  LmEvalRun run{"some/model.pare", {{"act", "int8"}}, 2, 512, 1795307004.5, 1.5};
+  const Json json = lm_eval_results(results, run);
+  const Json& choices = json.at("results").at("multiple_choice");
+  EXPECT_EQ(choices.at("acc,none"), 1.0);
+  EXPECT_EQ(choices.at("acc_stderr,none"), 0.0);
+  EXPECT_EQ(choices.at("acc_norm,none"), 0.0);
+  EXPECT_EQ(choices.at("acc_bytes,none"), 0.0);
+  EXPECT_EQ(choices.at("sample_len"), 2);
+  EXPECT_EQ(json.at("results").at("text").at("byte_perplexity_stderr,none"), "N/A");
+  EXPECT_TRUE(json.at("results").at("continuation").contains("perplexity_stderr,none"));
+  EXPECT_EQ(json.at("higher_is_better").at("continuation"), (Json{{"acc", true}, {"perplexity", false}}));
+  EXPECT_EQ(json.at("n-samples").at("text"), (Json{{"original", 3}, {"effective", 2}}));
+  EXPECT_EQ(json.at("config").at("limit"), 2);
+  EXPECT_EQ(json.at("model_name_sanitized"), "model.pare");
+  EXPECT_EQ(lm_eval_file("out/r.json", run), "out/r.json");
+  const std::string file = lm_eval_file("out", run).string();
+  EXPECT_EQ(file.substr(0, 23), "out/model.pare/results_");
+  EXPECT_EQ(file.substr(file.size() - 12), ".500000.json");
 }
 
 TEST_F(TasksTest, LongContextsLoseTheirBeginning) {
@@ -276,7 +341,9 @@ TEST_F(TasksTest, WrongLinesNameFileAndLine) {
   expect_refused(R"({"foo": 1})", ":1", "sentence_good");
   expect_refused("{\"query\": \"\xFF\", \"choices\": [\"a\", \"b\"], \"gold\": 0}", ":1", "");
   EXPECT_THROW(read_task("/nonexistent/task.jsonl"), Error);
-  EXPECT_EQ(task(good + good + "garbage", 2).items.size(), 2u);  // the limit stops reading
+  const Task cut = task(good + good + "garbage", 2);  // what is beyond the limit is only counted
+  EXPECT_EQ(cut.items.size(), 2u);
+  EXPECT_EQ(cut.items_in_file, 3);
 }
 
 // Random damage: an error that names the file, or a task; never a crash.

@@ -171,6 +171,28 @@ TEST_F(EvalVerb, TasksOfBothModelsAgree) {
   EXPECT_TRUE(r.contains("mean_acc"));
 }
 
+TEST_F(EvalVerb, WritesItsResult) {
+  Json given = {{"model", path("q8.pare")}, {"tasks", {path("pairs.jsonl"), path("choices.jsonl")}},
+                {"speed", false},           {"output", path("result.json")}};
+  const Json plain = run(given);
+  Json written = read_json(folder_ / "result.json");
+  written["output"] = path("result.json");
+  EXPECT_EQ(written, plain);
+  given["output-format"] = "lm-eval";
+  given["output"] = path("harness");
+  const Json named = run(given);
+  const fs::path file = named["output"].get<std::string>();
+  EXPECT_EQ(file.parent_path(), folder_ / "harness" / "q8.pare");
+  const Json harness = read_json(file);
+  EXPECT_EQ(harness["results"]["pairs"]["acc,none"], plain["tasks"][0]["acc"]["value"]);
+  EXPECT_EQ(harness["results"]["choices"]["acc_norm,none"], plain["tasks"][1]["acc_norm"]["value"]);
+  EXPECT_EQ(harness["model_source"], "pare");
+  Json wrong = {{"model", path("q8.pare")}, {"text", {path("text.txt")}}, {"speed", false}, {"output-format", "lm-eval"}};
+  expect_error(wrong, ExitCode::kUsage, "--output");
+  wrong["output"] = path("x.json");
+  expect_error(wrong, ExitCode::kUsage, "--tasks");
+}
+
 TEST_F(EvalVerb, FolderLeavesNoTemporaryFile) {
   const auto count = [] {
     int n = 0;

@@ -58,4 +58,15 @@ if [ -n "${PARE_CHAT_TEMPLATES:-}" ]; then
 else
   echo "SKIPPED chat templates: name a folder of published *.jinja files in PARE_CHAT_TEMPLATES"
 fi
+if "$PYTHON" -c 'import openai' 2>/dev/null; then
+  check "openai client" "$PYTHON" -B "$HERE/openai_client.py" "$BUILD/pare-edge"
+else
+  echo "SKIPPED openai client: $PYTHON has not openai"
+fi
+if "$PYTHON" -c 'import lm_eval, aiohttp, tenacity' 2>/dev/null; then
+  check "lm-evaluation-harness" "$PYTHON" -B "$HERE/lm_eval_client.py" "$BUILD/pare-edge" \
+    ${PARE_EVAL_DATA:+--data "$PARE_EVAL_DATA"}
+else
+  echo "SKIPPED lm-evaluation-harness: $PYTHON has not lm-eval[api]"
+fi
 exit $FAILED

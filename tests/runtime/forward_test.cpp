@@ -261,6 +261,20 @@ TEST(ForwardTest, SessionsFedTogetherHaveTheBitsOfEachAlone) {
         }
         EXPECT_EQ(got, want) << kernels << ", step " << step;
       }
+      // Texts of several lengths, one token among them.
+      std::vector<std::vector<std::int32_t>> texts;
+      for (std::size_t i = 0; i < kSessions; ++i)
+        texts.push_back(
+            random_ids(static_cast<std::int64_t>(1 + 5 * i % 31), vocab, static_cast<std::uint32_t>(90 + i)));
+      Session::feed_each(all, std::vector<std::span<const std::int32_t>>(texts.begin(), texts.end()));
+      for (std::size_t i = 0; i < kSessions; ++i) {
+        alone[i].feed(texts[i]);
+        const auto rows = std::ssize(texts[i]);
+        EXPECT_EQ(together[i].rows(), rows);
+        EXPECT_EQ(all_logits(together[i], rows, vocab), all_logits(alone[i], rows, vocab)) << kernels << ", text " << i;
+        EXPECT_EQ(std::vector(together[i].ids().begin(), together[i].ids().end()),
+                  std::vector(alone[i].ids().begin(), alone[i].ids().end()));
+      }
     }
   }
   const auto engine = Engine::open(scratch.path / "m.pare"), other = Engine::open(scratch.path / "m.pare");
@@ -275,6 +289,11 @@ TEST(ForwardTest, SessionsFedTogetherHaveTheBitsOfEachAlone) {
   refuse({&a}, ids);
   refuse({&b, &a}, std::vector<std::int32_t>{1, static_cast<std::int32_t>(vocab)});
   a.feed(ids);
+  const std::vector<std::int32_t> many(static_cast<std::size_t>(Session::kMostFedTogether), 1);
+  Session* const pair[] = {&b, &a};
+  const std::vector<std::span<const std::int32_t>> too_many = {many, {many.data(), 1}}, none = {{many.data(), 1}, {}};
+  EXPECT_THROW(Session::feed_each(pair, too_many), Error);
+  EXPECT_THROW(Session::feed_each(pair, none), Error);
   refuse({&b, &a}, ids);  // the context of one is full: nothing is appended to the other
   EXPECT_EQ(b.position(), 0);
   std::vector<Session*> unfed{&b};

@@ -1,0 +1,267 @@
+#include "runtime/serve/server.h"
+
+#include <fmt/format.h>
+#include <sys/socket.h>
+
+#include <ctime>
+
+#include "core/error.h"
+
+namespace pare::serve {
+namespace {
+
+constexpr auto kLook = std::chrono::milliseconds(50);  // between two looks at whether the client is still there
+constexpr int kSpareThreads = 16;      // for connections beyond the requests that are answered or wait
+constexpr std::size_t kHeaderBytes = 64 << 10;
+constexpr int kRetrySeconds = 1;
+
+struct Route {
+  const char* method;
+  const char* path;
+};
+constexpr Route kRoutes[] = {
+    {"GET", "/health"}, {"GET", "/v1/models"}, {"POST", "/v1/completions"}, {"POST", "/v1/chat/completions"}};
+constexpr const char* kOneModel = "/v1/models/";
+
+std::string dump(const Json& json) {
+  return json.dump(-1, ' ', false, Json::error_handler_t::replace);
+}
+
+void set(httplib::Response& response, const ApiError& problem) {
+  response.status = problem.status;
+  if (problem.status == 429 || problem.status == 503)
+    response.set_header("Retry-After", std::to_string(kRetrySeconds));
+  response.set_content(dump(problem.body()), "application/json");
+}
+
+// Whether the client has gone; looks only now and then.
+class Watch {
+ public:
+  bool client_gone() {
+    if (Clock::now() < next_) return false;
+    next_ = Clock::now() + kLook;
+    return Connection::current()->client_gone();
+  }
+
+ private:
+  Clock::time_point next_{};
+};
+
+std::string event(const Json& json) {
+  return "data: " + dump(json) + "\n\n";
+}
+
+}  // namespace
+
+Server::Server(ServedModel model, const ServerOptions& options)
+    : model_(std::move(model)),
+      options_(options),
+      limits_{options.body_bytes + kHeaderBytes, ConnectionLimits{}.read_time, ConnectionLimits{}.write_time},
+      scheduler_(model_.engine, options.scheduling) {
+  add_routes();
+  set_payload_max_length(options_.body_bytes);
+  set_tcp_nodelay(true);
+  // httplib would let a second server have the same port.
+  set_socket_options([](socket_t socket) {
+    const int yes = 1;
+    ::setsockopt(socket, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof(yes));
+  });
+  const int threads = options_.scheduling.parallel + options_.scheduling.queue + kSpareThreads;
+  new_task_queue = [threads] { return new httplib::ThreadPool(static_cast<std::size_t>(threads)); };
+  port_ = options_.port == 0                               ? bind_to_any_port(options_.host)
+          : bind_to_port(options_.host, options_.port) ? options_.port
+                                                           : -1;
+  if (port_ < 0)
+    throw failure(fmt::format("{}:{}", options_.host, options_.port), "an address that can be listened on",
+                  "one that is in use or not of this machine", "choose another --port, or 0 for a free one");
+  // httplib lets 5 connections wait; more that come at once would be reset.
+  ::listen(svr_sock_, SOMAXCONN);
+  thread_ = std::thread([this] { listen_after_bind(); });
+  while (!is_running()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+}
+
+Server::~Server() {
+  stop_after({});
+}
+
+bool Server::stop_after(std::chrono::milliseconds patience) {
+  if (!thread_.joinable()) return true;
+  scheduler_.close();
+  const bool all = scheduler_.wait_until_idle(Clock::now() + patience);
+  scheduler_.abort();
+  // Answers that are complete, and refusals, are still sent.
+  scheduler_.wait_until_idle(Clock::now() + std::chrono::seconds(2));
+  const auto deadline = Clock::now() + std::chrono::seconds(1);
+  while (connections_ > 0 && Clock::now() < deadline) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  stopping_ = true;
+  stop();
+  thread_.join();
+  return all;
+}
+
+bool Server::process_and_close_socket(socket_t socket) {
+  Connection connection(socket, limits_, stopping_);
+  ++connections_;
+  bool closed = false;
+  const bool answered = process_request(connection, true, closed, nullptr);
+  --connections_;
+  return answered;
+}
+
+void Server::add_routes() {
+  const auto with = [](Json (Server::*make)() const, const Server* server) {
+    return [make, server](const Request&, Response& response) {
+      response.set_content(dump((server->*make)()), "application/json");
+    };
+  };
+  Get("/health", with(&Server::health, this));
+  Get("/v1/models", [this](const Request&, Response& response) {
+    response.set_content(dump({{"object", "list"}, {"data", Json::array({model_entry()})}}), "application/json");
+  });
+  Get("/v1/models/.+", with(&Server::model_entry, this));
+  for (const bool chat : {false, true}) {
+    Post(chat ? "/v1/chat/completions" : "/v1/completions",
+         [this, chat](const Request& request, Response& response, const httplib::ContentReader& reader) {
+           answer(chat, request, response, reader);
+         });
+  }
+  set_pre_routing_handler([this](const Request& request, Response& response) {
+    return before_routing(request, response);
+  });
+  set_logger([this](const Request& request, const Response& response) {
+    options_.log(fmt::format("{} {} {}", request.method, request.path, response.status));
+  });
+  // What httplib itself refuses.
+  set_error_handler([](const Request&, Response& response) {
+    if (!response.body.empty()) return;
+    const char* why = response.status == 413   ? "the body is too large"
+                      : response.status == 414 ? "the address is too long"
+                      : response.status == 400 ? "no request that HTTP knows"
+                                               : "the request cannot be answered";
+    set(response, ApiError(response.status, why));
+  });
+  set_exception_handler([](const Request&, Response& response, std::exception_ptr problem) {
+    try {
+      std::rethrow_exception(problem);
+    } catch (const ApiError& refusal) {
+      set(response, refusal);
+    } catch (const std::exception& other) {
+      set(response, ApiError(500, other.what()));
+    }
+  });
+}
+
+httplib::Server::HandlerResponse Server::before_routing(const Request& request, Response& response) {
+  const auto refuse = [&](const ApiError& problem) {
+    set(response, problem);
+    return HandlerResponse::Handled;
+  };
+  const bool one_model = request.path.starts_with(kOneModel);
+  const char* method = one_model ? "GET" : nullptr;
+  for (const Route& route : kRoutes)
+    if (request.path == route.path) method = route.method;
+  if (method == nullptr)
+    return refuse(ApiError(404, fmt::format("no such path: {}; this server has /health, /v1/models, /v1/completions "
+                                            "and /v1/chat/completions", request.path), {}, "unknown_path"));
+  if (request.method != method) {
+    response.set_header("Allow", method);
+    return refuse(ApiError(405, fmt::format("{} is asked with {}, not with {}", request.path, method, request.method),
+                           {}, "method_not_allowed"));
+  }
+  if (one_model && request.path.substr(std::string_view(kOneModel).size()) != model_.name)
+    return refuse(ApiError(404, fmt::format("the model `{}` does not exist; this server has `{}`",
+                                            request.path.substr(std::string_view(kOneModel).size()), model_.name),
+                           "model", "model_not_found"));
+  return HandlerResponse::Unhandled;
+}
+
+Json Server::health() const {
+  const Scheduler::Counts counts = scheduler_.counts();
+  return {{"status", counts.closed ? "stopping" : "ok"}, {"running", counts.running}, {"waiting", counts.waiting},
+          {"passes", counts.passes},                 {"tokens", counts.tokens},   {"most_together", counts.together}};
+}
+
+Json Server::model_entry() const {
+  return {{"id", model_.name},
+          {"object", "model"},
+          {"created", model_.created},
+          {"owned_by", "pare"},
+          {"max_model_len", model_.context}};
+}
+
+std::string Server::read_body(const Request& request, const httplib::ContentReader& reader) const {
+  const ApiError too_large(413, fmt::format("body: expected at most {} bytes, found more", options_.body_bytes), {},
+                           "body_too_large");
+  if (request.is_multipart_form_data()) throw ApiError(400, "body: expected a JSON object, found a multipart form");
+  std::string body;
+  bool fits = true;
+  const bool whole = reader([&](const char* bytes, std::size_t count) {
+    fits = body.size() + count <= options_.body_bytes;
+    if (fits) body.append(bytes, count);
+    return fits;
+  });
+  const std::string length = request.get_header_value("Content-Length");
+  if (!fits || (!whole && length.size() < 20 && std::strtoull(length.c_str(), nullptr, 10) > options_.body_bytes))
+    throw too_large;
+  if (!whole) throw ApiError(400, "body: it ended early, or did not arrive in time");
+  return body;
+}
+
+void Server::answer(bool chat, const Request& request, Response& response, const httplib::ContentReader& reader) {
+  const std::uint64_t number = requests_++;
+  const std::string text = read_body(request, reader);
+  Json body;
+  try {
+    body = parse_json(text, "body");
+  } catch (const std::exception& problem) {
+    throw ApiError(400, problem.what(), {}, "invalid_json");
+  }
+  const std::uint64_t seed = options_.seed + number;
+  Asked asked = chat ? read_chat(body, model_, seed) : read_completion(body, model_, seed);
+  const std::int64_t now = std::time(nullptr);
+  AnswerForm form{fmt::format("{}-{:x}-{}", chat ? "chatcmpl" : "cmpl", now, number), now, chat};
+  auto result = std::make_shared<Answer>(model_, asked, std::move(form));
+  const bool stream = asked.stream, usage = asked.usage_in_stream;
+  auto ticket = scheduler_.submit(std::move(asked.work));
+  if (stream) return answer_in_pieces(std::move(ticket), std::move(result), usage, response);
+  answer_whole(std::move(ticket), *result, response);
+}
+
+void Server::answer_whole(std::shared_ptr<Ticket> ticket, Answer& answer, Response& response) const {
+  for (Watch watch; !answer.finished();) {
+    if (const std::optional<Delta> delta = ticket->next(kLook)) answer.add(*delta);
+    if (!watch.client_gone()) continue;
+    ticket->cancel();
+    throw ApiError(499, "the client has gone");
+  }
+  response.set_content(dump(answer.whole()), "application/json");
+}
+
+void Server::answer_in_pieces(std::shared_ptr<Ticket> ticket, std::shared_ptr<Answer> answer, bool usage,
+                              Response& response) const {
+  response.set_header("Cache-Control", "no-cache");
+  const auto send = [ticket, answer, usage](std::size_t, httplib::DataSink& sink) {
+    const auto give = [&](const std::string& text) { return sink.write(text.data(), text.size()); };
+    try {
+      for (Watch watch; !answer->finished();) {
+        const std::optional<Delta> delta = ticket->next(kLook);
+        if (watch.client_gone()) return false;
+        if (!delta) continue;
+        answer->add(*delta);
+        for (const Json& piece : answer->pieces(*delta))
+          if (!give(event(piece))) return false;
+      }
+      if (usage && !give(event(answer->usage_piece()))) return false;
+      if (!give("data: [DONE]\n\n")) return false;
+    } catch (const ApiError& problem) {
+      if (!give(event(problem.body()))) return false;
+    } catch (const std::exception& problem) {
+      if (!give(event(ApiError(500, problem.what()).body()))) return false;
+    }
+    sink.done();
+    return true;
+  };
+  response.set_chunked_content_provider("text/event-stream", send, [ticket](bool) { ticket->cancel(); });
+}
+
+}  // namespace pare::serve
