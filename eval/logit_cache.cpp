@@ -35,8 +35,10 @@ void check_user_block(const fs::path& path) {
   std::string head(kCacheUserBlock, '\0');
   std::ifstream in(path, std::ios::binary);
   in.read(head.data(), static_cast<std::streamsize>(head.size()));
-  if (in.gcount() != static_cast<std::streamsize>(head.size())) throw broken_cache(path, "a file shorter than 512 bytes");
-  if (head.compare(0, std::strlen(kCacheMagic), kCacheMagic) != 0) throw broken_cache(path, "another kind of file (no magic)");
+  if (in.gcount() != static_cast<std::streamsize>(head.size()))
+    throw broken_cache(path, "a file shorter than 512 bytes");
+  if (head.compare(0, std::strlen(kCacheMagic), kCacheMagic) != 0)
+    throw broken_cache(path, "another kind of file (no magic)");
   const std::uint64_t bytes = fs::file_size(path, error);
   long long version = 0;
   unsigned long long stated = 0;
@@ -67,7 +69,8 @@ void LogitCacheReader::State::open(unsigned flags) {
   if (text_attribute(file, "magic", path) != kCacheMagic) throw broken_cache(path, "another magic attribute");
   version = integer_attribute(file, "version", path);
   if (version < 1 || version > kCacheVersion) throw broken_cache(path, "another version");
-  if (text_attribute(file, "log_prob_format", path) != "ieee-f16-bits") throw broken_cache(path, "another number format");
+  if (text_attribute(file, "log_prob_format", path) != "ieee-f16-bits")
+    throw broken_cache(path, "another number format");
   info.vocab_size = integer_attribute(file, "vocab_size", path);
   info.context = integer_attribute(file, "context", path);
   info.top_k = integer_attribute(file, "top_k", path);
@@ -166,7 +169,8 @@ LogitCacheReader::LogitCacheReader(const fs::path& path, const LogitCacheInfo& e
   if (!expected.model_hash.empty() && expected.model_hash != have.model_hash) {
     differ("model", expected.model_hash, have.model_hash);
   }
-  if (!expected.tokenizer_hash.empty() && !have.tokenizer_hash.empty() && expected.tokenizer_hash != have.tokenizer_hash) {
+  if (!expected.tokenizer_hash.empty() && !have.tokenizer_hash.empty() &&
+      expected.tokenizer_hash != have.tokenizer_hash) {
     differ("tokenizer", expected.tokenizer_hash, have.tokenizer_hash);
   }
   const auto number = [](double x) { return fmt::format("{}", x); };
@@ -183,8 +187,12 @@ LogitCacheReader::LogitCacheReader(const fs::path& path, const LogitCacheInfo& e
 }
 
 LogitCacheReader::~LogitCacheReader() = default;
-const LogitCacheInfo& LogitCacheReader::info() const { return state_->info; }
-std::int64_t LogitCacheReader::windows() const { return static_cast<std::int64_t>(state_->ends.size()); }
+const LogitCacheInfo& LogitCacheReader::info() const {
+  return state_->info;
+}
+std::int64_t LogitCacheReader::windows() const {
+  return static_cast<std::int64_t>(state_->ends.size());
+}
 
 CachedWindow LogitCacheReader::read(std::int64_t window) {
   if (window < 0 || window >= windows()) {

@@ -45,8 +45,8 @@ class LogitCacheWriter : public LogitsSink {
   std::unique_ptr<State> state_;
 };
 
-// Reads only complete caches written by this program (exit 3 otherwise); a window that its check contradicts is exit 3. Windows may be read in any order; not
-// thread-safe (HDF5 has one lock anyway).
+// Reads only complete caches written by this program (exit 3 otherwise); a window that its check contradicts is exit 3.
+// Windows may be read in any order; not thread-safe (HDF5 has one lock anyway).
 class LogitCacheReader : public CachedLogits {
  public:
   explicit LogitCacheReader(const fs::path& path);

@@ -52,8 +52,8 @@ double number_attribute(hid_t file, const char* name, const fs::path& path) {
   Hdf5Handle type(H5Aget_type(attribute), H5Tclose);
   Hdf5Handle space(H5Aget_space(attribute), H5Sclose);
   double value = 0;
-  if (!type.valid() || !space.valid() || H5Sget_simple_extent_npoints(space) != 1 ||
-      H5Tget_class(type) != H5T_FLOAT || H5Aread(attribute, H5T_NATIVE_DOUBLE, &value) < 0) {
+  if (!type.valid() || !space.valid() || H5Sget_simple_extent_npoints(space) != 1 || H5Tget_class(type) != H5T_FLOAT ||
+      H5Aread(attribute, H5T_NATIVE_DOUBLE, &value) < 0) {
     throw broken_cache(path, std::string("attribute ") + name + " is not a number");
   }
   return value;

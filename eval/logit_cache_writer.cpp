@@ -28,9 +28,9 @@ std::string user_block(std::uint64_t file_bytes) {
 }
 
 bool same_contents(const LogitCacheInfo& a, const LogitCacheInfo& b) {
-  return a.vocab_size == b.vocab_size && a.context == b.context && a.top_k == b.top_k && a.corpus_hash == b.corpus_hash &&
-         a.model_hash == b.model_hash && a.samples == b.samples && a.temperature == b.temperature && a.seed == b.seed &&
-         a.tokenizer_hash == b.tokenizer_hash;
+  return a.vocab_size == b.vocab_size && a.context == b.context && a.top_k == b.top_k &&
+         a.corpus_hash == b.corpus_hash && a.model_hash == b.model_hash && a.samples == b.samples &&
+         a.temperature == b.temperature && a.seed == b.seed && a.tokenizer_hash == b.tokenizer_hash;
 }
 
 Hdf5Handle access_list() {
@@ -93,12 +93,15 @@ void LogitCacheWriter::State::create(const fs::path& as) {
   put_number(file, "temperature", info.temperature);
   put_integer(file, "seed", static_cast<std::int64_t>(info.seed));
   put_text(file, "tokenizer_hash", info.tokenizer_hash);
-  columns.each(info, kCacheVersion, [&](CacheColumn& column, const char* name, hid_t stored, hid_t memory, hsize_t width,
-                                        bool deflate) { column.create(file, name, stored, memory, width, deflate); });
+  columns.each(info, kCacheVersion,
+               [&](CacheColumn& column, const char* name, hid_t stored, hid_t memory, hsize_t width, bool deflate) {
+                 column.create(file, name, stored, memory, width, deflate);
+               });
   window_end.create(file, "window_end", H5T_STD_U64LE, H5T_NATIVE_UINT64, 0, false);
   check.create(file, "check", H5T_STD_U64LE, H5T_NATIVE_UINT64, 0, false);
   // From here on HDF5 writes in an order that never leaves a pointer to what is not there yet.
-  if (H5Fstart_swmr_write(file) < 0) throw failure(path.string(), "a cache file written to", "an HDF5 error (disk full?)");
+  if (H5Fstart_swmr_write(file) < 0)
+    throw failure(path.string(), "a cache file written to", "an HDF5 error (disk full?)");
 }
 
 // Copies what is whole in a partial file into a fresh one, since what stands behind its last flush is unknown.
@@ -153,7 +156,8 @@ void LogitCacheWriter::State::put(const CachedWindow& w) {
 
 void LogitCacheWriter::State::flush() {
   const QuietHdf5 quiet;
-  if (H5Fflush(file, H5F_SCOPE_LOCAL) < 0) throw failure(path.string(), "cache rows written", "an HDF5 error (disk full?)");
+  if (H5Fflush(file, H5F_SCOPE_LOCAL) < 0)
+    throw failure(path.string(), "cache rows written", "an HDF5 error (disk full?)");
   unflushed = 0;
 }
 
@@ -162,8 +166,8 @@ LogitCacheWriter::LogitCacheWriter(const fs::path& path, LogitCacheInfo info, bo
   State& s = *state_;
   s.path = path;
   s.partial = LogitCacheReader::partial_path(path);
-  if (info.vocab_size <= 0 || info.top_k < 0 || info.samples < 0 || info.samples > 255 || info.top_k + info.samples == 0 ||
-      !(info.temperature > 0)) {
+  if (info.vocab_size <= 0 || info.top_k < 0 || info.samples < 0 || info.samples > 255 ||
+      info.top_k + info.samples == 0 || !(info.temperature > 0)) {
     throw usage_error(path.string(), "a positive vocabulary, temperature, and top-k or up to 255 samples",
                       std::to_string(info.vocab_size) + ", " + std::to_string(info.temperature) + ", " +
                           std::to_string(info.top_k) + " and " + std::to_string(info.samples));
@@ -185,7 +189,9 @@ LogitCacheWriter::~LogitCacheWriter() {
   if (!keep) fs::remove(partial, ignored);
 }
 
-std::int64_t LogitCacheWriter::windows_done() const { return state_->windows_done; }
+std::int64_t LogitCacheWriter::windows_done() const {
+  return state_->windows_done;
+}
 
 void LogitCacheWriter::begin(std::span<const std::int32_t> ids) {
   State& s = *state_;
@@ -195,12 +201,14 @@ void LogitCacheWriter::begin(std::span<const std::int32_t> ids) {
       throw input_error(s.path.string(), "ids below " + std::to_string(s.info.vocab_size), std::to_string(id));
     }
   }
-  const std::size_t n = ids.size(), k = static_cast<std::size_t>(s.info.top_k), draws = static_cast<std::size_t>(s.info.samples);
+  const std::size_t n = ids.size(), k = static_cast<std::size_t>(s.info.top_k),
+                    draws = static_cast<std::size_t>(s.info.samples);
   s.window = CachedWindow();
   s.window.ids.assign(ids.begin(), ids.end());
   s.window.index.resize(n * k);
   s.window.log_prob.resize(n * k);
-  for (std::vector<float>* values : {&s.window.log_sum_exp, &s.window.target_log_prob, &s.window.entropy, &s.window.tail})
+  for (std::vector<float>* values :
+       {&s.window.log_sum_exp, &s.window.target_log_prob, &s.window.entropy, &s.window.tail})
     values->resize(n);
   s.window.argmax.resize(n);
   s.window.sample_index.resize(n * draws);
@@ -272,7 +280,8 @@ void LogitCacheWriter::rows(std::int64_t count, const float* logits) {
 #pragma omp for schedule(static)
     for (std::int64_t r = 0; r < count; ++r) {
       const auto at = static_cast<std::size_t>(r);
-      if (!s.row(logits + at * static_cast<std::size_t>(s.info.vocab_size), s.window_rows + at, scratch)) bad = std::max(bad, r);
+      if (!s.row(logits + at * static_cast<std::size_t>(s.info.vocab_size), s.window_rows + at, scratch))
+        bad = std::max(bad, r);
     }
   }
   if (bad >= 0) {
@@ -307,8 +316,8 @@ void LogitCacheWriter::finish() {
   const std::uint64_t bytes = fs::file_size(s.partial, error);
   const int fd = error ? -1 : ::open(s.partial.c_str(), O_WRONLY | O_CLOEXEC);
   const std::string head = user_block(bytes);
-  const bool written = fd >= 0 && ::pwrite(fd, head.data(), head.size(), 0) == static_cast<ssize_t>(head.size()) &&
-                       ::fsync(fd) == 0;
+  const bool written =
+      fd >= 0 && ::pwrite(fd, head.data(), head.size(), 0) == static_cast<ssize_t>(head.size()) && ::fsync(fd) == 0;
   if (fd >= 0) ::close(fd);
   if (!written) throw failure(s.path.string(), "the cache made durable", std::strerror(errno));
   fs::rename(s.partial, s.path, error);

@@ -37,7 +37,8 @@ TailSamples sample_tail(std::span<const double> probability, std::span<const std
     return drawn < draws;
   });
   // Rounding may leave the last place at the very end of the tail.
-  if (drawn < draws && !result.count.empty()) result.count.back() = static_cast<std::uint8_t>(result.count.back() + draws - drawn);
+  if (drawn < draws && !result.count.empty())
+    result.count.back() = static_cast<std::uint8_t>(result.count.back() + draws - drawn);
   return result;
 }
 

@@ -117,7 +117,8 @@ TEST_F(SampledCacheTest, EstimatesHaveNoBias) {
           const auto at = static_cast<std::size_t>(t * c.k + i);
           estimate[window.index[at]] = std::exp(static_cast<double>(window.log_prob[at]));
         }
-        for (std::int64_t i = 0; i < c.n; ++i) distinct += window.sample_count[static_cast<std::size_t>(t * c.n + i)] > 0;
+        for (std::int64_t i = 0; i < c.n; ++i)
+          distinct += window.sample_count[static_cast<std::size_t>(t * c.n + i)] > 0;
         mass = static_cast<double>(window.tail[static_cast<std::size_t>(t)]);
         for (std::int64_t i = 0; i < c.n; ++i) {
           const auto at = static_cast<std::size_t>(t * c.n + i);
@@ -153,7 +154,7 @@ TEST_F(SampledCacheTest, EstimatesHaveNoBias) {
       worst_even = std::max(worst_even, std::abs(even[i] / kRows - p[i]) / error);
       worst_no_mass = std::max(worst_no_mass, std::abs(no_mass[i] / kRows - p[i]) / error);
     }
-    EXPECT_LT(worst, 4) << c.k;  // of up to 60 ids
+    EXPECT_LT(worst, 4) << c.k;                                 // of up to 60 ids
     EXPECT_GT(c.k > 0 ? worst_no_mass : worst_even, 8) << c.k;  // alone, some ids are drawn more than once
   }
 }
@@ -162,7 +163,8 @@ TEST_F(SampledCacheTest, ATokenTakesSixtyToThreeHundredBytes) {
   constexpr std::int64_t kVocab = 2048, kLength = 512, kWindows = 8;
   FakeLogits model(kVocab, 3, 3.0);
   LogitCacheWriter writer(file_, {kVocab, kLength, 12, "c", "m", 12});
-  for (const Window& window : random_windows(kVocab, std::vector(kWindows, std::pair<std::int64_t, std::int64_t>{kLength, 0}), 4)) {
+  for (const Window& window :
+       random_windows(kVocab, std::vector(kWindows, std::pair<std::int64_t, std::int64_t>{kLength, 0}), 4)) {
     std::vector<float> rows(static_cast<std::size_t>(kLength * kVocab));
     std::mt19937_64 random(static_cast<std::uint64_t>(window.ids[0]));
     for (float& z : rows) z = static_cast<float>(random() % 1000) * 0.008f;
@@ -229,7 +231,8 @@ TEST_F(SampledCacheTest, GoesOnAfterKill) {
     try {
       LogitCacheReader partial = LogitCacheReader::of_partial(file_);
       found = partial.windows();
-      for (std::int64_t w = 0; w < found; ++w) ASSERT_TRUE(equal(partial.read(w), expected.read(w))) << round << " " << w;
+      for (std::int64_t w = 0; w < found; ++w)
+        ASSERT_TRUE(equal(partial.read(w), expected.read(w))) << round << " " << w;
     } catch (const Error&) {
       EXPECT_EQ(before, 0) << "what had been readable no longer is";
     }
@@ -318,7 +321,8 @@ TEST_F(SampledCacheTest, ValuesChangedInTheFileAreSeen) {
 }
 
 template <class T>
-void put(hid_t file, const char* name, hid_t stored, hid_t memory, std::vector<hsize_t> shape, const std::vector<T>& values) {
+void put(hid_t file, const char* name, hid_t stored, hid_t memory, std::vector<hsize_t> shape,
+         const std::vector<T>& values) {
   Hdf5Handle space(H5Screate_simple(static_cast<int>(shape.size()), shape.data(), nullptr), H5Sclose);
   Hdf5Handle set(H5Dcreate2(file, name, stored, space, H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT), H5Dclose);
   ASSERT_GE(H5Dwrite(set, memory, H5S_ALL, H5S_ALL, H5P_DEFAULT, values.data()), 0);
@@ -345,16 +349,19 @@ TEST_F(SampledCacheTest, FilesOfVersionOneAreRead) {
     text("corpus_hash", "c");
     text("model_hash", "m");
     text("log_prob_format", "ieee-f16-bits");
-    for (const auto& [name, value] : {std::pair{"version", 1}, {"vocab_size", 9}, {"context", 8}, {"top_k", 2}, {"complete", 1}})
+    for (const auto& [name, value] :
+         {std::pair{"version", 1}, {"vocab_size", 9}, {"context", 8}, {"top_k", 2}, {"complete", 1}})
       integer(name, value);
     put<std::uint32_t>(file, "ids", H5T_STD_U32LE, H5T_NATIVE_UINT32, {3}, {1, 2, 8});
     put<std::uint64_t>(file, "window_end", H5T_STD_U64LE, H5T_NATIVE_UINT64, {2}, {2, 3});
     put<std::uint32_t>(file, "topk_idx", H5T_STD_U16LE, H5T_NATIVE_UINT32, {3, 2}, {4, 0, 1, 2, 8, 7});
-    put<std::uint16_t>(file, "topk_lp", H5T_STD_U16LE, H5T_NATIVE_UINT16, {3, 2}, {0xb800, 0xc000, 0xbc00, 0xbc00, 0xbc00, 0xc400});
+    put<std::uint16_t>(file, "topk_lp", H5T_STD_U16LE, H5T_NATIVE_UINT16, {3, 2},
+                       {0xb800, 0xc000, 0xbc00, 0xbc00, 0xbc00, 0xc400});
     put<float>(file, "lse", H5T_IEEE_F32LE, H5T_NATIVE_FLOAT, {3}, {1, 2, 3});
     put<float>(file, "target_lp", H5T_IEEE_F32LE, H5T_NATIVE_FLOAT, {3}, {-1, 0, 0});
   }
-  std::string head = "pare-logit-cache 1 bytes " + std::to_string(fs::file_size(file_)) + "\n(HDF5 begins at byte 512)\n";
+  std::string head =
+      "pare-logit-cache 1 bytes " + std::to_string(fs::file_size(file_)) + "\n(HDF5 begins at byte 512)\n";
   std::fstream(file_, std::ios::in | std::ios::out | std::ios::binary) << head;
   LogitCacheReader reader(file_, {9, 8, 2, "c", "m", 0, 1.0, 5, "any tokenizer"});
   ASSERT_EQ(reader.windows(), 2);
