@@ -1,5 +1,8 @@
 #include "distill/cached_teacher.h"
 
+#include <algorithm>
+#include <cmath>
+
 #include "core/checkpoint.h"
 #include "core/error.h"
 
@@ -10,15 +13,18 @@ void make_cache(const fs::path& file, const LogitCacheInfo& info, const std::vec
                 const torch::Device& device, Context& run) {
   const torch::NoGradGuard no_grad;
   teacher->set_matmul_dtype(torch::kFloat);
-  LogitCacheWriter writer(file, info);
+  LogitCacheWriter writer(file, info, /*resumable=*/true);
+  if (writer.windows_done() > 0)
+    run.progress->note("continuing the cache from window " + std::to_string(writer.windows_done()));
   run.progress->begin("cache the teacher's logits", static_cast<std::int64_t>(windows.size()));
-  for (std::size_t w = 0; w < windows.size(); ++w) {
-    throw_if_interrupted("cache the teacher's logits", "the cache was not written; run the same command again");
+  for (auto w = static_cast<std::size_t>(writer.windows_done()); w < windows.size(); ++w) {
+    throw_if_interrupted("cache the teacher's logits", "run the same command again to continue");
     const auto& ids = windows[w].ids;
     const auto count = static_cast<std::int64_t>(ids.size());
     const torch::Tensor row = torch::tensor(std::vector<std::int64_t>(ids.begin(), ids.end()), torch::kLong);
-    const torch::Tensor logits = teacher->forward(row.view({1, count}).to(device)).to(torch::kCPU).contiguous();
-    writer.append(ids, logits.data_ptr<float>());
+    const torch::Tensor logits = teacher->forward(row.view({1, count}).to(device)).narrow(-1, 0, info.vocab_size);
+    const torch::Tensor host = logits.to(torch::kCPU).contiguous();
+    writer.append(ids, host.data_ptr<float>());
     run.progress->update(static_cast<std::int64_t>(w + 1));
   }
   writer.finish();
@@ -27,24 +33,24 @@ void make_cache(const fs::path& file, const LogitCacheInfo& info, const std::vec
 
 }  // namespace
 
-CachedTeacher::CachedTeacher(const fs::path& file, const fs::path& teacher_folder, const std::vector<TextSpec>& specs,
-                             const std::optional<std::string>& split, const Tokenizer& tokenizer, Decoder& teacher,
-                             std::int64_t context, std::int64_t top_k, const torch::Device& device, Context& run) {
+CachedTeacher::CachedTeacher(const fs::path& file, LogitCacheInfo kept, const fs::path& teacher_folder,
+                             const std::vector<TextSpec>& specs, const std::optional<std::string>& split,
+                             const Tokenizer& tokenizer, Decoder& teacher, const torch::Device& device, Context& run) {
   std::vector<fs::path> paths;
   for (const TextSpec& spec : specs) {
-    if (spec.weight) throw usage_error("--cache", "texts without weights: the windows of a cache are fixed", spec.name());
+    if (spec.weight)
+      throw usage_error("--cache", "texts without weights: the windows of a cache are fixed", spec.name());
     paths.push_back(spec.path);
   }
   const auto documents = read_documents(paths, split);
-  const auto windows = make_windows(tokenizer, documents, context, false);
-  LogitCacheInfo info;
-  info.vocab_size = teacher->config().vocab_size;
-  info.context = context;
-  info.top_k = std::min(top_k, info.vocab_size);
-  info.corpus_hash = windows_hash(windows);
-  info.model_hash = Checkpoint(teacher_folder).content_hash();
-  if (!fs::exists(file)) make_cache(file, info, windows, teacher, device, run);
-  reader_ = std::make_unique<LogitCacheReader>(file, info);
+  const auto windows = make_windows(tokenizer, documents, kept.context, false);
+  kept.corpus_hash = windows_hash(windows);
+  kept.model_hash = Checkpoint(teacher_folder).content_hash();
+  if (const auto text = tokenizer_json_text(teacher_folder)) kept.tokenizer_hash = hash_bytes(as_bytes(*text));
+  file_ = file;
+  written_ = !fs::exists(file);
+  if (written_) make_cache(file, kept, windows, teacher, device, run);
+  reader_ = std::make_unique<LogitCacheReader>(file, kept);
   source_.name = file.filename();
   source_.documents = static_cast<std::int64_t>(documents.size());
   for (const Window& window : windows) {
@@ -53,7 +59,18 @@ CachedTeacher::CachedTeacher(const fs::path& file, const fs::path& teacher_folde
   }
 }
 
-std::pair<torch::Tensor, torch::Tensor> CachedTeacher::rows(const Batch& batch, const torch::Device& device) {
+Json CachedTeacher::summary() const {
+  const auto ids = static_cast<std::int64_t>(source_.ids.size());
+  return {{"file", file_.string()},
+          {"state", written_ ? "written" : "reused"},
+          {"top_k", reader_->info().top_k},
+          {"samples", reader_->info().samples},
+          {"ids", ids},
+          {"bytes_per_id",
+           static_cast<double>(fs::file_size(file_)) / static_cast<double>(std::max<std::int64_t>(ids, 1))}};
+}
+
+std::pair<torch::Tensor, torch::Tensor> CachedTeacher::listed_rows(const Batch& batch) {
   const std::int64_t context = batch.ids.size(1), k = reader_->info().top_k;
   const std::int64_t sequences = batch.ids.size(0);
   torch::Tensor index = torch::arange(k, torch::kLong).repeat({sequences * context, 1});
@@ -65,7 +82,51 @@ std::pair<torch::Tensor, torch::Tensor> CachedTeacher::rows(const Batch& batch, 
       log_prob.data_ptr<float>()[s * context * k + static_cast<std::int64_t>(i)] = window.log_prob[i];
     }
   }
-  return {index.to(device), log_prob.to(device)};
+  return {index, log_prob};
+}
+
+// The listed ids have their own probabilities, which half precision leaves a little off: they are made to fill what the
+// tail leaves. The ids drawn share the tail as often as they were drawn.
+SparseTeacher CachedTeacher::sparse_rows(const Batch& batch) {
+  const std::int64_t context = batch.ids.size(1), sequences = batch.ids.size(0);
+  const auto k = static_cast<std::size_t>(reader_->info().top_k), n = static_cast<std::size_t>(reader_->info().samples);
+  const auto width = static_cast<std::int64_t>(k + n);
+  SparseTeacher teacher{torch::zeros({sequences * context, width}, torch::kLong),
+                        torch::zeros({sequences * context, width}), torch::zeros({sequences * context})};
+  for (std::int64_t s = 0; s < sequences; ++s) {
+    const CachedWindow window = reader_->read(batch.windows[static_cast<std::size_t>(s)]);
+    for (std::size_t t = 0; t < window.ids.size(); ++t) {
+      const std::int64_t row = s * context + static_cast<std::int64_t>(t);
+      std::int64_t* index = teacher.index.data_ptr<std::int64_t>() + row * width;
+      float* probability = teacher.probability.data_ptr<float>() + row * width;
+      teacher.entropy.data_ptr<float>()[row] = window.entropy[t];
+      float listed = 0;
+      for (std::size_t i = 0; i < k; ++i) {
+        index[i] = window.index[t * k + i];
+        listed += probability[i] = std::exp(window.log_prob[t * k + i]);
+      }
+      const float tail = k > 0 ? window.tail[t] : 1.0f;
+      for (std::size_t i = 0; i < k; ++i) probability[i] *= (1 - tail) / listed;
+      for (std::size_t i = 0; i < n; ++i) {
+        index[k + i] = window.sample_index[t * n + i];
+        probability[k + i] = tail * static_cast<float>(window.sample_count[t * n + i]) / static_cast<float>(n);
+      }
+    }
+  }
+  return teacher;
+}
+
+torch::Tensor CachedTeacher::loss(const torch::Tensor& rows, const OutputHead& head, const Batch& batch,
+                                  const DistillLoss& weights, double scale, LossSums* sums) {
+  const torch::Tensor targets = batch.targets.view(-1);
+  if (reader_->info().samples > 0) {
+    const SparseTeacher t = sparse_rows(batch);
+    const SparseTeacher there{t.index.to(rows.device()), t.probability.to(rows.device()), t.entropy.to(rows.device())};
+    return sparse_distill_loss(rows, head, there, targets, weights, scale, sums);
+  }
+  const auto [index, log_prob] = listed_rows(batch);
+  return topk_distill_loss(rows, head, index.to(rows.device()), log_prob.to(rows.device()), targets, weights, scale,
+                           sums);
 }
 
 }  // namespace pare

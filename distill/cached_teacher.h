@@ -4,30 +4,38 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "core/context.h"
 #include "eval/logit_cache.h"
 #include "model/data.h"
 #include "model/decoder.h"
+#include "model/divergences.h"
 
 namespace pare {
 
 class CachedTeacher {
  public:
-  // Opens the cache of exactly these windows and this teacher, or makes it (one pass of the teacher over the text).
-  // Errors: exit 3 when the file is of another text, teacher or context; exit 2 for weighted texts, which a fixed
-  // set of windows cannot follow.
-  CachedTeacher(const fs::path& file, const fs::path& teacher_folder, const std::vector<TextSpec>& specs,
-                const std::optional<std::string>& split, const Tokenizer& tokenizer, Decoder& teacher,
-                std::int64_t context, std::int64_t top_k, const torch::Device& device, Context& run);
+  // What is kept of each row: vocab_size (the ids that teacher and student share), context, top_k, samples,
+  // temperature, seed. The hashes are filled in here. Opens the cache of exactly these windows and this teacher, or
+  // makes it (one pass of the teacher over the text; a pass that was cut short goes on). Errors: exit 3 when the file
+  // is of another text, teacher, tokenizer, temperature or context; exit 2 for weighted texts, which a fixed set of
+  // windows cannot follow.
+  CachedTeacher(const fs::path& file, LogitCacheInfo kept, const fs::path& teacher_folder,
+                const std::vector<TextSpec>& specs, const std::optional<std::string>& split, const Tokenizer& tokenizer,
+                Decoder& teacher, const torch::Device& device, Context& run);
 
+  Json summary() const;  // {"file", "state": "written" or "reused", "top_k", "samples", "ids", "bytes_per_id"}
   const TokenSource& source() const { return source_; }  // its windows are the cache's windows
-  // index int64 and log_prob float, both [sequences * context, k]; rows without a target hold placeholders.
-  std::pair<torch::Tensor, torch::Tensor> rows(const Batch& batch, const torch::Device& device);
+  // sparse_distill_loss where the cache holds samples, else topk_distill_loss, of the rows of this batch.
+  torch::Tensor loss(const torch::Tensor& rows, const OutputHead& head, const Batch& batch, const DistillLoss& weights,
+                     double scale, LossSums* sums);
 
  private:
+  SparseTeacher sparse_rows(const Batch& batch);
+  std::pair<torch::Tensor, torch::Tensor> listed_rows(const Batch& batch);  // index, log_prob [rows, k]
+  fs::path file_;
+  bool written_ = false;
   std::unique_ptr<LogitCacheReader> reader_;
   TokenSource source_;
 };

@@ -5,11 +5,11 @@
 #include "core/checkpoint.h"
 #include "core/error.h"
 #include "core/tokenizer.h"
-#include "distill/cached_teacher.h"
+#include "distill/lesson.h"
+#include "distill/same_ids.h"
 #include "distill/student.h"
 #include "model/decoder.h"
 #include "model/fused.h"
-#include "model/losses.h"
 #include "model/trainer.h"
 
 namespace pare {
@@ -25,36 +25,18 @@ std::vector<OptionDecl> options() {
       {.name = "out", .type = kPath, .help = "model folder to write", .required = true},
       {.name = "dtype", .type = kText, .help = "stored weights; default: as the student or the teacher",
        .choices = {"float32", "float16", "bfloat16"}},
-      {.name = "tau", .type = kNumber, .help = "temperature of both softmaxes", .default_value = 1.0, .minimum = 0.05,
-       .maximum = 100},
-      {.name = "kl-weight", .type = kNumber, .help = "weight of tau^2 KL(teacher || student)", .default_value = 1.0,
-       .minimum = 0},
-      {.name = "ce-weight", .type = kNumber, .help = "weight of the next-token loss", .default_value = 0.0, .minimum = 0},
-      {.name = "cache", .type = kPath,
-       .help = "HDF5 file of the teacher's largest logits on the text; made when absent (temperature 1 only)"},
-      {.name = "cache-top-k", .type = kInteger, .help = "logits kept per token when the cache is made",
-       .default_value = 64, .minimum = 1},
   };
+  for (OptionDecl& decl : lesson_options()) table.push_back(std::move(decl));
   for (OptionDecl& decl : trainer_options(1e-4, 500)) table.push_back(std::move(decl));
   return table;
-}
-
-void check_same_ids(const fs::path& teacher, const fs::path& student) {
-  const auto text = [](const fs::path& folder) {
-    std::optional<std::string> found = tokenizer_json_text(folder);
-    if (!found) throw input_error((folder / "tokenizer.json").string(), "a tokenizer", "nothing there");
-    return *found;
-  };
-  if (text(teacher) != text(student))
-    throw input_error((student / "tokenizer.json").string(), "the tokenizer of the teacher, byte for byte",
-                      "another file",
-                      "teacher and student must give every id the same meaning");
 }
 
 struct Pair {
   Decoder teacher = nullptr, student = nullptr;
   fs::path like;
   std::string dtype;
+  std::optional<Tokenizer> tokenizer = {};
+  std::int64_t vocab = 0;  // ids that both have
 };
 
 // Combinations that cannot work, found before any weight is read.
@@ -63,13 +45,7 @@ void check_options(const Options& o) {
   if (o.has("model") == cuts)
     throw usage_error("distill", "either --model STUDENT, or --keep-layers / --ffn to cut one from the teacher",
                       cuts ? "both" : "neither");
-  if (o.get<double>("kl-weight") == 0 && o.get<double>("ce-weight") == 0)
-    throw usage_error("--kl-weight", "a positive --kl-weight or --ce-weight", "both zero");
-  if (o.has("cache") && o.get<double>("tau") != 1.0)
-    throw usage_error("--cache", "--tau 1: the cache holds log-probabilities at temperature 1",
-                      "--tau " + o.resolved().at("tau").dump());
-  if (!o.has("cache")) refuse_unused(o, {"cache-top-k"}, "without --cache", "pare distill");
-  if (o.get<double>("kl-weight") == 0) refuse_unused(o, {"tau", "cache"}, "with --kl-weight 0", "pare distill");
+  check_lesson(o);
   parse_text_specs(o.get<std::vector<std::string>>("text"), "--text");
   parse_device(o.get<std::string>("device"));
 }
@@ -80,10 +56,7 @@ Pair open_pair(const Options& o) {
   pair.teacher = load_decoder(teacher, torch::kCPU);
   if (o.has("model")) {
     const Checkpoint student(o.get<std::string>("model"));
-    if (student.config().vocab_size != teacher.config().vocab_size)
-      throw input_error(student.folder().string(), "vocab_size " + std::to_string(teacher.config().vocab_size),
-                        std::to_string(student.config().vocab_size));
-    check_same_ids(teacher.folder(), student.folder());
+    pair.tokenizer = shared_tokenizer(teacher.folder(), student.folder());
     pair.student = load_decoder(student, torch::kCPU);
     pair.like = student.folder();
     pair.dtype = student.float_dtype();
@@ -92,9 +65,12 @@ Pair open_pair(const Options& o) {
                             ? parse_layers(o.get<std::string>("keep-layers"), teacher.config().num_layers)
                             : std::vector<int>();
     pair.student = cut_student(pair.teacher, layers, o.get_or<std::int64_t>("ffn", 0));
+    pair.tokenizer = Tokenizer::from_file(teacher.folder() / "tokenizer.json");
     pair.like = teacher.folder();
     pair.dtype = teacher.float_dtype();
   }
+  pair.vocab = shared_vocabulary(*pair.tokenizer, teacher.folder(), teacher.config().vocab_size, pair.like,
+                                 pair.student->config().vocab_size);
   pair.dtype = o.get_or<std::string>("dtype", pair.dtype);
   return pair;
 }
@@ -103,82 +79,39 @@ Json run_distill(const Options& o, Context& run) {
   check_options(o);
   FolderTransaction transaction(o.get<std::string>("out"));
   const EmptyFolderRemover cleaning(transaction.work());
-  const torch::Device device = parse_device(o.get<std::string>("device"));
   const PreparedThreads prepared(run.threads);
   Pair pair = open_pair(o);
-  pair.teacher->to(device);
-  for (torch::Tensor& parameter : pair.teacher->parameters()) parameter.set_requires_grad(false);
 
   TrainingJob job;
   job.settings = trainer_settings(o, pair.student->config());
-  const std::int64_t context = job.settings.context;
-  const Tokenizer tokenizer = Tokenizer::from_file(pair.like / "tokenizer.json");
-  if (tokenizer.size() > pair.student->config().vocab_size)
-    throw input_error((pair.like / "tokenizer.json").string(),
-                      "at most " + std::to_string(pair.student->config().vocab_size) + " ids (vocab_size)",
-                      std::to_string(tokenizer.size()));
+  const Tokenizer& tokenizer = *pair.tokenizer;
   const auto split = o.has("split") ? std::optional(o.get<std::string>("split")) : std::nullopt;
   const auto specs = parse_text_specs(o.get<std::vector<std::string>>("text"), "--text");
-  job.held_out = read_held_out(o.get_or<std::vector<std::string>>("held-out", {}), split, tokenizer, context);
+  job.held_out = read_held_out(o.get_or<std::vector<std::string>>("held-out", {}), split, tokenizer,
+                               job.settings.context);
 
-  std::unique_ptr<CachedTeacher> cache;
-  std::vector<TokenSource> sources;
-  if (o.has("cache")) {
-    cache = std::make_unique<CachedTeacher>(o.get<std::string>("cache"), fs::path(o.get<std::string>("teacher")), specs,
-                                            split, tokenizer, pair.teacher, context,
-                                            o.get<std::int64_t>("cache-top-k"), device, run);
-    sources.push_back(cache->source());
-  } else {
-    sources = read_sources(specs, split, tokenizer, end_of_text(tokenizer, pair.student->config()), context, run);
-  }
-  BatchStream data(std::move(sources), context, run.seed);
-  const DistillLoss loss{o.get<double>("tau"), o.get<double>("kl-weight"), o.get<double>("ce-weight")};
-  const auto matmul = job.settings.precision == "bf16" ? torch::kBFloat16 : torch::kFloat;
+  Lesson lesson(o, pair.teacher, pair.student, pair.vocab, job.settings, run.seed);
+  BatchStream data(lesson.sources(fs::path(o.get<std::string>("teacher")), specs, split, tokenizer, run),
+                   job.settings.context, run.seed);
   job.stage = "distill";
   job.decoder = pair.student;
   job.data = &data;
   job.echo = deciding_options(o, run.seed);
   job.work = transaction.work();
-  job.loss = [&](const Batch& micro, double scale, LossSums& sums) {
-    const torch::Tensor hidden = pair.student->hidden(micro.ids), rows = hidden.view({-1, hidden.size(-1)});
-    const torch::Tensor targets = micro.targets.view(-1);
-    if (cache) {
-      const auto [index, log_prob] = cache->rows(micro, device);
-      return topk_distill_loss(rows, pair.student->output_head(), index, log_prob, targets, loss, scale, &sums);
-    }
-    torch::Tensor taught;
-    {
-      const torch::NoGradGuard no_grad;
-      pair.teacher->set_matmul_dtype(matmul);
-      taught = pair.teacher->hidden(micro.ids);
-    }
-    return distill_loss(rows, pair.student->output_head(), taught.view({-1, taught.size(-1)}),
-                        pair.teacher->output_head(), targets, loss, scale, &sums);
-  };
-
-  const auto divergence = [&](const HeldOut& held_out) {
-    pair.teacher->set_matmul_dtype(torch::kFloat);
-    pair.student->set_matmul_dtype(torch::kFloat);
-    return held_out_mean(held_out, job.settings.final_eval_tokens, device,
-                         [&](const torch::Tensor& ids, const torch::Tensor& targets) {
-                           const torch::Tensor a = pair.student->hidden(ids), b = pair.teacher->hidden(ids);
-                           return row_divergences(a.view({-1, a.size(-1)}), pair.student->output_head(),
-                                                  b.view({-1, b.size(-1)}), pair.teacher->output_head(), targets);
-                         });
-  };
+  lesson.give(job);
   claim_training_folder(job.work, o.get<bool>("restart"));
-  pair.student->to(device);
   std::vector<MeanLoss> before;
-  for (const HeldOut& held_out : job.held_out) before.push_back(divergence(held_out));
+  for (const HeldOut& held_out : job.held_out) before.push_back(lesson.divergence(held_out));
   Json result = run_training(job, pair.dtype, run);
   for (std::size_t i = 0; i < job.held_out.size(); ++i) {
-    const MeanLoss after = divergence(job.held_out[i]);
+    const MeanLoss after = lesson.divergence(job.held_out[i]);
     const std::string& name = job.held_out[i].name;
     run.report.add({"distill", "held_out_kl[" + name + "]", before[i].mean, after.mean, "nats/token", after.standard_error});
     result["held_out"][name]["kl_before"] = before[i].mean;
     result["held_out"][name]["kl_after"] = after.mean;
     result["held_out"][name]["kl_standard_error"] = after.standard_error;
   }
+  if (lesson.cache() != nullptr) result["cache"] = lesson.cache()->summary();
   throw_if_interrupted("distill after its last step", "run the same command again to continue");
   write_decoder(pair.student, pair.dtype, pair.like, transaction.work());
   finish_training_folder(transaction.work());
@@ -213,7 +146,7 @@ StagePlan plan_distill(const Options& o, const PlannedModel& input) {
 Command distill_command() {
   Command command;
   command.name = "distill";
-  command.summary = "Train a student on its teacher's predictions (forward KL on the logits)";
+  command.summary = "Train a student on its teacher's predictions";
   command.options = options();
   command.run = run_distill;
   command.example = "pare distill --teacher big --keep-layers 0,2,3 --text corpus --held-out more.txt --steps 1000 --out small";

@@ -18,6 +18,10 @@ struct LogitCacheInfo {
   std::int64_t top_k = 64;   // clamped to vocab_size
   std::string corpus_hash;   // windows_hash()
   std::string model_hash;    // CompactFile::file_hash() or Checkpoint::content_hash()
+  std::int64_t samples = 0;  // draws from what the top k leave out (tail_samples.h), at most 255; then top_k may be 0
+  double temperature = 1;    // everything kept is of softmax(logits / temperature)
+  std::uint64_t seed = 0;    // of the draws
+  std::string tokenizer_hash = {};  // of the tokenizer.json text; "" where nobody said
 };
 
 // XXH3-128 over the ids of every window and their boundaries, in order.
@@ -31,6 +35,13 @@ struct CachedWindow {
   std::vector<float> log_prob;              // [n, top_k], natural log, normalised over the whole vocabulary, f16 precision
   std::vector<float> log_sum_exp;           // [n]: logit = log_prob + log_sum_exp
   std::vector<float> target_log_prob;       // [n]: of ids[t + 1], f32; 0 in the last row, which has no target
+  // Empty in files of version 1.
+  std::vector<float> entropy;               // [n], nats
+  std::vector<std::uint32_t> argmax;        // [n]
+  std::vector<float> tail;                  // [n]: probability outside the top k
+  std::int64_t samples = 0;
+  std::vector<std::uint32_t> sample_index;  // [n, samples], in each row the distinct ids drawn, rising, then zeros
+  std::vector<std::uint8_t> sample_count;   // [n, samples]: how often each was drawn; 0: no more ids
 };
 
 class CachedLogits {

@@ -46,8 +46,6 @@ INLINE void rms_backward(const float* x, const float* w, const float* rstd, cons
   }
 }
 
-INLINE float exp1(float x) { return exp16(set(x))[0]; }
-
 template <class T>
 INLINE void swiglu_forward(const T* gate_up, std::int64_t rows, std::int64_t width, T* out) {
   for (std::int64_t row = 0; row < rows; ++row, gate_up += 2 * width, out += width) {
@@ -92,32 +90,6 @@ INLINE void add_rows(const float* x, const T* delta, std::int64_t count, float* 
 }
 
 // ---- losses ------------------------------------------------------------------------------------------------------
-
-template <class T>
-INLINE float row_max(const T* x, std::int64_t count) {
-  F16 top = set(-3.0e38f);
-  std::int64_t i = 0;
-  for (; i + 16 <= count; i += 16) top = maximum(load(x + i), top);
-  float peak = max_lanes(top);
-  for (; i < count; ++i) peak = load1(x + i) > peak ? load1(x + i) : peak;
-  return peak;
-}
-
-// Sum over the row of exp((x - peak) * inverse_tau). NaN in the row makes the sum NaN.
-template <class T>
-INLINE float row_exp_sum(const T* x, std::int64_t count, float peak, float inverse_tau) {
-  F16 total = set(0);
-  std::int64_t i = 0;
-  for (; i + 16 <= count; i += 16) total += exp16((load(x + i) - peak) * inverse_tau);
-  float sum = sum_lanes(total);
-  for (; i < count; ++i) sum += exp1((load1(x + i) - peak) * inverse_tau);
-  return sum;
-}
-
-template <class T>
-INLINE void clear_row(T* x, std::int64_t count) {
-  std::memset(static_cast<void*>(x), 0, static_cast<std::size_t>(count) * sizeof(T));
-}
 
 template <class T>
 INLINE void cross_entropy(T* logits, const std::int64_t* targets, std::int64_t rows, std::int64_t vocab, float scale,
@@ -278,15 +250,6 @@ PARE_WRAPPERS(plain, )
 #if defined(__x86_64__)
 PARE_WRAPPERS(avx2, __attribute__((target("avx2,fma"))))
 PARE_WRAPPERS(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))))
-
-// 2: AVX-512, 1: AVX2, 0: neither
-int instruction_set() {
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    return 2;
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
-}
 #endif
 
 }  // namespace

@@ -1,5 +1,6 @@
-// What the kernels of fused_kernels.cpp compute with: 16 floats at a time through GCC's vector extension. Included by
-// that file alone, which compiles every kernel for AVX-512, AVX2 and the base instruction set and picks at start.
+// What the kernels of fused_kernels.cpp and divergence_kernels.cpp compute with: 16 floats at a time through GCC's vector
+// extension. Included by those files alone, which compile every kernel for AVX-512, AVX2 and the base instruction set
+// and pick at start.
 // Products and sums may be contracted into FMA.
 #pragma once
 
@@ -82,6 +83,67 @@ INLINE F16 exp16(const F16& x) {
   const F16 e = p * reinterpret_cast<F16>(power);
   return x < set(-87.0f) ? set(0.0f) : e;
 }
+
+// ln x to 2 ulp for normal x > 0. NaN stays NaN. (The polynomial of Cephes' logf, S. Moshier.)
+INLINE F16 log16(const F16& x) {
+  using I16 = std::int32_t __attribute__((vector_size(64)));
+  const U16 shifted = reinterpret_cast<U16>(x) - 0x3f3504f3u;  // the bits of sqrt(1/2)
+  const F16 e = __builtin_convertvector(reinterpret_cast<I16>(shifted) >> 23, F16);
+  const F16 f = reinterpret_cast<F16>((shifted & 0x007fffffu) + 0x3f3504f3u) - 1.0f;  // in [sqrt(1/2), sqrt(2)) - 1
+  F16 p = set(7.0376836292e-2f);
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const F16 z = f * f;
+  const F16 y = (f * z * p - e * 2.12194440e-4f) - z * 0.5f + f + e * 0.693359375f;
+  return x == x ? y : x;
+}
+
+INLINE float exp1(float x) { return exp16(set(x))[0]; }
+
+// ---- rows of logits ----------------------------------------------------------------------------------------------
+
+template <class T>
+INLINE float row_max(const T* x, std::int64_t count) {
+  F16 top = set(-3.0e38f);
+  std::int64_t i = 0;
+  for (; i + 16 <= count; i += 16) top = maximum(load(x + i), top);
+  float peak = max_lanes(top);
+  for (; i < count; ++i) peak = load1(x + i) > peak ? load1(x + i) : peak;
+  return peak;
+}
+
+// Sum over the row of exp((x - peak) * inverse_tau). NaN in the row makes the sum NaN.
+template <class T>
+INLINE float row_exp_sum(const T* x, std::int64_t count, float peak, float inverse_tau) {
+  F16 total = set(0);
+  std::int64_t i = 0;
+  for (; i + 16 <= count; i += 16) total += exp16((load(x + i) - peak) * inverse_tau);
+  float sum = sum_lanes(total);
+  for (; i < count; ++i) sum += exp1((load1(x + i) - peak) * inverse_tau);
+  return sum;
+}
+
+template <class T>
+INLINE void clear_row(T* x, std::int64_t count) {
+  std::memset(static_cast<void*>(x), 0, static_cast<std::size_t>(count) * sizeof(T));
+}
+
+#if defined(__x86_64__)
+// 2: AVX-512, 1: AVX2, 0: neither
+inline int instruction_set() {
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    return 2;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
+}
+#endif
 
 }  // namespace
 }  // namespace pare

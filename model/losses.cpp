@@ -1,12 +1,10 @@
 #include "model/losses.h"
 
-#include <ATen/Parallel.h>
-
-#include <algorithm>
 #include <vector>
 
 #include "core/error.h"
 #include "model/fused_kernels.h"
+#include "model/head_loss.h"
 
 namespace pare {
 namespace {
@@ -15,27 +13,59 @@ using torch::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr std::int64_t kRowShard = 16;
+Tensor capped(const Tensor& logits, double cap) {
+  return cap > 0 ? torch::tanh(logits / cap) * cap : logits;
+}
 
-// Rows per chunk: about 4 Mi logits at a time, whatever the vocabulary.
+struct HeadLossFunction : torch::autograd::Function<HeadLossFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& hidden_any, const Tensor& head, double softcap,
+                        const LogitRows& rows, bool want_hidden, bool want_head) {
+    const Tensor hidden = hidden_any.contiguous(), w = head.to(hidden.scalar_type());
+    const std::int64_t n = hidden.size(0), chunk = chunk_rows(head.size(0));
+    Tensor g_hidden = want_hidden ? torch::empty_like(hidden) : Tensor();
+    Tensor g_head = want_head ? torch::zeros_like(head) : Tensor();
+    double total = 0;
+    for (std::int64_t begin = 0; begin < n; begin += chunk) {
+      const std::int64_t count = std::min(chunk, n - begin);
+      const Tensor part = hidden.narrow(0, begin, count);
+      Tensor logits = capped(torch::mm(part, w.t()), softcap), slope;
+      if (softcap > 0) slope = 1 - (logits / softcap).square();  // of the cap
+      total += rows(begin, count, logits);
+      if (softcap > 0) logits.mul_(slope);
+      if (want_hidden) {
+        Tensor target = g_hidden.narrow(0, begin, count);
+        torch::mm_out(target, logits, w);
+      }
+      if (want_head) g_head.add_(torch::mm(logits.t(), part));
+    }
+    ctx->save_for_backward({g_hidden, g_head});
+    return torch::scalar_tensor(total, torch::TensorOptions(hidden.device()).dtype(
+                                           hidden.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat));
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const double factor = grads[0].item<double>();
+    const auto scaled = [&](const Tensor& g) { return !g.defined() || factor == 1.0 ? g : g * factor; };
+    variable_list out{scaled(saved[0]), scaled(saved[1])};
+    out.resize(6);
+    return out;
+  }
+};
+
+}  // namespace
+
 std::int64_t chunk_rows(std::int64_t vocab) {
   return std::clamp<std::int64_t>((std::int64_t{1} << 22) / vocab / kRowShard * kRowShard, kRowShard, 2048);
 }
 
-bool has_kernel(const Tensor& t) {
-  return t.device().is_cpu() && (t.scalar_type() == torch::kFloat || t.scalar_type() == torch::kBFloat16);
+Tensor head_rows(const Tensor& hidden, const OutputHead& head, std::int64_t begin, std::int64_t count) {
+  return capped(torch::mm(hidden.narrow(0, begin, count), head.weight.t()), head.softcap);
 }
 
-template <class F>
-void for_shards(std::int64_t rows, F&& f) {
-  at::parallel_for(0, (rows + kRowShard - 1) / kRowShard, 1, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin; i < end; ++i) f(i * kRowShard, std::min(rows, (i + 1) * kRowShard));
-  });
-}
-
-template <class T>
-T* storage(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
+Tensor loss_over_head(const Tensor& hidden, const OutputHead& head, const LogitRows& rows) {
+  const bool grad = torch::GradMode::is_enabled();
+  return HeadLossFunction::apply(hidden, head.weight, head.softcap, rows, grad && hidden.requires_grad(),
+                                 grad && head.weight.requires_grad());
 }
 
 double sum_in_order(const Tensor& values) {
@@ -45,7 +75,16 @@ double sum_in_order(const Tensor& values) {
   return sum;
 }
 
-// Turns logits into scale * gradient in place and returns the losses of the rows.
+// The kernels write at the target's place. A target is in the text before it is ever an input of the embedding.
+void begin_loss(const Tensor& targets, const OutputHead& head, LossSums* sums) {
+  if (sums != nullptr) sums->rows += (targets >= 0).sum().item<std::int64_t>();
+  if (targets.numel() == 0) return;
+  const auto largest = targets.max().item<std::int64_t>();
+  if (largest >= head.weight.size(0))
+    throw input_error("tokens", "ids below " + std::to_string(head.weight.size(0)), std::to_string(largest),
+                      "the tokenizer does not belong to this model");
+}
+
 Tensor cross_entropy_rows(Tensor& logits, const Tensor& targets, double scale) {
   const std::int64_t rows = logits.size(0), vocab = logits.size(1);
   if (has_kernel(logits)) {
@@ -71,6 +110,8 @@ Tensor cross_entropy_rows(Tensor& logits, const Tensor& targets, double scale) {
   logits = (g * counted * scale).to(logits.scalar_type());
   return losses;
 }
+
+namespace {
 
 void distill_rows(Tensor& student, Tensor& teacher, const Tensor& targets, const DistillLoss& loss, double scale,
                   Tensor& kl, Tensor& ce) {
@@ -104,94 +145,6 @@ void distill_rows(Tensor& student, Tensor& teacher, const Tensor& targets, const
   student = (g * counted * scale).to(student.scalar_type());
 }
 
-Tensor capped(const Tensor& logits, double cap) {
-  return cap > 0 ? torch::tanh(logits / cap) * cap : logits;
-}
-
-// Runs `rows` on each chunk of logits and turns the gradient of the logits into those of hidden and head.
-template <class Rows>
-Tensor head_loss(AutogradContext* ctx, const Tensor& hidden_any, const Tensor& head, double softcap, bool want_hidden,
-                 bool want_head, Rows&& rows) {
-  const Tensor hidden = hidden_any.contiguous(), w = head.to(hidden.scalar_type());
-  const std::int64_t n = hidden.size(0), chunk = chunk_rows(head.size(0));
-  Tensor g_hidden = want_hidden ? torch::empty_like(hidden) : Tensor();
-  Tensor g_head = want_head ? torch::zeros_like(head) : Tensor();
-  double total = 0;
-  for (std::int64_t begin = 0; begin < n; begin += chunk) {
-    const std::int64_t count = std::min(chunk, n - begin);
-    const Tensor part = hidden.narrow(0, begin, count);
-    Tensor logits = capped(torch::mm(part, w.t()), softcap), slope;
-    if (softcap > 0) slope = 1 - (logits / softcap).square();  // of the cap
-    total += rows(begin, count, logits);
-    if (softcap > 0) logits.mul_(slope);
-    if (want_hidden) {
-      Tensor target = g_hidden.narrow(0, begin, count);
-      torch::mm_out(target, logits, w);
-    }
-    if (want_head) g_head.add_(torch::mm(logits.t(), part));
-  }
-  ctx->save_for_backward({g_hidden, g_head});
-  return torch::scalar_tensor(total, torch::TensorOptions(hidden.device()).dtype(
-                                         hidden.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat));
-}
-
-variable_list scaled_gradients(AutogradContext* ctx, const variable_list& grads) {
-  const auto saved = ctx->get_saved_variables();
-  const double factor = grads[0].item<double>();
-  const auto scaled = [&](const Tensor& g) { return !g.defined() || factor == 1.0 ? g : g * factor; };
-  return {scaled(saved[0]), scaled(saved[1])};
-}
-
-struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& head, double softcap,
-                        const Tensor& targets, double scale, std::int64_t sums_address, bool want_hidden,
-                        bool want_head) {
-    auto* sums = reinterpret_cast<LossSums*>(sums_address);
-    return head_loss(ctx, hidden, head, softcap, want_hidden, want_head,
-                     [&](std::int64_t begin, std::int64_t count, Tensor& logits) {
-                       const Tensor losses = cross_entropy_rows(logits, targets.narrow(0, begin, count), scale);
-                       const double sum = sum_in_order(losses);
-                       if (sums != nullptr) sums->ce += sum;
-                       return sum * scale;
-                     });
-  }
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    auto out = scaled_gradients(ctx, grads);
-    out.resize(8);
-    return out;
-  }
-};
-
-struct DistillFunction : torch::autograd::Function<DistillFunction> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& head, double softcap,
-                        const Tensor& teacher_hidden, const Tensor& teacher_head, double teacher_softcap,
-                        const Tensor& targets, double tau, double kl_weight, double ce_weight, double scale,
-                        std::int64_t sums_address, bool want_hidden, bool want_head) {
-    auto* sums = reinterpret_cast<LossSums*>(sums_address);
-    const DistillLoss loss{tau, kl_weight, ce_weight};
-    const Tensor teacher_w = teacher_head.to(hidden.scalar_type());
-    const Tensor teacher_x = teacher_hidden.to(hidden.scalar_type());
-    return head_loss(ctx, hidden, head, softcap, want_hidden, want_head,
-                     [&](std::int64_t begin, std::int64_t count, Tensor& logits) {
-                       Tensor teacher =
-                           capped(torch::mm(teacher_x.narrow(0, begin, count), teacher_w.t()), teacher_softcap);
-                       Tensor kl, ce;
-                       distill_rows(logits, teacher, targets.narrow(0, begin, count), loss, scale, kl, ce);
-                       const double kl_sum = sum_in_order(kl), ce_sum = sum_in_order(ce);
-                       if (sums != nullptr) {
-                         sums->kl += kl_sum;
-                         sums->ce += ce_sum;
-                       }
-                       return scale * (kl_weight * tau * tau * kl_sum + ce_weight * ce_sum);
-                     });
-  }
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    auto out = scaled_gradients(ctx, grads);
-    out.resize(14);
-    return out;
-  }
-};
-
 // As distill_rows, for a teacher of k listed outcomes and a rest. With q the student's probabilities, p the teacher's and
 // r its rest: d KL / d z_j = q_j - p_j for listed j, q_j (1 - r / q(rest)) for the others.
 void topk_rows(Tensor& student, const Tensor& index, const Tensor& log_prob, const Tensor& targets,
@@ -218,89 +171,64 @@ void topk_rows(Tensor& student, const Tensor& index, const Tensor& log_prob, con
   student = (g * counted * scale).to(student.scalar_type());
 }
 
-struct TopkFunction : torch::autograd::Function<TopkFunction> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& head, double softcap,
-                        const Tensor& index, const Tensor& log_prob, const Tensor& targets, double kl_weight,
-                        double ce_weight, double scale, std::int64_t sums_address, bool want_hidden, bool want_head) {
-    auto* sums = reinterpret_cast<LossSums*>(sums_address);
-    const DistillLoss loss{1.0, kl_weight, ce_weight};
-    return head_loss(ctx, hidden, head, softcap, want_hidden, want_head,
-                     [&](std::int64_t begin, std::int64_t count, Tensor& logits) {
-                       Tensor kl, ce;
-                       topk_rows(logits, index.narrow(0, begin, count), log_prob.narrow(0, begin, count),
-                                 targets.narrow(0, begin, count), loss, scale, kl, ce);
-                       const double kl_sum = sum_in_order(kl), ce_sum = sum_in_order(ce);
-                       if (sums != nullptr) {
-                         sums->kl += kl_sum;
-                         sums->ce += ce_sum;
-                       }
-                       return scale * (kl_weight * kl_sum + ce_weight * ce_sum);
-                     });
-  }
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    auto out = scaled_gradients(ctx, grads);
-    out.resize(12);
-    return out;
-  }
-};
-
-std::int64_t counted_rows(const Tensor& targets) { return (targets >= 0).sum().item<std::int64_t>(); }
-
-// The kernels write at the target's place. A target is in the text before it is ever an input of the embedding.
-void require_targets(const Tensor& targets, const Tensor& head) {
-  if (targets.numel() == 0) return;
-  const auto largest = targets.max().item<std::int64_t>();
-  if (largest >= head.size(0))
-    throw input_error("tokens", "ids below " + std::to_string(head.size(0)), std::to_string(largest),
-                      "the tokenizer does not belong to this model");
-}
-
 }  // namespace
 
-Tensor cross_entropy_loss(const Tensor& hidden, const OutputHead& head, const Tensor& targets, double scale,
+Tensor cross_entropy_loss(const Tensor& hidden, const OutputHead& head, const Tensor& targets_any, double scale,
                           LossSums* sums) {
-  require_targets(targets, head.weight);
-  if (sums != nullptr) sums->rows += counted_rows(targets);
-  const bool grad = torch::GradMode::is_enabled();
-  return CrossEntropyFunction::apply(hidden, head.weight, head.softcap, targets.contiguous(), scale,
-                                     reinterpret_cast<std::int64_t>(sums), grad && hidden.requires_grad(),
-                                     grad && head.weight.requires_grad());
+  begin_loss(targets_any, head, sums);
+  const Tensor targets = targets_any.contiguous();
+  return loss_over_head(hidden, head, [&](std::int64_t begin, std::int64_t count, Tensor& logits) {
+    const double sum = sum_in_order(cross_entropy_rows(logits, targets.narrow(0, begin, count), scale));
+    if (sums != nullptr) sums->ce += sum;
+    return sum * scale;
+  });
 }
 
 Tensor distill_loss(const Tensor& hidden, const OutputHead& head, const Tensor& teacher_hidden,
-                    const OutputHead& teacher_head, const Tensor& targets, const DistillLoss& loss, double scale,
+                    const OutputHead& teacher_head, const Tensor& targets_any, const DistillLoss& loss, double scale,
                     LossSums* sums) {
-  require_targets(targets, head.weight);
-  if (sums != nullptr) sums->rows += counted_rows(targets);
-  const bool grad = torch::GradMode::is_enabled();
-  return DistillFunction::apply(hidden, head.weight, head.softcap, teacher_hidden.detach(),
-                                teacher_head.weight.detach(), teacher_head.softcap, targets.contiguous(), loss.tau,
-                                loss.kl_weight, loss.ce_weight, scale, reinterpret_cast<std::int64_t>(sums),
-                                grad && hidden.requires_grad(), grad && head.weight.requires_grad());
+  begin_loss(targets_any, head, sums);
+  const Tensor targets = targets_any.contiguous(), x = teacher_hidden.detach().to(hidden.scalar_type());
+  const OutputHead taught(teacher_head.weight.detach().to(hidden.scalar_type()), teacher_head.softcap);
+  return loss_over_head(hidden, head, [&](std::int64_t begin, std::int64_t count, Tensor& logits) {
+    Tensor teacher = head_rows(x, taught, begin, count), kl, ce;
+    distill_rows(logits, teacher, targets.narrow(0, begin, count), loss, scale, kl, ce);
+    const double kl_sum = sum_in_order(kl), ce_sum = sum_in_order(ce);
+    if (sums != nullptr) {
+      sums->kl += kl_sum;
+      sums->ce += ce_sum;
+    }
+    return scale * (loss.kl_weight * loss.tau * loss.tau * kl_sum + loss.ce_weight * ce_sum);
+  });
 }
 
 Tensor topk_distill_loss(const Tensor& hidden, const OutputHead& head, const Tensor& index, const Tensor& log_prob,
-                         const Tensor& targets, const DistillLoss& loss, double scale, LossSums* sums) {
-  require_targets(targets, head.weight);
-  if (sums != nullptr) sums->rows += counted_rows(targets);
-  const bool grad = torch::GradMode::is_enabled();
-  return TopkFunction::apply(hidden, head.weight, head.softcap, index, log_prob, targets.contiguous(), loss.kl_weight,
-                             loss.ce_weight, scale, reinterpret_cast<std::int64_t>(sums),
-                             grad && hidden.requires_grad(), grad && head.weight.requires_grad());
+                         const Tensor& targets_any, const DistillLoss& loss, double scale, LossSums* sums) {
+  begin_loss(targets_any, head, sums);
+  const Tensor targets = targets_any.contiguous();
+  return loss_over_head(hidden, head, [&](std::int64_t begin, std::int64_t count, Tensor& logits) {
+    Tensor kl, ce;
+    topk_rows(logits, index.narrow(0, begin, count), log_prob.narrow(0, begin, count), targets.narrow(0, begin, count),
+              loss, scale, kl, ce);
+    const double kl_sum = sum_in_order(kl), ce_sum = sum_in_order(ce);
+    if (sums != nullptr) {
+      sums->kl += kl_sum;
+      sums->ce += ce_sum;
+    }
+    return scale * (loss.kl_weight * kl_sum + loss.ce_weight * ce_sum);
+  });
 }
 
 Tensor row_divergences(const Tensor& hidden, const OutputHead& head, const Tensor& teacher_hidden,
                        const OutputHead& teacher_head, const Tensor& targets) {
   const torch::NoGradGuard no_grad;
-  require_targets(targets, head.weight);
+  begin_loss(targets, head, nullptr);
   const std::int64_t n = hidden.size(0), chunk = chunk_rows(head.weight.size(0));
   const Tensor index = targets.contiguous();
   std::vector<Tensor> parts;
   for (std::int64_t begin = 0; begin < n; begin += chunk) {
     const std::int64_t count = std::min(chunk, n - begin);
-    Tensor student = capped(torch::mm(hidden.narrow(0, begin, count), head.weight.t()), head.softcap);
-    Tensor teacher =
-        capped(torch::mm(teacher_hidden.narrow(0, begin, count), teacher_head.weight.t()), teacher_head.softcap);
+    Tensor student = head_rows(hidden, head, begin, count), teacher = head_rows(teacher_hidden, teacher_head, begin, count);
     Tensor kl, ce;
     distill_rows(student, teacher, index.narrow(0, begin, count), DistillLoss{}, 0.0, kl, ce);
     parts.push_back(kl);
@@ -310,13 +238,13 @@ Tensor row_divergences(const Tensor& hidden, const OutputHead& head, const Tenso
 
 Tensor row_losses(const Tensor& hidden, const OutputHead& head, const Tensor& targets) {
   const torch::NoGradGuard no_grad;
-  require_targets(targets, head.weight);
+  begin_loss(targets, head, nullptr);
   const std::int64_t n = hidden.size(0), chunk = chunk_rows(head.weight.size(0));
   const Tensor index = targets.contiguous();
   std::vector<Tensor> parts;
   for (std::int64_t begin = 0; begin < n; begin += chunk) {
     const std::int64_t count = std::min(chunk, n - begin);
-    Tensor logits = capped(torch::mm(hidden.narrow(0, begin, count), head.weight.t()), head.softcap);
+    Tensor logits = head_rows(hidden, head, begin, count);
     parts.push_back(cross_entropy_rows(logits, index.narrow(0, begin, count), 0.0));
   }
   return torch::cat(parts);

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/uniform.h"
+
 namespace pare {
 namespace {
 
@@ -10,18 +12,10 @@ using torch::Tensor;
 
 constexpr std::int64_t kLabelRows = 64;  // logits that are held at a time, in positions
 
-// Uniform in (0, 1): SplitMix64 of the place.
-double uniform(std::uint64_t seed, std::uint64_t place) {
-  std::uint64_t z = seed + (place + 1) * 0x9e3779b97f4a7c15ull;
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-  z ^= z >> 31;
-  return (static_cast<double>(z >> 11) + 0.5) * 0x1p-53;
-}
-
 }  // namespace
 
-Tensor sampled_labels(Decoder& decoder, const Tensor& hidden, std::uint64_t seed, std::uint64_t first_place) {
+Tensor sampled_labels(Decoder& decoder, const Tensor& hidden, std::uint64_t seed, std::uint64_t first_place,
+                      std::int64_t among) {
   const torch::NoGradGuard no_grad;
   const std::int64_t n = hidden.size(0);
   Tensor labels = torch::zeros({n}, torch::kLong);
@@ -29,13 +23,13 @@ Tensor sampled_labels(Decoder& decoder, const Tensor& hidden, std::uint64_t seed
     const std::int64_t count = std::min(kLabelRows, n - first);
     const Tensor logits =
         decoder->head_logits(hidden.narrow(0, first, count)).to(torch::kCPU, torch::kFloat).contiguous();
-    const std::int64_t vocab = logits.size(1);
+    const std::int64_t width = logits.size(1), vocab = among > 0 ? among : width;
     for (std::int64_t i = 0; i < count; ++i) {
-      const float* row = logits.data_ptr<float>() + i * vocab;
+      const float* row = logits.data_ptr<float>() + i * width;
       const float top = *std::max_element(row, row + vocab);
       double sum = 0;
       for (std::int64_t v = 0; v < vocab; ++v) sum += std::exp(static_cast<double>(row[v] - top));
-      double left = uniform(seed, first_place + static_cast<std::uint64_t>(first + i)) * sum;
+      double left = uniform_at(seed, first_place + static_cast<std::uint64_t>(first + i)) * sum;
       std::int64_t label = 0;
       for (; label + 1 < vocab; ++label) {
         left -= std::exp(static_cast<double>(row[label] - top));

@@ -9,6 +9,8 @@ namespace pare {
 
 // One label for each row of `hidden` [n, width], drawn from the model's distribution there: int64 [n], on the device of
 // `hidden`. Draws depend on the seed and on first_place + row only.
-torch::Tensor sampled_labels(Decoder& decoder, const torch::Tensor& hidden, std::uint64_t seed, std::uint64_t first_place);
+// vocab > 0: from the first ids alone.
+torch::Tensor sampled_labels(Decoder& decoder, const torch::Tensor& hidden, std::uint64_t seed, std::uint64_t first_place,
+                             std::int64_t vocab = 0);
 
 }  // namespace pare

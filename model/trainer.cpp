@@ -241,7 +241,7 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
   const torch::Device device = parse_device(s.device);
   const PreparedThreads prepared(run.threads);
   job.decoder->to(device);
-  FlatParameters flat(job.decoder, s.keep_zeros, device);
+  FlatParameters flat(job.decoder, s.keep_zeros, device, job.companions);
   if (flat.kept_zeros() > 0)
     run.progress->note("keeping " + std::to_string(flat.kept_zeros()) + " pruned zeros at zero");
   const auto matmul = s.precision == "bf16" ? torch::kBFloat16 : torch::kFloat;
@@ -307,7 +307,8 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
       throw_if_interrupted(job.stage + " at step " + std::to_string(step), resume_hint);
     }
     job.decoder->set_matmul_dtype(matmul);
-    const Batch batch = job.data->next(s.batch);
+    Batch batch = job.data->next(s.batch);
+    if (job.prepare) job.prepare(batch, step);
     LossSums sums;
     double loss = 0;
     flat.clear_gradients();

@@ -66,7 +66,10 @@ struct TrainingJob {
   BatchStream* data = nullptr;
   std::vector<HeldOut> held_out;
   TrainerSettings settings;
+  std::function<void(Batch& batch, std::int64_t step)> prepare = {};  // may change what a step learns from
   LossFn loss;
+  // Trained with the decoder, decayed as its matrices, in the state file but not in the decoder: the loss holds them.
+  std::vector<torch::Tensor> companions = {};
   Json echo;                        // what a resumed run must agree with
   fs::path work;                    // state file, curve
 };

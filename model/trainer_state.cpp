@@ -17,28 +17,34 @@ constexpr double kPrunedShare = 0.05;  // exact zeros never come in such numbers
 
 }  // namespace
 
-FlatParameters::FlatParameters(Decoder& decoder, const std::string& keep_zeros, const torch::Device& device) {
+FlatParameters::FlatParameters(Decoder& decoder, const std::string& keep_zeros, const torch::Device& device,
+                               const std::vector<torch::Tensor>& companions) {
   const torch::NoGradGuard no_grad;
   const auto specs = expected_tensors(decoder->config());
   std::int64_t total = 0;
-  for (const TensorSpec& spec : specs) {
-    const std::int64_t count = decoder->tensor(spec.name).numel();
-    const bool matrix = spec.role != TensorRole::kNorm && spec.role != TensorRole::kBias;
+  const auto reserve = [&](std::int64_t count, bool matrix) {
     ranges_.push_back({total, count, matrix});
     total += (count + 15) / 16 * 16;  // every parameter begins on 64 bytes
-  }
+  };
+  for (const TensorSpec& spec : specs)
+    reserve(decoder->tensor(spec.name).numel(), spec.role != TensorRole::kNorm && spec.role != TensorRole::kBias);
+  for (const torch::Tensor& companion : companions) reserve(companion.numel(), true);
   const auto options = torch::TensorOptions(device).dtype(torch::kFloat);
   w_ = torch::zeros({total}, options);
   g_ = torch::zeros({total}, options);
   m_ = torch::zeros({total}, options);
   v_ = torch::zeros({total}, options);
-  for (std::size_t i = 0; i < specs.size(); ++i) {
-    torch::Tensor& parameter = decoder->tensor(specs[i].name);
-    const Range& range = ranges_[i];
+  const auto adopt = [&](torch::Tensor parameter, const Range& range) {
     const torch::Tensor view = w_.narrow(0, range.begin, range.count).view(parameter.sizes());
     view.copy_(parameter);
     parameter.set_data(view);
     parameter.mutable_grad() = g_.narrow(0, range.begin, range.count).view(parameter.sizes());
+    return view;
+  };
+  for (std::size_t i = 0; i < companions.size(); ++i) adopt(companions[i], ranges_[specs.size() + i]);
+  for (std::size_t i = 0; i < specs.size(); ++i) {
+    const Range& range = ranges_[i];
+    const torch::Tensor view = adopt(decoder->tensor(specs[i].name), range);
     if (specs[i].role != TensorRole::kLinear || keep_zeros == "off") continue;
     const torch::Tensor zero = view == 0;
     const auto zeros = zero.sum().item<std::int64_t>();

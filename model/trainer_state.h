@@ -18,7 +18,9 @@ class FlatParameters {
  public:
   // Moves the decoder's parameters into the flat storage (they become views). keep_zeros: "on" keeps every exact zero
   // of the linear weights at zero, "auto" does so for a linear with more than 5 % of them, "off" never.
-  FlatParameters(Decoder& decoder, const std::string& keep_zeros, const torch::Device& device);
+  // companions: further matrices, trained alike.
+  FlatParameters(Decoder& decoder, const std::string& keep_zeros, const torch::Device& device,
+                 const std::vector<torch::Tensor>& companions = {});
   void clear_gradients();
   double gradient_norm() const;
   // One AdamW step; weight decay on matrices only. t counts from 1.

@@ -186,7 +186,7 @@ TEST_F(LogitCacheTest, DamagedFilesNeverCrash) {
       std::string damaged = bytes;
       if (round % 3 == 0) {
         damaged.resize(512 + random() % (bytes.size() - 512));
-        const std::string head = "pare-logit-cache 1 bytes " + std::to_string(damaged.size()) + "\n";
+        const std::string head = "pare-logit-cache 2 bytes " + std::to_string(damaged.size()) + "\n";
         std::fill(damaged.begin(), damaged.begin() + 512, '\0');
         std::copy(head.begin(), head.end(), damaged.begin());
       } else {

@@ -1,4 +1,5 @@
 // The whole chain on the tiny models of every family: prune, quantize, export, verify, run.
+#include "tests/compress/run_stage.h"
 #include "tests/families.h"
 
 #include <gtest/gtest.h>
@@ -23,15 +24,7 @@
 namespace pare {
 namespace {
 
-Json run_stage(const Command& command, const Json& given) {
-  Progress progress(true);
-  Context context;
-  context.json = true;
-  context.quiet = true;
-  context.threads = 1;
-  context.progress = &progress;
-  return command.run(Options(command.options, given, "test"), context);
-}
+using testing::run_stage;
 
 std::vector<float> all_logits(LogitsSource& source, std::span<const std::int32_t> ids) {
   std::vector<float> logits(ids.size() * static_cast<std::size_t>(source.vocab_size()));
