@@ -18,12 +18,12 @@ using testing::with_text;
 
 TEST(PruneBytes, SameTwiceAndAtOneAndTwoThreads) {
   const Folder folder("bytes");
-  make_model(folder / "m", {.mlp_bias = true, .dtype = "float16"});
+  make_model(folder / "m", {.hidden = 64, .mlp_bias = true, .dtype = "float16"});
   for (const auto& [method, key, value] : std::vector<std::tuple<std::string, std::string, Json>>{
-           {"wanda", "sparsity", 0.5}, {"random", "sparsity", 0.5}, {"depth", "remove", 2}, {"ffn-width", "ffn", 64}}) {
+           {"wanda", "sparsity", 0.5}, {"random", "sparsity", 0.5}, {"shape", "layers", 2}, {"shape", "hidden", 32}}) {
     std::vector<std::string> hashes, reports;
     for (const int threads : {1, 2, 2}) {
-      const fs::path out = folder / (method + std::to_string(hashes.size()));
+      const fs::path out = folder / (method + key + std::to_string(hashes.size()));
       Json options = with_text(base(folder / "m", out, method), folder / "text.txt");
       options[key] = value;
       reports.push_back(run_prune(options, threads).report.to_json().dump());
@@ -59,7 +59,7 @@ TEST_P(PruneResume, AKilledRunContinuesToTheSameBytes) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");
   const auto& [method, key, value] = GetParam();
   // The child of a thread-safe death test runs this test from its top: same names, same bytes.
-  const fs::path folder = fs::temp_directory_path() / ("pare-prune-resume-" + method);
+  const fs::path folder = fs::temp_directory_path() / ("pare-prune-resume-" + method + key);
   fs::remove_all(folder);
   fs::create_directories(folder);
   make_model(folder / "m", {.hidden = 64, .intermediate = 192, .layers = 6, .dtype = "bfloat16"});
@@ -85,12 +85,10 @@ TEST_P(PruneResume, AKilledRunContinuesToTheSameBytes) {
 INSTANTIATE_TEST_SUITE_P(Methods, PruneResume,
                          ::testing::Values(std::tuple{"magnitude", "sparsity", Json(0.5)},
                                            std::tuple{"wanda", "sparsity", Json(0.5)},
-                                           std::tuple{"depth", "remove", Json(2)},
-                                           std::tuple{"ffn-width", "ffn", Json(96)}),
+                                           std::tuple{"shape", "layers", Json(4)},
+                                           std::tuple{"shape", "hidden", Json(32)}),
                          [](const auto& info) {
-                           std::string name = std::get<0>(info.param);
-                           std::erase(name, '-');
-                           return name;
+                           return std::get<0>(info.param) + "_" + std::get<1>(info.param);
                          });
 
 }  // namespace
