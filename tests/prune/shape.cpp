@@ -180,40 +180,6 @@ TEST(PruneShape, ExpertsThatNoTokenHearsGo) {
   }
 }
 
-// What is measured beats the nulls, and the refit beats the bare cut, of each kind of part.
-TEST(PruneShape, MeasuredBeatsRandomAndRefitBeatsNone) {
-  const Folder folder("nulls");
-  make_model(folder / "m", {.hidden = 64, .seed = 4}, [](const TensorSpec& spec, std::vector<float>& values) {
-    // Parts that matter and parts that do not: some inputs of o and down and some channels are quiet.
-    const auto quiet = [](std::int64_t i) { return i / 16 % 2 == 0 ? 1.0f : 0.25f; };
-    const std::int64_t cols = spec.shape.back();
-    if (spec.module == "mlp.down_proj" || spec.module == "self_attn.o_proj")
-      for (std::size_t i = 0; i < values.size(); ++i)
-        values[i] *= quiet(static_cast<std::int64_t>(i) % cols) * quiet(static_cast<std::int64_t>(i) / cols);
-    if (spec.role == TensorRole::kEmbedding)
-      for (std::size_t i = 0; i < values.size(); ++i) values[i] *= quiet(static_cast<std::int64_t>(i) % cols);
-  });
-  int number = 0;
-  for (const Json& asked : {Json{{"ffn", 64}}, Json{{"kv-heads", 1}}, Json{{"heads", 2}}, Json{{"hidden", 32}}}) {
-    const auto kl = [&](const Json& more) {
-      Json options = shape(folder, "out" + std::to_string(number++), asked);
-      options.update(more);
-      return run_prune(options).after("calibration mean_kl");
-    };
-    const double measured = kl({{"no-correction", true}}), refitted = kl(Json::object());
-    double random = 0;
-    for (const std::uint64_t seed : {1, 2, 3}) {
-      Json options = shape(folder, "out" + std::to_string(number++), asked);
-      options["rank-by"] = "random";
-      options["no-correction"] = true;
-      random += run_prune(options, 1, seed).after("calibration mean_kl") / 3;
-    }
-    EXPECT_LT(measured, random) << asked;
-    EXPECT_LT(refitted, measured) << asked;
-    EXPECT_GT(kl({{"no-correction", true}, {"rank-by", "weights"}}), 0.0) << asked;
-  }
-}
-
 TEST(PruneShape, RefusesShapesThatTheModelCannotHave) {
   const Folder folder("refuse");
   make_model(folder / "m");  // hidden 32, 4 heads of 8, 2 of keys, 96 neurons, 4 blocks
@@ -239,6 +205,9 @@ TEST(PruneShape, RefusesShapesThatTheModelCannotHave) {
   refused({{"hidden", 24}, {"multiple-of", 1}, {"kv-heads", 1}, {"ffn", 200}}, "the model has 96 neurons");
   refused({{"hidden", 30}, {"multiple-of", 2}}, "only where --hidden is a multiple of --heads: 30 and 4");
   refused({{"experts", 2}}, "--experts: the model has none");
+  refused({{"max-params", 10}}, "parameters: the search goes down to half");
+  refused({{"max-params", 10000000}}, "fewer than the model's");
+  refused({{"max-params", 40000}, {"layers", 3}}, "--max-params and --layers");
   refused({{"ffn", 64}, {"sparsity", 0.5}}, "no use for --sparsity");
   refused({{"ffn", 64}, {"no-correction", true}, {"damping", 0.1}}, "no use for --damping");
   refused({{"ffn", 64}, {"rank-by", "size"}}, "rank-by");
