@@ -1,10 +1,10 @@
-// Removing whole decoder blocks: the ones without which the predictions change least, measured, one at a time.
+#include "prune/depth.h"
+
 #include <algorithm>
 #include <numeric>
 
 #include "core/error.h"
 #include "prune/measure.h"
-#include "prune/method.h"
 
 namespace pare {
 namespace {
@@ -111,18 +111,10 @@ class CostMeter {
   int side_by_side_;
 };
 
-ModelConfig shorter(const ModelConfig& config, const Options& options) {
-  const auto remove = options.get<std::int64_t>("remove");
-  if (remove >= config.num_layers)
-    throw usage_error("--remove", "fewer than the model's " + std::to_string(config.num_layers) + " blocks",
-                      std::to_string(remove));
-  std::vector<int> kept(static_cast<std::size_t>(config.num_layers - remove));
-  std::iota(kept.begin(), kept.end(), 0);
-  return with_layers(config, kept);
-}
+}  // namespace
 
-void run(PruneJob& job) {
-  const auto rounds = static_cast<int>(job.options.get<std::int64_t>("remove"));
+std::vector<int> choose_blocks(PruneJob& job, int keep, bool report) {
+  const int rounds = static_cast<int>(job.model.config().num_layers) - keep;
   const fs::path file = job.state / "depth.json";
   Json choices = fs::exists(file) ? read_json(file) : Json::array();
   std::vector<int> alive(static_cast<std::size_t>(job.model.config().num_layers));
@@ -133,70 +125,35 @@ void run(PruneJob& job) {
     if (static_cast<std::size_t>(round) < choices.size()) {
       choice = from_json(choices[static_cast<std::size_t>(round)], file.string());
     } else {
-      if (!meter) {
-        for (const TensorSpec& spec : job.model.tensors()) {  // a NaN would make every cost NaN
-          read_finite(job.model, spec.name);
-          job.model.release(spec.name);
-        }
-        meter = std::make_unique<CostMeter>(job);
-      }
+      if (!meter) meter = std::make_unique<CostMeter>(job);
       choice = meter->measure(alive, round, rounds);
       choices.push_back(to_json(choice));
       write_text(file, choices.dump());
     }
     std::erase(alive, choice.block);
-    for (std::size_t i = 0; i < choice.candidates.size(); ++i)
+    for (std::size_t i = 0; report && i < choice.candidates.size(); ++i)
       job.context.report.add({"prune",
                               "mean_kl without block " + std::to_string(choice.candidates[i]) +
                                   (choice.candidates[i] == choice.block ? " (removed)" : "") + ", round " +
                                   std::to_string(round + 1),
                               std::nullopt, choice.costs[i], "nats", choice.errors[i]});
   }
-  meter.reset();
-
-  const ModelConfig config = with_layers(job.model.config(), alive);
-  CheckpointWriter writer(job.work, config, job.dtype);
-  for (int layer = 0; layer < static_cast<int>(alive.size()); ++layer) {
-    throw_if_interrupted("prune", "run the same command again");
-    if (writer.has_piece(block_piece(layer))) continue;
-    const int from = alive[static_cast<std::size_t>(layer)];
-    const std::string prefix = block_tensor(from, "");
-    writer.begin_piece(block_piece(layer));
-    for (const TensorSpec& spec : job.model.tensors()) {
-      if (spec.layer != from) continue;
-      writer.put(block_tensor(layer, spec.name.substr(prefix.size())), read_finite(job.model, spec.name).data());
-      job.model.release(spec.name);
-    }
-    writer.end_piece();
-  }
-  copy_outer_tensors(job, writer);
-  writer.copy_side_files(job.model.folder());
-  writer.finish();
+  return alive;
 }
 
-std::uint64_t peak(const ModelConfig& config, const Options& options, const fs::path&) {
-  const auto samples = options.get<std::int64_t>("samples"), length = window_length(config, options);
-  const std::uint64_t streams = (config.has_experts() ? 2 : 1) * static_cast<std::uint64_t>(std::min<std::int64_t>(
-      group_size(config, samples, length), config.num_layers));
-  return compare_peak_bytes(config, samples, length, std::min<std::int64_t>(group_size(config, samples, length),
-                                                                            config.num_layers)) +
-         streams * stream_bytes(config, samples, length);
+std::uint64_t choose_blocks_peak_bytes(const ModelConfig& config, std::int64_t samples, std::int64_t length) {
+  const std::int64_t together = std::min<std::int64_t>(group_size(config, samples, length), config.num_layers);
+  const auto streams = static_cast<std::uint64_t>((config.has_experts() ? 2 : 1) * together);
+  return compare_peak_bytes(config, samples, length, together) + streams * stream_bytes(config, samples, length);
 }
 
-double passes(const ModelConfig& config, const Options& options) {
+double choose_blocks_passes(const ModelConfig& config, std::int64_t keep) {
   double blocks = 0;
-  for (std::int64_t round = 0; round < options.get<std::int64_t>("remove"); ++round) {
-    const auto alive = static_cast<double>(config.num_layers - round);
+  for (std::int64_t count = config.num_layers; count > keep; --count) {
+    const auto alive = static_cast<double>(count);
     blocks += static_cast<double>(config.num_layers) + alive * (alive - 1) / 2 + alive;  // the original first
   }
   return blocks / static_cast<double>(config.num_layers);
-}
-
-}  // namespace
-
-PruneMethod depth_method() {
-  return {"depth", "remove the blocks whose removal changes the predictions least, one at a time", true, {"remove"}, {},
-          shorter, run, peak, passes};
 }
 
 }  // namespace pare

@@ -47,9 +47,8 @@ PruneMethod magnitude_method();
 PruneMethod wanda_method();
 PruneMethod sparsegpt_method();
 PruneMethod random_method();
-// depth.cpp, width.cpp
-PruneMethod depth_method();
-PruneMethod ffn_width_method();
+// shape_method.cpp
+PruneMethod shape_method();
 
 // --context, or its default for this model.
 std::int64_t window_length(const ModelConfig& config, const Options& options);

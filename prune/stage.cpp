@@ -47,25 +47,51 @@ std::vector<OptionDecl> option_table() {
        .help = "with --sparsity: uniform (default), or owl: blocks in which more weights are outliers by |w| * input "
                "norm lose less",
        .choices = {"uniform", "owl"}},
-      {.name = "remove",
+      {.name = "layers",
        .type = OptionType::kInteger,
-       .help = "depth: number of decoder blocks to remove",
+       .help = "shape: decoder blocks to keep; those go without which the predictions change least",
+       .minimum = 1},
+      {.name = "heads",
+       .type = OptionType::kInteger,
+       .help = "shape: query heads to keep in every block, the same number of each group that shares keys and values",
+       .minimum = 1},
+      {.name = "kv-heads",
+       .type = OptionType::kInteger,
+       .help = "shape: heads of keys and values to keep in every block; without --heads with all their query heads",
        .minimum = 1},
       {.name = "ffn",
        .type = OptionType::kInteger,
-       .help = "ffn-width: MLP neurons to keep in every block, rounded up to --multiple-of",
+       .help = "shape: MLP neurons to keep in every block (of every expert), rounded up to --multiple-of",
+       .minimum = 1},
+      {.name = "hidden",
+       .type = OptionType::kInteger,
+       .help = "shape: channels of the residual stream to keep, rounded up to --multiple-of",
+       .minimum = 1},
+      {.name = "experts",
+       .type = OptionType::kInteger,
+       .help = "shape: experts to keep in every block",
+       .minimum = 1},
+      {.name = "max-params",
+       .type = OptionType::kInteger,
+       .help = "shape: instead of all these, the shape of at most so many parameters that measures best: tries blocks, "
+               "heads, neurons, channels and experts down to half of each, and takes the cheapest combination",
        .minimum = 1},
       {.name = "multiple-of",
        .type = OptionType::kInteger,
-       .help = "ffn-width: multiple that the kept neurons are rounded up to (default 32)",
+       .help = "shape: multiple of the widths that linears read, for codecs and loaders (default 32)",
        .minimum = 1},
+      {.name = "rank-by",
+       .type = OptionType::kText,
+       .help = "shape: what decides what goes: measured (on the text, default), weights (their norms) or random (by "
+               "the seed); the last two to compare with",
+       .choices = {"measured", "weights", "random"}},
       {.name = "no-correction",
        .type = OptionType::kFlag,
-       .help = "ffn-width: leave down_proj as it is instead of refitting it to the kept neurons",
+       .help = "shape: leave kept weights as they are instead of refitting them to what is left",
        .default_value = false},
       {.name = "damping",
        .type = OptionType::kNumber,
-       .help = "sparsegpt, --reconstruct, ffn-width: damping of the refit, relative to the mean second moment (default "
+       .help = "sparsegpt, --reconstruct, shape: damping of the refit, relative to the mean second moment (default "
                "0.01)",
        .minimum = 1e-9,
        .maximum = 100.0},
@@ -124,10 +150,11 @@ void check_options(const PruneMethod& method, const Options& options) {
     given += is_set(options, name) ? 1 : 0;
     names += (names.empty() ? "--" : " or --") + name;
   }
-  if (given != 1)
+  if (given != 1 && !method.needs.empty())
     problems.push_back(given == 0 ? "needs " + names : "takes one of " + names + ", not both");
-  for (const char* name : {"sparsity", "pattern", "reconstruct", "allocation", "remove", "ffn", "multiple-of",
-                           "no-correction", "damping"}) {
+  for (const char* name :
+       {"sparsity", "pattern", "reconstruct", "allocation", "layers", "heads", "kv-heads", "ffn", "hidden", "experts",
+        "max-params", "multiple-of", "rank-by", "no-correction", "damping"}) {
     const auto in = [&](const std::vector<std::string>& list) {
       return std::find(list.begin(), list.end(), name) != list.end();
     };
@@ -371,10 +398,11 @@ StagePlan plan(const Options& options, const PlannedModel& input) {
                            : 0;
   const double cores = std::max(1u, std::thread::hardware_concurrency());
   std::vector<std::string> notes;
-  if (result.intermediate_size != config.intermediate_size &&
-      options.has("ffn") && result.intermediate_size != options.get<std::int64_t>("ffn"))
-    notes.push_back("--ffn rounded up to " + std::to_string(result.intermediate_size));
+  for (const auto& [option, width] : {std::pair{"ffn", result.intermediate_size}, {"hidden", result.hidden_size}})
+    if (options.has(option) && width != options.get<std::int64_t>(option))
+      notes.push_back("--" + std::string(option) + " rounded up to " + std::to_string(width));
   if (!text) notes.push_back("no --text: the result is not measured");
+  if (options.has("max-params")) notes.push_back("the shape is searched: its size is the largest that may be found");
   memory.add_note(notes);
   return {flop / (2e10 * cores) + static_cast<double>(parameters) * 1e-8, memory.peak,
           static_cast<std::uint64_t>(parameter_count(result)) * dtype_bytes(input.dtype), std::move(notes),
@@ -385,7 +413,7 @@ StagePlan plan(const Options& options, const PlannedModel& input) {
 
 const std::vector<PruneMethod>& prune_methods() {
   static const std::vector<PruneMethod> table = {magnitude_method(), wanda_method(), sparsegpt_method(),
-                                                 random_method(),    depth_method(), ffn_width_method()};
+                                                 random_method(), shape_method()};
   return table;
 }
 
@@ -450,7 +478,7 @@ void copy_outer_tensors(const PruneJob& job, CheckpointWriter& writer) {
 Command prune_command() {
   Command command;
   command.name = "prune";
-  command.summary = "Remove weights, MLP neurons or whole blocks, and measure what that costs";
+  command.summary = "Remove weights, or blocks, heads, neurons and channels, and measure what that costs";
   command.options = option_table();
   command.run = run;
   command.plan = plan;

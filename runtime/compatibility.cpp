@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <map>
 
+#include "core/arch/arch.h"
 #include "core/error.h"
 #include "core/placement.h"
 #include "runtime/gguf_export.h"
@@ -134,8 +135,7 @@ class Judge {
 
   Compatibility transformers() const {
     Compatibility answer{.target = "transformers", .how = folder_first(), .reasons = {}};
-    const bool strict = config_.family == "llama" || config_.family == "gemma2" || config_.family == "gpt_neox";
-    if (strict && config_.hidden_size % config_.num_heads != 0) {
+    if (find_family(config_.family)->heads_divide_width && config_.hidden_size % config_.num_heads != 0) {
       answer.loads = Answer::kNo;
       answer.fast = Answer::kNo;
       answer.reasons.push_back("version 5 wants hidden_size to be a multiple of the heads: " +

@@ -51,6 +51,7 @@ struct Family {
   bool plain_gelu = false;         // down(act(up)), act a GELU of either form: nothing else is known there
   bool rotates = true;             // false: config.json says nothing about rotary positions
   bool heads_share_width = false;  // head_dim is hidden / heads, every head has its key and value: no keys for that
+  bool heads_divide_width = false;  // transformers 5 refuses a hidden_size that is no multiple of the heads
   std::int64_t inner_of_hidden = 0;  // intermediate_size where it is missing, in hidden sizes; 0: it must be there
   FamilyKeys keys{};
   // core/placement.h; null: tensors stand in files as they are.

@@ -112,7 +112,8 @@ const Family kGemma2 = {.name = "gemma2",
                         .default_tied = true,
                         .activation_key = "hidden_activation",
                         .default_activation = "gelu_pytorch_tanh",
-                        .reads_layer_types = true};
+                        .reads_layer_types = true,
+                        .heads_divide_width = true};
 
 const Family kGemma3 = {.name = "gemma3_text",
                         .architecture = "Gemma3ForCausalLM",
@@ -127,6 +128,7 @@ const Family kGemma3 = {.name = "gemma3_text",
                         .activation_key = "hidden_activation",
                         .default_activation = "gelu_pytorch_tanh",
                         .reads_layer_types = true,
-                        .rope_by_kind = true};
+                        .rope_by_kind = true,
+                        .heads_divide_width = true};
 
 }  // namespace pare

@@ -18,6 +18,7 @@ void write(const ModelConfig& config, Json& out) {
 }  // namespace
 
 const Family kLlama = {
-    .name = "llama", .architecture = "LlamaForCausalLM", .read = read, .write = write, .default_eos = 2};
+    .name = "llama", .architecture = "LlamaForCausalLM", .read = read, .write = write, .default_eos = 2,
+    .heads_divide_width = true};
 
 }  // namespace pare

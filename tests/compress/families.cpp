@@ -8,6 +8,7 @@
 #include <cmath>
 #include <map>
 
+#include "core/arch/arch.h"
 #include "core/compact.h"
 #include "core/context.h"
 #include "core/error.h"
@@ -16,6 +17,7 @@
 #include "model/decoder.h"
 #include "model/logits.h"
 #include "prune/prune.h"
+#include "prune/shape.h"
 #include "quantize/quantize.h"
 #include "runtime/engine.h"
 #include "runtime/export.h"
@@ -139,8 +141,8 @@ TEST_P(FamilyChain, GptqExportVerifyRun) {
   EXPECT_EQ(session.position(), length);
 }
 
-// The methods that change the shape, on a model whose tokenizer can read text; what is left runs in both forwards.
-TEST_P(FamilyChain, PrunedInDepthAndWidthBothForwardsAgree) {
+// What prune leaves of a model whose tokenizer can read text runs in both forwards.
+TEST_P(FamilyChain, PrunedToASmallerShapeBothForwardsAgree) {
   const fs::path model = scratch_ / "model";
   Json json = golden_.at("config");
   json["vocab_size"] = 300;
@@ -154,29 +156,40 @@ TEST_P(FamilyChain, PrunedInDepthAndWidthBothForwardsAgree) {
     given.update(more);
     return run_stage(prune_command(), given);
   };
-  prune("depth", {{"remove", 1}});
   prune("wanda", {{"sparsity", 0.25}});
   prune("sparsegpt", {{"sparsity", 0.25}, {"reconstruct", true}, {"allocation", "owl"}});
-  std::vector<std::string> methods = {"depth", "wanda", "sparsegpt"};
-  EXPECT_EQ(Checkpoint(scratch_ / "depth").config().num_layers, config.num_layers - 1);
-  const Json narrower = {{"ffn", 16}, {"multiple-of", 16}};
-  if (config.has_experts()) {
-    try {
-      prune("ffn-width", narrower);
-      ADD_FAILURE() << "experts have no common width to prune";
-    } catch (const Error& error) {
-      EXPECT_EQ(error.code(), ExitCode::kUsage);
-      EXPECT_NE(std::string(error.what()).find("experts"), std::string::npos) << error.what();
-    }
-    EXPECT_FALSE(fs::exists(scratch_ / "ffn-width"));
-  } else {
-    prune("ffn-width", narrower);
-    methods.push_back("ffn-width");
-    EXPECT_EQ(Checkpoint(scratch_ / "ffn-width").config().intermediate_size, 16);
+  std::vector<std::string> outs = {"wanda", "sparsegpt"};
+  const auto shape = [&](const std::string& out, Json asked) {
+    asked["out"] = (scratch_ / out).string();
+    asked["multiple-of"] = 4;
+    prune("shape", asked);
+    outs.push_back(out);
+    return Checkpoint(scratch_ / out).config();
+  };
+  EXPECT_EQ(shape("shorter", {{"layers", config.num_layers - 1}}).num_layers, config.num_layers - 1);
+  EXPECT_EQ(shape("narrower", {{"ffn", 16}}).intermediate_size, 16);
+  // Everything at once. Without a width of heads in config.json the channels follow the heads.
+  const bool shares = find_family(config.family)->heads_share_width;
+  const std::int64_t group = config.num_heads / config.num_kv_heads;
+  const std::int64_t kv = config.num_kv_heads > 1 ? config.num_kv_heads / 2 : 1;
+  const std::int64_t heads = config.num_kv_heads > 1 ? kv * group : group / 2;
+  const std::int64_t hidden = shares ? heads * config.head_dim : config.hidden_size / 4 * 3;
+  Json all = {{"layers", config.num_layers - 1}, {"ffn", 16}, {"heads", heads}, {"hidden", hidden}};
+  if (kv < config.num_kv_heads) all["kv-heads"] = kv;
+  if (config.experts.count > config.experts.per_token) all["experts"] = config.experts.count - 1;
+  const ModelConfig small = shape("smaller", all);
+  EXPECT_EQ(shape_of(small), (Shape{config.num_layers - 1, heads, kv, 16, hidden,
+                                    config.experts.count - (all.contains("experts") ? 1 : 0)}));
+  EXPECT_EQ(small.head_dim, config.head_dim);
+  for (const std::string& out : outs) {
+    const auto [folder, file] = both(scratch_ / out);
+    EXPECT_LT(largest_difference(folder, file), 1e-3) << out;
   }
-  for (const std::string& method : methods) {
-    const auto [folder, file] = both(scratch_ / method);
-    EXPECT_LT(largest_difference(folder, file), 1e-3) << method;
+  if (shares) {
+    all.erase("hidden");
+    all["out"] = (scratch_ / "refused").string();
+    EXPECT_THROW(prune("shape", all), Error) << "config.json cannot say how wide these heads are";
+    EXPECT_FALSE(fs::exists(scratch_ / "refused"));
   }
 }
 
@@ -251,7 +264,7 @@ TEST(FusedFamily, NarrowsLikeSeparateTensors) {
     write_text(scratch / "text.txt", tiny_text());
     run_stage(prune_command(), {{"model", (scratch / name).string()},
                                 {"out", (scratch / ("pruned-" + name)).string()},
-                                {"method", "ffn-width"},
+                                {"method", "shape"},
                                 {"ffn", 20},
                                 {"multiple-of", 1},
                                 {"text", {(scratch / "text.txt").string()}},

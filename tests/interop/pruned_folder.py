@@ -5,7 +5,8 @@ loss: transformers scores the same windows of a document as `pare eval` does). T
 
 usage: pruned_folder.py PARE [MODEL_FOLDER TEXT_FILE]     exit code 1 on any difference, 77 when transformers is missing
 
-Without a model folder a small random Llama, Qwen2 and Mistral are made here, with a tokenizer of their own.
+Without a model folder small random models of every family are made here, with a tokenizer of their own: Llama, Qwen2
+and Mistral for every method, the others for the cut of all that they have.
 """
 import json
 import math
@@ -30,15 +31,16 @@ METHODS = {
     "sparsegpt": ["--method", "sparsegpt", "--pattern", "4:8", "--reconstruct"],
     "owl": ["--method", "sparsegpt", "--sparsity", "0.5", "--allocation", "owl"],
     "random": ["--method", "random", "--sparsity", "0.3"],
-    "depth": ["--method", "depth", "--remove", "2"],
-    "ffn-width": ["--method", "ffn-width", "--ffn", "64"],
+    "layers": ["--method", "shape", "--layers", "2"],
+    "ffn": ["--method", "shape", "--ffn", "64", "--no-correction"],
+    "all": ["--method", "shape", "--layers", "3", "--ffn", "96", "--hidden", "32"],  # and heads, experts: see cut_heads
 }
 CONTEXT = 48
 
 
 def make_text(path):
     state, out = 1, []
-    for _ in range(4000):
+    for _ in range(1200):
         state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
         out.append(WORDS[(state >> 33) % len(WORDS)])
     with open(path, "w") as file:
@@ -54,11 +56,28 @@ def make_model(folder, text, family, dtype):
     common = dict(vocab_size=320, hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4,
                   num_key_value_heads=2, max_position_embeddings=128, bos_token_id=0, eos_token_id=0)
     torch.manual_seed(7)
+    windows = dict(head_dim=16, sliding_window=16, query_pre_attn_scalar=16)
+    plain = {key: common[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")}
     config, kind = {
-        "llama": (transformers.LlamaConfig(**common, mlp_bias=True, tie_word_embeddings=True), transformers.LlamaForCausalLM),
-        "qwen2": (transformers.Qwen2Config(**common, tie_word_embeddings=False), transformers.Qwen2ForCausalLM),
-        "mistral": (transformers.MistralConfig(**common, sliding_window=None), transformers.MistralForCausalLM),
-    }[family]
+        "llama": lambda: (transformers.LlamaConfig(**common, mlp_bias=True, tie_word_embeddings=True),
+                          transformers.LlamaForCausalLM),
+        "qwen2": lambda: (transformers.Qwen2Config(**common, tie_word_embeddings=False), transformers.Qwen2ForCausalLM),
+        "mistral": lambda: (transformers.MistralConfig(**common, sliding_window=None), transformers.MistralForCausalLM),
+        "qwen3": lambda: (transformers.Qwen3Config(**common, head_dim=16), transformers.Qwen3ForCausalLM),
+        "gemma": lambda: (transformers.GemmaConfig(**common, head_dim=16), transformers.GemmaForCausalLM),
+        "gemma2": lambda: (transformers.Gemma2Config(**common, **windows), transformers.Gemma2ForCausalLM),
+        "gemma3": lambda: (transformers.Gemma3TextConfig(**common, **windows), transformers.Gemma3ForCausalLM),
+        "phi3": lambda: (transformers.Phi3Config(**common, pad_token_id=0, sliding_window=16), transformers.Phi3ForCausalLM),
+        "smollm3": lambda: (transformers.SmolLM3Config(**common, pad_token_id=0), transformers.SmolLM3ForCausalLM),
+        "mixtral": lambda: (transformers.MixtralConfig(**common, num_local_experts=4, num_experts_per_tok=2),
+                            transformers.MixtralForCausalLM),
+        "qwen3_moe": lambda: (transformers.Qwen3MoeConfig(**common, head_dim=16, num_experts=4, num_experts_per_tok=2,
+                                                          moe_intermediate_size=160), transformers.Qwen3MoeForCausalLM),
+        "gpt2": lambda: (transformers.GPT2Config(**plain, n_embd=64, n_layer=4, n_head=4, n_positions=128, n_inner=160),
+                         transformers.GPT2LMHeadModel),
+        "gpt_neox": lambda: (transformers.GPTNeoXConfig(**{k: v for k, v in common.items() if k != "num_key_value_heads"}),
+                             transformers.GPTNeoXForCausalLM),
+    }[family]()
     model = kind(config)
     with torch.no_grad():
         for parameter in model.parameters():  # far from flat logits, biases not zero
@@ -97,20 +116,30 @@ def reference_perplexity(model, tokenizer, text):
     return math.exp(loss / count)
 
 
+def cut_heads(config):
+    """Half the heads, in whole groups, and one expert less."""
+    kv = getattr(config, "num_key_value_heads", None)
+    heads = config.num_attention_heads
+    options = ["--heads", str(heads // 2)] if kv in (None, heads) else ["--kv-heads", str(kv // 2)]
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    return options + (["--experts", str(experts - 1)] if experts else [])
+
+
 def check(pare, original, text, method, dtype, work):
     out = os.path.join(work, "out")
     shutil.rmtree(out, ignore_errors=True)
-    run(pare, "prune", "--model", original, "--out", out, *METHODS[method], "--text", text, "--samples", "16",
-        "--context", str(CONTEXT))
     stored = transformers.AutoConfig.from_pretrained(original)
+    options = METHODS[method] + (cut_heads(stored) if method == "all" else [])
+    result = run(pare, "prune", "--model", original, "--out", out, *options, "--text", text, "--samples", "16",
+                 "--context", str(CONTEXT))["result"]
     model, info = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
     problems = [f"{kind}: {info[kind]}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]]
-    layers, width = stored.num_hidden_layers, stored.intermediate_size
-    wanted = {"depth": (layers - 2, width), "ffn-width": (layers, 64)}.get(method, (layers, width))
-    if (model.config.num_hidden_layers, model.config.intermediate_size) != wanted:
-        problems.append(f"config says {model.config.num_hidden_layers} blocks of {model.config.intermediate_size}, not {wanted}")
-    if len(model.model.layers) != wanted[0] or model.model.layers[0].mlp.up_proj.weight.shape[0] != wanted[1]:
-        problems.append("other shapes than the config")
+    layers = int(options[options.index("--layers") + 1]) if "--layers" in options else stored.num_hidden_layers
+    if model.config.num_hidden_layers != layers:
+        problems.append(f"config says {model.config.num_hidden_layers} blocks, not {layers}")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if count != result["parameters"]:
+        problems.append(f"{count} parameters, pare says {result['parameters']}")
     kept = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     if kept.dtype != dtype:
         problems.append(f"stored as {kept.dtype}, not {dtype}")
@@ -139,8 +168,12 @@ def main():
                 folder = os.path.join(work, family)
                 make_model(folder, text, family, dtype)
                 cases.append((f"{family} {dtype}", folder, text, dtype))
+            for family in ("qwen3", "gemma", "gemma2", "gemma3", "phi3", "smollm3", "mixtral", "qwen3_moe", "gpt2", "gpt_neox"):
+                folder = os.path.join(work, family)
+                make_model(folder, text, family, torch.float32)
+                cases.append((family, folder, text, torch.float32))
         for name, folder, text, dtype in cases:
-            for method in METHODS:
+            for method in METHODS if " " in name or len(sys.argv) == 4 else ["all"]:
                 try:
                     problems, perplexity = check(pare, folder, text, method, dtype, work)
                 except Exception as problem:  # one broken case must not hide the others

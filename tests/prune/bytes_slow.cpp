@@ -18,15 +18,15 @@ using testing::with_text;
 
 TEST(PruneBytes, SameAtOneTwoAndThreeThreads) {
   const Folder folder("bytes");
-  make_model(folder / "m", {.mlp_bias = true, .dtype = "float16"});
+  make_model(folder / "m", {.hidden = 64, .mlp_bias = true, .dtype = "float16"});
   for (const auto& [method, more] : std::vector<std::pair<std::string, Json>>{
            {"wanda", {{"sparsity", 0.5}}},
            {"wanda", {{"sparsity", 0.5}, {"reconstruct", true}, {"allocation", "owl"}}},
            {"sparsegpt", {{"sparsity", 0.5}}},
            {"sparsegpt", {{"pattern", "2:4"}, {"reconstruct", true}}},
            {"random", {{"sparsity", 0.5}}},
-           {"depth", {{"remove", 2}}},
-           {"ffn-width", {{"ffn", 64}}}}) {
+           {"shape", {{"layers", 2}}},
+           {"shape", {{"hidden", 32}}}}) {
     std::vector<std::string> hashes, reports;
     for (const int threads : {1, 2, 3}) {
       const fs::path out = folder / "out";
@@ -95,8 +95,8 @@ INSTANTIATE_TEST_SUITE_P(
                       std::tuple{"wanda", "wanda", Json{{"sparsity", 0.5}}},
                       std::tuple{"owl", "wanda", Json{{"sparsity", 0.5}, {"allocation", "owl"}, {"reconstruct", true}}},
                       std::tuple{"sparsegpt", "sparsegpt", Json{{"pattern", "4:8"}}},
-                      std::tuple{"depth", "depth", Json{{"remove", 2}}},
-                      std::tuple{"width", "ffn-width", Json{{"ffn", 96}}}),
+                      std::tuple{"depth", "shape", Json{{"layers", 4}}},
+                      std::tuple{"width", "shape", Json{{"hidden", 32}}}),
     [](const auto& info) { return std::get<0>(info.param); });
 
 }  // namespace

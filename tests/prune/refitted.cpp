@@ -187,8 +187,8 @@ TEST(PruneRefitted, RefusesWhatHasNoMeaning) {
   EXPECT_EQ(code("magnitude", {{"sparsity", 0.5}, {"allocation", "owl"}}), usage);    // no text
   EXPECT_EQ(code("wanda", {{"pattern", "2:4"}, {"allocation", "owl"}, {"text", text}}), usage);
   EXPECT_EQ(code("wanda", {{"sparsity", 0.5}, {"damping", 0.1}, {"text", text}}), usage);
-  EXPECT_EQ(code("depth", {{"remove", 1}, {"reconstruct", true}, {"text", text}}), usage);
-  EXPECT_EQ(code("ffn-width", {{"ffn", 64}, {"allocation", "owl"}, {"text", text}}), usage);
+  EXPECT_EQ(code("shape", {{"layers", 1}, {"reconstruct", true}, {"text", text}}), usage);
+  EXPECT_EQ(code("shape", {{"ffn", 64}, {"allocation", "owl"}, {"text", text}}), usage);
   EXPECT_EQ(code("sparsegpt", {{"pattern", "5:7"}, {"text", text}}), usage);          // 32 inputs
   EXPECT_FALSE(fs::exists(folder / "out.partial"));
 }

@@ -4,7 +4,6 @@
 #include <fstream>
 
 #include "prune/masks.h"
-#include "prune/neurons.h"
 #include "tests/prune/small_model.h"
 
 namespace pare {
@@ -91,107 +90,6 @@ TEST(PruneStage, WandaKeepsTwoOfFourAndMeasures) {
   EXPECT_GT(outcome.after("calibration loss"), 0.0);
 }
 
-// A block whose attention and MLP add nothing costs nothing: chosen first, and the rest is the original, renumbered.
-TEST(PruneStage, DepthRemovesThePlantedIdentityBlock) {
-  const Folder folder("depth");
-  make_model(folder / "m", {}, [](const TensorSpec& spec, std::vector<float>& values) {
-    if (spec.layer == 2 && (spec.module == "self_attn.o_proj" || spec.module == "mlp.down_proj"))
-      std::fill(values.begin(), values.end(), 0.0f);
-  });
-  Json options = with_text(base(folder / "m", folder / "out", "depth"), folder / "text.txt");
-  options["remove"] = 1;
-  const auto outcome = run_prune(options, 2);
-  const Checkpoint before(folder / "m"), after(folder / "out");
-  ASSERT_EQ(after.config().num_layers, 3);
-  EXPECT_EQ(outcome.after("mean_kl without block 2 (removed), round 1"), 0.0);
-  EXPECT_GT(outcome.after("mean_kl without block 1, round 1"), 1e-6);
-  EXPECT_EQ(outcome.after("calibration mean_kl"), 0.0);
-  EXPECT_LT(outcome.after("parameters"), static_cast<double>(parameter_count(before.config())));
-  const int from[] = {0, 1, 3};
-  for (const TensorSpec& spec : after.tensors()) {
-    std::string name = spec.name;
-    if (spec.layer >= 0) {
-      const std::string prefix = "model.layers." + std::to_string(spec.layer) + ".";
-      name = "model.layers." + std::to_string(from[spec.layer]) + "." + spec.name.substr(prefix.size());
-    }
-    EXPECT_EQ(after.read_f32(spec.name), before.read_f32(name)) << spec.name;
-  }
-}
-
-// The divergence of the written folder is measured apart from the search: it has to be the cost of the last choice.
-TEST(PruneStage, DepthMeasuresAgainAfterEachRemoval) {
-  const Folder folder("depth2");
-  make_model(folder / "m", {.layers = 5, .seed = 3});
-  Json options = with_text(base(folder / "m", folder / "out", "depth"), folder / "text.txt");
-  options["remove"] = 2;
-  const auto outcome = run_prune(options);
-  int rows[2] = {0, 0};
-  double chosen[2] = {-1, -1}, least[2] = {1e9, 1e9};
-  for (const ReportRow& row : outcome.report.rows()) {
-    if (!row.metric.starts_with("mean_kl without block")) continue;
-    const int round = row.metric.back() - '1';
-    ASSERT_TRUE(round == 0 || round == 1);
-    ++rows[round];
-    least[round] = std::min(least[round], row.after.value());
-    if (row.metric.find("(removed)") != std::string::npos) chosen[round] = row.after.value();
-  }
-  EXPECT_EQ(rows[0], 5);
-  EXPECT_EQ(rows[1], 4);
-  EXPECT_EQ(chosen[0], least[0]);
-  EXPECT_EQ(chosen[1], least[1]);
-  EXPECT_NEAR(outcome.after("calibration mean_kl"), chosen[1], 1e-9);
-  EXPECT_EQ(Checkpoint(folder / "out").config().num_layers, 3);
-}
-
-TEST(PruneStage, WidthRemovesPlantedDeadNeuronsAtNoCost) {
-  const Folder folder("dead");
-  const auto dead = [](int layer, std::int64_t neuron) { return (neuron + layer) % 3 == 0; };  // 32 of 96 everywhere
-  make_model(folder / "m", {.mlp_bias = true}, [&](const TensorSpec& spec, std::vector<float>& values) {
-    if (spec.module != "mlp.up_proj") return;
-    const std::int64_t cols = spec.shape.size() == 2 ? spec.shape[1] : 1;
-    for (std::int64_t j = 0; j < spec.shape[0]; ++j)
-      if (dead(spec.layer, j)) std::fill_n(values.begin() + j * cols, cols, 0.0f);
-  });
-  Json options = with_text(base(folder / "m", folder / "out", "ffn-width"), folder / "text.txt");
-  options["ffn"] = 64;
-  const auto outcome = run_prune(options);
-  EXPECT_NEAR(outcome.after("calibration mean_kl"), 0.0, 1e-9);
-  const Checkpoint before(folder / "m"), after(folder / "out");
-  ASSERT_EQ(after.config().intermediate_size, 64);
-  for (const TensorSpec& spec : after.tensors()) {
-    const auto w = before.read_f32(spec.name), p = after.read_f32(spec.name);
-    std::vector<std::int64_t> kept;
-    for (std::int64_t j = 0; j < 96; ++j)
-      if (!dead(spec.layer, j)) kept.push_back(j);
-    if (spec.module == "mlp.gate_proj" || spec.module == "mlp.up_proj")
-      EXPECT_EQ(p, take_rows(w.data(), spec.shape.size() == 2 ? spec.shape[1] : 1, kept)) << spec.name;
-    else if (spec.module == "mlp.down_proj" && spec.role == TensorRole::kLinear)
-      EXPECT_EQ(p, take_columns(w.data(), 32, 96, kept)) << spec.name;
-    else EXPECT_EQ(p, w) << spec.name;
-  }
-}
-
-TEST(PruneStage, WidthCorrectionLowersTheLayerErrorAndTheDivergence) {
-  const Folder folder("width");
-  make_model(folder / "m");
-  Json options = with_text(base(folder / "m", folder / "corrected", "ffn-width"), folder / "text.txt");
-  options["ffn"] = 40;  // rounded up to 64
-  const auto corrected = run_prune(options);
-  EXPECT_EQ(Checkpoint(folder / "corrected").config().intermediate_size, 64);
-  int rows = 0;
-  for (const ReportRow& row : corrected.report.rows())
-    if (row.metric.starts_with("down_proj error")) {
-      ++rows;
-      EXPECT_LT(row.after.value(), row.before.value()) << row.metric;
-    }
-  EXPECT_EQ(rows, 4);
-  options["out"] = (folder / "plain").string();
-  options["no-correction"] = true;
-  const auto plain = run_prune(options);
-  EXPECT_LT(corrected.after("calibration mean_kl"), plain.after("calibration mean_kl"));
-  EXPECT_EQ(plain.summary["parameters"], corrected.summary["parameters"]);
-}
-
 TEST(PruneStage, RefusesWhatItCannotDo) {
   const Folder folder("refuse");
   make_model(folder / "m");
@@ -207,6 +105,7 @@ TEST(PruneStage, RefusesWhatItCannotDo) {
   EXPECT_EQ(failing_code(options("magnitude", {{"sparsity", 0.5}, {"pattern", "2:4"}})), usage);
   EXPECT_EQ(failing_code(options("magnitude", {{"sparsity", 0.5}, {"ffn", 32}})), usage);
   EXPECT_EQ(failing_code(options("magnitude", {{"sparsity", 0.5}, {"no-correction", true}})), usage);
+  EXPECT_EQ(failing_code(options("magnitude", {{"sparsity", 0.5}, {"rank-by", "random"}})), usage);
   EXPECT_EQ(failing_code(options("magnitude", {{"pattern", "5:7"}})), usage);   // 32 inputs
   EXPECT_EQ(failing_code(options("magnitude", {{"sparsity", 0.001}})), usage);  // nothing would go
   EXPECT_EQ(failing_code(options("wanda", {{"sparsity", 0.5}})), usage);        // no text
@@ -216,9 +115,6 @@ TEST(PruneStage, RefusesWhatItCannotDo) {
                                                          : Json(16);
     EXPECT_EQ(failing_code(options("magnitude", {{"sparsity", 0.5}, {unused, value}})), usage) << unused;
   }
-  EXPECT_EQ(failing_code(options("depth", {{"remove", 4}, {"text", text}})), usage);
-  EXPECT_EQ(failing_code(options("ffn-width", {{"ffn", 96}, {"text", text}})), usage);
-  EXPECT_EQ(failing_code(options("ffn-width", {{"ffn", 65}, {"text", text}})), usage);  // 96 after rounding
   EXPECT_EQ(failing_code(options("wanda", {{"sparsity", 0.5}, {"text", text}, {"context", 129}})), usage);
   EXPECT_EQ(failing_code(options("wanda", {{"sparsity", 0.5}, {"text", {"/nonexistent"}}})), ExitCode::kInput);
   EXPECT_FALSE(fs::exists(folder / "out"));
@@ -297,8 +193,8 @@ TEST(PruneStage, RefusesNaNAndLeavesNothing) {
   for (const auto& [method, key, value] :
        std::vector<std::tuple<std::string, std::string, Json>>{{"magnitude", "sparsity", 0.5},
                                                                {"wanda", "sparsity", 0.5},
-                                                               {"depth", "remove", 1},
-                                                               {"ffn-width", "ffn", 64}}) {
+                                                               {"shape", "layers", 3},
+                                                               {"shape", "ffn", 64}}) {
     Json options = with_text(base(folder / "m", folder / "out", method), folder / "text.txt");
     options[key] = value;
     try {
@@ -364,7 +260,7 @@ TEST(PruneStage, RandomTokensCalibrateAModelWithoutATokenizer) {
 TEST(PruneStage, MaxRamMovesActivationsToAFileOrRefuses) {
   const Folder folder("max-ram");
   make_model(folder / "m");
-  for (const char* method : {"wanda", "ffn-width"}) {
+  for (const char* method : {"wanda", "shape"}) {
     Json given = with_text(base(folder / "m", folder / "out", method), folder / "text.txt");
     if (std::string(method) == "wanda") given["sparsity"] = 0.5;
     else given["ffn"] = 64;
@@ -403,7 +299,7 @@ TEST(PruneStage, MaxRamMovesActivationsToAFileOrRefuses) {
 TEST(PruneStage, PlanAgreesWithWhatIsWritten) {
   const Folder folder("plan");
   make_model(folder / "m", {.dtype = "bfloat16"});
-  Json given = with_text(base(folder / "m", folder / "out", "ffn-width"), folder / "text.txt");
+  Json given = with_text(base(folder / "m", folder / "out", "shape"), folder / "text.txt");
   given["ffn"] = 50;
   const Command command = prune_command();
   const Options options(command.options, given, "test");
