@@ -1,5 +1,5 @@
-// How many weights of a matrix go, and the choice among weights that a column sweep compensates: what prune and quantize
-// share of pruning. Plain arrays, no LibTorch types.
+// How many weights of a matrix go, and the choice among weights that a column sweep compensates: what prune and
+// quantize share of pruning. Plain arrays, no LibTorch types.
 #pragma once
 
 #include <cstdint>

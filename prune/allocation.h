@@ -13,8 +13,9 @@ inline constexpr double kOutlierFactor = 5.0;
 inline constexpr double kOwlSpread = 0.08;  // their lambda
 
 // Sparsity of each block from its share of outliers: the shares stretched to a range of 2 lambda, the more outliers the
-// denser, and moved so that the mean, blocks counting by `weights` (how many each has), is the target. lambda is kOwlSpread, and
-// at most 3/8 of what lies between the target and 0 or 1: no block loses all or nothing. Equal shares: the target.
+// denser, and moved so that the mean, blocks counting by `weights` (how many each has), is the target. lambda is
+// kOwlSpread, and at most 3/8 of what lies between the target and 0 or 1: no block loses all or nothing. Equal shares:
+// the target.
 std::vector<double> owl_sparsities(std::span<const double> outliers, std::span<const std::int64_t> weights,
                                    double target);
 

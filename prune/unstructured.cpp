@@ -387,10 +387,17 @@ std::uint64_t peak(const ModelConfig& config, const Options& options, const fs::
 }
 
 template <Criterion criterion>
-double passes(const ModelConfig&, const Options& options) {
+double passes(const ModelConfig& config, const Options& options) {
   const MaskSettings settings = settings_of(criterion, options);
+  if (!settings.walks()) return 0;
   // Original, statistics, compressed; for outliers the original's statistics and the original.
-  return settings.walks() ? 3 + (settings.owl ? 2 : 0) : 0;
+  const double walks = 3 + (settings.owl ? 2 : 0);
+  if (!settings.hessian()) return walks;
+  // A product with H is worth `inputs` tokens: second moments, errors, the sweep, some steps of the refit.
+  const double inputs = static_cast<double>(std::max(config.hidden_size, config.intermediate_size));
+  const auto tokens = static_cast<double>(options.get<std::int64_t>("samples") * window_length(config, options));
+  const double products = 3 + (criterion == Criterion::kSparseGpt ? 1 : 0) + (settings.refit ? 30 : 0);
+  return walks + 1 + products * inputs / tokens;
 }
 
 template <Criterion criterion>

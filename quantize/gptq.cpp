@@ -401,8 +401,8 @@ GptqResult better_rows(const float* weight, const QuantizedTensor& nearest, Quan
 }
 
 template <class T>
-double polish(const float* weight, QuantizedTensor& tensor, const T* hessian, std::span<const std::uint8_t> keep, int passes,
-              int threads) {
+double polish(const float* weight, QuantizedTensor& tensor, const T* hessian, std::span<const std::uint8_t> keep,
+              int passes, int threads) {
   const std::int64_t rows = tensor.rows, cols = tensor.cols;
   const QuantizedTensor before = tensor;
   std::vector<float> unpacked(static_cast<std::size_t>(rows * cols));

@@ -28,10 +28,10 @@ template <class T>
 GptqResult gptq(const float* weight, const QuantizedTensor& nearest, const T* hessian, const SweepFactor& factor,
                 std::span<const std::uint8_t> keep, int threads);
 
-// The sweep of gptq that also chooses which weights become 0 (SparseGPT, Frantar & Alistarh 2023, section 3.5): the mask
-// before the scales, which are then searched for what stays. Like in prune, kSweepBlock columns at a time; with N:M the
-// groups of the codec, or of the factor, are a multiple of M. `nearest` gives the codec, and its scales where they are
-// not searched.
+// The sweep of gptq that also chooses which weights become 0 (SparseGPT, Frantar & Alistarh 2023): the mask before the
+// scales, which are then searched for what stays. Like in prune, kSweepBlock columns at a time; with N:M the groups of
+// the codec, or of the factor, are a multiple of M. `nearest` gives the codec, and its scales where they are not
+// searched.
 QuantizedTensor prune_and_sweep(const float* weight, const QuantizedTensor& nearest, const SweepFactor& factor,
                                 SweepMask& mask, int threads);
 // Of each row the better.
@@ -40,11 +40,11 @@ GptqResult better_rows(const float* weight, const QuantizedTensor& nearest, Quan
                        int threads);
 
 // Coordinate descent on codes and scales after the sweep (QuantEase, Behdin et al. 2023, for the codes; least squares,
-// rounded to f16, for the scales): every accepted step lowers d^T H d of its row. keep: as above. Rows whose exact error
-// did not fall keep what they had. Returns the exact error of all rows.
+// rounded to f16, for the scales): every accepted step lowers d^T H d of its row. keep: as above. Rows whose exact
+// error did not fall keep what they had. Returns the exact error of all rows.
 template <class T>
-double polish(const float* weight, QuantizedTensor& tensor, const T* hessian, std::span<const std::uint8_t> keep, int passes,
-              int threads);
+double polish(const float* weight, QuantizedTensor& tensor, const T* hessian, std::span<const std::uint8_t> keep,
+              int passes, int threads);
 
 // True when at least kPrunedShare of the matrix is exactly 0: it was pruned.
 bool is_pruned(std::span<const float> weight);

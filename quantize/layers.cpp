@@ -186,7 +186,8 @@ class Quantizer : public BlockVisitor {
     const float* weight = linear.original.data();
     const bool pruned = is_pruned(linear.original);
     if (pruned && job_.sparsity)
-      throw input_error(linear.name, "a matrix that is not pruned yet", "zeros", "zeros stay zeros without being asked for");
+      throw input_error(linear.name, "a matrix that is not pruned yet", "zeros",
+                        "zeros stay zeros without being asked for");
     Retargeting target;
     if (retargeter) {
       target = retargeter->retarget(weight, linear.rows, pruned);
@@ -243,7 +244,7 @@ class Quantizer : public BlockVisitor {
       row["rows_kept_nearest"] = result.nearest_rows;
       row["damping"] = factor->damping;
       row["dead_columns"] = std::count(factor->dead.begin(), factor->dead.end(), 1);
-      row["zeros_kept"] = pruned;
+      row["zeros_kept"] = !keep.empty();
       if (job_.sparsity) row["zeros"] = std::count(keep.begin(), keep.end(), 0);
       if (retargeter) row["retarget_shrink"] = target.shrink;
       codes = std::move(result.tensor);

@@ -79,8 +79,8 @@ std::vector<OptionDecl> quantize_options() {
      .maximum = 100},
     {.name = "sparsity",
      .type = OptionType::kNumber,
-     .help = "GPTQ: zero this fraction of every linear in the blocks in the same sweep (SparseGPT); the codes that stay make up "
-             "for it",
+     .help = "GPTQ: zero this fraction of every linear in the blocks in the same sweep (SparseGPT); the codes that stay "
+             "make up for it",
      .minimum = 0.0,
      .maximum = 0.99},
     {.name = "pattern", .help = "the same with N:M, N weights kept of every M inputs, such as 2:4"},

@@ -33,8 +33,8 @@ std::vector<TensorPlan> plan_codecs(const ModelConfig& config, const QuantizePol
 // One line per codec that fell back: "mlp.down_proj (5 tensors): q4g32 does not divide 172 columns, q8c instead".
 std::vector<std::string> fallback_notes(const std::vector<TensorPlan>& plan);
 
-// Refuses (exit 2, naming place) what keeps a block's linear from getting these zeros: no codec, or one without a code for
-// exactly 0; N:M that a scale's weights are no multiple of; a fraction that removes nothing of a row.
+// Refuses (exit 2, naming place) what keeps a block's linear from getting these zeros: no codec, or one without a code
+// for exactly 0; N:M that a scale's weights are no multiple of; a fraction that removes nothing of a row.
 void require_zeros(const std::vector<TensorPlan>& plan, const Sparsity& sparsity, const std::string& place);
 
 // A module without the number of its expert: "mlp.experts.*.up_proj".

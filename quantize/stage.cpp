@@ -423,8 +423,8 @@ Json report(const Options& options, const ModelConfig& config, const std::vector
             const std::string& dtype, const Json& linears, Context& context) {
   std::vector<std::string> modules;
   std::map<std::string, std::pair<double, double>> sums;
-  double before = 0, after = 0, drift = -1, kept = 0, swept = 0, log_ratio = 0, zeros = 0,
-         masked = 0;
+  double before = 0, after = 0, drift = -1, kept = 0, swept = 0, log_ratio = 0;
+  double zeros = 0, masked = 0;
   int compared = 0;
   std::vector<const Json*> routed;
   bool errors = false, compares = false;

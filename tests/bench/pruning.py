@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What zeros cost, by criterion, pattern and what is done about them, as tests/bench/results/pruning.json.
 
-usage: pruning.py --work FOLDER [--pare build/pare] [--any-build] [--teacher-text T] [--rows REGEX] [--seeds 3] [--samples 64]
-                  [--test-bytes 48000] [--out tests/bench/results/pruning.json]
+usage: pruning.py --work FOLDER [--pare build/pare] [--any-build] [--teacher-text T] [--rows REGEX] [--seeds 3]
+                  [--samples 64] [--test-bytes 48000] [--cached] [--out tests/bench/results/pruning.json]
 
 The tiny teacher with zeros in its blocks' linears, with and without refitting the weights that stay, with blocks that
 lose different shares, and rounded to 4 bits, after pruning or in the same sweep; mean KL(original || result) in nats
@@ -79,6 +79,8 @@ class Runs:
         tests = {test: harness.file_digest(path) for test, path in self.corpus.tests.items()}
         key = harness.digest("pruning", self.hash, symbolic, harness.file_digest(self.corpus.calibration), tests)
         found = self.bench.lookup(key)
+        if found is None and self.given.cached:
+            return None
         if found is None:
             found = self.bench.store(key, self.made(steps, values, key))
         print(f"{pattern:9} {name:32} seed {seed}: " + ", ".join(
@@ -160,9 +162,10 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--test-bytes", type=int, default=48_000)
     parser.add_argument("--any-build", action="store_true", help="accept kept runs of other builds of the program")
+    parser.add_argument("--cached", action="store_true", help="the table of the runs that are kept; no new ones")
     parser.add_argument("--out", default=str(harness.RESULTS / "pruning.json"))
     given = parser.parse_args()
-    given.act, given.limit, given.cached = "float", 0, False
+    given.act, given.limit = "float", 0
     work = Runs(given)
     runs = []
     for seed in range(1, given.seeds + 1):  # whole tables one after the other
@@ -171,7 +174,7 @@ def main():
                 continue
             if name == "magnitude" and seed > 1:  # looks at no text
                 continue
-            runs.append(work.one(pattern, name, steps, seed))
+            runs += filter(None, [work.one(pattern, name, steps, seed)])
     order = {(pattern, name): i for i, (pattern, name, _) in enumerate(table_rows())}
     runs.sort(key=lambda run: (order[run["pattern"], run["method"]], run["seed"]))
     table = summary(runs)
