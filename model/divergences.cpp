@@ -118,9 +118,10 @@ void sparse_rows(Tensor& student, const SparseTeacher& teacher, const Tensor& ta
   const Tensor lse = losses.unsqueeze(1) + own, p = teacher.probability.to(type);
   value = ((lse - (p * listed).sum(1, true)).squeeze(1) - teacher.entropy.to(type)) * counted;
   const Tensor weight = counted.unsqueeze(1) * soft;
-  // Set, not added to: in bfloat16 the target's own q - 1 has lost q.
+  // Set, not added to: in bfloat16 the target's own q - 1 has lost q. No q is above 1, but in rows that do not count
+  // lse is not one.
   const Tensor hit = (p * (index == target).to(type)).sum(1, true);
-  student.scatter_(1, index, (((listed - lse).exp() - p) * weight).to(student.scalar_type()));
+  student.scatter_(1, index, (((listed - lse).clamp_max(0).exp() - p) * weight).to(student.scalar_type()));
   student.scatter_(1, target, (((own - lse).exp() - hit) * weight).to(student.scalar_type()));
   if (hard.defined()) student.add_(hard);
 }

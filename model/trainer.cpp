@@ -329,8 +329,8 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
     const double clip = s.clip > 0 && norm > s.clip ? s.clip / norm : 1.0;
     flat.step(lr, s.beta1, s.beta2, s.weight_decay, clip, step + 1);
     ++step;
-    tokens += s.batch * s.context;
-    rate_tokens += s.batch * s.context;
+    tokens += batch.ids.numel();
+    rate_tokens += batch.ids.numel();
     smoothed = step == 1 ? loss : 0.98 * smoothed + 0.02 * loss;
     if (const double elapsed = seconds_since(last_rate); elapsed > 2) {
       rate = static_cast<double>(rate_tokens) / elapsed;

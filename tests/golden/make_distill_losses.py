@@ -48,13 +48,15 @@ def adaptive(p, q, _):
 
 
 LOSSES = [("forward-kl", forward, [0.0]), ("reverse-kl", reverse, [0.0]), ("jsd", jsd, [0.1, 0.5, 0.9]),
-          ("skew-kl", skew, [0.0, 0.1, 0.6]), ("skew-reverse-kl", skew_reverse, [0.0, 0.1, 0.6]), ("adaptive-kl", adaptive, [0.0])]
+          ("skew-kl", skew, [0.0, 0.1, 0.6]), ("skew-reverse-kl", skew_reverse, [0.0, 0.1, 0.6]),
+          ("adaptive-kl", adaptive, [0.0])]
 VOCAB = 19  # not a multiple of the 16 lanes
 
 
 def rows():
     generator = torch.Generator().manual_seed(20241)
-    draw = lambda scale: (scale * torch.randn(VOCAB, generator=generator, dtype=torch.float64)).mul(256).round().div(256)
+    normal = lambda: torch.randn(VOCAB, generator=generator, dtype=torch.float64)
+    draw = lambda scale: (scale * normal()).mul(256).round().div(256)  # short in JSON
     same = draw(2.0)
     hot = torch.full((VOCAB,), -40.0, dtype=torch.float64)
     hot[5] = 40.0
@@ -73,6 +75,7 @@ for name, function, parameters in LOSSES:
                 (tau * tau * value).backward()
                 cases.append({"loss": name, "parameter": parameter, "tau": tau, "row": row, "value": value.item(),
                               "gradient": [float(f"{g:.12g}") for g in z.grad.tolist()]})
-print(json.dumps({"rows": {n: {"teacher": t.tolist(), "student": s.tolist()} for n, t, s in rows()}}, indent=None)[:-1] + ', "cases": [')
+logits = {name: {"teacher": t.tolist(), "student": s.tolist()} for name, t, s in rows()}
+print('{"rows": ' + json.dumps(logits) + ', "cases": [')
 print(",\n".join(json.dumps(c) for c in cases))
 print("]}")

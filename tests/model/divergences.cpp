@@ -301,6 +301,18 @@ TEST(SparseTeachers, SampledTailsHaveNoBias) {
   }
 }
 
+// A row without a target may hold anything.
+TEST(SparseTeachers, RowsWithoutATargetGiveNothing) {
+  Tensor head = torch::zeros({20, 1});
+  head[3] = 200;  // e^200 above the row's first id
+  const Tensor hidden = torch::ones({2, 1}).requires_grad_(), targets = torch::tensor({-1, 3}, torch::kLong);
+  const SparseTeacher teacher{torch::full({2, 1}, 3, torch::kLong), torch::ones({2, 1}), torch::zeros({2})};
+  const Tensor loss = sparse_distill_loss(hidden, head, teacher, targets, {}, 1, nullptr);
+  EXPECT_NEAR(loss.item<double>(), 0, 1e-5);
+  loss.backward();
+  EXPECT_EQ(hidden.grad()[0][0].item<double>(), 0);
+}
+
 TEST(SparseTeachers, GradientByDifferences) {
   const Problem p = problem(6, 12);
   torch::manual_seed(5);
