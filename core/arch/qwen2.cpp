@@ -80,7 +80,8 @@ void write_qwen3_moe(const ModelConfig& config, Json& out) {
   out["moe_intermediate_size"] = config.intermediate_size;
   out["intermediate_size"] =
       config.source.contains("intermediate_size") ? config.source["intermediate_size"] : Json(config.intermediate_size);
-  out["num_experts"] = config.experts.count;
+  for (const char* key : {"num_experts", "num_local_experts"})  // saved ones may have both
+    if (key == std::string("num_experts") || out.contains(key)) out[key] = config.experts.count;
   out["num_experts_per_tok"] = config.experts.per_token;
   out["norm_topk_prob"] = config.experts.renormalize;
   out["decoder_sparse_step"] = 1;

@@ -72,7 +72,7 @@ class Bench:
         out = keep or self.work / "cut"
         shutil.rmtree(out, ignore_errors=True)
         command = ["prune", "--model", self.a.teacher, "--out", out, "--method", "shape", *SHAPES[name], *WAYS[way],
-                   "--text", self.texts / "manual", "--text", self.texts / "novels", "--samples", self.a.samples, "--seed", seed]
+                   "--text", self.texts / "manual", "--text", self.texts / "novels_sample", "--samples", self.a.samples, "--seed", seed]
         result = self.pare(*command)["result"]
         return {"shape": name, "way": way, "seed": seed, "parameters": result["parameters"],
                 "removed": 1 - result["parameters"] / result["parameters_before"],
