@@ -166,7 +166,8 @@ std::vector<std::vector<std::int32_t>> prompts_of(const Fields& fields, const Se
     throw wrong("prompt", expected, *given);
   }
   if (prompts.size() > kMostPrompts)
-    throw ApiError(400, fmt::format("prompt: at most {} in a request, found {}", kMostPrompts, prompts.size()), "prompt");
+    throw ApiError(400, fmt::format("prompt: at most {} in a request, found {}", kMostPrompts, prompts.size()),
+                   "prompt");
   for (const auto& ids : prompts) check_prompt(ids, model, "prompt");
   return prompts;
 }

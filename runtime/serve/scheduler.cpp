@@ -226,21 +226,22 @@ void Scheduler::end_ticket(Ticket& ticket) {
 }
 
 void Scheduler::fail_ticket(Ticket& ticket, const ApiError& problem) {
-  if (ticket.ended_) return;
   end_ticket(ticket);
   ticket.fail(problem);
 }
 
 // Under mutex_.
 void Scheduler::drop_and_admit() {
+  const auto fail_if_over = [&](Ticket& ticket) {
+    if (ticket.ended_) return;
+    if (const auto problem = over(ticket)) fail_ticket(ticket, *problem);
+  };
   for (Sequence& sequence : running_)
-    if (const auto problem = over(*sequence.ticket)) fail_ticket(*sequence.ticket, *problem);
-  for (const auto& ticket : waiting_)
-    if (const auto problem = over(*ticket)) fail_ticket(*ticket, *problem);
+    if (!sequence.over) fail_if_over(*sequence.ticket);
+  for (const auto& ticket : waiting_) fail_if_over(*ticket);
   running_.remove_if([&](const Sequence& sequence) {
     const bool gone = sequence.over || sequence.ticket->ended_;
     if (gone) taken_[sequence.slot] = false;
-    if (sequence.over && ++sequence.ticket->finished_ == sequence.work().prompts.size()) end_ticket(*sequence.ticket);
     return gone;
   });
   std::erase_if(waiting_, [](const auto& ticket) { return ticket->ended_; });
@@ -417,6 +418,10 @@ void Scheduler::take_token(Sequence& sequence, std::span<const float> logits) {
 void Scheduler::end_text(Sequence& sequence, const char* finish) {
   if (!sequence.text.stopped()) sequence.text.push(sequence.decoder.finish());
   sequence.text.finish();
+  {  // before the client can know it: whoever has an answer may ask again
+    const std::lock_guard lock(mutex_);
+    if (++sequence.ticket->finished_ == sequence.work().prompts.size()) end_ticket(*sequence.ticket);
+  }
   give(sequence, sequence.text.stopped() ? "stop" : finish);
   sequence.over = true;
 }

@@ -1,11 +1,16 @@
 #include "runtime/serve/server.h"
 
 #include <fmt/format.h>
+#include <httplib.h>
 #include <sys/socket.h>
 
+#include <atomic>
 #include <ctime>
+#include <thread>
 
 #include "core/error.h"
+#include "runtime/serve/answer.h"
+#include "runtime/serve/connection.h"
 
 namespace pare::serve {
 namespace {
@@ -53,7 +58,55 @@ std::string event(const Json& json) {
 
 }  // namespace
 
+// Apart from its owner: what answers requests must not begin to be destroyed while it does.
+struct Server::Impl : httplib::Server {
+  using Request = httplib::Request;
+  using Response = httplib::Response;
+
+  Impl(ServedModel model, const ServerOptions& options);
+  bool stop_after(std::chrono::milliseconds patience);
+  bool process_and_close_socket(socket_t socket) override;
+  void add_routes();
+  HandlerResponse before_routing(const Request& request, Response& response);
+  std::string read_body(const Request& request, const httplib::ContentReader& reader) const;
+  void answer(bool chat, const Request& request, Response& response, const httplib::ContentReader& reader);
+  void answer_whole(std::shared_ptr<Ticket> ticket, Answer& answer, Response& response) const;
+  void answer_in_pieces(std::shared_ptr<Ticket> ticket, std::shared_ptr<Answer> answer, bool usage,
+                        Response& response) const;
+  Json health() const;
+  Json model_entry() const;
+
+  const ServedModel model_;
+  const ServerOptions options_;
+  const ConnectionLimits limits_;
+  Scheduler scheduler_;
+  std::atomic<bool> stopping_{false};
+  std::atomic<int> connections_{0};  // that are being answered
+  std::atomic<std::uint64_t> requests_{0};
+  int port_ = 0;
+  std::thread thread_;
+};
+
 Server::Server(ServedModel model, const ServerOptions& options)
+    : impl_(std::make_unique<Impl>(std::move(model), options)) {}
+
+Server::~Server() {
+  stop_after({});
+}
+
+int Server::port() const {
+  return impl_->port_;
+}
+
+Scheduler::Counts Server::counts() const {
+  return impl_->scheduler_.counts();
+}
+
+bool Server::stop_after(std::chrono::milliseconds patience) {
+  return impl_->stop_after(patience);
+}
+
+Server::Impl::Impl(ServedModel model, const ServerOptions& options)
     : model_(std::move(model)),
       options_(options),
       limits_{options.body_bytes + kHeaderBytes, ConnectionLimits{}.read_time, ConnectionLimits{}.write_time},
@@ -80,11 +133,7 @@ Server::Server(ServedModel model, const ServerOptions& options)
   while (!is_running()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
 }
 
-Server::~Server() {
-  stop_after({});
-}
-
-bool Server::stop_after(std::chrono::milliseconds patience) {
+bool Server::Impl::stop_after(std::chrono::milliseconds patience) {
   if (!thread_.joinable()) return true;
   scheduler_.close();
   const bool all = scheduler_.wait_until_idle(Clock::now() + patience);
@@ -99,7 +148,7 @@ bool Server::stop_after(std::chrono::milliseconds patience) {
   return all;
 }
 
-bool Server::process_and_close_socket(socket_t socket) {
+bool Server::Impl::process_and_close_socket(socket_t socket) {
   Connection connection(socket, limits_, stopping_);
   ++connections_;
   bool closed = false;
@@ -108,17 +157,15 @@ bool Server::process_and_close_socket(socket_t socket) {
   return answered;
 }
 
-void Server::add_routes() {
-  const auto with = [](Json (Server::*make)() const, const Server* server) {
-    return [make, server](const Request&, Response& response) {
-      response.set_content(dump((server->*make)()), "application/json");
-    };
+void Server::Impl::add_routes() {
+  const auto give = [](const std::function<Json()>& make) {
+    return [make](const Request&, Response& response) { response.set_content(dump(make()), "application/json"); };
   };
-  Get("/health", with(&Server::health, this));
-  Get("/v1/models", [this](const Request&, Response& response) {
-    response.set_content(dump({{"object", "list"}, {"data", Json::array({model_entry()})}}), "application/json");
-  });
-  Get("/v1/models/.+", with(&Server::model_entry, this));
+  Get("/health", give([this] { return health(); }));
+  Get("/v1/models", give([this]() -> Json {
+        return {{"object", "list"}, {"data", Json::array({model_entry()})}};
+      }));
+  Get("/v1/models/.+", give([this] { return model_entry(); }));
   for (const bool chat : {false, true}) {
     Post(chat ? "/v1/chat/completions" : "/v1/completions",
          [this, chat](const Request& request, Response& response, const httplib::ContentReader& reader) {
@@ -151,7 +198,7 @@ void Server::add_routes() {
   });
 }
 
-httplib::Server::HandlerResponse Server::before_routing(const Request& request, Response& response) {
+httplib::Server::HandlerResponse Server::Impl::before_routing(const Request& request, Response& response) {
   const auto refuse = [&](const ApiError& problem) {
     set(response, problem);
     return HandlerResponse::Handled;
@@ -175,13 +222,13 @@ httplib::Server::HandlerResponse Server::before_routing(const Request& request, 
   return HandlerResponse::Unhandled;
 }
 
-Json Server::health() const {
+Json Server::Impl::health() const {
   const Scheduler::Counts counts = scheduler_.counts();
   return {{"status", counts.closed ? "stopping" : "ok"}, {"running", counts.running}, {"waiting", counts.waiting},
           {"passes", counts.passes},                 {"tokens", counts.tokens},   {"most_together", counts.together}};
 }
 
-Json Server::model_entry() const {
+Json Server::Impl::model_entry() const {
   return {{"id", model_.name},
           {"object", "model"},
           {"created", model_.created},
@@ -189,7 +236,7 @@ Json Server::model_entry() const {
           {"max_model_len", model_.context}};
 }
 
-std::string Server::read_body(const Request& request, const httplib::ContentReader& reader) const {
+std::string Server::Impl::read_body(const Request& request, const httplib::ContentReader& reader) const {
   const ApiError too_large(413, fmt::format("body: expected at most {} bytes, found more", options_.body_bytes), {},
                            "body_too_large");
   if (request.is_multipart_form_data()) throw ApiError(400, "body: expected a JSON object, found a multipart form");
@@ -207,7 +254,7 @@ std::string Server::read_body(const Request& request, const httplib::ContentRead
   return body;
 }
 
-void Server::answer(bool chat, const Request& request, Response& response, const httplib::ContentReader& reader) {
+void Server::Impl::answer(bool chat, const Request& request, Response& response, const httplib::ContentReader& reader) {
   const std::uint64_t number = requests_++;
   const std::string text = read_body(request, reader);
   Json body;
@@ -227,7 +274,7 @@ void Server::answer(bool chat, const Request& request, Response& response, const
   answer_whole(std::move(ticket), *result, response);
 }
 
-void Server::answer_whole(std::shared_ptr<Ticket> ticket, Answer& answer, Response& response) const {
+void Server::Impl::answer_whole(std::shared_ptr<Ticket> ticket, Answer& answer, Response& response) const {
   for (Watch watch; !answer.finished();) {
     if (const std::optional<Delta> delta = ticket->next(kLook)) answer.add(*delta);
     if (!watch.client_gone()) continue;
@@ -237,7 +284,7 @@ void Server::answer_whole(std::shared_ptr<Ticket> ticket, Answer& answer, Respon
   response.set_content(dump(answer.whole()), "application/json");
 }
 
-void Server::answer_in_pieces(std::shared_ptr<Ticket> ticket, std::shared_ptr<Answer> answer, bool usage,
+void Server::Impl::answer_in_pieces(std::shared_ptr<Ticket> ticket, std::shared_ptr<Answer> answer, bool usage,
                               Response& response) const {
   response.set_header("Cache-Control", "no-cache");
   const auto send = [ticket, answer, usage](std::size_t, httplib::DataSink& sink) {

@@ -12,6 +12,7 @@
 #include "runtime/roofline.h"
 #include "runtime/team.h"
 #include "runtime/verbs/cli.h"
+#include "runtime/verbs/generate.h"
 
 namespace pare {
 namespace {
@@ -404,11 +405,7 @@ Command bench_command() {
        .type = OptionType::kFlag,
        .help = "measure the machine first (512 MiB of memory): reading, int8 and float arithmetic; print shares of it",
        .default_value = false},
-      {.name = "act",
-       .type = OptionType::kText,
-       .help = "activations that meet quantized weights; w8a8 linears round theirs either way",
-       .default_value = "int8",
-       .choices = {"int8", "float"}},
+      act_option(),
       kv_option(),
   };
   command.run = bench;

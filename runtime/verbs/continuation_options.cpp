@@ -61,6 +61,14 @@ void check_continuation_options(const Options& options) {
     refuse_unused(options, {"draft-tokens"}, "without --draft or --lookup", place);
 }
 
+OptionDecl act_option() {
+  return {.name = "act",
+          .type = OptionType::kText,
+          .help = "activations that meet quantized weights; w8a8 linears round theirs either way",
+          .default_value = "int8",
+          .choices = {"int8", "float"}};
+}
+
 EngineOptions engine_options(const Options& options, const Context& context) {
   EngineOptions out;
   out.threads = context.threads;

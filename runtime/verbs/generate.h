@@ -38,7 +38,8 @@ std::unique_ptr<Continuation> make_continuation(const std::shared_ptr<const Engi
                                                 const Context& context);
 // Continuation::counts in words; empty for null.
 std::string counts_in_words(const Json& counts);
-// The options that say how a file is opened; `act` and `kv` among them.
+OptionDecl act_option();
+// The options that say how a file is opened; act_option() and kv_option() among them.
 EngineOptions engine_options(const Options& options, const Context& context);
 
 double prefill_rate(const Generation& made);  // tokens per second

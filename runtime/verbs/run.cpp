@@ -133,11 +133,7 @@ Command run_command() {
        .default_value = 1.0,
        .minimum = 0,
        .maximum = 1},
-      {.name = "act",
-       .type = OptionType::kText,
-       .help = "activations that meet quantized weights; w8a8 linears round theirs either way",
-       .default_value = "int8",
-       .choices = {"int8", "float"}},
+      act_option(),
       kv_option(),
       {.name = "ignore-eos", .type = OptionType::kFlag, .help = "go on after an end token", .default_value = false},
   };

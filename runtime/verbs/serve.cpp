@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdio>
 #include <ctime>
+#include <thread>
 
 #include "core/error.h"
 #include "runtime/serve/server.h"
@@ -122,11 +123,7 @@ Command serve_command() {
        .type = OptionType::kText,
        .help = "size of a request's body at most, such as 512K or 8M",
        .default_value = "8M"},
-      {.name = "act",
-       .type = OptionType::kText,
-       .help = "activations that meet quantized weights; w8a8 linears round theirs either way",
-       .default_value = "int8",
-       .choices = {"int8", "float"}},
+      act_option(),
       kv_option(),
   };
   command.run = run;
