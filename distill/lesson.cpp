@@ -61,6 +61,9 @@ void check_lesson(const Options& o) {
   else if (o.get<std::int64_t>("on-policy-tokens") >= o.get<std::int64_t>("context"))
     throw usage_error("--on-policy-tokens", "fewer than --context " + o.resolved().at("context").dump(),
                       o.resolved().at("on-policy-tokens").dump());
+  if (o.get<double>("on-policy") == 1 && loss.weights.ce_weight > 0)
+    throw usage_error("--ce-weight", "0 with --on-policy 1: the student's own text has no next token to learn",
+                      o.resolved().at("ce-weight").dump());
   if (loss.weights.kl_weight == 0) refuse_unused(o, {"cache", "on-policy"}, "with --kl-weight 0", "pare distill");
   if (!o.has("cache")) {
     refuse_unused(o, {"cache-top-k", "cache-samples"}, "without --cache", "pare distill");

@@ -43,6 +43,9 @@ Tokenizer shared_tokenizer(const fs::path& teacher_folder, const fs::path& stude
   if (taught_text == own_text) return own;
   const Tokenizer taught = Tokenizer::from_text(taught_text, (teacher_folder / "tokenizer.json").string());
   const std::string hint = "teacher and student must give every id the same meaning";
+  if (own.size() > taught.size())
+    throw input_error(place.string(), "at most the teacher's " + std::to_string(taught.size()) + " tokens",
+                      std::to_string(own.size()), hint);
   for (std::int64_t i = 0; i < std::min(own.size(), taught.size()); ++i) {
     const auto id = static_cast<std::int32_t>(i);
     if (own.token(id) != taught.token(id))

@@ -444,7 +444,7 @@ void Walk::keep_inputs(Step step, std::int64_t columns) {
   kept_windows_ = 0;
   const bool serves = step.stage == BlockStage::kDown ||
                       (step.stage == BlockStage::kO && !config_.parallel_residual);
-  if (!serves || step.expert >= 0 || !options_.spill.empty()) return;
+  if (!serves || config_.has_experts() || !options_.spill.empty()) return;
   kept_stage_ = step.stage;
   kept_columns_ = columns;
   kept_windows_ = std::min(windows_.count, windows_.count * config_.hidden_size / columns);
@@ -547,8 +547,9 @@ void Walk::run(BlockVisitor& visitor) {
   const SingleThreadedTorch single;  // parallelism is over windows
   rope_ = rope_tables(config_, windows_.length, device_);
   if (!options_.spill.empty() && context_.progress) {
-    const int streams = (options_.original_stream ? 2 : 1) + (config_.has_experts() ? 1 : 0);
-    const double bytes = static_cast<double>(windows_.count * window_size_) * 4 * streams;
+    const std::int64_t both = options_.original_stream || options_.cross ? pairs() : 0;
+    const std::int64_t carried = windows_.count * (config_.has_experts() ? 2 : 1) + both;
+    const double bytes = static_cast<double>(carried * window_size_) * 4;
     char text[96];
     std::snprintf(text, sizeof text, "Activations (%.2f GB) go to an HDF5 file in ", bytes / 1e9);
     context_.progress->note(text + options_.spill.string());

@@ -270,17 +270,17 @@ void Cutter::refit_block(DecoderBlock& whole, DecoderBlock& narrow, const BlockC
         const Tensor own = mlp_input(narrow, current(w), cut_rope_), all = mlp_input(whole, original(w), rope_);
         const Tensor share = narrow->expert_shares(own).select(1, e), rows = share.nonzero().squeeze(1);
         return std::tuple{rows_of(own).index_select(0, rows), rows_of(all).index_select(0, rows),
-                          share.index_select(0, rows).unsqueeze(1)};
+                          share.index_select(0, rows).unsqueeze(1), share[0].item<double>() != 0};
       };
       const Tensor up = kept_rows(whole, layer, BlockStage::kGateUp, cut, e);
       refit(narrow, BlockStage::kGateUp, e, [&](std::int64_t w) {
-        const auto [own, all, share] = routed(w);
-        return Pairs{own * share, torch::matmul(all, up.t()) * share};
+        const auto [own, all, share, first] = routed(w);
+        return Pairs{own * share, torch::matmul(all, up.t()) * share, first};
       });
       const std::string down = stage_modules(config_, BlockStage::kDown, source).front();
       refit(narrow, BlockStage::kDown, e, [&](std::int64_t w) {
-        const auto [own, all, share] = routed(w);
-        return Pairs{narrow->expert_mix(own, e) * share, added(whole->expert_mix(all, source) * share, down)};
+        const auto [own, all, share, first] = routed(w);
+        return Pairs{narrow->expert_mix(own, e) * share, added(whole->expert_mix(all, source) * share, down), first};
       });
     }
     return;

@@ -45,7 +45,7 @@ void add(const std::vector<Pairs>& rows, Sums& sums, int threads) {
 
 // The first token of a window that starts with the tokenizer's prefix attracts outliers, which would decide alone.
 void cap_first_token(const CalibrationWindows& windows, Pairs& pairs) {
-  if (!windows.prefixed || pairs.inputs.size(0) != windows.length || windows.length < 2) return;
+  if (!windows.prefixed || !pairs.first || pairs.inputs.size(0) < 2) return;
   for (Tensor* rows : {&pairs.inputs, &pairs.targets}) *rows = rows->clone();
   double scale = 1;
   for (const Tensor* rows : {&pairs.inputs, &pairs.targets}) {

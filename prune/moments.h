@@ -13,6 +13,7 @@ namespace pare {
 // Rows of one window: inputs [n, in] in the cut model, and what is to come of them [n, out].
 struct Pairs {
   torch::Tensor inputs, targets;
+  bool first = true;  // row 0 is the window's first token
 };
 
 // Of all tokens, in double on the CPU: H [in, in], T [out, in], sum |t|^2.

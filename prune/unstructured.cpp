@@ -48,6 +48,9 @@ ModelConfig same_shape(const ModelConfig& config, const Options& options) {
   const Sparsity& sparsity = settings.sparsity;
   if (settings.owl && sparsity.n_of_m())
     throw usage_error("--allocation owl", "--sparsity, which blocks can share out", "--pattern " + sparsity.name());
+  if (settings.owl && config.has_experts())
+    throw usage_error("--allocation owl", "a model without experts", std::to_string(config.experts.count) + " experts",
+                      "what an expert reads counts by how often it is chosen, which would decide");
   if (options.has("damping") && !settings.hessian())
     throw usage_error("--damping", "--reconstruct or --method sparsegpt", "neither", "it has no use here");
   for (const TensorSpec& spec : expected_tensors(config)) {

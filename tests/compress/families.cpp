@@ -157,7 +157,14 @@ TEST_P(FamilyChain, PrunedToASmallerShapeBothForwardsAgree) {
     return run_stage(prune_command(), given);
   };
   prune("wanda", {{"sparsity", 0.25}});
-  prune("sparsegpt", {{"sparsity", 0.25}, {"reconstruct", true}, {"allocation", "owl"}});
+  Json solved = {{"sparsity", 0.25}, {"reconstruct", true}};
+  if (!config.has_experts()) solved["allocation"] = "owl";
+  prune("sparsegpt", solved);
+  if (config.has_experts()) {
+    solved["allocation"] = "owl";
+    solved["out"] = (scratch_ / "owl").string();
+    EXPECT_THROW(prune("sparsegpt", solved), Error) << "how often an expert is chosen would decide";
+  }
   std::vector<std::string> outs = {"wanda", "sparsegpt"};
   const auto shape = [&](const std::string& out, Json asked) {
     asked["out"] = (scratch_ / out).string();
