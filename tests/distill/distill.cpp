@@ -298,6 +298,7 @@ TEST(Distill, BadUseIsRefused) {
                            Json{{"cache-samples", 3}}, Json{{"cache", "c.h5"}, {"cache-top-k", 0}},
                            Json{{"cache", "c.h5"}, {"cache-samples", 256}}, Json{{"cache", "c.h5"}, {"hidden-weight", 1.0}},
                            Json{{"cache", "c.h5"}, {"on-policy", 0.5}}, Json{{"on-policy-tokens", 4}},
+                           Json{{"on-policy", 1.0}, {"ce-weight", 0.5}},
                            Json{{"on-policy", 0.5}, {"on-policy-tokens", 32}}, Json{{"on-policy", 1.5}},
                            Json{{"on-policy", 0.5}, {"on-policy-tokens", 8}, {"kl-weight", 0.0}, {"ce-weight", 1.0}},
                            Json{{"hidden-layers", "0:1"}}, Json{{"hidden-weight", 1.0}, {"hidden-layers", "0:3"}}}) {
