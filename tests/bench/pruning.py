@@ -112,7 +112,7 @@ class Runs:
 
 
 def summary(runs):
-    """One table line for each row of the benchmark: means over seeds and their standard error."""
+    """One table line for each row of the benchmark: means over seeds and their standard error, "-" of a single seed."""
     lines, groups = [], {}
     for run in runs:
         groups.setdefault((run["pattern"], run["method"]), []).append(run)
@@ -121,8 +121,8 @@ def summary(runs):
         for test in ("manual", "novels"):
             values = [run["tests"][test]["mean_kl"]["value"] for run in group]
             mean = sum(values) / len(values)
-            spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1) / len(values))
-            line += [mean, spread]
+            spread = sum((v - mean) ** 2 for v in values)
+            line += [mean, math.sqrt(spread / (len(values) - 1) / len(values)) if len(values) > 1 else "-"]
         line.append(sum(run["tests"]["manual"]["top1"]["value"] for run in group) / len(group))
         lines.append(line)
     return lines
