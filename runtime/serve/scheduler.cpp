@@ -16,6 +16,8 @@ constexpr std::size_t kMostHeldBytes = 64 << 10;  // results that a slow reader 
 constexpr std::int64_t kBlockLogits = std::int64_t{1} << 22;  // held at a time: 16 MiB, or one row
 constexpr auto kLookAgain = std::chrono::milliseconds(10);    // where every sequence stands still
 
+const ApiError kStopping(503, "the server is being stopped", {}, "shutting_down");
+
 std::int64_t characters(const std::string& text) {
   return std::count_if(text.begin(), text.end(), [](char c) { return (static_cast<unsigned char>(c) & 0xC0) != 0x80; });
 }
@@ -155,7 +157,7 @@ Scheduler::~Scheduler() {
 std::shared_ptr<Ticket> Scheduler::submit(Work work) {
   auto ticket = std::make_shared<Ticket>(std::move(work), Clock::now() + options_.time_limit);
   const std::lock_guard lock(mutex_);
-  if (closed_) throw ApiError(503, "the server is being stopped", {}, "shutting_down");
+  if (closed_) throw kStopping;
   if (open_ >= options_.parallel + options_.queue)
     throw ApiError(429, fmt::format("{} requests are being answered or wait already; try again later", open_), {},
                    "queue_full");
@@ -210,8 +212,7 @@ void Scheduler::run() {
 // Why the request of a ticket is not computed any further; a cancelled one has nobody who would read it.
 std::optional<ApiError> Scheduler::over(const Ticket& ticket) const {
   if (ticket.cancelled_) return ApiError(499, "the client has gone");
-  if (aborted_ || (closed_ && ticket.started_ == 0))
-    return ApiError(503, "the server is being stopped", {}, "shutting_down");
+  if (aborted_ || (closed_ && ticket.started_ == 0)) return kStopping;
   if (Clock::now() >= ticket.deadline_)
     return ApiError(504, fmt::format("not finished within {} seconds", 1e-3 * options_.time_limit.count()), {},
                     "timeout");
@@ -227,6 +228,7 @@ void Scheduler::end_ticket(Ticket& ticket) {
 
 void Scheduler::fail_ticket(Ticket& ticket, const ApiError& problem) {
   end_ticket(ticket);
+  counts_.cut_off += problem.status == kStopping.status;
   ticket.fail(problem);
 }
 
@@ -343,9 +345,7 @@ void Scheduler::feed(const std::vector<Sequence*>& fed, const std::vector<std::s
         stopping = aborted_;
       }
       if (sequence->over) continue;
-      fail(*sequence, stopping ? ApiError(503, "the server is being stopped", {}, "shutting_down")
-                      : api    ? *api
-                               : ApiError(500, problem.what()));
+      fail(*sequence, stopping ? kStopping : api ? *api : ApiError(500, problem.what()));
     }
     return;
   }

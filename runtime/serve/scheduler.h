@@ -105,6 +105,7 @@ class Scheduler {
     std::int64_t running = 0, waiting = 0;  // sequences; requests of which none is running
     std::int64_t passes = 0, tokens = 0;    // of the model; that were fed, prompts included
     std::int64_t together = 0;              // the most sequences of one pass
+    std::int64_t cut_off = 0;               // requests that failed because of close() or abort()
     bool closed = false;
   };
   Counts counts() const;

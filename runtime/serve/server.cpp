@@ -145,7 +145,7 @@ bool Server::Impl::stop_after(std::chrono::milliseconds patience) {
   stopping_ = true;
   stop();
   thread_.join();
-  return all;
+  return all && scheduler_.counts().cut_off == 0;
 }
 
 bool Server::Impl::process_and_close_socket(socket_t socket) {

@@ -187,7 +187,8 @@ TEST_F(EvalVerb, WritesItsResult) {
   EXPECT_EQ(harness["results"]["pairs"]["acc,none"], plain["tasks"][0]["acc"]["value"]);
   EXPECT_EQ(harness["results"]["choices"]["acc_norm,none"], plain["tasks"][1]["acc_norm"]["value"]);
   EXPECT_EQ(harness["model_source"], "pare");
-  Json wrong = {{"model", path("q8.pare")}, {"text", {path("text.txt")}}, {"speed", false}, {"output-format", "lm-eval"}};
+  Json wrong = {
+      {"model", path("q8.pare")}, {"text", {path("text.txt")}}, {"speed", false}, {"output-format", "lm-eval"}};
   expect_error(wrong, ExitCode::kUsage, "--output");
   wrong["output"] = path("x.json");
   expect_error(wrong, ExitCode::kUsage, "--tasks");

@@ -282,6 +282,33 @@ TEST_F(Answers, BesideOthersAsAlone) {
   EXPECT_EQ(busy.server.counts().running + busy.server.counts().waiting, 0);
 }
 
+// A prompt that is longer than the switch is turned by its whole length, in however many passes others are computed.
+TEST_F(Answers, LongRopesSwitch) {
+  LongRope rope;
+  rope.short_factor = {1, 1, 1, 1};
+  rope.long_factor = {1.5, 2, 3, 4};
+  rope.original_max_position = 300;
+  write_served_model(scratch_->path / "phi.pare", true, false, rope);
+  RunningServer turned(scratch_->path / "phi.pare", {}, 1000);
+  const auto source = runtime_logits(turned.model.engine);
+  for (const std::int64_t length : {290, 301, 700}) {  // the first one crosses it while it is continued
+    const auto ids = random_ids(length, 290, 8);
+    Json body = {{"prompt", {random_ids(500, 290, 9), ids}}, {"max_tokens", 20}, {"temperature", 0}, {"logprobs", 0},
+                 {"echo", true}};
+    const Json scores = choice(turned.ask(body), 1).at("logprobs").at("token_logprobs");
+    source->begin(ids);
+    std::vector<float> row(290);
+    for (std::size_t t = 0; t + 1 < ids.size(); ++t) {
+      source->logits(static_cast<std::int64_t>(t), 1, row.data());
+      RowSoftmax softmax;
+      ASSERT_TRUE(row_softmax(row.data(), 290, softmax));
+      ASSERT_EQ(scores[t + 1].get<double>(), softmax.log_prob(row.data(), ids[t + 1])) << length << " " << t;
+    }
+    body["prompt"] = ids;
+    EXPECT_EQ(choice(turned.ask(body)).at("logprobs").at("token_logprobs"), scores) << length;
+  }
+}
+
 TEST_F(Answers, SeedsDecide) {
   Json body = {{"prompt", "once"}, {"max_tokens", 16}, {"seed", -5}};
   const Json one = choice(server().ask(body)).at("text");

@@ -1,4 +1,7 @@
 // Every refusal: its status, the field it names, and OpenAI's form.
+#include <map>
+#include <random>
+
 #include "core/error.h"
 #include "tests/serve/running_server.h"
 
@@ -202,6 +205,45 @@ TEST_F(Errors, FullQueuesAndLimitsOfTime) {
   const std::string text = client.receive_all();
   EXPECT_NE(text.find("\"code\":\"timeout\""), std::string::npos);
   EXPECT_EQ(text.find("[DONE]"), std::string::npos);
+}
+
+TEST_F(Errors, AnAnsweredRequestMakesRoomAtOnce) {
+  serve::ServerOptions options;
+  options.scheduling.parallel = 1;
+  options.scheduling.queue = 0;
+  RunningServer small(scratch_->path / "m.pare", options);
+  for (int i = 0; i < 60; ++i) {
+    const auto answer = small.post({{"prompt", {"once", "upon"}}, {"max_tokens", 1 + i % 3}, {"stream", i % 2 == 0}});
+    ASSERT_TRUE(answer);
+    ASSERT_EQ(answer->status, 200) << answer->body;
+  }
+}
+
+// Random damage: an answer or a refusal of OpenAI's form; never a crash, never silence.
+TEST_F(Errors, DamagedBodiesAreAnswered) {
+  const std::string good = Json{{"prompt", {"once", "upon"}}, {"max_tokens", 2},  {"temperature", 0.5}, {"stop", {"a"}},
+                                {"logprobs", 1},              {"echo", true},     {"seed", 3},          {"n", 1}}
+                               .dump();
+  std::mt19937_64 random(4);
+  std::map<int, int> statuses;
+  for (int round = 0; round < 300; ++round) {
+    std::string body = good;
+    for (std::uint64_t edits = 1 + random() % 3; edits > 0; --edits) {
+      const std::size_t at = random() % body.size();
+      switch (random() % 3) {
+        case 0: body[at] = static_cast<char>(random()); break;
+        case 1: body.erase(at, 1 + random() % 5); break;
+        default: body.insert(at, 1, "{}[]\",:0-9e\\"[random() % 12]); break;
+      }
+      if (body.empty()) body = "x";
+    }
+    const auto result = running_->client.Post("/v1/completions", body, "application/json");
+    ASSERT_TRUE(result) << body;
+    ++statuses[result->status];
+    ASSERT_TRUE(result->status == 200 || Json::parse(result->body).contains("error")) << body;
+  }
+  EXPECT_GT(statuses[400], 100);
+  EXPECT_EQ(statuses[500], 0);
 }
 
 TEST_F(Errors, AddressesThatCannotBeHad) {

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -24,14 +25,17 @@ constexpr const char* kTinyChat =
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
 // With `ends`, <|im_end|> ends a text; without, nothing does.
-inline fs::path write_served_model(const fs::path& path, bool ends = true, bool chat = true) {
+inline fs::path write_served_model(const fs::path& path, bool ends = true, bool chat = true,
+                                   std::optional<LongRope> rope = {}) {
   TokenizerTraining training;
   training.vocab_size = 290;
   training.special_tokens = {"<|begin|>", "<|im_start|>", "<|im_end|>"};
   const std::string tokenizer = train_tokenizer({"once upon a time there was a time, a t\xC3\xA9l\xC3\xA9"}, training);
   Json config = {{"bos_token", "<|begin|>"}, {"eos_token", "<|im_end|>"}};
   if (chat) config["chat_template"] = kTinyChat;
-  ModelConfig shape = tiny_config("llama", 32, 64, 4, 2, 8, 290, true);
+  ModelConfig shape = tiny_config(rope ? "phi3" : "llama", 32, 64, 4, 2, 8, 290, !rope);
+  shape.rope_long = rope;
+  shape.fused_qkv = shape.fused_gate_up = rope.has_value();
   shape.max_position_embeddings = 1 << 16;
   if (!ends) shape.eos_ids.clear();
   write_tiny_model(path, shape, {CodecKind::kQ8, 32}, 5,
