@@ -126,7 +126,8 @@ Kept choose_channels(PruneJob& job, const std::vector<int>& layers, std::int64_t
     }
     return most_important(importance, keep);
   }
-  const fs::path file = job.state / ("channels-" + std::to_string(keep) + "-of-" + std::to_string(layers.size()) + ".json");
+  const std::string blocks = std::to_string(layers.size());
+  const fs::path file = job.state / ("channels-" + std::to_string(keep) + "-for-" + blocks + ".json");
   if (fs::exists(file)) return read_json(file).get<Kept>();
   std::vector<int> at = layers;
   at.push_back(static_cast<int>(config.num_layers));

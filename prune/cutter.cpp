@@ -2,7 +2,6 @@
 
 #include <cmath>
 #include <map>
-#include <numeric>
 
 #include "core/error.h"
 #include "model/activations.h"
@@ -364,13 +363,15 @@ void Cutter::run() {
 
 std::vector<float> Cutter::refitted_head(const Tensor& head, const std::function<Pairs(std::int64_t)>& pairs) {
   const std::int64_t inputs = target_.hidden_size, vocab = head.size(0);
-  const Fit fit = collect(job_.windows, inputs, config_.hidden_size, device_, threads_, pairs);  // targets: what the whole head reads
+  // Targets: what the whole head reads.
+  const Fit fit = collect(job_.windows, inputs, config_.hidden_size, device_, threads_, pairs);
   const Refit solver(fit.fitted.gram.data_ptr<double>(), inputs, plan_.damping, "lm_head");
   std::vector<float> out;
   double gain = 0;  // of squared error on the windows that judge
   for (std::int64_t first = 0; first < vocab; first += kHeadRows) {
     const std::int64_t count = std::min(kHeadRows, vocab - first);
-    const Tensor rows = head.narrow(0, first, count), prior = stored(rows.index_select(1, channels_.cpu())).contiguous();
+    const Tensor rows = head.narrow(0, first, count);
+    const Tensor prior = stored(rows.index_select(1, channels_.cpu())).contiguous();
     const Tensor cross = torch::matmul(rows.to(torch::kDouble), fit.fitted.cross).contiguous();
     auto solved = solver.solve(prior.data_ptr<float>(), cross.data_ptr<double>(), count);
     const Tensor fresh = stored(torch::from_blob(solved.data(), {count, inputs}, torch::kFloat)).contiguous();
@@ -392,7 +393,8 @@ void Cutter::write_outer() {
   const torch::NoGradGuard no_grad;
   const auto read = [&](const std::string& name) {
     const Tensor values = load_tensor(job_.model, name, torch::kCPU);
-    check_finite(values.data_ptr<float>(), static_cast<std::size_t>(values.numel()), (job_.model.folder() / name).string());
+    check_finite(values.data_ptr<float>(), static_cast<std::size_t>(values.numel()),
+                 (job_.model.folder() / name).string());
     return values;
   };
   // Where embeddings are multiplied by something of the width, the cut model multiplies by something else.
@@ -412,7 +414,8 @@ void Cutter::write_outer() {
     const auto sums = sum_windows([&](std::int64_t w) {
       if (!streams()) return std::vector<double>{norm_narrowing(config_, original(w), channels_)};
       const Tensor x = kept(plain(config_, original(w))), y = plain(target_, current(w));
-      const Tensor cross = (x * y).sum(0, false, torch::kDouble).cpu(), own = y.square().sum(0, false, torch::kDouble).cpu();
+      const Tensor cross = (x * y).sum(0, false, torch::kDouble).cpu();
+      const Tensor own = y.square().sum(0, false, torch::kDouble).cpu();
       std::vector<double> out(cross.data_ptr<double>(), cross.data_ptr<double>() + narrow);
       out.insert(out.end(), own.data_ptr<double>(), own.data_ptr<double>() + narrow);
       return out;
@@ -451,7 +454,10 @@ void Cutter::write_outer() {
   };
   const Tensor embedding = kept(read("model.embed_tokens.weight").to(device_)).cpu();
   put("model.embed_tokens.weight", scale == 1 ? embedding : embedding * scale);
-  if (config_.learned_positions) put("model.embed_positions.weight", kept(read("model.embed_positions.weight").to(device_)).cpu());
+  if (config_.learned_positions) {
+    const std::string positions = "model.embed_positions.weight";
+    put(positions, kept(read(positions).to(device_)).cpu());
+  }
   put("model.norm.weight", cut_weight);
   if (bias.defined()) put("model.norm.bias", cut_bias);
   if (!config_.tie_word_embeddings) {

@@ -12,7 +12,7 @@ namespace pare {
 
 // What remains, of each decoder block the same.
 struct Shape {
-  std::int64_t layers = 0, heads = 0, kv_heads = 0;  // query heads; each key and value head has heads / kv_heads of them
+  std::int64_t layers = 0, heads = 0, kv_heads = 0;  // query heads; heads / kv_heads of them share keys
   std::int64_t ffn = 0, hidden = 0, experts = 0;     // neurons of the MLP or of each expert; residual channels
   bool operator==(const Shape&) const = default;
   std::string in_words() const;  // "3 blocks of 4 heads (2 of keys), 128 neurons, 192 channels"

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""What a third of the parameters costs, and what comes back: the tiny teacher loses about 30 % of its parameters by width,
-by depth and by both, chosen by what is measured, by weight norms and at random, with and without the refit; then the best
-cut learns from the teacher, and the same shape is trained from scratch on as many tokens.
+"""What a third of the parameters costs, and what comes back: the tiny teacher loses about 30 % of its parameters by
+width, by depth and by both, chosen by what is measured, by weight norms and at random, with and without the refit; then
+the best cut learns from the teacher, and the same shape is trained from scratch on as many tokens.
 
   tests/bench/structure.py PARE TEACHER TEXTS OUT.json [--work DIR] [--tokens N] [--windows N] [--seeds N]
 
-TEXTS: the folder that examples/teacher/make_text.sh writes. Without --tokens nothing is trained. Every figure is written to
-OUT.json as soon as it is known and not measured again (remove OUT.json to start over); a training that was stopped goes on
-where it was when DIR is given and the same command runs again. Held-out loss: mean over the manual's and the novels'
-windows of 512 tokens, nats a token.
+TEXTS: the folder that examples/teacher/make_text.sh writes. Without --tokens nothing is trained. Every figure is
+written to OUT.json as soon as it is known and not measured again (remove OUT.json to start over); a training that was
+stopped goes on where it was when DIR is given and the same command runs again. Held-out loss: mean over the manual's
+and the novels' windows of 512 tokens, nats a token.
 """
 import argparse
 import json
@@ -47,13 +47,15 @@ class Bench:
     def pare(self, *options):
         done = subprocess.run([self.a.pare, *map(str, options), "--json", "--quiet"], capture_output=True, text=True)
         if done.returncode != 0:
-            sys.exit(f"pare {' '.join(map(str, options))} ended with {done.returncode}: {done.stderr[-800:]}{done.stdout[-400:]}")
+            command = " ".join(map(str, options))
+            sys.exit(f"pare {command} ended with {done.returncode}: {done.stderr[-800:]}{done.stdout[-400:]}")
         return json.loads(done.stdout)
 
     def held_out(self, folder):
         losses = {}
         for name in ("manual", "novels"):
-            rows = self.pare("eval", folder, "--text", self.texts / f"{name}_held_out", "--ctx", 512, "--limit", self.a.windows)["rows"]
+            rows = self.pare("eval", folder, "--text", self.texts / f"{name}_held_out", "--ctx", 512, "--limit",
+                             self.a.windows)["rows"]
             losses[name] = math.log(next(row["after"] for row in rows if row["metric"] == "perplexity"))
         losses["mean"] = (losses["manual"] + losses["novels"]) / 2
         return losses
@@ -72,7 +74,8 @@ class Bench:
         out = keep or self.work / "cut"
         shutil.rmtree(out, ignore_errors=True)
         command = ["prune", "--model", self.a.teacher, "--out", out, "--method", "shape", *SHAPES[name], *WAYS[way],
-                   "--text", self.texts / "manual", "--text", self.texts / "novels_sample", "--samples", self.a.samples, "--seed", seed]
+                   "--text", self.texts / "manual", "--text", self.texts / "novels_sample",
+                   "--samples", self.a.samples, "--seed", seed]
         result = self.pare(*command)["result"]
         return {"shape": name, "way": way, "seed": seed, "parameters": result["parameters"],
                 "removed": 1 - result["parameters"] / result["parameters_before"],
@@ -93,7 +96,7 @@ class Bench:
             out = self.work / key.replace(" ", "-").replace(",", "")
             shutil.rmtree(out, ignore_errors=True)
             result = self.pare(*verb, "--out", out, *self.text(), "--tokens", tokens, *LEARN)
-            found = {"tokens": tokens, "tokens_per_s": result.get("result", {}).get("tokens_per_s"), "held_out": self.held_out(out)}
+            found = {"tokens": tokens, "steps": result["result"].get("steps"), "held_out": self.held_out(out)}
             found["regained"] = (start - found["held_out"]["mean"]) / (start - teacher["held_out"]["mean"])
             return found
 
@@ -103,19 +106,22 @@ class Bench:
             if key not in self.runs:
                 if not folder.exists():
                     self.cut(best, way, 1, folder)
-                self.once(key, lambda: learn(key, ["distill", "--teacher", self.a.teacher, "--model", folder, "--lr", self.a.lr,
-                                                   "--weight-decay", "0", "--precision", "bf16"]))
+                verb = ["distill", "--teacher", self.a.teacher, "--model", folder, "--lr", self.a.lr,
+                        "--weight-decay", "0", "--precision", "bf16"]
+                self.once(key, lambda: learn(key, verb))
         key = f"{best}, from scratch on {tokens} tokens"
         if key not in self.runs:
-            config = json.loads((self.work / "start-measured+refit" / "config.json").read_text())
-            path = self.work / "scratch.json"
-            path.write_text(json.dumps(config))
-            self.once(key, lambda: learn(key, ["train", "--config", path, "--tokenizer", self.a.teacher, "--lr", "3e-3",
-                                               "--weight-decay", "0.1", "--precision", "bf16"]))
+            path = self.work / f"start-{'measured + refit'.replace(' ', '')}" / "config.json"
+            if not path.exists():
+                self.cut(best, "measured + refit", 1, path.parent)
+            verb = ["train", "--config", path, "--tokenizer", self.a.teacher, "--lr", "3e-3", "--weight-decay", "0.1",
+                    "--precision", "bf16"]
+            self.once(key, lambda: learn(key, verb))
 
     def write(self):
         root = pathlib.Path(__file__).resolve().parents[2]
-        commit = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True,
+                                text=True).stdout.strip()
         with open("/proc/cpuinfo") as file:
             machine = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "unknown")
         table = []
@@ -123,11 +129,13 @@ class Bench:
             losses = run["held_out"]
             table.append([key, f"{run['removed']:.1%}" if "removed" in run else "", losses["manual"], losses["novels"],
                           losses["mean"], f"{run['regained']:.0%}" if "regained" in run else ""])
+        teacher = os.path.basename(os.path.normpath(self.a.teacher))
         result = {"benchmark": "structure",
-                  "command": f"tests/bench/structure.py build/pare {os.path.basename(os.path.normpath(self.a.teacher))} TEXTS OUT.json "
+                  "command": f"tests/bench/structure.py build/pare {teacher} TEXTS OUT.json "
                              f"--samples {self.a.samples} --windows {self.a.windows} --seeds {self.a.seeds}"
                              + (f" --tokens {self.a.tokens} --lr {self.a.lr}" if self.a.tokens else ""),
-                  "columns": ["model", "parameters removed", "held-out loss, manual", "novels", "mean", "of the lost nats regained"],
+                  "columns": ["model", "parameters removed", "held-out loss, manual", "novels", "mean",
+                              "of the lost nats regained"],
                   "table": table, "commit": commit or "unknown", "machine": machine, "runs": self.runs}
         temporary = self.out.with_suffix(".tmp")
         temporary.write_text(json.dumps(result, indent=1) + "\n")

@@ -282,7 +282,7 @@ TEST(FusedFamily, NarrowsLikeSeparateTensors) {
   for (const int kind : {0, 1}) {
     const std::vector<float>& of_fused = narrow[static_cast<std::size_t>(kind)];
     const std::vector<float>& of_apart = narrow[static_cast<std::size_t>(kind + 2)];
-    EXPECT_LT(largest_difference(of_fused, of_apart), 1e-4) << kind;
+    EXPECT_LT(largest_difference(of_fused, of_apart), 1e-3) << kind;
     EXPECT_GT(largest_difference(of_fused, logits_of(scratch / "fused")), 1e-2) << kind;
   }
 }

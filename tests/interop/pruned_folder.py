@@ -57,6 +57,7 @@ def make_model(folder, text, family, dtype):
                   num_key_value_heads=2, max_position_embeddings=128, bos_token_id=0, eos_token_id=0)
     torch.manual_seed(7)
     windows = dict(head_dim=16, sliding_window=16, query_pre_attn_scalar=16)
+    every = {key: value for key, value in common.items() if key != "num_key_value_heads"}
     plain = {key: common[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")}
     config, kind = {
         "llama": lambda: (transformers.LlamaConfig(**common, mlp_bias=True, tie_word_embeddings=True),
@@ -67,7 +68,8 @@ def make_model(folder, text, family, dtype):
         "gemma": lambda: (transformers.GemmaConfig(**common, head_dim=16), transformers.GemmaForCausalLM),
         "gemma2": lambda: (transformers.Gemma2Config(**common, **windows), transformers.Gemma2ForCausalLM),
         "gemma3": lambda: (transformers.Gemma3TextConfig(**common, **windows), transformers.Gemma3ForCausalLM),
-        "phi3": lambda: (transformers.Phi3Config(**common, pad_token_id=0, sliding_window=16), transformers.Phi3ForCausalLM),
+        "phi3": lambda: (transformers.Phi3Config(**common, pad_token_id=0, sliding_window=16),
+                         transformers.Phi3ForCausalLM),
         "smollm3": lambda: (transformers.SmolLM3Config(**common, pad_token_id=0), transformers.SmolLM3ForCausalLM),
         "mixtral": lambda: (transformers.MixtralConfig(**common, num_local_experts=4, num_experts_per_tok=2),
                             transformers.MixtralForCausalLM),
@@ -75,7 +77,7 @@ def make_model(folder, text, family, dtype):
                                                           moe_intermediate_size=160), transformers.Qwen3MoeForCausalLM),
         "gpt2": lambda: (transformers.GPT2Config(**plain, n_embd=64, n_layer=4, n_head=4, n_positions=128, n_inner=160),
                          transformers.GPT2LMHeadModel),
-        "gpt_neox": lambda: (transformers.GPTNeoXConfig(**{k: v for k, v in common.items() if k != "num_key_value_heads"}),
+        "gpt_neox": lambda: (transformers.GPTNeoXConfig(**every),
                              transformers.GPTNeoXForCausalLM),
     }[family]()
     model = kind(config)
@@ -168,7 +170,8 @@ def main():
                 folder = os.path.join(work, family)
                 make_model(folder, text, family, dtype)
                 cases.append((f"{family} {dtype}", folder, text, dtype))
-            for family in ("qwen3", "gemma", "gemma2", "gemma3", "phi3", "smollm3", "mixtral", "qwen3_moe", "gpt2", "gpt_neox"):
+            for family in ("qwen3", "gemma", "gemma2", "gemma3", "phi3", "smollm3", "mixtral", "qwen3_moe", "gpt2",
+                           "gpt_neox"):
                 folder = os.path.join(work, family)
                 make_model(folder, text, family, torch.float32)
                 cases.append((family, folder, text, torch.float32))

@@ -74,7 +74,8 @@ TEST(Refit, IsTheMinimumOfItsObjective) {
       distance += std::pow(static_cast<double>(w[i]) - static_cast<double>(l.weights[i]), 2);
     return brute_force_error(l, w) + lambda * distance;
   };
-  const std::vector<float> solved = Refit(l.gram.data(), kIn, damping, "test").solve(l.weights.data(), l.cross.data(), kOut);
+  const Refit refit(l.gram.data(), kIn, damping, "test");
+  const std::vector<float> solved = refit.solve(l.weights.data(), l.cross.data(), kOut);
   const double least = objective(solved);
   EXPECT_LT(least, objective(l.weights));
   for (std::size_t i = 0; i < solved.size(); ++i)
@@ -91,7 +92,8 @@ TEST(Refit, KeepsWeightsWhoseTargetsAreTheirOwnOutputs) {
     for (std::int64_t j = 0; j < kIn; ++j) {
       double sum = 0;
       for (std::int64_t k = 0; k < kIn; ++k)
-        sum += static_cast<double>(l.weights[static_cast<std::size_t>(i * kIn + k)]) * l.gram[static_cast<std::size_t>(k * kIn + j)];
+        sum += static_cast<double>(l.weights[static_cast<std::size_t>(i * kIn + k)]) *
+               l.gram[static_cast<std::size_t>(k * kIn + j)];
       l.cross[static_cast<std::size_t>(i * kIn + j)] = sum;
     }
   const auto solved = Refit(l.gram.data(), kIn, 0.01, "test").solve(l.weights.data(), l.cross.data(), kOut);

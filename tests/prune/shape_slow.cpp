@@ -65,7 +65,8 @@ TEST(PruneSearch, FindsTheCutThatCostsNothing) {
   Json options = shape(folder, "out", {{"max-params", parameter_count(cut_config(config, wanted))}});
   options["samples"] = 6;
   const Command command = prune_command();
-  const StagePlan plan = command.plan(Options(command.options, options, "test"), planned_model(Checkpoint(folder / "m")));
+  const PlannedModel input = planned_model(Checkpoint(folder / "m"));
+  const StagePlan plan = command.plan(Options(command.options, options, "test"), input);
   EXPECT_LE(parameter_count(plan.result.config), options["max-params"].get<std::int64_t>());
   const auto outcome = run_prune(options);
   EXPECT_EQ(shape_of(Checkpoint(folder / "out").config()), wanted);
