@@ -207,7 +207,7 @@ std::vector<double> solved(const float* original, const std::uint8_t* keep, cons
   return out;
 }
 
-class Refit : public ::testing::Test {
+class SupportRefit : public ::testing::Test {
  protected:
   static constexpr std::int64_t rows = 70, n = 90;
   std::mt19937_64 random{11};
@@ -235,7 +235,7 @@ class Refit : public ::testing::Test {
   }
 };
 
-TEST_F(Refit, EqualsNormalEquationsRowByRow) {
+TEST_F(SupportRefit, EqualsNormalEquationsRowByRow) {
   const std::vector<float> single(h.begin(), h.end());
   std::vector<float> found = masked, again = masked, narrow = masked;
   const RefitLimits exact{0.0, 1000};
@@ -260,7 +260,7 @@ TEST_F(Refit, EqualsNormalEquationsRowByRow) {
   EXPECT_LT(worst_narrow, 1e-4);
 }
 
-TEST_F(Refit, StopsNearTheLeastAndNeverAboveTheStart) {
+TEST_F(SupportRefit, StopsNearTheLeastAndNeverAboveTheStart) {
   std::vector<float> found = masked;
   refit_support(weight.data(), keep.data(), rows, n, h.data(), kDamping, RefitLimits{}, found.data(), 2);
   double start = 0, reached = 0, least = 0;
