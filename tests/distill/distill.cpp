@@ -118,13 +118,13 @@ TEST(Distill, ASampledCacheTeachesAsTheTeacherItself) {
     const double live = w.run(given).at("held_out").at("held.txt").at("kl_after").get<double>();
     given["out"] = (w.folder / ("cached" + std::to_string(tau))).string();
     given["cache"] = (w.folder / ("teacher" + std::to_string(tau) + ".h5")).string();
-    given["cache-samples"] = 12;
+    const int draws = tau == 1 ? 12 : 120;  // the heavier tail of the higher temperature is noisier
+    given["cache-samples"] = draws;
     const Json held = w.run(given).at("held_out").at("held.txt");
-    // At the higher temperature the tail is heavier: as right on average, but noisier.
-    EXPECT_LT(held.at("kl_after").get<double>(), (tau == 1 ? 1.2 : 1.8) * live) << tau;
+    EXPECT_LT(held.at("kl_after").get<double>(), (tau == 1 ? 1.2 : 1.5) * live) << tau;
     EXPECT_LT(held.at("kl_after").get<double>(), 0.6 * held.at("kl_before").get<double>()) << tau;
     LogitCacheReader reader(given["cache"].get<std::string>());
-    EXPECT_EQ(reader.info().samples, 12);
+    EXPECT_EQ(reader.info().samples, draws);
     EXPECT_EQ(reader.info().top_k, 12);
     EXPECT_EQ(reader.info().temperature, tau);
     given["tau"] = 1.5;
