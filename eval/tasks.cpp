@@ -189,7 +189,8 @@ struct Encoded {
 // what would stand in for its beginning.
 std::vector<std::int32_t> encode_alone(const Tokenizer& tokenizer, const std::string& text,
                                        const TaskOptions& options) {
-  const bool begun = !options.prefix_ids.empty() && text.starts_with(tokenizer.decode(options.prefix_ids, false));
+  const std::string prefix = tokenizer.decode(options.prefix_ids, false);
+  const bool begun = !prefix.empty() && text.starts_with(prefix);
   return tokenizer.encode(text, !begun, true);
 }
 

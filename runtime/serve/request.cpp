@@ -222,8 +222,8 @@ void check_scores(const Asked& asked, const ServedModel& model) {
     tokens += std::min(asked.work.most_tokens, model.context - size + 1) + (asked.work.echo ? size : 0);
   }
   if (tokens > kMostScores / (*asked.work.alternatives + 1))
-    throw ApiError(400, fmt::format("logprobs: expected at most {} log-probabilities in an answer that is not streamed, "
-                                    "found up to {} tokens of {} each", kMostScores, tokens,
+    throw ApiError(400, fmt::format("logprobs: expected at most {} log-probabilities in an answer that is not "
+                                    "streamed, found up to {} tokens of {} each", kMostScores, tokens,
                                     *asked.work.alternatives + 1), "logprobs");
 }
 

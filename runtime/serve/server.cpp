@@ -258,8 +258,8 @@ httplib::Server::HandlerResponse Server::Impl::before_routing(const Request& req
   if (const std::string bound = lower(options_.host); is_loopback(bound)) {
     const std::string host = request.get_header_value("Host"), origin = request.get_header_value("Origin");
     if (!host.empty() && !is_own(host_of(host), bound))
-      return refuse(ApiError(403, fmt::format("this server is asked as {} or localhost, not as {}", options_.host, host),
-                             {}, "foreign_host"));
+      return refuse(ApiError(403, fmt::format("this server is asked as {} or localhost, not as {}", options_.host,
+                                              host), {}, "foreign_host"));
     const std::size_t scheme = origin.find("://");
     if (!origin.empty() && (scheme == std::string::npos || !is_own(host_of(origin.substr(scheme + 3)), bound)))
       return refuse(ApiError(403, fmt::format("this server does not answer pages of {}", origin), {},
