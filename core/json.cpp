@@ -1,5 +1,6 @@
-#include "core/json.h"
+#include "core/json_limits.h"
 
+#include <cstdint>
 #include <set>
 #include <vector>
 
@@ -14,7 +15,7 @@ constexpr int kMaxDepth = 64;
 // nlohmann keeps the last of duplicate keys silently; the callback sees each one.
 class StrictCallback {
  public:
-  explicit StrictCallback(const std::string& place) : place_(place) {}
+  StrictCallback(const std::string& place, std::size_t most_keys) : place_(place), most_keys_(most_keys) {}
   bool operator()(int depth, Json::parse_event_t event, Json& parsed) {
     switch (event) {
       case Json::parse_event_t::object_start:
@@ -31,6 +32,8 @@ class StrictCallback {
         if (!keys_.back().insert(parsed.get_ref<const std::string&>()).second)
           throw input_error(place_, "every key once", "key \"" + parsed.get<std::string>() + "\" twice",
                             "the file is ambiguous; write it again with its own tool");
+        if (keys_.back().size() > most_keys_)
+          throw input_error(place_, "at most " + std::to_string(most_keys_) + " keys in an object", "more");
         break;
       default:
         break;
@@ -43,6 +46,7 @@ class StrictCallback {
     if (depth > kMaxDepth) throw input_error(place_, "nesting of at most 64 levels", "deeper nesting");
   }
   const std::string& place_;
+  std::size_t most_keys_;
   std::vector<std::set<std::string>> keys_;
 };
 
@@ -68,9 +72,13 @@ void check_nesting(std::string_view text, const std::string& place) {
 }  // namespace
 
 Json parse_json(std::string_view text, const std::string& place) {
+  return parse_json(text, place, SIZE_MAX);
+}
+
+Json parse_json(std::string_view text, const std::string& place, std::size_t most_keys) {
   check_nesting(text, place);
   try {
-    return Json::parse(text.begin(), text.end(), StrictCallback(place));
+    return Json::parse(text.begin(), text.end(), StrictCallback(place, most_keys));
   } catch (const Json::exception& problem) {
     throw input_error(place, "valid JSON", problem.what());
   }

@@ -148,8 +148,11 @@ StreamDecoder::StreamDecoder(const Tokenizer& tokenizer, bool skip_special)
 // ids_ holds the last stretch that gave text (so that what depends on standing first is settled) and everything
 // after it; emitted_ counts the bytes of its text that were already returned.
 std::string StreamDecoder::push(std::int32_t id) {
-  ids_.push_back(id);
   const Tokenizer::Impl& impl = *tokenizer_.impl_;
+  std::string piece;
+  bool special = false;
+  if (!impl.piece_of(id, piece, special) || (special && skip_special_)) return {};  // it is in no text
+  ids_.push_back(id);
   if (!impl.decoder.can_stream()) return {};
   std::vector<std::string> pieces = impl.pieces_of(ids_, skip_special_);
   if (impl.decoder.open_end(pieces)) return {};

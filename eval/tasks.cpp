@@ -147,7 +147,8 @@ TaskItem item_of(const Line& line, Shape shape) {
       rest.resize(end_without_space(rest));
       rest.erase(0, begin_without_space(rest));
       for (const char* key : {"option1", "option2"}) {
-        item.pairs.push_back(pair_of(sentence.substr(0, gap) + line.text(key), delimited(rest), rest));
+        const std::string context = sentence.substr(0, gap) + line.text(key);
+        item.pairs.push_back(pair_of(context, delimited(rest), context));  // its choices are the contexts
       }
       item.gold = line.index("label", 2);
       break;
@@ -184,13 +185,22 @@ struct Encoded {
   std::int64_t scored = 0;
 };
 
+// As transformers' tokenizers do: special tokens are found in the text, and none is put before one that begins with
+// what would stand in for its beginning.
+std::vector<std::int32_t> encode_alone(const Tokenizer& tokenizer, const std::string& text,
+                                       const TaskOptions& options) {
+  const std::string prefix = tokenizer.decode(options.prefix_ids, false);
+  const bool begun = !prefix.empty() && text.starts_with(prefix);
+  return tokenizer.encode(text, !begun, true);
+}
+
 Encoded encode_pair(const Tokenizer& tokenizer, const TaskItem::Pair& pair, const TaskOptions& options,
                     const std::string& place) {
   Encoded result;
   std::int64_t context_ids = 0;
   if (pair.context.empty()) {
     result.ids = options.prefix_ids;
-    const std::vector<std::int32_t> text = tokenizer.encode(pair.continuation, false, false);
+    const std::vector<std::int32_t> text = tokenizer.encode(pair.continuation, false, true);
     // A text that begins with the prefix itself gets no second one.
     if (!text.empty() && !result.ids.empty() && text.front() == result.ids.back()) result.ids.pop_back();
     context_ids = std::max<std::int64_t>(static_cast<std::int64_t>(result.ids.size()), 1);
@@ -199,8 +209,8 @@ Encoded encode_pair(const Tokenizer& tokenizer, const TaskItem::Pair& pair, cons
   } else {
     // Trailing blanks of the context belong to the continuation, then one encoding is cut at the context's length.
     const std::string context = pair.context.substr(0, end_without_space(pair.context));
-    result.ids = tokenizer.encode(pair.context + pair.continuation, true, false);
-    context_ids = static_cast<std::int64_t>(tokenizer.encode(context, true, false).size());
+    result.ids = encode_alone(tokenizer, pair.context + pair.continuation, options);
+    context_ids = std::ssize(encode_alone(tokenizer, context, options));
     if (context.empty()) context_ids = std::max<std::int64_t>(context_ids, 1);
   }
   const auto n = static_cast<std::int64_t>(result.ids.size());
@@ -233,7 +243,7 @@ class Scorer {
   // The log-probability of a text, in windows of the context that overlap by one id; the last one is filled up with
   // what stands before.
   double score_text(const std::string& text, const std::string& place) {
-    const std::vector<std::int32_t> ids = tokenizer_.encode(text, false, false);
+    const std::vector<std::int32_t> ids = tokenizer_.encode(text, false, true);
     if (ids.empty()) throw input_error(place, "at least one token to score", "none");
     if (options_.prefix_ids.empty())
       throw input_error(place, "a token that begins a text, of which the first one is predicted", "none in the model");

@@ -22,7 +22,8 @@ enum class TaskKind { kMultipleChoice, kContinuation, kMinimalPair, kText };
 struct TaskItem {
   struct Pair {
     std::string context, continuation;
-    // Of the choice as written in the file: what acc_norm and acc_bytes divide by. Words: white space and one.
+    // Of the choice as written in the file (of a WinoGrande, the context with its option): what acc_norm and acc_bytes
+    // divide by. Words: white space and one.
     std::int64_t characters = 0, bytes = 0, words = 0;
   };
   std::vector<Pair> pairs;

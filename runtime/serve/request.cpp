@@ -14,6 +14,7 @@ namespace {
 
 constexpr std::size_t kMostStops = 16, kMostPrompts = 2048;
 constexpr int kMostAlternatives = 20;
+constexpr std::int64_t kMostScores = std::int64_t{1} << 22;  // of an answer that is not streamed: it is held whole
 
 ApiError wrong(const std::string& field, const std::string& expected, const Json& found) {
   std::string text = found.dump(-1, ' ', false, Json::error_handler_t::replace);
@@ -187,14 +188,23 @@ std::string content_of(const Fields& message) {
   return text;
 }
 
+// What OpenAI's clients send back as null with an answer that they were given.
+constexpr const char* kUnsaid[] = {"refusal", "tool_calls", "function_call", "annotations", "audio"};
+const std::vector<std::string> kOfMessages = [] {
+  std::vector<std::string> known = {"role", "content", "name", "type"};
+  known.insert(known.end(), std::begin(kUnsaid), std::end(kUnsaid));
+  return known;
+}();
+
 Json messages_of(const Fields& fields) {
   const Json* given = fields.find("messages");
   if (given == nullptr || !given->is_array() || given->empty())
     throw wrong("messages", "a list of at least one message", given == nullptr ? Json(nullptr) : *given);
   Json messages = Json::array();
   for (std::size_t i = 0; i < given->size(); ++i) {
-    const Fields message((*given)[i], fmt::format("messages[{}]", i), {"role", "content", "name", "type"});
+    const Fields message((*given)[i], fmt::format("messages[{}]", i), kOfMessages);
     message.neutral("type", {"text"}, "\"text\"");  // as evaluation harnesses send it
+    for (const char* key : kUnsaid) message.neutral(key, {Json::array()}, "null");
     const std::string role = message.text("role", ""), name = message.text("name", "");
     const std::string place = message.field("role");
     if (role.empty()) throw ApiError(400, place + ": expected a text, found none", place);
@@ -202,6 +212,19 @@ Json messages_of(const Fields& fields) {
     if (!name.empty()) messages.back()["name"] = name;
   }
   return messages;
+}
+
+void check_scores(const Asked& asked, const ServedModel& model) {
+  if (asked.stream || !asked.work.alternatives) return;
+  std::int64_t tokens = 0;
+  for (const auto& prompt : asked.work.prompts) {
+    const std::int64_t size = std::ssize(prompt);
+    tokens += std::min(asked.work.most_tokens, model.context - size + 1) + (asked.work.echo ? size : 0);
+  }
+  if (tokens > kMostScores / (*asked.work.alternatives + 1))
+    throw ApiError(400, fmt::format("logprobs: expected at most {} log-probabilities in an answer that is not "
+                                    "streamed, found up to {} tokens of {} each", kMostScores, tokens,
+                                    *asked.work.alternatives + 1), "logprobs");
 }
 
 }  // namespace
@@ -218,7 +241,9 @@ Asked read_completion(const Json& body, const ServedModel& model, std::uint64_t 
   asked.work.echo = fields.flag("echo", false);
   if (fields.find("logprobs") != nullptr)
     asked.work.alternatives = static_cast<int>(fields.integer("logprobs", 0, 0, kMostAlternatives));
+  asked.work.end_scored = true;  // harnesses that ask for one token count on its being there
   asked.work.ends = model.ends;
+  check_scores(asked, model);
   return asked;
 }
 
@@ -248,6 +273,7 @@ Asked read_chat(const Json& body, const ServedModel& model, std::uint64_t seed) 
     throw ApiError(400, problem.what(), "messages");
   }
   check_prompt(asked.work.prompts.front(), model, "messages");
+  check_scores(asked, model);
   return asked;
 }
 

@@ -14,6 +14,7 @@ namespace {
 constexpr std::int64_t kBesideDecoding = 60;      // prompt tokens of a pass in which others wait for their next token
 constexpr std::size_t kMostHeldBytes = 64 << 10;  // results that a slow reader leaves, before its sequences stand still
 constexpr std::int64_t kBlockLogits = std::int64_t{1} << 22;  // held at a time: 16 MiB, or one row
+constexpr std::size_t kDecodedBefore = 32;  // tokens of a prompt that is not echoed
 constexpr auto kLookAgain = std::chrono::milliseconds(10);    // where every sequence stands still
 
 const ApiError kStopping(503, "the server is being stopped", {}, "shutting_down");
@@ -316,48 +317,57 @@ void Scheduler::feed(const std::vector<Sequence*>& fed, const std::vector<std::s
     tokens += static_cast<std::int64_t>(texts[i].size());
   }
   const auto vocab = static_cast<std::size_t>(engine_->config().vocab_size);
-  std::vector<Sequence*> choosing;
-  try {
-    if (fed.size() == 1) sessions[0]->feed(texts[0]);
-    else Session::feed_each(sessions, texts);
-    sessions.clear();
-    for (std::size_t i = 0; i < fed.size(); ++i) {
-      Sequence& sequence = *fed[i];
-      if (sequence.reading()) {
-        sequence.fed += texts[i].size();
-        if (sequence.work().echo && sequence.work().alternatives)
-          score_prompt(sequence, static_cast<std::int64_t>(texts[i].size()));
-        if (sequence.reading()) continue;
-        prompt_done(sequence);
-        if (sequence.over) continue;
-      }
-      choosing.push_back(&sequence);
-      sessions.push_back(&sequence.session);
+  const auto stopping = [&] {
+    const std::lock_guard lock(mutex_);
+    return aborted_;
+  };
+  // False: the sequence failed, and it alone.
+  const auto attempt = [&](Sequence& sequence, const auto& body) {
+    try {
+      body();
+      return true;
+    } catch (const std::exception& problem) {
+      const auto* api = dynamic_cast<const ApiError*>(&problem);
+      fail(sequence, stopping() ? kStopping
+                     : api      ? *api
+                                : ApiError(500, problem.what()));
+      return false;
     }
+  };
+  bool together = fed.size() > 1;
+  try {
+    if (together) Session::feed_each(sessions, texts);
+  } catch (const std::exception&) {
+    together = false;  // nothing was fed; alone, those that can be fed give the same
+  }
+  std::vector<Sequence*> choosing;
+  sessions.clear();
+  for (std::size_t i = 0; i < fed.size(); ++i) {
+    Sequence& sequence = *fed[i];
+    const bool fine = attempt(sequence, [&] {
+      if (!together) {
+        if (stopping()) throw kStopping;
+        sequence.session.feed(texts[i]);
+      }
+      if (!sequence.reading()) return;
+      sequence.fed += texts[i].size();
+      if (sequence.work().echo && sequence.work().alternatives)
+        score_prompt(sequence, static_cast<std::int64_t>(texts[i].size()));
+      if (!sequence.reading()) prompt_done(sequence);
+    });
+    if (!fine || sequence.over || sequence.reading()) continue;
+    choosing.push_back(&sequence);
+    sessions.push_back(&sequence.session);
+  }
+  try {
     logits_.resize(std::max(logits_.size(), choosing.size() * vocab));
     Session::logits_each(sessions, logits_.data());
   } catch (const std::exception& problem) {
-    const auto* api = dynamic_cast<const ApiError*>(&problem);
-    for (Sequence* const sequence : fed) {
-      bool stopping = false;
-      {
-        const std::lock_guard lock(mutex_);
-        stopping = aborted_;
-      }
-      if (sequence->over) continue;
-      fail(*sequence, stopping ? kStopping : api ? *api : ApiError(500, problem.what()));
-    }
+    for (Sequence* const sequence : choosing) fail(*sequence, ApiError(500, problem.what()));
     return;
   }
-  for (std::size_t i = 0; i < choosing.size(); ++i) {
-    try {
-      take_token(*choosing[i], {logits_.data() + i * vocab, vocab});
-    } catch (const ApiError& problem) {
-      fail(*choosing[i], problem);
-    } catch (const std::exception& problem) {
-      fail(*choosing[i], ApiError(500, problem.what()));
-    }
-  }
+  for (std::size_t i = 0; i < choosing.size(); ++i)
+    attempt(*choosing[i], [&] { take_token(*choosing[i], {logits_.data() + i * vocab, vocab}); });
   const std::lock_guard lock(mutex_);
   ++counts_.passes;
   counts_.tokens += tokens;
@@ -385,7 +395,9 @@ void Scheduler::score_prompt(Sequence& sequence, std::int64_t count) {
 
 void Scheduler::prompt_done(Sequence& sequence) {
   const std::vector<std::int32_t>& prompt = sequence.prompt();
-  for (std::size_t i = 0; i < prompt.size(); ++i) {
+  // Where the prompt is no part of the text, its end is all that what follows may depend on.
+  const std::size_t first = sequence.work().echo ? 0 : prompt.size() - std::min(prompt.size(), kDecodedBefore);
+  for (std::size_t i = first; i < prompt.size(); ++i) {
     if (!sequence.work().echo) {
       sequence.decoder.push(prompt[i]);
       continue;
@@ -403,10 +415,11 @@ void Scheduler::prompt_done(Sequence& sequence) {
 void Scheduler::take_token(Sequence& sequence, std::span<const float> logits) {
   const Work& work = sequence.work();
   const std::int32_t id = sequence.sampler(logits);
-  if (std::find(work.ends.begin(), work.ends.end(), id) != work.ends.end()) return end_text(sequence, "stop");
   ScoredToken token;
   token.id = id;
   if (work.alternatives) token = scored(id, logits, *work.alternatives);
+  if (std::find(work.ends.begin(), work.ends.end(), id) != work.ends.end())
+    return end_text(sequence, "stop", work.end_scored ? std::optional(std::move(token)) : std::nullopt);
   ++sequence.made;
   sequence.push(std::move(token), false);
   sequence.next = id;
@@ -415,8 +428,16 @@ void Scheduler::take_token(Sequence& sequence, std::span<const float> logits) {
   give(sequence, nullptr);
 }
 
-void Scheduler::end_text(Sequence& sequence, const char* finish) {
-  if (!sequence.text.stopped()) sequence.text.push(sequence.decoder.finish());
+void Scheduler::end_text(Sequence& sequence, const char* finish, std::optional<ScoredToken> end) {
+  if (!sequence.text.stopped()) {
+    const std::string rest = sequence.decoder.finish();
+    sequence.text.push(rest);
+    sequence.offset += characters(rest);
+  }
+  if (end && sequence.work().alternatives && !sequence.text.stopped()) {  // it adds nothing to the text
+    end->offset = sequence.offset;
+    sequence.tokens.push_back({std::move(*end), sequence.text.length(), sequence.text.length()});
+  }
   sequence.text.finish();
   {  // before the client can know it: whoever has an answer may ask again
     const std::lock_guard lock(mutex_);

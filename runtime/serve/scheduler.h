@@ -32,6 +32,7 @@ struct Work {
   std::vector<std::int64_t> ends;                  // tokens that end a text
   bool echo = false;                               // the prompt belongs to the text
   std::optional<int> alternatives;                 // set: log-probabilities, and so many of the likeliest tokens
+  bool end_scored = false;                         // with alternatives: the token that ends a text is one of them
 };
 
 struct ScoredToken {
@@ -122,7 +123,7 @@ class Scheduler {
   void score_prompt(Sequence& sequence, std::int64_t count);
   void prompt_done(Sequence& sequence);
   void take_token(Sequence& sequence, std::span<const float> logits);
-  void end_text(Sequence& sequence, const char* finish);
+  void end_text(Sequence& sequence, const char* finish, std::optional<ScoredToken> end = std::nullopt);
   void give(Sequence& sequence, const char* finish);
 
   const std::shared_ptr<const Engine> engine_;

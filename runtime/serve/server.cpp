@@ -1,14 +1,18 @@
 #include "runtime/serve/server.h"
 
+#include <arpa/inet.h>
 #include <fmt/format.h>
 #include <httplib.h>
 #include <sys/socket.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cctype>
 #include <ctime>
 #include <thread>
 
 #include "core/error.h"
+#include "core/json_limits.h"
 #include "runtime/serve/answer.h"
 #include "runtime/serve/connection.h"
 
@@ -19,6 +23,7 @@ constexpr auto kLook = std::chrono::milliseconds(50);  // between two looks at w
 constexpr int kSpareThreads = 16;      // for connections beyond the requests that are answered or wait
 constexpr std::size_t kHeaderBytes = 64 << 10;
 constexpr int kRetrySeconds = 1;
+constexpr std::size_t kMostKeys = 256;  // of one object of a body
 
 struct Route {
   const char* method;
@@ -52,6 +57,42 @@ class Watch {
   Clock::time_point next_{};
 };
 
+std::string lower(std::string_view text) {
+  std::string out(text);
+  for (char& c : out) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  return out;
+}
+
+// Of "host", "host:port" or "[host]:port", in small letters.
+std::string host_of(std::string_view authority) {
+  if (authority.starts_with('[')) authority = authority.substr(1, authority.find(']') - 1);
+  else authority = authority.substr(0, authority.find(':'));
+  return lower(authority);
+}
+
+bool is_loopback(const std::string& host) {
+  in_addr v4{};
+  if (::inet_pton(AF_INET, host.c_str(), &v4) == 1) return (ntohl(v4.s_addr) >> 24) == 127;
+  return host == "::1" || host == "localhost" || host.ends_with(".localhost");
+}
+
+// Names that a server on the loopback interface `bound` is asked by. Any other is that of a page elsewhere, which
+// reaches this machine by way of its reader's browser.
+bool is_own(const std::string& host, const std::string& bound) {
+  return is_loopback(host) || host == bound;
+}
+
+// In one line, whatever the client sent.
+std::string printable(const std::string& text) {
+  std::string out;
+  for (const char c : text) {
+    const auto byte = static_cast<unsigned char>(c);
+    if (byte < 0x20 || byte == 0x7F) out += fmt::format("\\x{:02x}", byte);
+    else out += c;
+  }
+  return out;
+}
+
 std::string event(const Json& json) {
   return "data: " + dump(json) + "\n\n";
 }
@@ -81,7 +122,7 @@ struct Server::Impl : httplib::Server {
   const ConnectionLimits limits_;
   Scheduler scheduler_;
   std::atomic<bool> stopping_{false};
-  std::atomic<int> connections_{0};  // that are being answered
+  std::atomic<int> connections_{0};  // whose request has begun
   std::atomic<std::uint64_t> requests_{0};
   int port_ = 0;
   std::thread thread_;
@@ -92,6 +133,10 @@ Server::Server(ServedModel model, const ServerOptions& options)
 
 Server::~Server() {
   stop_after({});
+}
+
+bool Server::listening() const {
+  return impl_->is_running();
 }
 
 int Server::port() const {
@@ -135,25 +180,32 @@ Server::Impl::Impl(ServedModel model, const ServerOptions& options)
 
 bool Server::Impl::stop_after(std::chrono::milliseconds patience) {
   if (!thread_.joinable()) return true;
+  const auto patient_until = Clock::now() + patience;
   scheduler_.close();
-  const bool all = scheduler_.wait_until_idle(Clock::now() + patience);
+  const bool computed = scheduler_.wait_until_idle(patient_until);
   scheduler_.abort();
   // Answers that are complete, and refusals, are still sent.
   scheduler_.wait_until_idle(Clock::now() + std::chrono::seconds(2));
-  const auto deadline = Clock::now() + std::chrono::seconds(1);
+  const auto deadline = std::max(patient_until, Clock::now() + std::chrono::seconds(1));
   while (connections_ > 0 && Clock::now() < deadline) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  const bool sent = connections_ == 0;
   stopping_ = true;
   stop();
   thread_.join();
-  return all && scheduler_.counts().cut_off == 0;
+  return computed && sent && scheduler_.counts().cut_off == 0;
 }
 
 bool Server::Impl::process_and_close_socket(socket_t socket) {
   Connection connection(socket, limits_, stopping_);
-  ++connections_;
-  bool closed = false;
-  const bool answered = process_request(connection, true, closed, nullptr);
-  --connections_;
+  bool closed = false, begun = false;
+  const bool answered = process_request(connection, true, closed, [&](Request& request) {
+    begun = true;
+    ++connections_;
+    // Answers are given whole and as they are, not in the parts or packings that httplib knows.
+    request.ranges.clear();
+    request.headers.erase("Accept-Encoding");
+  });
+  if (begun) --connections_;
   return answered;
 }
 
@@ -176,7 +228,7 @@ void Server::Impl::add_routes() {
     return before_routing(request, response);
   });
   set_logger([this](const Request& request, const Response& response) {
-    options_.log(fmt::format("{} {} {}", request.method, request.path, response.status));
+    options_.log(fmt::format("{} {} {}", printable(request.method), printable(request.path), response.status));
   });
   // What httplib itself refuses.
   set_error_handler([](const Request&, Response& response) {
@@ -203,6 +255,16 @@ httplib::Server::HandlerResponse Server::Impl::before_routing(const Request& req
     set(response, problem);
     return HandlerResponse::Handled;
   };
+  if (const std::string bound = lower(options_.host); is_loopback(bound)) {
+    const std::string host = request.get_header_value("Host"), origin = request.get_header_value("Origin");
+    if (!host.empty() && !is_own(host_of(host), bound))
+      return refuse(ApiError(403, fmt::format("this server is asked as {} or localhost, not as {}", options_.host,
+                                              host), {}, "foreign_host"));
+    const std::size_t scheme = origin.find("://");
+    if (!origin.empty() && (scheme == std::string::npos || !is_own(host_of(origin.substr(scheme + 3)), bound)))
+      return refuse(ApiError(403, fmt::format("this server does not answer pages of {}", origin), {},
+                             "foreign_origin"));
+  }
   const bool one_model = request.path.starts_with(kOneModel);
   const char* method = one_model ? "GET" : nullptr;
   for (const Route& route : kRoutes)
@@ -219,6 +281,8 @@ httplib::Server::HandlerResponse Server::Impl::before_routing(const Request& req
     return refuse(ApiError(404, fmt::format("the model `{}` does not exist; this server has `{}`",
                                             request.path.substr(std::string_view(kOneModel).size()), model_.name),
                            "model", "model_not_found"));
+  if (request.method == "POST" && !request.has_header("Content-Length") && !request.has_header("Transfer-Encoding"))
+    return refuse(ApiError(411, "body: expected a Content-Length, found none", {}, "length_required"));
   return HandlerResponse::Unhandled;
 }
 
@@ -259,7 +323,7 @@ void Server::Impl::answer(bool chat, const Request& request, Response& response,
   const std::string text = read_body(request, reader);
   Json body;
   try {
-    body = parse_json(text, "body");
+    body = parse_json(text, "body", kMostKeys);
   } catch (const std::exception& problem) {
     throw ApiError(400, problem.what(), {}, "invalid_json");
   }

@@ -25,9 +25,10 @@ class Server {
   Server(ServedModel model, const ServerOptions& options);
   ~Server();  // as stop_after() without patience
   int port() const;
+  bool listening() const;  // false: stopped, or its socket failed
   Scheduler::Counts counts() const;
-  // Takes no more requests, waits for those that are being answered, at most so long, and cancels the rest. True: none
-  // had to be.
+  // Takes no more requests, waits for those that are being answered until their clients have the answer, at most so
+  // long, and cancels the rest. True: none had to be.
   bool stop_after(std::chrono::milliseconds patience);
 
  private:

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
+#include <span>
 
 #include "core/corpus.h"
 #include "core/error.h"
@@ -139,6 +140,10 @@ class Evaluation {
     refuse_unused_options(text, caches);
     const bool as_lm_eval = options_.get<std::string>("output-format") == "lm-eval";
     if (as_lm_eval && !tasks) throw usage_error("--output-format lm-eval", "--tasks with it", "none");
+    if (as_lm_eval && (text || options_.has("against")))
+      throw usage_error("--output-format lm-eval", "--tasks of one model alone", text ? "--text" : "--against",
+                        "that form has no place for it; --output-format pare has");
+    if (options_.has("output")) refuse_output(options_.get<std::string>("output"), as_lm_eval);
     begun_ = std::chrono::system_clock::now();
     model_.emplace(options_.get<std::string>("model"), options_, context_);
     if (options_.has("against")) original_.emplace(options_.get<std::string>("against"), options_, context_);
@@ -148,6 +153,10 @@ class Evaluation {
     if (tasks) {
       for (const fs::path& file : task_files(options_.get<std::vector<std::string>>("tasks"))) {
         task_list.push_back(read_task(file, limit_));
+        for (const Task& other : std::span(task_list).first(task_list.size() - 1))
+          if (other.name == task_list.back().name)
+            throw usage_error("--tasks", "files of different names, by which results are told apart",
+                              other.file.string() + " and " + file.string());
       }
     }
     if (text) make_text_windows();
@@ -178,6 +187,16 @@ class Evaluation {
     }
     if (!files) refuse_unused(options_, {"act", "kv"}, "without a compact file", "pare eval");
     if (backend_.has_devices && !folders) refuse_unused(options_, {"device"}, "without a model folder", "pare eval");
+  }
+
+  // Before anything is scored: what could not be written.
+  static void refuse_output(const fs::path& output, bool as_lm_eval) {
+    if (as_lm_eval && output.extension() != ".json") return;  // a folder, which is made
+    if (fs::is_directory(output)) throw usage_error("--output", "a file", output.string() + ", a folder");
+    const fs::path folder = output.parent_path();
+    if (!folder.empty() && !fs::is_directory(folder))
+      throw usage_error("--output", "a file in a folder that exists", output.string(),
+                        "mkdir -p " + folder.string());
   }
 
   const Subject& reference() const { return original_ ? *original_ : *model_; }

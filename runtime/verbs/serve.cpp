@@ -56,8 +56,11 @@ Json run(const Options& options, Context& context) {
       fmt::format("{} at {} ({})", name, url, chat ? "completions, chat" : "completions; no chat template");
   context.print(line);
   if (context.json) std::fprintf(stderr, "%s\n", line.c_str());
-  while (!interrupt_requested()) std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  while (!interrupt_requested() && server.listening()) std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  const bool died = !server.listening();
   const bool all = server.stop_after(std::chrono::seconds(options.get<std::int64_t>("grace")));
+  if (died)
+    throw failure(url, "a socket that listens", "one that failed", "start the server again; it answered what it had");
   if (!all)
     throw Error(ExitCode::kInterrupted, "serve", "requests that end within --grace",
                 "some that did not; they were cancelled");

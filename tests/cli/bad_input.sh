@@ -215,6 +215,9 @@ refuse "serve: a queue below nothing" 2 "queue" "$EDGE" serve "$T/none.pare" --q
 refuse "serve: size in no unit" 2 "max-body" "$EDGE" serve "$T/none.pare" --max-body much
 refuse "eval: the harness's results of no tasks" 2 "--tasks with it" "$EDGE" eval "$T/none.pare" --text "$TEXT" --output x.json \
   --output-format lm-eval
+refuse "eval: the harness's results against an original" 2 "one model alone" "$EDGE" eval "$T/none.pare" --tasks "$T/x.jsonl" \
+  --against "$T/none.pare" --output "$T" --output-format lm-eval
+refuse "eval: output into no folder" 2 "folder that exists" "$EDGE" eval "$T/none.pare" --text "$TEXT" --output "$T/none/x.json"
 refuse "run: draft and look-up" 2 "one of --draft and --lookup" "$EDGE" run "$T/none.pare" -p x --draft "$T/none.pare" --lookup 3
 refuse "run: look-up and fallback" 2 "one of --lookup and --fallback" "$EDGE" run "$T/none.pare" -p x --lookup 3 --fallback "$T/none.pare"
 refuse "run: look-up of no tokens" 2 "lookup" "$EDGE" run "$T/none.pare" -p x --lookup 0

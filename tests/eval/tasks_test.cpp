@@ -319,6 +319,24 @@ TEST_F(TasksTest, GapSentencesScoreTheirRest) {
   EXPECT_EQ(t.items[0].pairs[1].context, "x said b");
   EXPECT_EQ(t.items[0].pairs[1].continuation, " was here");
   EXPECT_EQ(t.items[0].gold, 1);
+  const Task other = task(R"({"sentence": "x said _ sat", "option1": "\u00e9", "option2": "bcd", "label": 0})");
+  EXPECT_EQ(other.items[0].pairs[0].characters, 8);  // the harness divides by the context, "x said é"
+  EXPECT_EQ(other.items[0].pairs[0].bytes, 9);
+  EXPECT_EQ(other.items[0].pairs[1].characters, 10);
+}
+
+TEST_F(TasksTest, SpecialTokensOfTheTextAreTakenAsSuch) {
+  const Tokenizer tokenizer = Tokenizer::from_json(letter_tokenizer(true), "letters");
+  Unigram model = letters();
+  // No second <s> where the text begins with one; the last choice is only a target.
+  score_task(model, tokenizer, task(R"({"query": "<s>ab", "choices": ["a", "b"], "gold": 0})"), {512, {27}}, quiet_);
+  EXPECT_EQ(model.last, (std::vector<std::int32_t>{27, 0, 1, 26}));
+  score_task(model, tokenizer, task(R"({"query": "a<s>b", "choices": ["a", "b"], "gold": 0})"), {512, {27}}, quiet_);
+  EXPECT_EQ(model.last, (std::vector<std::int32_t>{27, 0, 27, 1, 26}));
+  score_task(model, tokenizer, task(R"({"sentence_good": "a<s>", "sentence_bad": "a<s>b"})"), {512, {27}}, quiet_);
+  EXPECT_EQ(model.last, (std::vector<std::int32_t>{27, 26, 0, 27}));
+  score_task(model, tokenizer, task(R"({"text": "a<s>b"})"), {512, {27}}, quiet_);
+  EXPECT_EQ(model.last, (std::vector<std::int32_t>{27, 0, 27}));
 }
 
 TEST_F(TasksTest, WrongLinesNameFileAndLine) {

@@ -192,6 +192,21 @@ TEST_F(EvalVerb, WritesItsResult) {
   expect_error(wrong, ExitCode::kUsage, "--output");
   wrong["output"] = path("x.json");
   expect_error(wrong, ExitCode::kUsage, "--tasks");
+  wrong["tasks"] = {path("pairs.jsonl")};
+  expect_error(wrong, ExitCode::kUsage, "--text");
+  wrong.erase("text");
+  wrong["against"] = path("q8.pare");
+  expect_error(wrong, ExitCode::kUsage, "--against");
+  Json nowhere = {{"model", path("q8.pare")}, {"tasks", {path("pairs.jsonl")}}, {"speed", false}};
+  nowhere["output"] = path("none/x.json");
+  expect_error(nowhere, ExitCode::kUsage, "a folder that exists");
+  nowhere["output"] = fs::path(path("q8.pare")).parent_path().string();
+  expect_error(nowhere, ExitCode::kUsage, "a file");
+  nowhere.erase("output");
+  fs::create_directories(path("again"));
+  fs::copy_file(path("pairs.jsonl"), path("again/pairs.jsonl"), fs::copy_options::overwrite_existing);
+  nowhere["tasks"].push_back(path("again/pairs.jsonl"));
+  expect_error(nowhere, ExitCode::kUsage, "different names");
 }
 
 TEST_F(EvalVerb, FolderLeavesNoTemporaryFile) {

@@ -26,7 +26,7 @@ EXACT = ("acc,none", "acc_norm,none", "acc_bytes,none")
 
 
 def made_items():
-    """Blanks on both sides of the cut, letters of several bytes, contexts that do not fit, ties."""
+    """Blanks on both sides of the cut, letters of several bytes, contexts that do not fit, ties, special tokens."""
     words = (HERE.parents[1] / "README.md").read_text().split()
     text = lambda i, n: " ".join(words[i:i + n])
     choices, blimp, lambada, winogrande, texts = [], [], [], [], []
@@ -39,7 +39,12 @@ def made_items():
         lambada.append({"context": text(5 * i, 8) + " " * (i % 3), "continuation": words[5 * i + 8]})
         winogrande.append({"sentence": text(3 * i, 4) + " _ " + text(3 * i + 4, 3) + " " * (i % 2),
                            "option1": words[i], "option2": words[i + 1], "label": i % 2})
+    end = "<|endoftext|>"  # special tokens stand for themselves, at the beginning, inside and in what is scored
     for i in range(6):
+        query = (end, text(20 * i, 4) + end, end + end + " ")[i % 3] + text(30 * i, 6)
+        choices.append({"query": query, "choices": [text(40 * i, 2), text(50 * i, 1) + end, end], "gold": i % 3})
+        lambada.append({"context": query, "continuation": (words[i], end)[i % 2]})
+        texts.append({"text": end * (i % 2) + text(70 * i, 20) + end + text(80 * i, 10)})
         choices.append({"query": text(100 * i, 400 + 20 * i), "choices": ["a library", "the model"], "gold": 0})
         texts.append({"text": text(60 * i, 40 + 150 * i) + (" \n" if i % 2 else "")})
     return {"arc_easy": choices, "blimp": blimp, "lambada": lambada, "winogrande": winogrande, "text": texts}

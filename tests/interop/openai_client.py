@@ -61,6 +61,12 @@ def check_chat(client):
     del ask["logprobs"], ask["top_logprobs"]
     with client.chat.completions.stream(**ask) as stream:
         assert "".join(event.delta for event in stream if event.type == "content.delta") == message.content
+    # The next turn, with the client's own object of the answer and with all of its fields, null or not.
+    turns = []
+    for answer in (message, message.model_dump(), {"role": "assistant", "content": message.content}):
+        ask["messages"] = [*messages, answer, {"role": "user", "content": "And add_executable?"}]
+        turns.append(client.chat.completions.create(**ask).choices[0].message.content)
+    assert turns[0] == turns[1] == turns[2], turns
 
 
 def refused(kind, status, call, **ask):

@@ -76,6 +76,17 @@ TEST_F(Answers, HealthAndModels) {
   EXPECT_EQ(one->get_header_value("Content-Type"), "application/json");
 }
 
+TEST_F(Answers, AreWholeAndUnpacked) {
+  const auto plain = server().client.Get("/v1/models");
+  const httplib::Headers headers = {{"Range", "bytes=0-3"}, {"Accept-Encoding", "gzip, deflate, br"}};
+  const auto asked = server().client.Get("/v1/models", headers);
+  ASSERT_TRUE(plain && asked);
+  EXPECT_EQ(asked->status, 200);
+  EXPECT_EQ(asked->body, plain->body);
+  EXPECT_FALSE(asked->has_header("Content-Encoding"));
+  EXPECT_FALSE(asked->has_header("Content-Range"));
+}
+
 TEST_F(Answers, ContinuesAsRunDoes) {
   const std::string prompt = "once upon a";
   const auto ids = encoded(prompt);
@@ -156,6 +167,29 @@ TEST_F(Answers, EchoedLogProbabilitiesAreTheEvaluators) {
   EXPECT_EQ(choice(only).at("logprobs").at("token_logprobs").size(), ids.size());
   EXPECT_EQ(choice(only).at("logprobs").at("token_logprobs").back(), scores.at("token_logprobs")[ids.size() - 1]);
   EXPECT_EQ(only.at("usage").at("completion_tokens"), 0);
+}
+
+// Harnesses ask for one token behind an echoed prompt and leave out the last score.
+TEST_F(Answers, TokensThatEndATextHaveScores) {
+  const std::string prompt = "once upon a time";
+  const auto ids = encoded(prompt);
+  const Json body = {{"prompt", prompt}, {"max_tokens", 1}, {"temperature", 0}, {"logprobs", 1}, {"echo", true}};
+  const Json endless = choice(server().ask(body)).at("logprobs");
+  const Generation likeliest = generated(ids, 1);
+  ASSERT_EQ(likeliest.ids.size(), 1u);
+  serve::ServedModel model = server().model;
+  model.ends = {likeliest.ids[0]};
+  const serve::Server other(model, RunningServer::with({}, 400));
+  httplib::Client client("127.0.0.1", other.port());
+  const auto result = client.Post("/v1/completions", body.dump(), "application/json");
+  ASSERT_TRUE(result);
+  const Json answer = Json::parse(result->body);
+  EXPECT_EQ(choice(answer).at("text"), prompt);
+  EXPECT_EQ(choice(answer).at("finish_reason"), "stop");
+  EXPECT_EQ(answer.at("usage").at("completion_tokens"), 0);
+  EXPECT_EQ(choice(answer).at("logprobs"), endless);
+  ASSERT_EQ(choice(answer).at("logprobs").at("tokens").size(), ids.size() + 1);
+  EXPECT_EQ(choice(answer).at("logprobs").at("text_offset").back(), prompt.size());
 }
 
 TEST_F(Answers, StreamsAddUpToTheWholeAnswer) {
@@ -256,6 +290,23 @@ TEST_F(Answers, ChatUsesTheModelsTemplate) {
   EXPECT_EQ(all.at("text"), want.text);
   EXPECT_EQ(all.at("logprobs").at("content"), content);
   EXPECT_EQ(all.at("finish_reason"), choice(with_scores).at("finish_reason"));
+}
+
+// As OpenAI's client gives back the message it was given.
+TEST_F(Answers, ChatsGoOnWithTheAnswer) {
+  const char* path = "/v1/chat/completions";
+  Json body = {{"messages", {{{"role", "user"}, {"content", "once?"}}}}, {"max_tokens", 5}, {"temperature", 0}};
+  const Json message = choice(server().ask(body, path)).at("message");
+  const Json question = {{"role", "user"}, {"content", "upon?"}};
+  Json plain = body, given_back = body;
+  plain["messages"].push_back({{"role", "assistant"}, {"content", message.at("content")}});
+  plain["messages"].push_back(question);
+  Json dumped = message;
+  for (const char* key : {"annotations", "audio", "function_call"}) dumped[key] = nullptr;
+  dumped["tool_calls"] = Json::array();
+  given_back["messages"].push_back(dumped);
+  given_back["messages"].push_back(question);
+  EXPECT_EQ(choice(server().ask(given_back, path)), choice(server().ask(plain, path)));
 }
 
 TEST_F(Answers, BesideOthersAsAlone) {

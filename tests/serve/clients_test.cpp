@@ -96,6 +96,88 @@ TEST_F(Clients, LongPromptsBesideOthers) {
   EXPECT_EQ(running.ask(body).at("choices"), beside);
 }
 
+// A file of which prompts with token 5, and they alone, give logits that are not finite.
+void write_spoiled_model(const fs::path& path) {
+  ModelConfig shape = tiny_config("llama", 32, 64, 4, 2, 8, 290, false);
+  shape.max_position_embeddings = 1 << 16;
+  shape.eos_ids.clear();
+  TokenizerTraining training;
+  training.vocab_size = 290;
+  write_tiny_model(path, shape, {CodecKind::kF16}, 5,
+                   {{"tokenizer.json", train_tokenizer({"once upon a time there was a time"}, training)}});
+  std::fstream file(path, std::ios::in | std::ios::out | std::ios::binary);
+  std::uint64_t size = 0;
+  file.read(reinterpret_cast<char*>(&size), sizeof(size));
+  std::string header(size, '\0');
+  file.read(header.data(), static_cast<std::streamsize>(size));
+  const std::uint64_t begin = Json::parse(header).at("model.embed_tokens.weight").at("data_offsets")[0];
+  file.seekp(static_cast<std::streamoff>(8 + size + begin + 5 * 32 * 2));
+  for (int i = 0; i < 32; ++i) file.write("\x00\x7E", 2);
+}
+
+TEST_F(Clients, WhoFailsFailsAlone) {
+  write_spoiled_model(scratch_->path / "spoiled.pare");
+  RunningServer running(scratch_->path / "spoiled.pare", {}, kContext);
+  RawClient decoding(running.server.port());
+  decoding.post({{"prompt", {7, 8}}, {"max_tokens", 60000}, {"stream", true}, {"temperature", 0}});  // never 5
+  ASSERT_TRUE(comes_true([&] { return running.server.counts().passes > 2; }));
+  for (const int max_tokens : {1, 0}) {
+    const auto failed = running.post(
+        {{"prompt", {5, 6, 7}}, {"max_tokens", max_tokens}, {"logprobs", 0}, {"echo", true}});
+    ASSERT_TRUE(failed);
+    EXPECT_EQ(failed->status, 500) << failed->body;
+    EXPECT_NE(failed->body.find("not finite"), std::string::npos) << failed->body;
+    EXPECT_EQ(running.server.counts().running, 1);
+  }
+  const std::int64_t before = running.server.counts().passes;
+  EXPECT_TRUE(comes_true([&] { return running.server.counts().passes > before + 5; }));
+}
+
+TEST_F(Clients, StoppingWaitsForAnswersThatAreRead) {
+  const std::vector<std::vector<std::int32_t>> prompts(300, random_ids(30, 290, 3));  // more than the sockets hold
+  const Json body = {{"prompt", prompts}, {"max_tokens", 0}, {"logprobs", 20}, {"echo", true}};
+  const auto computed = [](const RunningServer& running) {
+    return comes_true([&] {
+      const serve::Scheduler::Counts counts = running.server.counts();
+      return counts.tokens == 300 * 30 && counts.running == 0;
+    });
+  };
+  RunningServer running(model(), {}, kContext);
+  RawClient slow(running.server.port());
+  slow.post(body);
+  ASSERT_TRUE(computed(running));
+  std::string answer;
+  std::thread reading([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1500));
+    answer = slow.receive_all();
+  });
+  EXPECT_TRUE(running.server.stop_after(std::chrono::seconds(60)));
+  reading.join();
+  EXPECT_EQ(Json::parse(answer.substr(answer.find("\r\n\r\n") + 4)).at("choices").size(), 300u);
+  RunningServer other(model(), {}, kContext);
+  RawClient deaf(other.server.port());
+  deaf.post(body);
+  ASSERT_TRUE(computed(other));
+  EXPECT_FALSE(other.server.stop_after(std::chrono::milliseconds(10)));  // nobody took the answer
+}
+
+TEST_F(Clients, TheEndOfTheSocketIsSeen) {
+  RunningServer running(model());
+  EXPECT_TRUE(running.server.listening());
+  for (int file = 3; file < 1024; ++file) {  // the one that listens on the port
+    int listens = 0;
+    socklen_t size = sizeof(listens);
+    sockaddr_in address{};
+    socklen_t length = sizeof(address);
+    if (::getsockopt(file, SOL_SOCKET, SO_ACCEPTCONN, &listens, &size) == 0 && listens != 0 &&
+        ::getsockname(file, reinterpret_cast<sockaddr*>(&address), &length) == 0 &&
+        ntohs(address.sin_port) == running.server.port())
+      ::shutdown(file, SHUT_RDWR);
+  }
+  EXPECT_TRUE(comes_true([&] { return !running.server.listening(); }));
+  EXPECT_TRUE(running.server.stop_after(std::chrono::seconds(1)));
+}
+
 TEST_F(Clients, StoppingWaitsForWhatEndsSoon) {
   RunningServer running(model(), {}, kContext);
   Json answer;

@@ -1,4 +1,6 @@
 // Every refusal: its status, the field it names, and OpenAI's form.
+#include <fmt/format.h>
+
 #include <map>
 #include <random>
 
@@ -55,6 +57,10 @@ TEST_F(Errors, BodiesThatAreNoObject) {
     expect(running_->client.Post("/v1/completions", body, "application/json"), 400, "body", nullptr, "invalid_json");
   expect(running_->client.Post("/v1/completions", std::string(1000, '['), "application/json"), 400, "nest", nullptr,
          "invalid_json");
+  std::string many = "{\"\": 0";
+  for (int i = 0; i < 400; ++i) many += fmt::format(",\"{}\":0", i);
+  expect(running_->client.Post("/v1/completions", many + "}", "application/json"), 400, "keys in an object", nullptr,
+         "invalid_json");
   for (const char* body : {"[]", "1", "null"})
     expect(running_->client.Post("/v1/completions", body, "application/json"), 400, "object");
   httplib::MultipartFormDataItems form = {{"prompt", "once", "", ""}};
@@ -98,6 +104,8 @@ TEST_F(Errors, FieldsThatAreNotKnownOrNotOfTheirKind) {
           "unknown_field");
   refused({{"stream", true}, {"stream_options", 1}}, "object", "stream_options");
   refused({{"user", 5}}, "a text", "user");
+  const Json many = std::vector<std::string>(2048, "a");  // each may have 100 tokens
+  refused({{"prompt", many}, {"max_tokens", 1000}, {"logprobs", 20}}, "at most 4194304", "logprobs");
   // What asks for nothing is taken.
   EXPECT_EQ(running_->post({{"prompt", "once"}, {"max_tokens", 1}, {"n", 1}, {"best_of", 1}, {"presence_penalty", 0},
                             {"frequency_penalty", 0.0}, {"logit_bias", Json::object()}, {"suffix", nullptr},
@@ -113,8 +121,11 @@ TEST_F(Errors, Chats) {
   chat_refused({{"messages", {{{"role", "user"}, {"content", 5}}}}}, "text", "messages[0].content");
   chat_refused({{"messages", {{{"role", "user"}, {"content", {{{"type", "image_url"}, {"text", "x"}}}}}}}}, "text",
                "messages[0].content[0].type");
-  chat_refused({{"messages", {{{"role", "user"}, {"tool_calls", Json::array()}}}}}, "no such field",
-               "messages[0].tool_calls", "unknown_field");
+  chat_refused({{"messages", {{{"role", "user"}, {"tool_call_ids", nullptr}}}}}, "no such field",
+               "messages[0].tool_call_ids", "unknown_field");
+  chat_refused({{"messages", {{{"role", "user"}, {"tool_calls", {{{"id", "x"}}}}}}}}, "expected null",
+               "messages[0].tool_calls");
+  chat_refused({{"messages", {{{"role", "assistant"}, {"refusal", "no"}}}}}, "expected null", "messages[0].refusal");
   chat_refused({{"messages", {{{"role", "tool"}, {"content", "x"}}}}}, "no tools here", "messages");
   chat_refused({{"prompt", "x"}}, "no such field", "prompt", "unknown_field");
   chat_refused({{"echo", true}}, "no such field", "echo", "unknown_field");
@@ -175,6 +186,46 @@ TEST_F(Errors, BodiesThatAreTooLarge) {
   const std::string answer = client.receive_all();
   EXPECT_TRUE(answer.empty() || answer.find(" 400 ") != std::string::npos) << answer;
   EXPECT_EQ(running_->client.Get("/health")->status, 200);
+}
+
+// A page elsewhere that its reader's browser leads here.
+TEST_F(Errors, ForeignHostsAndOrigins) {
+  const int port = running_->server.port();
+  for (const char* host : {"example.com", "127.example.com", "example.com:80", "10.0.0.1", "[::2]:80", "localhost.x"})
+    expect(running_->client.Get("/health", {{"Host", host}}), 403, host, nullptr, "foreign_host");
+  for (const char* origin : {"http://example.com", "null", "https://127.0.0.1.example.com:443"})
+    expect(running_->client.Get("/health", {{"Origin", origin}}), 403, origin, nullptr, "foreign_origin");
+  for (const std::string host : {"localhost", "LocalHost:80", "127.0.0.2", "[::1]:80"}) {
+    EXPECT_EQ(running_->client.Get("/health", {{"Host", host}})->status, 200) << host;
+    EXPECT_EQ(running_->client.Get("/health", {{"Origin", "http://" + host}})->status, 200) << host;
+  }
+  RawClient without(port);
+  without.send("GET /health HTTP/1.0\r\n\r\n");
+  EXPECT_NE(without.receive(1000).find(" 200 "), std::string::npos);
+}
+
+TEST_F(Errors, LinesOfTheLogStayLines) {
+  std::mutex mutex;
+  std::vector<std::string> lines;
+  serve::ServerOptions options;
+  options.log = [&](const std::string& line) {
+    const std::lock_guard lock(mutex);
+    lines.push_back(line);
+  };
+  {
+    RunningServer logging(scratch_->path / "m.pare", options);
+    EXPECT_EQ(logging.client.Get("/a%0Ab%1B[31m%7F")->status, 404);
+  }
+  ASSERT_EQ(lines.size(), 1u);
+  EXPECT_EQ(lines[0], "GET /a\\x0ab\\x1b[31m\\x7f 404");
+}
+
+TEST_F(Errors, BodiesWithoutALength) {
+  RawClient client(running_->server.port());
+  client.send("POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n\r\n");
+  const std::string answer = client.receive(1 << 16);
+  EXPECT_NE(answer.find(" 411 "), std::string::npos) << answer;
+  EXPECT_NE(answer.find("length_required"), std::string::npos) << answer;
 }
 
 TEST_F(Errors, FullQueuesAndLimitsOfTime) {

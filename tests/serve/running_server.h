@@ -126,8 +126,8 @@ class RawClient {
   }
   void post(const Json& body, const char* path = "/v1/completions") const {
     const std::string text = body.dump();
-    send(std::string("POST ") + path + " HTTP/1.1\r\nHost: x\r\nContent-Length: " + std::to_string(text.size()) +
-         "\r\n\r\n" + text);
+    send(std::string("POST ") + path + " HTTP/1.1\r\nHost: localhost\r\nContent-Length: " +
+         std::to_string(text.size()) + "\r\n\r\n" + text);
   }
   std::string receive(std::size_t most) const {
     std::string out(most, '\0');
