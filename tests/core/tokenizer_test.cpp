@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <map>
 #include <random>
 #include <sstream>
@@ -164,6 +165,18 @@ TEST(Tokenizer, StreamHoldsBackIncompleteCharacters) {
   EXPECT_EQ(decoder.push(ids[4]), "x");
   EXPECT_EQ(decoder.push(ids[0]), "");
   EXPECT_EQ(decoder.finish(), "\uFFFD");
+}
+
+TEST(Tokenizer, StreamsPassOverWhatIsInNoText) {
+  const Tokenizer tokenizer = Tokenizer::from_file(kGolden / "llama3.json");
+  const Ids animal = tokenizer.encode("\U0001F999x", false);
+  ASSERT_GT(animal.size(), 2u);
+  Ids ids = {animal[0]};
+  ids.insert(ids.end(), 100000, 1);  // not decoded again with every one of them
+  ids.insert(ids.end(), animal.begin() + 1, animal.end());
+  const auto begin = std::chrono::steady_clock::now();
+  EXPECT_EQ(streamed(tokenizer, ids), "\U0001F999x");
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(5));
 }
 
 TEST(Tokenizer, ConcurrentCallsAgree) {
