@@ -127,7 +127,8 @@ TEST_F(Clients, WhoFailsFailsAlone) {
     ASSERT_TRUE(failed);
     EXPECT_EQ(failed->status, 500) << failed->body;
     EXPECT_NE(failed->body.find("not finite"), std::string::npos) << failed->body;
-    EXPECT_EQ(running.server.counts().running, 1);
+    // The answer leaves before its sequence does.
+    EXPECT_TRUE(comes_true([&] { return running.server.counts().running == 1; }));
   }
   const std::int64_t before = running.server.counts().passes;
   EXPECT_TRUE(comes_true([&] { return running.server.counts().passes > before + 5; }));
