@@ -182,11 +182,11 @@ TEST_F(Clients, TheEndOfTheSocketIsSeen) {
 TEST_F(Clients, StoppingWaitsForWhatEndsSoon) {
   RunningServer running(model(), {}, kContext);
   Json answer;
-  std::thread client([&] { answer = running.ask({{"prompt", "once"}, {"max_tokens", 400}}); });
+  std::thread client([&] { answer = running.ask({{"prompt", "once"}, {"max_tokens", 4000}}); });
   ASSERT_TRUE(comes_true([&] { return running.server.counts().running == 1; }));
   EXPECT_TRUE(running.server.stop_after(std::chrono::seconds(30)));
   client.join();
-  EXPECT_EQ(answer.at("usage").at("completion_tokens"), 400);
+  EXPECT_EQ(answer.at("usage").at("completion_tokens"), 4000);
   EXPECT_FALSE(running.post({{"prompt", "once"}}));  // nobody listens
 }
 

@@ -223,7 +223,7 @@ TEST_F(Errors, LinesOfTheLogStayLines) {
 TEST_F(Errors, BodiesWithoutALength) {
   RawClient client(running_->server.port());
   client.send("POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n\r\n");
-  const std::string answer = client.receive(1 << 16);
+  const std::string answer = client.receive_all();
   EXPECT_NE(answer.find(" 411 "), std::string::npos) << answer;
   EXPECT_NE(answer.find("length_required"), std::string::npos) << answer;
 }
