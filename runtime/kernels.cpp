@@ -2,6 +2,10 @@
 
 #if defined(__aarch64__)
 #include <sys/auxv.h>
+#elif defined(PARE_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include <cstdlib>
@@ -90,7 +94,7 @@ void Int8Activations::resize(std::int64_t new_tokens, std::int64_t new_cols, For
   tokens = new_tokens;
   cols = new_cols;
   form = new_form;
-  padded = round_up(cols, kActGroup);
+  padded = round_up(cols, form == Form::kToken ? 2 * kActGroup : kActGroup);
   const std::int64_t group = form == Form::kToken ? kRowSpan : kActGroup;
   groups = (cols + group - 1) / group;
   const auto n = static_cast<std::size_t>(tokens * groups);
@@ -128,15 +132,36 @@ bool has_avx512vnni() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
 }
 
+[[maybe_unused]] Kernels with_products(Kernels kernels, const char* name, const Int8Products& products) {
+  kernels.name = name;
+  kernels.matmul_int8 = products.matmul_int8;
+  if (products.quantize_tile) kernels.quantize_tile = products.quantize_tile;
+  return kernels;
+}
+
 #ifdef PARE_AVXVNNI
 const Kernels& avxvnni_kernels() {
-  static const Kernels kernels = [] {
-    Kernels made = kAvx2Kernels;
-    made.name = "avxvnni";
-    made.matmul_int8 = avxvnni_products().matmul_int8;
-    return made;
-  }();
+  static const Kernels kernels = with_products(kAvx2Kernels, "avxvnni", avxvnni_products());
   return kernels;
+}
+#endif
+
+#ifdef PARE_AMX
+const Kernels& amx_kernels() {
+  static const Kernels kernels = with_products(kAvx512VnniKernels, "amx", kAmx);
+  return kernels;
+}
+
+// The processor has AMX for bytes, and the system lets this process keep the state of its tiles.
+bool has_amx() {
+  static const bool has = [] {
+    constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTile) == 0 || (d & kInt8) == 0) return false;
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  }();
+  return has;
 }
 #endif
 
@@ -154,6 +179,9 @@ std::vector<const Kernels*> kernels_here() {
     if (wide || __builtin_cpu_supports("avxvnni")) here.push_back(&avxvnni_kernels());
 #endif
     if (wide) here.push_back(&kAvx512VnniKernels);
+#ifdef PARE_AMX
+    if (wide && has_amx()) here.push_back(&amx_kernels());
+#endif
   }
 #elif defined(__aarch64__)
   here.push_back(&kNeonKernels);
@@ -168,7 +196,7 @@ std::vector<const Kernels*> kernels_here() {
 }  // namespace
 
 #ifdef PARE_AVXVNNI
-const VnniProducts& avxvnni_products() {
+const Int8Products& avxvnni_products() {
   return __builtin_cpu_supports("avxvnni") ? kAvxVnniShort : kAvxVnniLong;
 }
 #endif

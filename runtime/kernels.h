@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <new>
 #include <span>
 #include <string>
 #include <vector>
@@ -43,21 +44,34 @@ PackedMatrix packed_matrix(const Codec& codec, std::int64_t rows, std::int64_t c
 // One row as floats, as QuantizedTensor::unpack_row has it: embedding look-up. out: cols floats.
 void unpack_matrix_row(const PackedMatrix& w, std::int64_t row, float* out);
 
+// Memory that begins on a cache line.
+template <class T>
+struct CacheLineAllocator {
+  using value_type = T;
+  CacheLineAllocator() = default;
+  template <class U>
+  CacheLineAllocator(const CacheLineAllocator<U>&) {}
+  T* allocate(std::size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{64})); }
+  void deallocate(T* p, std::size_t) { ::operator delete(p, std::align_val_t{64}); }
+  bool operator==(const CacheLineAllocator&) const = default;
+};
+
 // Activations as int8: symmetric, scale = max|x| / 127, code = x * (127 / max|x|) rounded to nearest even. Tokens lie
 // in tiles of up to 12 in the order the kernels read:
-//   codes  [tile][group][quads of the group][token of tile][4 inputs], inputs padded to a multiple of 32
+//   codes  [tile][group][quads of the group][token of tile][4 inputs], inputs padded to a multiple of 32 (kToken: 64)
 //   scale, minus8, minus128, minus1: [tile][group][token of tile]
 // kGroup: one scale per token and 32 inputs. minus8 and minus128 are -8 and -128 times the sum of the group's codes
 // (start values that undo the offset of q4 and q8 codes; those of q3 and q2 are a half and a quarter of the first);
 // minus1 is the negated sum as 16 bits, for zero points that differ by row. Minima of q4m multiply the sum itself.
 // kToken: one scale per token, what w8a8 means. A group is kRowSpan inputs, all groups of a token have the same scale;
 // minus128 alone is kept.
-// A non-finite input makes the scale of its group NaN, so it reaches the output.
+// A non-finite input makes the scale of its group NaN, so it reaches the output. Of more than one tile "amx" keeps
+// its own order (kernels_amx.cpp): a set's products read what its quantize_tile wrote.
 struct Int8Activations {
   enum class Form { kGroup, kToken };
   Form form = Form::kGroup;
   std::int64_t tokens = 0, cols = 0, padded = 0, groups = 0;
-  std::vector<std::int8_t> codes;
+  std::vector<std::int8_t, CacheLineAllocator<std::int8_t>> codes;
   std::vector<float> scale;
   std::vector<std::int32_t> minus8, minus128, minus1;
 
@@ -112,7 +126,7 @@ struct Kernels {
   const AttentionKernels* attention;
 };
 
-// Names this machine can run, best last, of "plain", "avx2", "avxvnni", "avx512vnni" on x86 and "plain", "neon",
+// Names this machine can run, best last, of "plain", "avx2", "avxvnni", "avx512vnni", "amx" on x86 and "plain", "neon",
 // "dotprod", "i8mm" on aarch64.
 std::vector<std::string> available_kernels();
 // "": PARE_KERNELS if set, else the best. Unknown or not supported here: exit 2 with the list.
@@ -121,16 +135,18 @@ const Kernels& choose_kernels(const std::string& name);
 extern const Kernels kPlainKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
-// What "avxvnni" puts in place of AVX2's products, in the two codings of the instruction.
-struct VnniProducts {
+// What an instruction set puts in place of the byte products of a narrower one.
+struct Int8Products {
   decltype(Kernels::matmul_int8) matmul_int8;
+  decltype(Kernels::quantize_tile) quantize_tile;  // nullptr: as the narrower one has it
   std::int64_t (*peak)(std::int64_t rounds);  // as PeakLoops::int8 (runtime/roofline.h)
   std::int64_t peak_operations;
 };
-extern const VnniProducts kAvxVnniShort, kAvxVnniLong;
+extern const Int8Products kAvxVnniShort, kAvxVnniLong;  // of "avx2", in the two codings of the instruction
 // The coding that this machine knows; only where available_kernels() has "avxvnni".
-const VnniProducts& avxvnni_products();
+const Int8Products& avxvnni_products();
 extern const Kernels kAvx512VnniKernels;
+extern const Int8Products kAmx;  // of "avx512vnni"
 #elif defined(__aarch64__)
 extern const Kernels kNeonKernels;
 extern const Kernels kDotprodKernels;

@@ -10,40 +10,17 @@
 #include <cmath>
 #include <cstring>
 
+#include "runtime/int8_avx512vnni.h"
 #include "runtime/kernels.h"
 #include "runtime/lanes_avx512vnni.h"
 
 namespace pare {
 namespace {
 
-inline __m512 load_scales(const std::uint16_t* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-
-// 8 bytes of nibbles -> 16 int32 zero points.
-inline __m512i load_zeros(const std::uint8_t* p) {
-  const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  const __m128i mask = _mm_set1_epi8(15);
-  const __m128i both = _mm_unpacklo_epi64(_mm_and_si128(raw, mask), _mm_and_si128(_mm_srli_epi16(raw, 4), mask));
-  return _mm512_cvtepu8_epi32(both);
-}
-
 inline __m512i quad(const std::int8_t* p) {
   std::int32_t value;
   std::memcpy(&value, p, 4);
   return _mm512_set1_epi32(value);
-}
-
-// u of quad j of the 32 inputs that begin at `line`, for 2 and 3 bits (core/codecs/q2.cpp, q3.cpp).
-template <CodecKind kKind>
-inline __m512i low_codes(const std::uint8_t* line, int j) {
-  const __m512i pairs = _mm512_load_si512(line + j / 4 * 64);
-  const __m512i low = _mm512_and_si512(_mm512_srli_epi16(pairs, static_cast<unsigned>(j % 4 * 2)), _mm512_set1_epi8(3));
-  if constexpr (kKind == CodecKind::kQ2) return low;
-  const __m512i bits = _mm512_load_si512(line + 128);
-  const __m512i third = j < 2 ? _mm512_slli_epi16(bits, static_cast<unsigned>(2 - j))
-                              : _mm512_srli_epi16(bits, static_cast<unsigned>(j - 2));
-  return _mm512_or_si512(low, _mm512_and_si512(third, _mm512_set1_epi8(4)));
 }
 
 // Few tokens stream the codes once: asking for them this far ahead keeps memory busy across the blocks' ends. Where
@@ -163,33 +140,21 @@ void matmul_int8(const PackedMatrix& w, const Int8Activations& x, std::int64_t t
 void quantize_tokens(const float* x, std::int64_t ldx, std::int64_t tile, Int8Activations& to) {
   const std::int64_t width = std::min(kActTile, to.tokens - tile * kActTile);
   const std::int64_t base = tile * kActTile * to.groups;
-  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   for (std::int64_t t = 0; t < width; ++t) {
     const float* row = x + (tile * kActTile + t) * ldx;
-    __m512i peaks = _mm512_setzero_si512();
-    for (std::int64_t i = 0; i < to.cols; i += 16) {
-      const __m512 v = _mm512_maskz_loadu_ps(tail_mask(to.cols - i), row + i);
-      peaks = _mm512_max_epi32(peaks, _mm512_and_si512(_mm512_castps_si512(v), magnitude));
-    }
-    const int largest = _mm512_reduce_max_epi32(peaks);
-    float peak;
-    std::memcpy(&peak, &largest, 4);
-    const bool finite = largest < 0x7f800000;
-    const __m512 inverse = _mm512_set1_ps(finite && peak > 1e-30f ? 127.0f / peak : 0.0f);
+    const TokenScale scale = token_scale(row, to.cols);
     std::int8_t* codes = to.codes.data() + tile * kActTile * to.padded + t * 4;
     for (std::int64_t g = 0; g < to.groups; ++g) {
       __m512i total = _mm512_setzero_si512();
       for (std::int64_t i = g * kRowSpan; i < std::min(to.padded, (g + 1) * kRowSpan); i += 16) {
-        __m512i q = _mm512_setzero_si512();
-        if (i < to.cols && finite)
-          q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(tail_mask(to.cols - i), row + i), inverse));
+        const __m512i q = scale.codes(row, i, to.cols);
         total = _mm512_add_epi32(total, q);
         alignas(16) std::int32_t quads[4];
         _mm_store_si128(reinterpret_cast<__m128i*>(quads), _mm512_cvtsepi32_epi8(q));
         for (int k = 0; k < 4; ++k) std::memcpy(codes + (i / 4 + k) * width * 4, quads + k, 4);
       }
       const auto at = static_cast<std::size_t>(base + g * width + t);
-      to.scale[at] = finite ? peak / 127.0f : __builtin_nanf("");
+      to.scale[at] = scale.scale;
       to.minus128[at] = -128 * _mm512_reduce_add_epi32(total);
     }
   }
@@ -199,34 +164,19 @@ void quantize_tile(const float* x, std::int64_t ldx, std::int64_t tile, Int8Acti
   if (to.form == Int8Activations::Form::kToken) return quantize_tokens(x, ldx, tile, to);
   const std::int64_t width = std::min(kActTile, to.tokens - tile * kActTile);
   const std::int64_t base = tile * kActTile * to.groups;
-  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   for (std::int64_t t = 0; t < width; ++t) {
     const float* row = x + (tile * kActTile + t) * ldx;
     for (std::int64_t g = 0; g < to.groups; ++g) {
-      const std::int64_t count = std::min(kActGroup, to.cols - g * kActGroup);
-      const float* in = row + g * kActGroup;
-      const __m512 a = _mm512_maskz_loadu_ps(tail_mask(count), in);
-      const __m512 b = count > 16 ? _mm512_maskz_loadu_ps(tail_mask(count - 16), in + 16) : _mm512_setzero_ps();
-      const int largest = _mm512_reduce_max_epi32(_mm512_max_epi32(
-          _mm512_and_si512(_mm512_castps_si512(a), magnitude), _mm512_and_si512(_mm512_castps_si512(b), magnitude)));
-      float peak;
-      std::memcpy(&peak, &largest, 4);
-      const bool finite = largest < 0x7f800000;
-      const __m512 inverse = _mm512_set1_ps(finite && peak > 1e-30f ? 127.0f / peak : 0.0f);
-      __m512i ia = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
-      __m512i ib = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
-      if (!finite) ia = ib = _mm512_setzero_si512();
-      const std::int32_t sum = _mm512_reduce_add_epi32(_mm512_add_epi32(ia, ib));
+      const QuantizedGroup group = quantize_group(row + g * kActGroup, std::min(kActGroup, to.cols - g * kActGroup));
       alignas(32) std::int32_t quads[8];
-      _mm_store_si128(reinterpret_cast<__m128i*>(quads), _mm512_cvtsepi32_epi8(ia));
-      _mm_store_si128(reinterpret_cast<__m128i*>(quads + 4), _mm512_cvtsepi32_epi8(ib));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(quads), group.codes);
       std::int8_t* codes = to.codes.data() + base * kActGroup + (g * 8 * width + t) * 4;
       for (int k = 0; k < 8; ++k) std::memcpy(codes + k * width * 4, quads + k, 4);
       const auto at = static_cast<std::size_t>(base + g * width + t);
-      to.scale[at] = finite ? peak / 127.0f : __builtin_nanf("");
-      to.minus8[at] = -8 * sum;
-      to.minus128[at] = -128 * sum;
-      to.minus1[at] = static_cast<std::int32_t>(static_cast<std::uint16_t>(-sum));
+      to.scale[at] = group.scale;
+      to.minus8[at] = -8 * group.sum;
+      to.minus128[at] = -128 * group.sum;
+      to.minus1[at] = static_cast<std::int32_t>(static_cast<std::uint16_t>(-group.sum));
     }
   }
 }

@@ -43,7 +43,7 @@ std::int64_t int8(std::int64_t rounds) {
 
 }  // namespace
 
-const VnniProducts PARE_VNNI_CODING = {matmul_int8<QuadProducts>, int8, 2 * 32 * kSums};
+const Int8Products PARE_VNNI_CODING = {matmul_int8<QuadProducts>, nullptr, int8, 2 * 32 * kSums};
 
 }  // namespace pare
 #endif

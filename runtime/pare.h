@@ -40,7 +40,8 @@ typedef struct pare_options {
   size_t size;           /* sizeof(pare_options) */
   int threads;           /* 0: all cores */
   int float_activations; /* 0: int8 activations with quantized weights; 1: float */
-  const char* kernels;   /* "plain", "avx2", "avxvnni", "avx512vnni", "neon", "dotprod", "i8mm"; NULL: the best here */
+  const char* kernels;   /* "plain", "avx2", "avxvnni", "avx512vnni", "amx", "neon", "dotprod", "i8mm";
+                            NULL: the best here */
   const char* kv;        /* keys and values: "f32", "f16" or "q8"; NULL: f16 with int8 activations, f32 with float */
 } pare_options;
 #define PARE_OPTIONS_INIT {sizeof(pare_options), 0, 0, NULL, NULL}

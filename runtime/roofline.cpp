@@ -78,16 +78,22 @@ std::int64_t rounds_for(double seconds, Loop loop) {
 }  // namespace
 
 const PeakLoops& peak_loops(const std::string& kernels) {
+  [[maybe_unused]] const auto with_products = [](PeakLoops loops, const char* name, const Int8Products& products) {
+    loops.name = name;
+    loops.int8 = products.peak;
+    loops.int8_operations = products.peak_operations;
+    return loops;
+  };
 #ifdef PARE_AVXVNNI
   if (kernels == "avxvnni") {
-    static const PeakLoops vnni = [] {
-      PeakLoops made = kAvx2Peaks;
-      made.name = "avxvnni";
-      made.int8 = avxvnni_products().peak;
-      made.int8_operations = avxvnni_products().peak_operations;
-      return made;
-    }();
-    return vnni;
+    static const PeakLoops loops = with_products(kAvx2Peaks, "avxvnni", avxvnni_products());
+    return loops;
+  }
+#endif
+#ifdef PARE_AMX
+  if (kernels == "amx") {
+    static const PeakLoops loops = with_products(kAvx512VnniPeaks, "amx", kAmx);
+    return loops;
   }
 #endif
   static constexpr const PeakLoops* kAll[] = {
