@@ -90,7 +90,6 @@ void Forward::begin(std::int64_t stages, std::int64_t tokens) {
   if (tokens > kActTile) {
     normed_.reserve(tokens * widest_);
     int8_input_.resize(tokens, widest_);
-    token_int8_input_.resize(tokens, widest_, Int8Activations::Form::kToken);
   }
 }
 
@@ -238,11 +237,12 @@ struct Forward::Worker {
     share((blocks + step - 1) / step, [&](std::int64_t i) {
       const std::int64_t begin = i * step, end = std::min(blocks, begin + step);
       rows({&mlp.gate, f.gate_.data(), width, false}, input, begin, end);
-      rows({&mlp.up, f.up_.data(), width, false}, input, begin, end);
       const std::int64_t first = begin * kBlockRows, count = std::min(end * kBlockRows, width) - first;
-      for (std::int64_t t = 0; t < tokens; ++t) {
-        activate(f.gate_.data() + t * width + first, f.up_.data() + t * width + first, count);
-      }
+      const LinearWeights up = {rows_from(mlp.up.matrix, begin), mlp.up.bias ? mlp.up.bias + first : nullptr};
+      mine.up.reserve(tokens * count);
+      rows({&up, mine.up.data(), count, false}, input, 0, end - begin);
+      for (std::int64_t t = 0; t < tokens; ++t)
+        activate(f.gate_.data() + t * width + first, mine.up.data() + t * count, count);
     });
     barrier();
   }
@@ -481,7 +481,6 @@ bool Forward::run(std::span<const std::int32_t> ids, std::span<const Part> parts
   k_.reserve(tokens * kv_width_);
   v_.reserve(tokens * kv_width_);
   gate_.reserve(tokens * config_.intermediate_size);
-  up_.reserve(tokens * config_.intermediate_size);
   if (config_.post_norms || config_.has_experts()) added_.reserve(tokens * config_.hidden_size);
   if (config_.has_experts()) {
     router_.reserve(tokens * experts.count);

@@ -48,7 +48,7 @@ class Forward {
     std::int64_t position;
   };
   struct Scratch {
-    FloatBuffer panel, normed;
+    FloatBuffer panel, normed, up;
     AttentionScratch attention;
     Int8Activations int8, token_int8;
   };
@@ -77,7 +77,7 @@ class Forward {
   TeamBarrier barrier_;
   TeamChoice block_team_, head_team_;
   std::vector<Scratch> scratch_;  // one a thread
-  FloatBuffer normed_, q_, k_, v_, mixed_, gate_, up_, added_, router_, expert_in_, position_;
+  FloatBuffer normed_, q_, k_, v_, mixed_, gate_, added_, router_, expert_in_, position_;
   FloatBuffer cos_[3], sin_[3];  // by RopeKind: [tokens, rotated pairs]
   std::vector<Row> rows_;
   std::vector<std::int64_t> starts_;  // of the sequences in rows_, and the end

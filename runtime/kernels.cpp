@@ -45,6 +45,20 @@ PackedMatrix packed_matrix(const Codec& codec, std::int64_t rows, std::int64_t c
   return w;
 }
 
+PackedMatrix rows_from(const PackedMatrix& w, std::int64_t block) {
+  PackedMatrix part = w;
+  part.rows -= block * kBlockRows;
+  if (w.codec.is_float()) {
+    part.data += block * kBlockRows * w.cols * (w.codec.kind == CodecKind::kF32 ? 4 : 2);
+    return part;
+  }
+  part.data += block * w.lines * 64;
+  part.scales += block * w.groups * kBlockRows;
+  if (w.zeros != nullptr) part.zeros += block * w.groups * (kBlockRows / 2);
+  if (w.minima != nullptr) part.minima += block * w.groups * kBlockRows;
+  return part;
+}
+
 void unpack_matrix_row(const PackedMatrix& w, std::int64_t row, float* out) {
   const auto* bytes = reinterpret_cast<const std::uint8_t*>(w.data);
   if (w.codec.is_float()) {

@@ -41,6 +41,8 @@ struct PackedMatrix {
 // Error (exit 3) when the payload is shorter than the shape demands or not on 64 bytes.
 PackedMatrix packed_matrix(const Codec& codec, std::int64_t rows, std::int64_t cols, std::span<const std::byte> payload,
                            const std::string& place);
+// The rows from a row block on, in place.
+PackedMatrix rows_from(const PackedMatrix& w, std::int64_t block);
 // One row as floats, as QuantizedTensor::unpack_row has it: embedding look-up. out: cols floats.
 void unpack_matrix_row(const PackedMatrix& w, std::int64_t row, float* out);
 

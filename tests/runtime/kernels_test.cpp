@@ -569,6 +569,23 @@ TEST(PackedMatrixTest, RowsComeBackExactly) {
   }
 }
 
+TEST(PackedMatrixTest, LaterRowsAreTheSameInPlace) {
+  std::uint32_t seed = 800;
+  for (const Case& c : cases()) {
+    const Sample s = make_sample(c.codec, c.rows, c.cols, ++seed);
+    std::vector<float> whole(static_cast<std::size_t>(c.cols)), part(whole.size());
+    for (std::int64_t block = 0; block < s.matrix.row_blocks(); ++block) {
+      const PackedMatrix later = rows_from(s.matrix, block);
+      ASSERT_EQ(later.rows, c.rows - block * kBlockRows);
+      for (std::int64_t r = 0; r < later.rows; ++r) {
+        unpack_matrix_row(s.matrix, block * kBlockRows + r, whole.data());
+        unpack_matrix_row(later, r, part.data());
+        ASSERT_EQ(whole, part) << describe(c) << ", block " << block;
+      }
+    }
+  }
+}
+
 TEST(PackedMatrixTest, RefusesShortAndMisalignedPayloads) {
   const Sample s = make_sample(Codec{CodecKind::kQ4, 32}, 17, 64, 1);
   EXPECT_THROW(packed_matrix(s.codec, 17, 64, s.payload->span().first(s.payload->size - 1), "w"), Error);
