@@ -8,6 +8,7 @@
 #include "core/error.h"
 #include "core/fused_rows.h"
 #include "core/gptq_folder.h"
+#include "core/model_card.h"
 #include "core/placement.h"
 #include "core/tensor_store.h"
 #include "core/tokenizer.h"
@@ -17,7 +18,7 @@ namespace pare {
 namespace {
 
 constexpr const char* kEmbeddedFiles[] = {"tokenizer.json", "tokenizer_config.json", "generation_config.json",
-                                          "special_tokens_map.json", "chat_template.jinja"};
+                                          "special_tokens_map.json", "chat_template.jinja", "LICENSE", "README.md"};
 
 std::optional<std::string> tokenizer_or_note(const std::function<std::optional<std::string>()>& read,
                                              std::vector<std::string>* notes) {
@@ -191,6 +192,10 @@ void write_folder_weights(const Checkpoint& checkpoint, CheckpointWriter& writer
   if (context.progress != nullptr) context.progress->end();
 }
 
+const char* form_name(FolderForm form) {
+  return form == FolderForm::kGptq ? "gptq" : form == FolderForm::kGptqV2 ? "gptq_v2" : "folder";
+}
+
 // One codec for all linears of codes, each of them a module that GPTQ knows; other tensors of codes become floats.
 void plan_gptq_folder(const Checkpoint& checkpoint, std::vector<std::string>& notes) {
   const std::string place = checkpoint.folder().string();
@@ -262,6 +267,7 @@ std::vector<std::string> export_folder(const Checkpoint& checkpoint, const fs::p
     write_folder_weights(checkpoint, writer, out, context);
     writer.set_form(form);
     writer.finish();
+    write_model_card(folder.work(), {checkpoint.folder(), std::string("pare export --to ") + form_name(form), {}, {}});
   } catch (...) {
     folder.discard();
     throw;
