@@ -12,6 +12,7 @@
 #include "compress/report_html.h"
 #include "compress/report_table.h"
 #include "core/error.h"
+#include "core/model_card.h"
 
 namespace pare {
 namespace {
@@ -517,6 +518,10 @@ void Pipeline::finish(const fs::path& last, const Plan& plan, Report report,
   enforce(gates, report, page, context);
   write_text(transaction.work() / kRecipeFile, recipe);
   write_text(transaction.work() / kPageFile, page);
+  write_model_card(transaction.work(),
+                   {last, "pare compress " + std::string(kRecipeFile), report,
+                    std::string(kModelFile) + " is the model in one file for pare's runtime, " + kRecipeFile +
+                        " makes it again, " + kPageFile + " shows every figure."});
 
   result["run"] = run_key_;
   result["out"] = out_.string();

@@ -9,6 +9,7 @@
 #include "core/compressed_tensors.h"
 #include "core/error.h"
 #include "core/gguf_file.h"
+#include "core/gptq_folder.h"
 #include "core/placement.h"
 #include "core/tensor_store.h"
 #include "core/tokenizer.h"
@@ -28,6 +29,10 @@ std::int64_t elements_of(const TensorSpec& spec) { return spec.shape[0] * (spec.
 std::string module_of(const std::string& weight) { return weight.substr(0, weight.size() - std::strlen(".weight")); }
 
 std::size_t element_size(const TensorView& view) { return static_cast<std::size_t>(dtype_bits(view.dtype)) / 8; }
+
+bool all_zero(const TensorView& view) {
+  return std::all_of(view.data.begin(), view.data.end(), [](std::byte byte) { return byte == std::byte{0}; });
+}
 
 // Rows of a stored matrix of codes.
 QuantizedTensor rows_of(const QuantizedTensor& stored, const Placement& place, std::int64_t rows) {
@@ -99,11 +104,17 @@ struct Checkpoint::Source {
   const TensorView* scales = nullptr;  // compressed-tensors: F32/F16/BF16; codes.pare: F16
   const TensorView* zeros = nullptr;
   const TensorView* minima = nullptr;  // codes.pare alone: F16
+  std::shared_ptr<const GptqLinear> gptq;  // instead of all of them
   bool side = false;  // codes.pare
   std::int64_t rows = 0, cols = 0;
   TensorSpec spec;
   std::optional<Placement> place;  // where `dense`, or what is packed, holds this tensor in another way
-  std::array<const TensorView*, 5> views() const { return {dense, codes, scales, zeros, minima}; }
+  std::array<const TensorView*, 5> views() const {
+    if (!gptq) return {dense, codes, scales, zeros, minima};
+    const GptqViews& own = gptq->views();
+    return {nullptr, own.weight, own.scales, own.zeros, own.order};
+  }
+  std::int64_t stored_rows() const { return place ? place->stored_rows() : rows; }
 };
 
 const std::vector<std::string>& side_file_names() {
@@ -129,8 +140,15 @@ Checkpoint::Checkpoint(const fs::path& folder) : folder_(folder) {
   shards_ = std::make_shared<ShardedTensors>(folder);
 
   std::optional<QuantizationSchemes> schemes;
-  if (config.contains("quantization_config") && !config["quantization_config"].is_null())
-    schemes.emplace(config["quantization_config"], (folder / "config.json").string() + ": quantization_config");
+  std::optional<GptqScheme> gptq;
+  if (config.contains("quantization_config") && !config["quantization_config"].is_null()) {
+    const Json& quantization = config["quantization_config"];
+    const std::string place = (folder / "config.json").string() + ": quantization_config";
+    if (GptqScheme::is_gptq(quantization)) gptq = GptqScheme::parse(quantization, place);
+    else schemes.emplace(quantization, place);
+  } else if (fs::exists(folder / "quantize_config.json")) {  // folders of early AutoGPTQ
+    gptq = GptqScheme::parse(read_json(folder / "quantize_config.json"), (folder / "quantize_config.json").string());
+  }
 
   Problems problems;
   std::map<std::string, Codec> side_codecs;
@@ -169,6 +187,33 @@ Checkpoint::Checkpoint(const fs::path& folder) : folder_(folder) {
     return place;
   };
 
+  std::map<std::string, std::shared_ptr<const GptqLinear>> gptq_linears;  // by module; null: one with a problem
+  const auto gptq_linear = [&](const std::string& module, std::int64_t outputs, std::int64_t inputs) {
+    const auto [at, added] = gptq_linears.emplace(module, nullptr);
+    if (!added) return at->second;
+    if (outputs * gptq->bits % 32 != 0 || inputs * gptq->bits % 32 != 0) {
+      problems.add(module + " has " + shape_text({outputs, inputs}) + ", which GPTQ cannot pack into words");
+      return at->second;
+    }
+    const auto part = [&](const char* suffix, std::vector<std::int64_t> shape, bool floats) {
+      const std::string name = module + "." + suffix;
+      const TensorView* view = take(name);
+      const DType dtype = !floats ? DType::kI32 : view != nullptr && is_float(view->dtype) ? view->dtype : DType::kF16;
+      return checked(view, name, dtype, shape, problems);
+    };
+    const std::int64_t groups = gptq->groups(inputs);
+    GptqViews views;
+    views.weight = part(kGptqWeight, {gptq->words(inputs), outputs}, false);
+    views.zeros = part(kGptqZeros, {groups, gptq->words(outputs)}, false);
+    views.scales = part(kGptqScales, {groups, outputs}, true);
+    const bool ordered = used.contains(module + "." + kGptqOrder);
+    if (ordered) views.order = part(kGptqOrder, {inputs}, false);
+    if (views.weight != nullptr && views.zeros != nullptr && views.scales != nullptr &&
+        (views.order != nullptr || !ordered))
+      at->second = std::make_shared<GptqLinear>(*gptq, views, outputs, inputs, folder.string() + ": " + module);
+    return at->second;
+  };
+
   for (const TensorSpec& spec : specs_) {
     auto source = std::make_shared<Source>();
     source->spec = spec;
@@ -177,9 +222,17 @@ Checkpoint::Checkpoint(const fs::path& folder) : folder_(folder) {
     const Placement place = file_place(spec);
     if (rearranged(place, spec)) source->place = place;
     const TensorView* dense = take(place.name);
-    const bool packable = (spec.role == TensorRole::kLinear || spec.role == TensorRole::kHead) && !place.transposed;
-    const std::string stem = packable ? module_of(place.name) : "";
+    const bool linear = spec.role == TensorRole::kLinear || spec.role == TensorRole::kHead;
+    const std::string stem = linear && !place.transposed ? module_of(place.name) : "";
     const std::int64_t stored_rows = place.stored_rows();
+    if (gptq && linear && dense == nullptr && used.contains(module_of(place.name) + "." + kGptqWeight)) {
+      source->gptq = gptq_linear(module_of(place.name), stored_rows, source->cols);
+      if (!source->gptq) continue;
+      source->codec = source->gptq->codec();
+      if (side_codecs.contains(spec.name)) problems.add(spec.name + " is packed and in codes.pare");
+      sources_.emplace(spec.name, std::move(source));
+      continue;
+    }
     const TensorView* packed = stem.empty() ? nullptr : take(stem + "." + kPackedSuffix);
     const bool bytes = packed == nullptr && !stem.empty() && dense != nullptr && dense->dtype == DType::kI8;
     if (packed != nullptr || bytes) {
@@ -279,6 +332,8 @@ Checkpoint::Checkpoint(const fs::path& folder) : folder_(folder) {
   for (const auto& [name, was_used] : used) {
     if (was_used || is_buffer(config_, name) || (config_.tie_word_embeddings && name == tied_head)) continue;
     const TensorView* view = shards_->find(name);
+    // AutoGPTQ gave every linear a bias.
+    if (name.ends_with(".bias") && gptq_linears.contains(name.substr(0, name.rfind('.'))) && all_zero(*view)) continue;
     problems.add(name + " " + described(*view) +
                  (name.ends_with(".weight_g_idx") ? " reorders inputs, which is not supported" : " is left over"));
   }
@@ -298,7 +353,24 @@ Checkpoint Checkpoint::open(const fs::path& path) {
   return Checkpoint(path);
 }
 
-std::vector<std::string> Checkpoint::notes() const { return store_ ? store_->notes() : std::vector<std::string>(); }
+std::vector<std::string> Checkpoint::notes() const {
+  if (store_) return store_->notes();
+  std::size_t reordered = 0, others = 0;
+  for (const auto& [name, source] : sources_)
+    if (source->gptq && source->codec.is_float()) ++(source->gptq->reordered() ? reordered : others);
+  std::vector<std::string> notes;
+  if (reordered > 0)
+    notes.push_back(std::to_string(reordered) +
+                    " linears of GPTQ with inputs in another order (desc_act): taken as the floats that they stand for");
+  if (others > 0)
+    notes.push_back(std::to_string(others) +
+                    " linears of GPTQ that no codec holds: taken as the floats that they stand for");
+  return notes;
+}
+
+bool Checkpoint::is_gptq() const {
+  return std::any_of(sources_.begin(), sources_.end(), [](const auto& entry) { return entry.second->gptq != nullptr; });
+}
 
 std::optional<std::string> Checkpoint::side_file(const std::string& name) const {
   if (store_) return store_->side_file(name);
@@ -327,7 +399,7 @@ const Checkpoint::Source& Checkpoint::source(std::string_view name) const {
 DType Checkpoint::dtype(std::string_view name) const {
   if (store_) return store_->dtype(spec(name));
   const Source& from = source(name);
-  return from.codec.is_float() ? from.dense->dtype : DType::kF32;
+  return from.codec.is_float() && !from.gptq ? from.dense->dtype : DType::kF32;
 }
 
 std::string Checkpoint::float_dtype() const {
@@ -351,6 +423,12 @@ QuantizedTensor Checkpoint::codes(std::string_view name) const {
   const Source& from = source(name);
   if (from.codec.is_float()) throw std::logic_error("Checkpoint: " + std::string(name) + " has no codes");
   const std::string place = folder_.string() + ": " + std::string(name);
+  if (from.gptq) {
+    const QuantizedTensor stored = from.gptq->codes();
+    QuantizedTensor own = from.place ? rows_of(stored, *from.place, from.rows) : stored;
+    own.validate(place);
+    return own;
+  }
   QuantizedTensor tensor;
   tensor.codec = from.codec;
   tensor.rows = from.place && !from.side ? from.place->stored_rows() : from.rows;
@@ -388,7 +466,7 @@ const TensorView& Checkpoint::view(std::string_view name) const {
   if (store_) throw std::logic_error("Checkpoint: views are of folders");
   const Source& from = source(name);
   if (!from.codec.is_float()) throw std::logic_error("Checkpoint: " + std::string(name) + " is stored as codes");
-  if (from.place) throw std::logic_error("Checkpoint: " + std::string(name) + " has no bytes of its own");
+  if (from.place || from.gptq) throw std::logic_error("Checkpoint: " + std::string(name) + " has no bytes of its own");
   return *from.dense;
 }
 
@@ -401,6 +479,11 @@ void Checkpoint::read_rows_f32(std::string_view name, std::int64_t first, std::i
   if (store_) return store_->read_rows_f32(spec(name), first, count, out);
   const Source& from = source(name);
   if (!from.codec.is_float()) throw std::logic_error("rows of codes: " + std::string(name));
+  if (from.gptq) {
+    for (std::int64_t r = 0; r < count; ++r)
+      from.gptq->read_row(from.place ? from.place->row(first + r) : first + r, out + r * from.cols);
+    return;
+  }
   if (!from.place) return to_f32(*from.dense, first * from.cols, count * from.cols, out);
   const std::size_t size = element_size(*from.dense);
   std::vector<std::byte> rows(static_cast<std::size_t>(count * from.cols) * size);
@@ -419,7 +502,12 @@ std::uint64_t Checkpoint::tensor_bytes() const {
   for (const TensorSpec& spec : specs_) {
     const Codec as = codec(spec.name);
     const auto elements = static_cast<std::uint64_t>(elements_of(spec));
-    if (as.is_float()) {
+    const Source* folded = store_ ? nullptr : &source(spec.name);
+    if (folded != nullptr && folded->gptq && as.is_float()) {  // codes that ours do not hold
+      std::uint64_t stored = 0;
+      for (const TensorView* view : folded->views()) stored += view != nullptr ? view->data.size() : 0;
+      bytes += stored * static_cast<std::uint64_t>(folded->rows) / static_cast<std::uint64_t>(folded->stored_rows());
+    } else if (as.is_float()) {
       bytes += elements * static_cast<std::uint64_t>(dtype_bits(dtype(spec.name))) / 8;
     } else {
       // The unpacked copy of a codes.pare tensor is for other readers and 8-bit storage of 4-bit codes is a

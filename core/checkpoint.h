@@ -22,14 +22,16 @@ class Checkpoint {
   // with its shape and nothing is left over (rotary inv_freq and a redundant tied lm_head are dropped as
   // transformers does). All problems are listed in one error (exit 3).
   // Quantized folders: compressed-tensors pack-quantized (int2/3/4/8, group or channel) and int-quantized (int8,
-  // channel, with or without int8 inputs), plus codes.pare.
+  // channel, with or without int8 inputs), plus codes.pare; GPTQ of 4 and 8 bits (core/gptq_folder.h), whose linears
+  // are codes where a codec holds them and F32 otherwise (notes() says so).
   explicit Checkpoint(const fs::path& folder);
   // A folder, or a file: GGUF (core/gguf_arch.h) or compact.
   static Checkpoint open(const fs::path& path);
 
   const fs::path& folder() const { return folder_; }  // or the file
   bool is_file() const { return store_ != nullptr; }
-  std::vector<std::string> notes() const;              // what opening a file had to decide
+  std::vector<std::string> notes() const;              // what opening it had to decide
+  bool is_gptq() const;                                // a folder with linears of quant_method gptq
   // The text of one of side_file_names(), or nothing. Of files, what they say in its place.
   std::optional<std::string> side_file(const std::string& name) const;
   // The text of a tokenizer.json, also where the model has another form of it; nothing where it has none. Exit 3.
@@ -73,6 +75,11 @@ class Checkpoint {
 // tensor exactly once; data goes to disk at once (bounded memory) and survives a crash: a new writer on the same
 // work folder reports what is already there with has(). finish() assembles shards of at most 5 GB with the
 // Hugging Face names, writes config.json (with quantization_config if any tensor has codes) and removes the pieces.
+enum class FolderForm {
+  kCompressedTensors,  // what that form cannot express: floats, and the codes in codes.pare
+  kGptq, kGptqV2       // core/gptq_folder.h; every linear of codes has to have the same codec, other codes become floats
+};
+
 class CheckpointWriter {
  public:
   // dtype: storage of float tensors, "float32" | "float16" | "bfloat16".
@@ -97,6 +104,7 @@ class CheckpointWriter {
   // Copies tokenizer, chat template and generation files byte for byte from the original folder.
   void copy_side_files(const fs::path& from);
   void put_side_file(const std::string& name, std::string_view text);
+  void set_form(FolderForm form);  // of finish()
   void finish();
 
  private:

@@ -8,6 +8,7 @@
 #include "core/checkpoint.h"
 #include "core/compressed_tensors.h"
 #include "core/error.h"
+#include "core/gptq_folder.h"
 #include "core/placement.h"
 #include "core/shards.h"
 #include "core/tensor_store.h"
@@ -73,6 +74,7 @@ struct CheckpointWriter::State {
   std::map<std::string, Entry, std::less<>> entries;
   std::set<std::string> names_of_pieces;
   std::set<std::string, std::less<>> put_here;  // by this writer, to catch a tensor put twice
+  FolderForm form = FolderForm::kCompressedTensors;
   bool complete = false;                        // finish() had run before this writer was made
   std::unique_ptr<Checkpoint> reader;           // reads back what is complete; opened at the first need
 
@@ -125,7 +127,7 @@ struct CheckpointWriter::State {
     reader.reset();
     for (const auto& entry : fs::directory_iterator(work)) {
       const std::string name = entry.path().filename().string();
-      if (name == "config.json" || name == "codes.pare" || name.starts_with("model.safetensors") ||
+      if (name == "config.json" || name == "quantize_config.json" || name == "codes.pare" || name.starts_with("model.safetensors") ||
           (name.starts_with("model-") && name.ends_with(".safetensors")))
         fs::remove(entry.path());
     }
@@ -219,6 +221,9 @@ struct CheckpointWriter::State {
   std::vector<std::byte> stored_floats(const StoredTensor& stored, DType to) const;
   QuantizedTensor stored_codes(const StoredTensor& stored) const;
   bool packs(const StoredTensor& stored) const;
+  Codec gptq_codec() const;
+  void put_gptq(const StoredTensor& stored, const std::string& module, const Codec& codec,
+                std::vector<ShardTensor>& outputs) const;
   void assemble() const;
 };
 
@@ -397,25 +402,64 @@ QuantizedTensor CheckpointWriter::State::stored_codes(const StoredTensor& stored
     };
     copy(part.codes, joined.codes, joined.cols);
     copy(part.scales, joined.scales, joined.codec.groups(joined.cols));
+    if (part.zeros.empty()) continue;
+    joined.zeros.resize(joined.scales.size());
+    copy(part.zeros, joined.zeros, joined.codec.groups(joined.cols));
   }
   return joined;
 }
 
-// All rows of the stored tensor must have the one codec that compressed-tensors has for a module.
+// All rows of the stored tensor must have the one codec that the form has for a module.
 bool CheckpointWriter::State::packs(const StoredTensor& stored) const {
   const TensorSpec& spec = *stored.parts[0];
   const Entry& first = entries.find(spec.name)->second;
-  if (first.dense || !has_packed_form(config, spec, first.codec)) return false;
+  if (first.dense) return false;
+  if (form == FolderForm::kCompressedTensors) {
+    if (!has_packed_form(config, spec, first.codec)) return false;
+  } else {
+    if (!is_module(config, spec) || !gptq_obstacle(first.codec, stored.shape[0], stored.shape[1]).empty()) return false;
+    if (first.codec != gptq_codec()) return false;
+  }
   return std::all_of(stored.parts.begin(), stored.parts.end(), [&](const TensorSpec* part) {
     const Entry& entry = entries.find(part->name)->second;
     return !entry.dense && entry.codec == first.codec;
   });
 }
 
+// The codec of the linears of a GPTQ folder, which says it once: the first that has codes.
+Codec CheckpointWriter::State::gptq_codec() const {
+  for (const TensorSpec& spec : specs)
+    if (const Entry& entry = entries.find(spec.name)->second; spec.role == TensorRole::kLinear && !entry.dense)
+      return entry.codec;
+  return {};
+}
+
+void CheckpointWriter::State::put_gptq(const StoredTensor& stored, const std::string& module, const Codec& codec,
+                                       std::vector<ShardTensor>& outputs) const {
+  const std::int64_t rows = stored.shape[0], cols = stored.shape[1], groups = codec.groups(cols);
+  const std::int64_t per_word = 32 / codec.bits();
+  const bool less_one = form == FolderForm::kGptq;
+  outputs.push_back({{module + "." + kGptqWeight, DType::kI32, {cols / per_word, rows}},
+                     [&, this](SafetensorsWriter& out) { out.write(bytes_of(pack_gptq_weight(stored_codes(stored)))); }});
+  outputs.push_back({{module + "." + kGptqZeros, DType::kI32, {groups, rows / per_word}},
+                     [&, this, module, less_one](SafetensorsWriter& out) {
+                       const QuantizedTensor tensor = stored_codes(stored);
+                       if (less_one && std::find(tensor.zeros.begin(), tensor.zeros.end(), 0) != tensor.zeros.end())
+                         throw input_error(module, "zero points from 1 to 15, of which version 1 stores one less", "0",
+                                           "choose --to gptq_v2, which stores them as they are");
+                       out.write(bytes_of(pack_gptq_zeros(tensor, less_one)));
+                     }});
+  outputs.push_back({{module + "." + kGptqScales, DType::kF16, {groups, rows}},
+                     [&, this](SafetensorsWriter& out) { out.write(bytes_of(pack_gptq_scales(stored_codes(stored)))); }});
+  outputs.push_back({{module + "." + kGptqOrder, DType::kI32, {cols}},
+                     [codec, cols](SafetensorsWriter& out) { out.write(bytes_of(gptq_order(codec, cols))); }});
+}
+
 void CheckpointWriter::State::assemble() const {
   std::vector<ShardTensor> outputs, side;
   std::map<std::string, Codec> modules;
   std::vector<std::string> ignored;
+  const bool gptq = form != FolderForm::kCompressedTensors;
   Json side_codecs = Json::object();
   const std::vector<StoredTensor> tensors = stored_tensors(config, specs);
 
@@ -444,6 +488,10 @@ void CheckpointWriter::State::assemble() const {
     if (packs(stored)) {
       const std::int64_t rows = stored.shape[0], cols = stored.shape[1], groups = entry.codec.groups(cols);
       modules.emplace(module, entry.codec);
+      if (gptq) {
+        put_gptq(stored, module, entry.codec, outputs);
+        continue;
+      }
       const bool bytes = entry.codec.int8_inputs;
       if (bytes) {
         outputs.push_back({{stored.name, DType::kI8, {rows, cols}},
@@ -475,7 +523,7 @@ void CheckpointWriter::State::assemble() const {
                        }});
     for (const TensorSpec* part : stored.parts) {
       const Entry& own = entries.find(part->name)->second;
-      if (own.dense) continue;
+      if (own.dense || gptq) continue;
       const std::int64_t rows = part->shape[0], cols = part->shape[1], groups = own.codec.groups(cols);
       side_codecs[part->name] = own.codec.name();
       side.push_back({{part->name + ".codes", DType::kI8, {rows, cols}},
@@ -495,9 +543,18 @@ void CheckpointWriter::State::assemble() const {
   if (!side.empty()) write_tensors(work / "codes.pare", side, {{"format", "pt"}, {"pare.codecs", side_codecs.dump()}});
 
   Json out = write_config(config, dtype_text);
-  if (!modules.empty()) out["quantization_config"] = quantization_config(modules, ignored);
+  if (!modules.empty() && gptq) {
+    const bool head = modules.contains("lm_head");
+    std::erase(ignored, "lm_head");
+    out["quantization_config"] = gptq_config(gptq_codec(), form == FolderForm::kGptq, head, ignored);
+    write_text(work / "quantize_config.json", out["quantization_config"].dump(2) + "\n");
+  } else if (!modules.empty()) {
+    out["quantization_config"] = quantization_config(modules, ignored);
+  }
   write_text(work / "config.json", out.dump(2) + "\n");
 }
+
+void CheckpointWriter::set_form(FolderForm form) { state_->form = form; }
 
 void CheckpointWriter::finish() {
   State& s = *state_;

@@ -195,7 +195,7 @@ QuantizationSchemes::QuantizationSchemes(const Json& config, const std::string& 
     return config.contains(key) && config[key].is_string() ? config[key].get<std::string>() : std::string();
   };
   if (text("quant_method") != "compressed-tensors")
-    throw input_error(place + ".quant_method", "compressed-tensors", "\"" + text("quant_method") + "\"",
+    throw input_error(place + ".quant_method", "compressed-tensors or gptq", "\"" + text("quant_method") + "\"",
                       "other quantized folders are not supported; start from the float model");
   const std::string format = text("format");
   if (format != kPackedFormat && format != kIntFormat && format != kMixedFormat)

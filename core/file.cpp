@@ -74,11 +74,12 @@ void write_all(int fd, const fs::path& path, std::span<const std::byte> bytes, s
 }  // namespace
 
 MappedFile::MappedFile(const fs::path& path) : path_(path) {
-  const Descriptor fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  // Not blocking: a pipe in a model folder would be waited for without end.
+  const Descriptor fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   if (fd.get() < 0) throw input_error(path.string(), "a readable file", system_text(errno));
   struct stat status {};
   if (::fstat(fd.get(), &status) != 0) throw input_error(path.string(), "a readable file", system_text(errno));
-  if (!S_ISREG(status.st_mode)) throw input_error(path.string(), "a regular file", "something else (folder or device)");
+  if (!S_ISREG(status.st_mode)) throw input_error(path.string(), "a regular file", "something else (folder, pipe or device)");
   size_ = static_cast<std::size_t>(status.st_size);
   if (size_ == 0) return;
   void* mapped = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, fd.get(), 0);

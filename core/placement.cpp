@@ -106,8 +106,11 @@ bool is_buffer(const ModelConfig& config, std::string_view name) {
 }
 
 bool has_packed_form(const ModelConfig& config, const TensorSpec& spec, const Codec& codec) {
-  const bool module = spec.role == TensorRole::kLinear || spec.role == TensorRole::kHead;
-  if (!module || codec.kind == CodecKind::kQ4a || codec.kind == CodecKind::kQ4m) return false;
+  return is_module(config, spec) && codec.kind != CodecKind::kQ4a && codec.kind != CodecKind::kQ4m;
+}
+
+bool is_module(const ModelConfig& config, const TensorSpec& spec) {
+  if (spec.role != TensorRole::kLinear && spec.role != TensorRole::kHead) return false;
   const auto place = placement(config, spec);
   return !place || (!place->transposed && (spec.role != TensorRole::kHead || place->name == spec.name));
 }

@@ -48,9 +48,12 @@ void take_rows_from(const Placement& place, const TensorSpec& spec, const std::b
 void put_into(const Placement& place, const TensorSpec& spec, const std::byte* own, std::size_t size,
               std::byte* stored);
 
-// Whether compressed-tensors can express codes of this tensor: that form knows Linear modules, by the name that is the
-// tensor's (transformers 5 renames the heads of some families on loading). compressed-tensors 0.20 lays out the packed
-// zero points of asymmetric codes otherwise on loading than on saving, so transformers refuses such folders.
+// Whether transformers finds a Linear module by the tensor's name: not a transposed one (Conv1D), nor the heads that
+// transformers 5 renames on loading.
+bool is_module(const ModelConfig& config, const TensorSpec& spec);
+// Whether compressed-tensors can express codes of this tensor: that form knows such modules. compressed-tensors 0.20
+// lays out the packed zero points of asymmetric codes otherwise on loading than on saving, so transformers refuses such
+// folders.
 bool has_packed_form(const ModelConfig& config, const TensorSpec& spec, const Codec& codec);
 
 // What comes before the names of the base model, "transformer." say, and is missing where it was saved alone; or "".

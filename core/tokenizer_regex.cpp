@@ -280,7 +280,8 @@ bool Regex::find(std::string_view text, std::size_t from, std::size_t& begin, st
     result = pcre2_match(program_->code, subject, text.size(), from, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT, data, nullptr);
   if (result == PCRE2_ERROR_NOMATCH) return false;
   if (result < 0)
-    throw failure("tokenizer pattern " + program_->pattern, "", "the match was given up (error " + std::to_string(result) + ")",
+    throw failure("tokenizer pattern " + program_->pattern, "a match within PCRE2's limits",
+                  "one that was given up (error " + std::to_string(result) + ")",
                   "the pattern backtracks too much on this text");
   const PCRE2_SIZE* range = pcre2_get_ovector_pointer(data);
   begin = range[0];

@@ -4,6 +4,7 @@
 
 #include "core/checkpoint.h"
 #include "core/error.h"
+#include "core/model_card.h"
 #include "core/tokenizer.h"
 #include "distill/lesson.h"
 #include "distill/same_ids.h"
@@ -115,6 +116,7 @@ Json run_distill(const Options& o, Context& run) {
   throw_if_interrupted("distill after its last step", "run the same command again to continue");
   write_decoder(pair.student, pair.dtype, pair.like, transaction.work());
   finish_training_folder(transaction.work());
+  write_model_card(transaction.work(), {pair.like, command_of("distill", o), run.report, {}});
   if (run.before_commit) run.before_commit();
   transaction.commit();
   run.print(run.report.table());

@@ -2,6 +2,7 @@
 
 #include "core/checkpoint.h"
 #include "core/error.h"
+#include "core/model_card.h"
 #include "model/decoder.h"
 #include "model/fused.h"
 #include "model/losses.h"
@@ -82,6 +83,8 @@ Json run_train(const Options& o, Context& run) {
   Json result = run_training(job, source.dtype, run);
   write_decoder(source.decoder, source.dtype, source.like, transaction.work());
   finish_training_folder(transaction.work());
+  write_model_card(transaction.work(), {o.has("model") ? source.like : fs::path(),
+                                        command_of("train", o), run.report, {}});
   if (run.before_commit) run.before_commit();
   transaction.commit();
   run.print(run.report.table());

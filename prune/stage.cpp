@@ -5,6 +5,7 @@
 
 #include "core/error.h"
 #include "core/file.h"
+#include "core/model_card.h"
 #include "core/tokenizer.h"
 #include "prune/measure.h"
 #include "prune/method.h"
@@ -368,6 +369,8 @@ Json run(const Options& options, Context& context) {
     throw;
   }
   fs::remove_all(job.state);
+  write_model_card(folder.work(), {options.get<std::string>("model"), command_of("prune", options),
+                                   context.report, {}});
   if (context.before_commit) context.before_commit();
   folder.commit();
   summary["out"] = options.get<std::string>("out");

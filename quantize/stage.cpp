@@ -7,6 +7,7 @@
 #include <set>
 
 #include "core/error.h"
+#include "core/model_card.h"
 #include "core/placement.h"
 #include "core/tokenizer.h"
 #include "model/fisher.h"
@@ -657,6 +658,7 @@ Json run(const Options& given, Context& context) {
     summary["tuned"] = tuned;
   }
   context.report.add({"quantize", "seconds", {}, seconds, "s", {}, false});
+  write_model_card(folder.work(), {original.folder(), command_of("quantize", options), context.report, {}});
   if (context.before_commit) context.before_commit();
   folder.commit();
   summary["seconds"] = seconds;

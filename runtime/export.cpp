@@ -7,6 +7,9 @@
 
 #include "core/error.h"
 #include "core/fused_rows.h"
+#include "core/gptq_folder.h"
+#include "core/model_card.h"
+#include "core/placement.h"
 #include "core/tensor_store.h"
 #include "core/tokenizer.h"
 #include "runtime/round_to_nearest.h"
@@ -15,7 +18,7 @@ namespace pare {
 namespace {
 
 constexpr const char* kEmbeddedFiles[] = {"tokenizer.json", "tokenizer_config.json", "generation_config.json",
-                                          "special_tokens_map.json", "chat_template.jinja"};
+                                          "special_tokens_map.json", "chat_template.jinja", "LICENSE", "README.md"};
 
 std::optional<std::string> tokenizer_or_note(const std::function<std::optional<std::string>()>& read,
                                              std::vector<std::string>* notes) {
@@ -189,11 +192,64 @@ void write_folder_weights(const Checkpoint& checkpoint, CheckpointWriter& writer
   if (context.progress != nullptr) context.progress->end();
 }
 
+const char* form_name(FolderForm form) {
+  return form == FolderForm::kGptq ? "gptq" : form == FolderForm::kGptqV2 ? "gptq_v2" : "folder";
+}
+
+// One codec for all linears of codes, each of them a module that GPTQ knows; other tensors of codes become floats.
+void plan_gptq_folder(const Checkpoint& checkpoint, std::vector<std::string>& notes) {
+  const std::string place = checkpoint.folder().string();
+  const std::vector<StoredTensor> tensors = stored_tensors(checkpoint.config(), checkpoint.tensors());
+  const TensorSpec* first = nullptr;
+  std::size_t floats = 0, unpacked = 0;
+  for (const StoredTensor& stored : tensors) {
+    for (const TensorSpec* part : stored.parts) {
+      const Codec codec = checkpoint.codec(part->name);
+      if (part->role != TensorRole::kLinear) {
+        unpacked += codec.is_float() || (part->role == TensorRole::kHead && first != nullptr &&
+                                         codec == checkpoint.codec(first->name)) ? 0 : 1;
+        continue;
+      }
+      if (codec.is_float() && checkpoint.codec(stored.parts[0]->name).is_float()) {
+        ++floats;
+        continue;
+      }
+      const auto refuse = [&](const std::string& expected, const std::string& why) {
+        throw input_error(place, expected, part->name + ": " + why,
+                          "--to folder writes these codes as compressed-tensors, --to gguf and compact as files");
+      };
+      if (first == nullptr) first = part;
+      const Codec wanted = checkpoint.codec(first->name);
+      if (!is_module(checkpoint.config(), *part)) refuse("linears that GPTQ knows", "no Linear module in transformers");
+      if (codec != wanted)
+        refuse("one codec for all linears, as GPTQ says it once",
+               codec.is_float() ? "floats among codes"
+                                : codec.name() + " where " + first->name + " has " + wanted.name());
+      if (const std::string why = gptq_obstacle(codec, stored.shape[0], stored.shape[1]); !why.empty())
+        refuse("codes that GPTQ holds", why);
+    }
+  }
+  if (first == nullptr)
+    throw input_error(place, "linears of codes", "floats alone", "pare quantize --codec q4 makes codes of them");
+  if (floats > 0)
+    notes.push_back(std::to_string(floats) + " linears of floats: they stay so, quantization_config names them");
+  if (unpacked > 0)
+    notes.push_back(std::to_string(unpacked) +
+                    " tensors of codes beside the linears, which GPTQ has none for: the same weights, as F32");
+}
+
 }  // namespace
 
-std::vector<std::string> export_folder(const Checkpoint& checkpoint, const fs::path& out, Context& context) {
+std::vector<std::string> plan_folder(const Checkpoint& checkpoint, FolderForm form) {
   std::vector<std::string> notes = checkpoint.notes();
   note_doubles(checkpoint, notes);
+  if (form != FolderForm::kCompressedTensors) plan_gptq_folder(checkpoint, notes);
+  return notes;
+}
+
+std::vector<std::string> export_folder(const Checkpoint& checkpoint, const fs::path& out, Context& context,
+                                       FolderForm form) {
+  std::vector<std::string> notes = plan_folder(checkpoint, form);
   std::map<std::string, std::string> side_files;
   for (const std::string& name : side_file_names()) {
     auto text = name == "tokenizer.json" ? embedded_tokenizer(checkpoint, &notes) : checkpoint.side_file(name);
@@ -209,7 +265,9 @@ std::vector<std::string> export_folder(const Checkpoint& checkpoint, const fs::p
     CheckpointWriter writer(folder.work(), checkpoint.config(), checkpoint.float_dtype());
     for (const auto& [name, text] : side_files) writer.put_side_file(name, text);
     write_folder_weights(checkpoint, writer, out, context);
+    writer.set_form(form);
     writer.finish();
+    write_model_card(folder.work(), {checkpoint.folder(), std::string("pare export --to ") + form_name(form), {}, {}});
   } catch (...) {
     folder.discard();
     throw;

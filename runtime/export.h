@@ -45,9 +45,14 @@ void export_compact(const Checkpoint& checkpoint, const ExportOptions& options, 
 // export_compact without reports. Errors: exit 5 where the place has not the room.
 void export_temporary(const Checkpoint& checkpoint, const fs::path& out, Context context = {});
 
+// What there is to say about a folder of this form, before it is written. Errors: exit 3 for codes that GPTQ cannot
+// hold, with the first linear and why.
+std::vector<std::string> plan_folder(const Checkpoint& checkpoint, FolderForm form);
+
 // Model -> model folder (transformers and pare read it): codes stay codes, floats keep their type and their bits, but
-// doubles, which become F32. Returns what to say about it. Errors: exit 2 when `out` exists or
-// its work folder holds work of others, exit 3 for doubles that no float holds; nothing of its own is left then.
-std::vector<std::string> export_folder(const Checkpoint& checkpoint, const fs::path& out, Context& context);
+// doubles, which become F32. Returns what to say about it. Errors: exit 2 when `out` exists or its work folder holds
+// work of others, exit 3 for doubles that no float holds, and as plan_folder(); nothing of its own is left then.
+std::vector<std::string> export_folder(const Checkpoint& checkpoint, const fs::path& out, Context& context,
+                                       FolderForm form = FolderForm::kCompressedTensors);
 
 }  // namespace pare

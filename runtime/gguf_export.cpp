@@ -9,6 +9,7 @@
 
 #include "core/chat_template.h"
 #include "core/error.h"
+#include "core/model_card.h"
 #include "core/tensor_store.h"
 #include "runtime/round_to_nearest.h"
 
@@ -247,6 +248,10 @@ class Planner {
                       {"general.type", std::string("model")},
                       {"general.name", named.filename().string()},
                       {"general.file_type", file_type(most->first)}};
+    const ModelOrigin origin = origin_of(checkpoint_.folder());
+    for (const auto& [key, value] : origin.licence) plan_.metadata.emplace_back(gguf_key(key), value);
+    plan_.metadata.emplace_back("general.base_model.count", std::uint32_t{1});
+    plan_.metadata.emplace_back("general.base_model.0.name", origin.base);
     if (blocks) plan_.metadata.emplace_back("general.quantization_version", std::uint32_t{2});
     for (auto& pair : gguf_config_keys(config_, arch_, plan_.notes)) plan_.metadata.push_back(std::move(pair));
     tokenizer();

@@ -30,7 +30,8 @@ QuantizedTensor round_to_nearest(const Codec& codec, std::int64_t rows, std::int
     float smallest = lowest ? group[0] : 0, largest = smallest;
     for (std::int64_t i = 0; i < width; ++i) {
       if (!std::isfinite(group[i]))
-        throw failure(place, "finite weights", std::to_string(group[i]) + " in row " + std::to_string(at / groups));
+        throw input_error(place, "finite weights", std::to_string(group[i]) + " in row " + std::to_string(at / groups),
+                          "the model is damaged");
       smallest = std::min(smallest, group[i]);
       largest = std::max(largest, group[i]);
     }

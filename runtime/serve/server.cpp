@@ -82,6 +82,23 @@ bool is_own(const std::string& host, const std::string& bound) {
   return is_loopback(host) || host == bound;
 }
 
+// What is wrong with how the body is framed, or nothing. httplib takes numbers as strtoull does, the first of two
+// lengths, and chunks over a length: a proxy may take the same bytes for another request (RFC 9112, 6.3).
+std::string framing_problem(const httplib::Request& request) {
+  const std::size_t lengths = request.get_header_value_count("Content-Length");
+  const std::string length = request.get_header_value("Content-Length");
+  const auto digit = [](char c) { return c >= '0' && c <= '9'; };
+  if (lengths > 1) return "one Content-Length, found " + std::to_string(lengths);
+  if (lengths == 1 && (length.empty() || length.size() > 19 || !std::all_of(length.begin(), length.end(), digit)))
+    return "a Content-Length of at most 19 digits, found " + length.substr(0, 40);
+  if (!request.has_header("Transfer-Encoding")) return "";
+  if (lengths == 1) return "a Content-Length or a Transfer-Encoding, found both";
+  const std::string coding = request.get_header_value("Transfer-Encoding");
+  if (request.get_header_value_count("Transfer-Encoding") > 1 || lower(coding) != "chunked")
+    return "the Transfer-Encoding chunked, found " + coding.substr(0, 40);
+  return "";
+}
+
 // In one line, whatever the client sent.
 std::string printable(const std::string& text) {
   std::string out;
@@ -109,6 +126,7 @@ struct Server::Impl : httplib::Server {
   bool process_and_close_socket(socket_t socket) override;
   void add_routes();
   HandlerResponse before_routing(const Request& request, Response& response);
+  ApiError body_too_large() const;
   std::string read_body(const Request& request, const httplib::ContentReader& reader) const;
   void answer(bool chat, const Request& request, Response& response, const httplib::ContentReader& reader);
   void answer_whole(std::shared_ptr<Ticket> ticket, Answer& answer, Response& response) const;
@@ -281,6 +299,10 @@ httplib::Server::HandlerResponse Server::Impl::before_routing(const Request& req
     return refuse(ApiError(404, fmt::format("the model `{}` does not exist; this server has `{}`",
                                             request.path.substr(std::string_view(kOneModel).size()), model_.name),
                            "model", "model_not_found"));
+  if (const std::string problem = framing_problem(request); !problem.empty())
+    return refuse(ApiError(400, "body: expected " + problem, {}, "invalid_framing"));
+  // httplib would first wait for all of it.
+  if (request.get_header_value<std::uint64_t>("Content-Length") > options_.body_bytes) return refuse(body_too_large());
   if (request.method == "POST" && !request.has_header("Content-Length") && !request.has_header("Transfer-Encoding"))
     return refuse(ApiError(411, "body: expected a Content-Length, found none", {}, "length_required"));
   return HandlerResponse::Unhandled;
@@ -300,9 +322,12 @@ Json Server::Impl::model_entry() const {
           {"max_model_len", model_.context}};
 }
 
+ApiError Server::Impl::body_too_large() const {
+  return ApiError(413, fmt::format("body: expected at most {} bytes, found more", options_.body_bytes), {},
+                  "body_too_large");
+}
+
 std::string Server::Impl::read_body(const Request& request, const httplib::ContentReader& reader) const {
-  const ApiError too_large(413, fmt::format("body: expected at most {} bytes, found more", options_.body_bytes), {},
-                           "body_too_large");
   if (request.is_multipart_form_data()) throw ApiError(400, "body: expected a JSON object, found a multipart form");
   std::string body;
   bool fits = true;
@@ -311,9 +336,7 @@ std::string Server::Impl::read_body(const Request& request, const httplib::Conte
     if (fits) body.append(bytes, count);
     return fits;
   });
-  const std::string length = request.get_header_value("Content-Length");
-  if (!fits || (!whole && length.size() < 20 && std::strtoull(length.c_str(), nullptr, 10) > options_.body_bytes))
-    throw too_large;
+  if (!fits) throw body_too_large();
   if (!whole) throw ApiError(400, "body: it ended early, or did not arrive in time");
   return body;
 }

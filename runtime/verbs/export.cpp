@@ -48,8 +48,14 @@ Json run_gguf(const Checkpoint& checkpoint, const fs::path& out, const Options& 
   return {{"out", out.string()}, {"file_bytes", fs::file_size(out)}, {"notes", plan.notes}};
 }
 
-Json run_folder(const Checkpoint& checkpoint, const fs::path& out, Context& context) {
-  const std::vector<std::string> notes = export_folder(checkpoint, out, context);
+bool is_folder(const std::string& to) { return to != "compact" && to != "gguf"; }
+
+FolderForm folder_form(const std::string& to) {
+  return to == "gptq" ? FolderForm::kGptq : to == "gptq_v2" ? FolderForm::kGptqV2 : FolderForm::kCompressedTensors;
+}
+
+Json run_folder(const Checkpoint& checkpoint, const std::string& to, const fs::path& out, Context& context) {
+  const std::vector<std::string> notes = export_folder(checkpoint, out, context, folder_form(to));
   const Checkpoint written(out);
   const auto bytes = static_cast<double>(written.tensor_bytes());
   context.report.add({.stage = "folder",
@@ -92,6 +98,8 @@ Json dry_run(const Checkpoint& checkpoint, const Options& options, Context& cont
     notes = plan_gguf(checkpoint, gguf_options(options)).notes;
   } else if (to == "compact") {
     notes = plan_export(checkpoint, compact_options(options)).notes;
+  } else {
+    notes = plan_folder(checkpoint, folder_form(to));
   }
   std::string text;
   const Json rows = compatibility_rows(checkpoint, text);
@@ -107,10 +115,10 @@ Json run_export(const Options& options, Context& context) {
   const fs::path out = options.get_or<std::string>("out", "");
   const auto to = options.get<std::string>("to"), codec = options.get<std::string>("codec");
   if (codec != "keep") Codec::parse(codec, "--codec");  // a wrong name before anything is read
-  if (to == "folder" && codec != "keep")
-    throw usage_error("--codec", "keep with --to folder", codec, "pare quantize makes folders of codes");
-  if (to == "folder" && options.get<bool>("no-fallback"))
-    throw usage_error("--no-fallback", "--to compact or gguf", "--to folder", "a folder holds every matrix as it is");
+  if (is_folder(to) && codec != "keep")
+    throw usage_error("--codec", "keep with --to " + to, codec, "pare quantize makes folders of codes");
+  if (is_folder(to) && options.get<bool>("no-fallback"))
+    throw usage_error("--no-fallback", "--to compact or gguf", "--to " + to, "a folder holds every matrix as it is");
   if (to != "gguf" && options.get<bool>("requantize"))
     throw usage_error("--requantize", "--to gguf", "--to " + to, "only GGUF blocks may not hold codes as they are");
   if (!out.empty() && fs::exists(fs::symlink_status(out)))
@@ -119,7 +127,7 @@ Json run_export(const Options& options, Context& context) {
   const Checkpoint checkpoint = Checkpoint::open(options.get<std::string>("model"));
   if (dry) return dry_run(checkpoint, options, context);
   Json result = to == "gguf"     ? run_gguf(checkpoint, out, options, context)
-                : to == "folder" ? run_folder(checkpoint, out, context)
+                : is_folder(to)  ? run_folder(checkpoint, to, out, context)
                                  : run_compact(checkpoint, out, options, context);
   context.print(context.report.table());
   result["report"] = context.report.to_json();
@@ -131,7 +139,9 @@ Json run_export(const Options& options, Context& context) {
 Command export_command() {
   Command command;
   command.name = "export";
-  command.summary = "Write a model as one file, compact for pare's runtime or gguf for llama.cpp, or as a model folder";
+  command.summary =
+      "Write a model as one file, compact for pare's runtime or gguf for llama.cpp, or as a model folder (folder: "
+      "compressed-tensors; gptq, gptq_v2: GPTQ of 4 or 8 bits)";
   command.example = "pare export model-q4 --to compact --out model.pare";
   command.options = {
       {.name = "model",
@@ -143,12 +153,12 @@ Command export_command() {
        .type = OptionType::kText,
        .help = "target format",
        .default_value = "compact",
-       .choices = {"compact", "gguf", "folder"}},
+       .choices = {"compact", "gguf", "folder", "gptq", "gptq_v2"}},
       {.name = "codec",
        .type = OptionType::kText,
        .help =
            "storage of float matrices: keep, f32, f16, bf16, q8, q8c, w8a8, q4, q4g64, q4g128, q4a, q4ag64, "
-           "q4ag128, q4m, q4mg64, q4mg128, q3, q3g64, q3g128, q2, q2g64, q2g128 (gguf: keep, f32, f16, bf16, q8, q4; folder: keep); codes "
+           "q4ag128, q4m, q4mg64, q4mg128, q3, q3g64, q3g128, q2, q2g64, q2g128 (gguf: keep, f32, f16, bf16, q8, q4; folders: keep); codes "
            "stay codes",
        .default_value = "keep"},
       {.name = "no-fallback",

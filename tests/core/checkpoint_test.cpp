@@ -195,7 +195,7 @@ TEST(Checkpoint, ReadsForeignAsymmetricFoldersAndPatternTargets) {
     return error_of([&] { Checkpoint model(scratch / "m"); });
   };
   const auto weights = [](Json& q) -> Json& { return q["config_groups"]["group_0"]["weights"]; };
-  EXPECT_TRUE(contains(refused([](Json& q) { q["quant_method"] = "gptq"; }), "gptq"));
+  EXPECT_TRUE(contains(refused([](Json& q) { q["quant_method"] = "awq"; }), "awq"));
   EXPECT_TRUE(contains(refused([](Json& q) { q["format"] = "float-quantized"; }), "float-quantized"));
   EXPECT_TRUE(contains(refused([&](Json& q) { weights(q)["num_bits"] = 3; }), "int 3 bits, asymmetric"));
   EXPECT_TRUE(contains(refused([&](Json& q) { weights(q)["num_bits"] = 5; }), "int 5 bits"));

@@ -34,6 +34,11 @@ done
 "$BUILD/pare" quantize --quiet --model "$ROOT/examples/teacher" --out "$T/q4m" --codec q4m --method rtn >/dev/null
 check "GGUF files" "$PYTHON" "$HERE/gguf_file.py" "$BUILD/pare" "$ROOT/examples/teacher" "$T/q4" "$T/q8" "$T/q3" "$T/w8a8" \
   "$T/q4m"
+for codec in q4a q8c; do
+  "$BUILD/pare" quantize --quiet --model "$ROOT/examples/teacher" --out "$T/$codec" --codec $codec --method rtn >/dev/null
+done
+check "GPTQ folders" "$PYTHON" -B "$HERE/gptq_folder.py" "$BUILD/pare" "$ROOT/examples/teacher" "$T/q4" "$T/q4g128" "$T/q4a" \
+  "$T/q8" "$T/q8c"
 check "pruned folders" "$PYTHON" "$HERE/pruned_folder.py" "$BUILD/pare"
 check "cut student" "$PYTHON" "$HERE/student_cut.py" "$BUILD/pare"
 check "families" "$PYTHON" "$HERE/families.py" "$BUILD"

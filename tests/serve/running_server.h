@@ -124,6 +124,15 @@ class RawClient {
   void send(const std::string& text) const {
     ASSERT_EQ(::send(socket_, text.data(), text.size(), MSG_NOSIGNAL), std::ssize(text));
   }
+  // As much as the server takes.
+  void send_as_taken(const std::string& text) const {
+    for (std::size_t sent = 0; sent < text.size();) {
+      const ssize_t count = ::send(socket_, text.data() + sent, text.size() - sent, MSG_NOSIGNAL);
+      if (count <= 0) return;
+      sent += static_cast<std::size_t>(count);
+    }
+  }
+  void end() const { ::shutdown(socket_, SHUT_WR); }
   void post(const Json& body, const char* path = "/v1/completions") const {
     const std::string text = body.dump();
     send(std::string("POST ") + path + " HTTP/1.1\r\nHost: localhost\r\nContent-Length: " +
