@@ -225,7 +225,7 @@ void sample(const SampleRequest& request, Context& context) {
 Toolbox real_toolbox() {
   Toolbox tools;
   tools.version = kVersion;
-  tools.stages = {train_command(), distill_command(), prune_command(), quantize_command()};
+  tools.stages = {train_command(), finetune_command(), distill_command(), prune_command(), quantize_command()};
   tools.inspect = inspect;
   tools.check_text = [](const std::vector<std::string>& text, const std::string& split) {
     read_documents(paths(text), optional_text(split));

@@ -34,9 +34,33 @@ std::vector<fs::path> files_of(const std::vector<fs::path>& paths) {
   return files;
 }
 
-Document parse_line(std::string_view line, const std::string& place) {
+// Of each message role and content are texts; content may be missing beside tool_calls. What else a message has is the
+// template's business.
+void check_messages(const Json& messages, const std::string& place) {
+  if (!messages.is_array() || messages.empty())
+    throw input_error(place, "\"messages\" with at least one message", messages.is_array() ? "none" : messages.type_name());
+  bool reply = false;
+  for (std::size_t i = 0; i < messages.size(); ++i) {
+    const Json& message = messages[i];
+    const std::string there = place + ": messages[" + std::to_string(i) + "]";
+    if (!message.is_object() || !message.contains("role") || !message["role"].is_string())
+      throw input_error(there, "an object with \"role\" and \"content\"", message.is_object() ? "no role" : message.type_name());
+    const bool calls = message.contains("tool_calls");
+    const bool content = message.contains("content") && !message["content"].is_null();
+    if (content ? !message["content"].is_string() : !calls)
+      throw input_error(there, "a text in \"content\"", content ? message["content"].type_name() : "none");
+    if (message["role"] != "assistant") continue;
+    reply = true;
+    if (!calls && message["content"].get<std::string>().find_first_not_of(kBlanks) == std::string::npos)
+      throw input_error(there, "a reply of the assistant that is not empty", "an empty one", "remove the line");
+  }
+  if (!reply) throw input_error(place, "a conversation with at least one reply of the assistant", "none");
+}
+
+Document parse_line(std::string_view line, const std::string& place, bool conversations) {
   const Json json = parse_json(line, place);
-  const std::string form = "an object with \"text\", or with \"prompt\" and \"response\"";
+  const std::string form = std::string("an object with \"text\", or with \"prompt\" and \"response\"") +
+                           (conversations ? ", or with \"messages\"" : "");
   if (!json.is_object()) throw input_error(place, form, json.type_name());
   const auto text_of = [&](const char* key) -> std::string {
     const auto& value = json.at(key);
@@ -44,18 +68,33 @@ Document parse_line(std::string_view line, const std::string& place) {
     return value.get<std::string>();
   };
   const bool prompt = json.contains("prompt"), response = json.contains("response");
+  Document document;
+  document.place = place;
+  if (json.contains("messages")) {
+    if (!conversations)
+      throw input_error(place, form, "a conversation (\"messages\")", "those are for finetune, train and distill");
+    if (prompt || response || json.contains("text"))
+      throw input_error(place, form, "\"messages\" together with \"text\", \"prompt\" or \"response\"");
+    check_messages(json["messages"], place);
+    document.messages = json["messages"];
+    if (json.contains("tools")) document.tools = json["tools"];
+    return document;
+  }
   if (json.contains("text")) {
     if (prompt || response) throw input_error(place, form, "\"text\" together with \"prompt\" or \"response\"");
-    return {text_of("text"), 0};
+    document.text = text_of("text");
+    return document;
   }
   if (!prompt || !response) throw input_error(place, form, "other keys");
-  Document document{text_of("prompt"), 0};
+  document.text = text_of("prompt");
   document.response_begin = document.text.size();
   document.text += text_of("response");
+  if (document.text.find_first_not_of(kBlanks, document.response_begin) == std::string::npos)
+    throw input_error(place, "a response that is not empty", "an empty one", "remove the line");
   return document;
 }
 
-void read_lines(const fs::path& file, std::vector<Document>& documents) {
+void read_lines(const fs::path& file, bool conversations, std::vector<Document>& documents) {
   const std::string content = read_text(file);
   const std::string_view text = content;
   std::size_t number = 0;
@@ -65,21 +104,22 @@ void read_lines(const fs::path& file, std::vector<Document>& documents) {
     ++number;
     begin = end + 1;
     if (line.empty()) continue;
-    Document document = parse_line(line, file.string() + ":" + std::to_string(number));
-    if (!document.text.empty()) documents.push_back(std::move(document));
+    Document document = parse_line(line, file.string() + ":" + std::to_string(number), conversations);
+    if (!document.text.empty() || !document.messages.is_null()) documents.push_back(std::move(document));
   }
 }
 
 }  // namespace
 
-std::vector<Document> read_documents(const std::vector<fs::path>& paths, const std::optional<std::string>& split) {
+std::vector<Document> read_documents(const std::vector<fs::path>& paths, const std::optional<std::string>& split,
+                                     bool conversations) {
   if (split && split->empty()) throw usage_error("split", "a text that separates documents", "an empty one");
   std::vector<Document> documents;
   std::string names;
   for (const fs::path& file : files_of(paths)) {
     names += (names.empty() ? "" : ", ") + file.string();
     if (file.extension() == ".jsonl") {
-      read_lines(file, documents);
+      read_lines(file, conversations, documents);
       continue;
     }
     const std::string content = read_text(file);

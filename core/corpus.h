@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/file.h"
+#include "core/json.h"
 #include "core/tokenizer.h"
 
 namespace pare {
@@ -15,12 +16,17 @@ namespace pare {
 struct Document {
   std::string text;
   std::size_t response_begin = 0;
+  Json messages = nullptr;  // a conversation, which has no text yet; then `tools` may be what its line gives
+  Json tools = nullptr;
+  std::string place = {};   // of jsonl: file:line
 };
 
 // Reads one or more .txt or .jsonl files (or folders of them, sorted by name). Plain text is split at `split` if given
 // (surrounding blanks and newlines of each piece stripped, empty pieces dropped), else one document per file.
-// jsonl: {"text"} or {"prompt","response"} per line. Errors: exit 3 with file and line; empty result: exit 3.
-std::vector<Document> read_documents(const std::vector<fs::path>& paths, const std::optional<std::string>& split);
+// jsonl: {"text"} or {"prompt", "response"} per line, and with `conversations` {"messages": [{"role", "content"}, ..]}.
+// Errors: exit 3 with file and line; empty result: exit 3.
+std::vector<Document> read_documents(const std::vector<fs::path>& paths, const std::optional<std::string>& split,
+                                     bool conversations = false);
 
 // Ids of one document with the post-processor's prefix (BOS), special tokens in the text not parsed.
 std::vector<std::int32_t> encode_document(const Tokenizer& tokenizer, const Document& document);

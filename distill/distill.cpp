@@ -86,13 +86,16 @@ Json run_distill(const Options& o, Context& run) {
   TrainingJob job;
   job.settings = trainer_settings(o, pair.student->config());
   const Tokenizer& tokenizer = *pair.tokenizer;
-  const auto split = o.has("split") ? std::optional(o.get<std::string>("split")) : std::nullopt;
+  TextForm form;
+  form.split = o.has("split") ? std::optional(o.get<std::string>("split")) : std::nullopt;
+  form.end_id = end_of_text(tokenizer, pair.student->config());
+  form.context = job.settings.context;
+  form.chat_folder = pair.like;
   const auto specs = parse_text_specs(o.get<std::vector<std::string>>("text"), "--text");
-  job.held_out = read_held_out(o.get_or<std::vector<std::string>>("held-out", {}), split, tokenizer,
-                               job.settings.context);
+  job.held_out = read_held_out(o.get_or<std::vector<std::string>>("held-out", {}), form, tokenizer);
 
   Lesson lesson(o, pair.teacher, pair.student, pair.vocab, job.settings, run.seed);
-  BatchStream data(lesson.sources(fs::path(o.get<std::string>("teacher")), specs, split, tokenizer, run),
+  BatchStream data(lesson.sources(fs::path(o.get<std::string>("teacher")), specs, form, tokenizer, run),
                    job.settings.context, run.seed);
   job.stage = "distill";
   job.decoder = pair.student;
@@ -115,10 +118,10 @@ Json run_distill(const Options& o, Context& run) {
   if (lesson.cache() != nullptr) result["cache"] = lesson.cache()->summary();
   throw_if_interrupted("distill after its last step", "run the same command again to continue");
   write_decoder(pair.student, pair.dtype, pair.like, transaction.work());
-  finish_training_folder(transaction.work());
   write_model_card(transaction.work(), {pair.like, command_of("distill", o), run.report, {}});
   if (run.before_commit) run.before_commit();
   transaction.commit();
+  finish_training_folder(o.get<std::string>("out"));
   run.print(run.report.table());
   return result;
 }

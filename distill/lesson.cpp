@@ -105,10 +105,9 @@ Lesson::Lesson(const Options& o, Decoder teacher, Decoder student, std::int64_t 
 }
 
 std::vector<TokenSource> Lesson::sources(const fs::path& teacher_folder, const std::vector<TextSpec>& specs,
-                                         const std::optional<std::string>& split, const Tokenizer& tokenizer,
-                                         Context& run) {
+                                         const TextForm& form, const Tokenizer& tokenizer, Context& run) {
   if (!options_.has("cache"))
-    return read_sources(specs, split, tokenizer, end_of_text(tokenizer, student_->config()), settings_.context, run);
+    return read_sources(specs, form, tokenizer, run);
   LogitCacheInfo kept;
   kept.vocab_size = vocab_;
   kept.context = settings_.context;
@@ -116,7 +115,7 @@ std::vector<TokenSource> Lesson::sources(const fs::path& teacher_folder, const s
   kept.top_k = std::min(vocab_, options_.get_or<std::int64_t>("cache-top-k", kept.samples > 0 ? 12 : 64));
   kept.temperature = objective_.weights.tau;
   kept.seed = seed_;
-  cache_ = std::make_unique<CachedTeacher>(options_.get<std::string>("cache"), kept, teacher_folder, specs, split,
+  cache_ = std::make_unique<CachedTeacher>(options_.get<std::string>("cache"), kept, teacher_folder, specs, form.split,
                                            tokenizer, teacher_, device_, run);
   return {cache_->source()};
 }
@@ -143,7 +142,8 @@ void Lesson::give(TrainingJob& job) {
 }
 
 torch::Tensor Lesson::loss(const Batch& micro, double scale, LossSums& sums) {
-  const HiddenStates own = hidden_states(student_, micro.ids, match_ ? match_->student_layers() : std::vector<int>());
+  const HiddenStates own = hidden_states(student_, micro.ids, match_ ? match_->student_layers() : std::vector<int>(),
+                                         micro.starts);
   const torch::Tensor rows = own.last.view({-1, own.last.size(-1)}), targets = micro.targets.view(-1);
   if (cache_) return cache_->loss(rows, head(student_), micro, objective_.weights, scale, &sums);
   if (objective_.weights.kl_weight == 0 && !match_)  // nothing to ask the teacher
@@ -152,7 +152,7 @@ torch::Tensor Lesson::loss(const Batch& micro, double scale, LossSums& sums) {
   {
     const torch::NoGradGuard no_grad;
     teacher_->set_matmul_dtype(settings_.precision == "bf16" ? torch::kBFloat16 : torch::kFloat);
-    taught = hidden_states(teacher_, micro.ids, match_ ? match_->teacher_layers() : std::vector<int>());
+    taught = hidden_states(teacher_, micro.ids, match_ ? match_->teacher_layers() : std::vector<int>(), micro.starts);
   }
   DivergenceLoss objective = objective_;
   if (sampled_) objective.weights.ce_weight = 0;  // the next token is the student's own

@@ -27,7 +27,7 @@ class Lesson {
          std::uint64_t seed);
   // The training texts; where a cache is asked for, its windows, which are made first where the file is absent.
   std::vector<TokenSource> sources(const fs::path& teacher_folder, const std::vector<TextSpec>& specs,
-                                   const std::optional<std::string>& split, const Tokenizer& tokenizer, Context& run);
+                                   const TextForm& form, const Tokenizer& tokenizer, Context& run);
   // Sets the job's prepare, loss and companions, which hold on to this object.
   void give(TrainingJob& job);
   const CachedTeacher* cache() const { return cache_.get(); }  // nullptr: the teacher is run

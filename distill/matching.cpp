@@ -40,11 +40,11 @@ LayerPairs parse_layer_pairs(const std::string& text, std::int64_t student_layer
   return pairs;
 }
 
-HiddenStates hidden_states(Decoder& decoder, const Tensor& ids, const std::vector<int>& layers) {
+HiddenStates hidden_states(Decoder& decoder, const Tensor& ids, const std::vector<int>& layers, const Tensor& starts) {
   HiddenStates states;
   states.blocks.resize(layers.size());
-  const RopeTables& tables = decoder->rope(ids.size(1));
-  Tensor x = decoder->embed(ids);
+  const RopeTables tables = decoder->rope(ids.size(1), starts);
+  Tensor x = decoder->embed(ids, starts);
   for (int l = 0; l < decoder->config().num_layers; ++l) {
     x = decoder->block(l)->forward(x, tables);
     for (std::size_t i = 0; i < layers.size(); ++i)

@@ -22,7 +22,8 @@ struct HiddenStates {
   torch::Tensor last;                 // as Decoder::hidden
   std::vector<torch::Tensor> blocks;  // [batch, n, width], in the order of `layers`
 };
-HiddenStates hidden_states(Decoder& decoder, const torch::Tensor& ids, const std::vector<int>& layers);
+HiddenStates hidden_states(Decoder& decoder, const torch::Tensor& ids, const std::vector<int>& layers,
+                           const torch::Tensor& starts = {});
 
 class HiddenMatch {
  public:

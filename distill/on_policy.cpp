@@ -18,12 +18,18 @@ void continue_prompts(Decoder& student, Batch& batch, std::int64_t prompt, std::
   const std::int64_t sequences = batch.ids.size(0), width = prompt + tokens;
   torch::Tensor ids = torch::zeros({sequences, width}, torch::kLong);
   ids.narrow(1, 0, prompt).copy_(batch.ids.narrow(1, 0, prompt));
+  if (batch.starts.defined())  // the document that the prompt ends in goes on
+    batch.starts = torch::cat({batch.starts.narrow(1, 0, prompt),
+                               batch.starts.narrow(1, prompt - 1, 1).expand({sequences, tokens})}, 1);
   for (std::int64_t first = 0; first < sequences; first += micro) {
     const std::int64_t count = std::min(micro, sequences - first);
     const torch::Tensor part = ids.narrow(0, first, count);
     torch::Tensor there = part.to(device);
+    const torch::Tensor starts =
+        batch.starts.defined() ? batch.starts.narrow(0, first, count).to(device) : torch::Tensor();
     for (std::int64_t t = 0; t < tokens; ++t) {
-      const torch::Tensor hidden = student->hidden(there.narrow(1, 0, prompt + t)).select(1, prompt + t - 1);
+      const torch::Tensor own = starts.defined() ? starts.narrow(1, 0, prompt + t) : starts;
+      const torch::Tensor hidden = student->hidden(there.narrow(1, 0, prompt + t), own).select(1, prompt + t - 1);
       const auto drawn = static_cast<std::uint64_t>(t * sequences + first);
       there.select(1, prompt + t).copy_(sampled_labels(student, hidden, seed, place + drawn, vocab));
     }

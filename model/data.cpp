@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <numeric>
 
 #include "core/error.h"
@@ -66,48 +67,82 @@ std::int32_t end_of_text(const Tokenizer& tokenizer, const ModelConfig& config) 
                     "none, and the tokenizer has neither <|endoftext|> nor </s>");
 }
 
-std::vector<TokenSource> read_sources(const std::vector<TextSpec>& specs, const std::optional<std::string>& split,
-                                      const Tokenizer& tokenizer, std::int32_t end_id, std::int64_t context,
-                                      Context& run) {
+void pack_examples(TokenSource& source, std::vector<Example> examples, std::int64_t context) {
+  std::vector<std::size_t> order(examples.size());
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
+    return examples[a].ids.size() > examples[b].ids.size();
+  });
+  std::vector<std::vector<std::size_t>> packs;
+  std::multimap<std::size_t, std::size_t> room;  // ids that still fit -> pack
+  for (const std::size_t i : order) {
+    const std::size_t size = examples[i].ids.size();
+    auto place = room.lower_bound(size);
+    if (place == room.end()) {
+      packs.emplace_back();
+      place = room.emplace(static_cast<std::size_t>(context) + 1, packs.size() - 1);
+    }
+    const auto [left, pack] = *place;
+    room.erase(place);
+    packs[pack].push_back(i);
+    room.emplace(left - size, pack);
+  }
+  for (const auto& pack : packs) {
+    source.window_begin.push_back(static_cast<std::int64_t>(source.ids.size()));
+    for (const std::size_t i : pack) {
+      source.document_begin.push_back(static_cast<std::int64_t>(source.ids.size()));
+      source.ids.insert(source.ids.end(), examples[i].ids.begin(), examples[i].ids.end());
+      source.scored.insert(source.scored.end(), examples[i].scored.begin(), examples[i].scored.end());
+    }
+  }
+}
+
+std::optional<std::vector<Example>> read_examples(const std::vector<Document>& documents, const TextForm& form,
+                                                  const Tokenizer& tokenizer, ExampleCounts& counts) {
+  const auto has_reply = [](const Document& d) { return d.response_begin > 0 || !d.messages.is_null(); };
+  if (!form.always_examples && std::none_of(documents.begin(), documents.end(), has_reply)) return std::nullopt;
+  const bool chats = std::any_of(documents.begin(), documents.end(), [](const Document& d) { return !d.messages.is_null(); });
+  const auto chat = chats && !form.chat_folder.empty() ? folder_chat_template(form.chat_folder) : std::nullopt;
+  const ExampleForm example_form{&tokenizer, form.end_id, form.context + 1, form.too_long, form.last_reply_only,
+                                 chat ? &*chat : nullptr};
+  std::vector<Example> examples;
+  for (const Document& document : documents) {
+    throw_if_interrupted("tokenize", "nothing was written; run the same command again");
+    add_examples(document, example_form, examples, counts);
+  }
+  return examples;
+}
+
+std::vector<TokenSource> read_sources(const std::vector<TextSpec>& specs, const TextForm& form,
+                                      const Tokenizer& tokenizer, Context& run) {
   std::vector<TokenSource> sources;
   for (const TextSpec& spec : specs) {
-    const auto documents = read_documents({spec.path}, split);
+    const auto documents = read_documents({spec.path}, form.split, /*conversations=*/true);
     TokenSource source;
     source.name = spec.name();
     source.documents = static_cast<std::int64_t>(documents.size());
-    const bool responses =
-        std::any_of(documents.begin(), documents.end(), [](const Document& d) { return d.response_begin > 0; });
     run.progress->begin("tokenize " + source.name, source.documents);
-    for (std::size_t i = 0; i < documents.size(); ++i) {
-      throw_if_interrupted("tokenize " + source.name, "nothing was written; run the same command again");
-      const Document& document = documents[i];
-      const auto begin = static_cast<std::int64_t>(source.ids.size());
-      if (document.response_begin > 0) {
-        // Prompt and response are encoded apart, so that the response begins on a token of its own.
-        const auto prompt = encode_document(tokenizer, {document.text.substr(0, document.response_begin), 0});
-        const auto response = tokenizer.encode(std::string_view(document.text).substr(document.response_begin),
-                                               /*add_special=*/false, /*parse_special=*/false);
-        source.ids.insert(source.ids.end(), prompt.begin(), prompt.end());
-        source.ids.insert(source.ids.end(), response.begin(), response.end());
-        source.scored.resize(static_cast<std::size_t>(begin) + prompt.size(), 0);
-        source.scored.resize(source.ids.size(), 1);
-      } else {
-        const auto ids = encode_document(tokenizer, document);
+    if (auto examples = read_examples(documents, form, tokenizer, source.counts)) {
+      if (examples->empty())
+        throw input_error(spec.path.string(), "an example with something to learn within the context", "none",
+                          "raise --context");
+      pack_examples(source, std::move(*examples), form.context);
+    } else {
+      for (std::size_t i = 0; i < documents.size(); ++i) {
+        throw_if_interrupted("tokenize " + source.name, "nothing was written; run the same command again");
+        const auto ids = encode_document(tokenizer, documents[i]);
         source.ids.insert(source.ids.end(), ids.begin(), ids.end());
-        if (responses) source.scored.resize(source.ids.size(), 1);
+        source.ids.push_back(form.end_id);
+        run.progress->update(static_cast<std::int64_t>(i + 1));
       }
-      source.ids.push_back(end_id);
-      if (responses) {
-        source.scored.push_back(1);
-        source.document_begin.push_back(begin);
-        if (static_cast<std::int64_t>(source.ids.size()) - begin > context + 1) ++source.too_long;
-      }
-      run.progress->update(static_cast<std::int64_t>(i + 1));
     }
     run.progress->end(std::to_string(source.ids.size()) + " tokens");
-    if (source.too_long > 0)
-      run.progress->note(source.name + ": " + std::to_string(source.too_long) + " of " +
-                         std::to_string(source.documents) + " examples are longer than the context and are cut there");
+    const ExampleCounts& counts = source.counts;
+    if (counts.documents > 0)
+      run.progress->note(source.name + ": " + std::to_string(counts.documents) + " examples in " +
+                         std::to_string(source.window_begin.size()) + " windows, " + std::to_string(counts.learned) +
+                         " ids to learn; " + std::to_string(counts.cut) + " longer than the context were cut, " +
+                         std::to_string(counts.dropped) + " dropped");
     source.weight = spec.weight.value_or(static_cast<double>(source.ids.size()));
     sources.push_back(std::move(source));
   }
@@ -134,7 +169,6 @@ std::int64_t BatchStream::tokens() const {
 std::int64_t BatchStream::windows(std::size_t index) const {
   const TokenSource& source = sources_[index];
   if (!source.window_begin.empty()) return static_cast<std::int64_t>(source.window_begin.size());
-  if (!source.scored.empty()) return static_cast<std::int64_t>(epochs_[index].begin.size());
   const auto pairs = static_cast<std::int64_t>(source.ids.size()) - 1;
   return pairs >= 2 * context_ ? (pairs - context_) / context_ : 1;
 }
@@ -151,7 +185,7 @@ void BatchStream::start_epoch(std::size_t index, std::int64_t number) {
     epoch.begin = source.window_begin;
     epoch.end.assign(source.window_begin.begin() + 1, source.window_begin.end());
     epoch.end.push_back(size);
-  } else if (source.scored.empty()) {
+  } else {
     const std::int64_t count = windows(index);
     const bool single = size - 1 < 2 * context_;
     const std::int64_t offset = single ? 0 : static_cast<std::int64_t>(random.below(static_cast<std::uint64_t>(context_)));
@@ -162,25 +196,6 @@ void BatchStream::start_epoch(std::size_t index, std::int64_t number) {
     if (single && size - 1 > context_) {  // between one and two windows of text: start anywhere
       epoch.begin[0] = static_cast<std::int64_t>(random.below(static_cast<std::uint64_t>(size - context_)));
       epoch.end[0] = epoch.begin[0] + context_ + 1;
-    }
-  } else {
-    std::int64_t begin = 0;
-    for (std::size_t d = 0; d < source.document_begin.size(); ++d) {
-      const std::int64_t end = d + 1 < source.document_begin.size() ? source.document_begin[d + 1] : size;
-      if (end - begin > context_ + 1 && source.document_begin[d] > begin) {
-        epoch.begin.push_back(begin);
-        epoch.end.push_back(source.document_begin[d]);
-        begin = source.document_begin[d];
-      }
-      if (end - begin > context_ + 1) {
-        epoch.begin.push_back(begin);
-        epoch.end.push_back(begin + context_ + 1);
-        begin = end;
-      }
-    }
-    if (begin < size) {
-      epoch.begin.push_back(begin);
-      epoch.end.push_back(size);
     }
   }
   std::vector<std::size_t> order(epoch.begin.size());
@@ -194,7 +209,13 @@ void BatchStream::start_epoch(std::size_t index, std::int64_t number) {
   epoch = std::move(shuffled);
 }
 
-std::int64_t BatchStream::draw(std::size_t index, std::int64_t* ids, std::int64_t* targets) {
+std::int64_t BatchStream::sequences(double passes) const {
+  std::int64_t all = 0;
+  for (std::size_t i = 0; i < sources_.size(); ++i) all += windows(i);
+  return static_cast<std::int64_t>(std::ceil(passes * static_cast<double>(all)));
+}
+
+std::int64_t BatchStream::draw(std::size_t index, std::int64_t* ids, std::int64_t* targets, std::int64_t* starts) {
   if (epochs_[index].number < 0) start_epoch(index, 0);
   const std::int64_t count = windows(index), number = taken_[index] / count;
   if (epochs_[index].number != number) start_epoch(index, number);
@@ -207,12 +228,21 @@ std::int64_t BatchStream::draw(std::size_t index, std::int64_t* ids, std::int64_
     ids[i] = begin + i < end ? source.ids[next - 1] : 0;
     targets[i] = inside && (source.scored.empty() || source.scored[next] != 0) ? source.ids[next] : -1;
   }
+  if (starts != nullptr) {
+    std::fill(starts, starts + context_, 0);
+    const auto& documents = source.document_begin;
+    for (auto d = std::lower_bound(documents.begin(), documents.end(), begin); d != documents.end() && *d < end; ++d)
+      std::fill(starts + std::min(context_, *d - begin), starts + context_, *d - begin);
+    if (end - begin < context_) std::fill(starts + (end - begin), starts + context_, end - begin);
+  }
   ++taken_[index];
   return source.window_begin.empty() ? -1 : static_cast<std::int64_t>(epochs_[index].order[at]);
 }
 
 Batch BatchStream::next(std::int64_t sequences) {
   Batch batch{torch::empty({sequences, context_}, torch::kLong), torch::empty({sequences, context_}, torch::kLong), 0, {}};
+  if (std::any_of(sources_.begin(), sources_.end(), [](const TokenSource& s) { return !s.document_begin.empty(); }))
+    batch.starts = torch::empty({sequences, context_}, torch::kLong);
   for (std::int64_t i = 0; i < sequences; ++i) {
     const auto drawn = std::accumulate(taken_.begin(), taken_.end(), std::int64_t{0});
     std::size_t chosen = 0;
@@ -225,7 +255,8 @@ Batch BatchStream::next(std::int64_t sequences) {
       }
     }
     batch.windows.push_back(draw(chosen, batch.ids.data_ptr<std::int64_t>() + i * context_,
-                                 batch.targets.data_ptr<std::int64_t>() + i * context_));
+                                 batch.targets.data_ptr<std::int64_t>() + i * context_,
+                                 batch.starts.defined() ? batch.starts.data_ptr<std::int64_t>() + i * context_ : nullptr));
   }
   batch.counted = (batch.targets >= 0).sum().item<std::int64_t>();
   return batch;

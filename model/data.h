@@ -12,6 +12,7 @@
 #include "core/config.h"
 #include "core/context.h"
 #include "core/corpus.h"
+#include "core/examples.h"
 
 namespace pare {
 
@@ -25,28 +26,47 @@ struct TextSpec {
 std::vector<TextSpec> parse_text_specs(const std::vector<std::string>& texts, const std::string& option);
 
 // One source as one long row of ids. Plain documents are joined with the end-of-text id and cut into windows anywhere;
-// with responses (jsonl prompt/response) whole documents are packed into windows and only response ids are predicted.
+// examples (core/examples.h) are packed whole into windows, in each of which they do not see one another.
 struct TokenSource {
   std::string name;
   double weight = 1;
   std::vector<std::int32_t> ids;
   std::vector<std::uint8_t> scored;           // empty: every id is predicted
-  std::vector<std::int64_t> document_begin;   // with `scored`: first id of each document
+  std::vector<std::int64_t> document_begin;   // of examples: the first id of each
   std::vector<std::int64_t> window_begin;     // not empty: these windows and no others, each up to the next begin
-  std::int64_t documents = 0, too_long = 0;   // too_long: response documents cut at the context
+  std::int64_t documents = 0;
+  ExampleCounts counts = {};                  // of examples
 };
+
+// Examples laid out in windows of at most context + 1 ids (the last one is only predicted), the fullest fit first
+// (best-fit decreasing); a source without window stays as it is.
+void pack_examples(TokenSource& source, std::vector<Example> examples, std::int64_t context);
 
 // The id that ends a document: the config's eos, else the tokenizer's <|endoftext|> or </s>. Error: exit 3.
 std::int32_t end_of_text(const Tokenizer& tokenizer, const ModelConfig& config);
 
-std::vector<TokenSource> read_sources(const std::vector<TextSpec>& specs, const std::optional<std::string>& split,
-                                      const Tokenizer& tokenizer, std::int32_t end_id, std::int64_t context,
-                                      Context& run);
+// How documents become ids: what all texts of a run share.
+struct TextForm {
+  std::optional<std::string> split;
+  std::int32_t end_id = 0;
+  std::int64_t context = 0;
+  bool always_examples = false;  // plain documents too; else a source without responses is a stream
+  TooLong too_long = TooLong::kCut;
+  bool last_reply_only = false;
+  fs::path chat_folder = {};     // whose chat template conversations take; empty: they are refused
+};
+std::vector<TokenSource> read_sources(const std::vector<TextSpec>& specs, const TextForm& form,
+                                      const Tokenizer& tokenizer, Context& run);
+// The examples of one source, or nothing where it is a stream. Errors: exit 3 with file and line.
+std::optional<std::vector<Example>> read_examples(const std::vector<Document>& documents, const TextForm& form,
+                                                  const Tokenizer& tokenizer, ExampleCounts& counts);
 
 struct Batch {
   torch::Tensor ids, targets;  // [sequences, context] int64; target -1: nothing predicted there
   std::int64_t counted = 0;    // targets >= 0
   std::vector<std::int64_t> windows;  // sources with fixed windows: the window of each sequence, else -1
+  // [sequences, context] int64: where in its sequence the document of each id begins. Undefined: at 0, everywhere.
+  torch::Tensor starts = {};
 };
 
 // Sequence k goes to the source that is furthest behind its share; each source runs through its windows in a new
@@ -59,6 +79,8 @@ class BatchStream {
   void restore(const std::vector<std::int64_t>& taken);
   const std::vector<TokenSource>& sources() const { return sources_; }
   std::int64_t tokens() const;  // of all sources together
+  // Sequences after which every source of examples was seen `passes` times where the weights are as the ids are.
+  std::int64_t sequences(double passes) const;
 
  private:
   struct Epoch {
@@ -66,7 +88,8 @@ class BatchStream {
     std::vector<std::int64_t> begin, end;  // of each window, in the order drawn; the window's ids are [begin, end)
     std::vector<std::size_t> order;        // their places before the shuffle
   };
-  std::int64_t draw(std::size_t source, std::int64_t* ids, std::int64_t* targets);  // the fixed window drawn, or -1
+  // The fixed window drawn, or -1. starts may be null.
+  std::int64_t draw(std::size_t source, std::int64_t* ids, std::int64_t* targets, std::int64_t* starts);
   void start_epoch(std::size_t source, std::int64_t number);
   std::int64_t windows(std::size_t source) const;
 

@@ -1,5 +1,6 @@
 #include "model/decoder.h"
 
+#include <algorithm>
 #include <cmath>
 #include <numbers>
 #include <utility>
@@ -77,6 +78,16 @@ RopeTables rope_tables(const ModelConfig& config, std::int64_t positions, const 
   if (local) fill_tables(config, RopeKind::kLocal, positions, device, tables.local_cos, tables.local_sin);
   if (none) fill_tables(config, RopeKind::kNone, positions, device, tables.still_cos, tables.still_sin);
   return tables;
+}
+
+RopeTables packed_rope(const RopeTables& tables, const Tensor& starts) {
+  const std::int64_t batch = starts.size(0), n = starts.size(1);
+  const Tensor positions = (torch::arange(n, starts.options()).unsqueeze(0) - starts).reshape({-1});
+  const auto rows = [&](const Tensor& table) {
+    return table.defined() ? table.index_select(0, positions).view({batch, n, table.size(1)}) : table;
+  };
+  return {rows(tables.cos),       rows(tables.sin),       rows(tables.local_cos), rows(tables.local_sin),
+          rows(tables.still_cos), rows(tables.still_sin), starts};
 }
 
 DecoderBlockImpl::DecoderBlockImpl(const ModelConfig& config, int layer, bool experts)
@@ -157,14 +168,31 @@ Tensor DecoderBlockImpl::norm(const Tensor& x, const Norm& norm) {
 }
 
 Tensor DecoderBlockImpl::multiply(const Tensor& x, const Linear& linear) {
-  return project(rounded_.contains(linear.module) ? round_tokens(x) : x, linear.weight, linear.bias);
+  const Tensor y = project(rounded_.contains(linear.module) ? round_tokens(x) : x, linear.weight, linear.bias);
+  return linear.a.defined() ? y + project(project(x, linear.a, Tensor()), linear.b, Tensor()) * linear.scale : y;
+}
+
+void DecoderBlockImpl::adapt(const std::string& module, const Tensor& a, const Tensor& b, double scale) {
+  std::vector<Linear*> all = {&o_, &down_};
+  for (Linear& linear : qkv_) all.push_back(&linear);
+  for (Linear& linear : gate_up_) all.push_back(&linear);
+  for (Expert& expert : experts_) all.insert(all.end(), {&expert.gate, &expert.up, &expert.down});
+  for (Linear* linear : all) {
+    if (linear->module != module) continue;
+    linear->a = a;
+    linear->b = b;
+    linear->scale = scale;
+    return;
+  }
+  throw failure("decoder block " + std::to_string(layer_), "a linear of the block", module);
 }
 
 // The rows of several projections as one product; the gradient is split again by cat's own backward.
 Tensor DecoderBlockImpl::project_packed(const Tensor& x, const std::vector<Linear>& parts) {
   if (parts.size() == 1) return multiply(x, parts[0]);
   // Without gradients joining the results costs less than joining the weights.
-  if (!torch::GradMode::is_enabled() || !rounded_.empty()) {
+  const bool adapted = std::any_of(parts.begin(), parts.end(), [](const Linear& part) { return part.a.defined(); });
+  if (!torch::GradMode::is_enabled() || !rounded_.empty() || adapted) {
     std::vector<Tensor> results;
     for (const Linear& part : parts) results.push_back(multiply(x, part));
     return torch::cat(results, -1);
@@ -211,7 +239,7 @@ Tensor DecoderBlockImpl::attention_mix(const Tensor& normed, const RopeTables& r
                        : kind == RopeKind::kLocal ? rope.local_sin
                                                   : rope.still_sin;
   return rope_attention(qkv, cosine, sine, heads, kv_heads, dim,
-                        {config_.attention_scale, config_.attention_softcap, config_.window(layer_)});
+                        {config_.attention_scale, config_.attention_softcap, config_.window(layer_), rope.starts});
 }
 
 Tensor DecoderBlockImpl::attention_output(const Tensor& hidden, const Tensor& mix) {
@@ -294,10 +322,12 @@ DecoderImpl::DecoderImpl(ModelConfig config) : config_(std::move(config)) {
   for (const auto& item : named_parameters()) by_name_[item.key()] = item.value();
 }
 
-Tensor DecoderImpl::embed(const Tensor& ids) {
+Tensor DecoderImpl::embed(const Tensor& ids, const Tensor& starts) {
   const Tensor rows = torch::embedding(embed_, ids);
   if (positions_.defined()) {
     require_positions(config_, ids.size(1), "decoder");
+    if (starts.defined())
+      return rows + torch::embedding(positions_, torch::arange(ids.size(1), ids.options()).unsqueeze(0) - starts);
     return rows + positions_.narrow(0, 0, ids.size(1));
   }
   return config_.embedding_scale == 1 ? rows : rows * config_.embedding_scale;
@@ -327,9 +357,18 @@ const RopeTables& DecoderImpl::rope(std::int64_t positions) {
   return rope_;
 }
 
-Tensor DecoderImpl::hidden(const Tensor& ids) {
-  const RopeTables& tables = rope(ids.size(1));
-  Tensor x = embed(ids);
+RopeTables DecoderImpl::rope(std::int64_t positions, const Tensor& starts) {
+  if (!starts.defined()) return rope(positions);
+  if (rope_beyond(config_, positions))
+    throw input_error("decoder", "documents packed into at most " +
+                      std::to_string(config_.rope_long->original_max_position) + " positions, where LongRoPE switches",
+                      std::to_string(positions), "lower --context");
+  return packed_rope(rope(positions), starts);
+}
+
+Tensor DecoderImpl::hidden(const Tensor& ids, const Tensor& starts) {
+  const RopeTables tables = rope(ids.size(1), starts);
+  Tensor x = embed(ids, starts);
   for (auto& block : blocks_) x = block->forward(x, tables);
   return final_norm(x);
 }

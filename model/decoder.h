@@ -23,9 +23,13 @@ struct RopeTables {
   torch::Tensor cos, sin;                  // RopeKind::kGlobal
   torch::Tensor local_cos{}, local_sin{};  // RopeKind::kLocal
   torch::Tensor still_cos{}, still_sin{};  // RopeKind::kNone: 1 and 0
+  torch::Tensor starts{};  // of packed_rope: AttentionForm::starts
 };
 // Of sequences of this length: where LongRoPE switches, tables of one side do not serve the other (rope_beyond).
 RopeTables rope_tables(const ModelConfig& config, std::int64_t positions, const torch::Device& device);
+// Of sequences that hold several documents: starts [batch, n] as Batch has them. Tables [batch, n, pairs], in which
+// positions count from the beginning of the document, which also bounds what attention sees.
+RopeTables packed_rope(const RopeTables& tables, const torch::Tensor& starts);
 
 // One decoder block. Parameter names are the Hugging Face names inside the block: "self_attn.q_proj.weight", ...
 class DecoderBlockImpl : public torch::nn::Module {
@@ -64,6 +68,8 @@ class DecoderBlockImpl : public torch::nn::Module {
   void set_observer(Observer observer) { observer_ = std::move(observer); }
   // From now on this linear multiplies with inputs rounded to int8, one scale per token (codecs with int8_inputs).
   void round_inputs(const std::string& module) { rounded_.insert(module); }
+  // From now on this linear adds scale * (x A^T) B^T: a [rank, in], b [out, rank]. Undefined ones take it away again.
+  void adapt(const std::string& module, const torch::Tensor& a, const torch::Tensor& b, double scale);
   int layer() const { return layer_; }
 
   // What products are computed in: kFloat (default) or kBFloat16 (inputs rounded, sums in float32; for training speed).
@@ -74,6 +80,8 @@ class DecoderBlockImpl : public torch::nn::Module {
   struct Linear {
     torch::Tensor weight, bias;  // bias undefined when absent
     std::string module = {};
+    torch::Tensor a = {}, b = {};  // see adapt
+    double scale = 0;
   };
   struct Expert {
     Linear gate, up, down;
@@ -110,11 +118,13 @@ class DecoderImpl : public torch::nn::Module {
  public:
   explicit DecoderImpl(ModelConfig config);
   const ModelConfig& config() const { return config_; }
-  torch::Tensor hidden(const torch::Tensor& ids);              // [batch, n] int64 -> final-normed hidden [batch, n, hidden]
+  // [batch, n] int64 -> final-normed hidden [batch, n, hidden]. starts: several documents in a sequence, each as if it
+  // were alone (Batch::starts). Exit 3 where LongRoPE's switch lies inside the sequence: documents would need two tables.
+  torch::Tensor hidden(const torch::Tensor& ids, const torch::Tensor& starts = {});
   torch::Tensor head_logits(const torch::Tensor& hidden);      // [.., hidden] -> [.., vocab], capped where the model is
   torch::Tensor forward(const torch::Tensor& ids) { return head_logits(hidden(ids)); }
   // [batch, n] -> [batch, n, hidden]. Exit 3 where n is more than the learned positions.
-  torch::Tensor embed(const torch::Tensor& ids);
+  torch::Tensor embed(const torch::Tensor& ids, const torch::Tensor& starts = {});
   torch::Tensor final_norm(const torch::Tensor& hidden);
   torch::Tensor head_weight() const;                           // embedding when tied
   OutputHead output_head() const { return {head_weight(), config_.final_softcap}; }
@@ -123,6 +133,7 @@ class DecoderImpl : public torch::nn::Module {
   void round_head_inputs() { round_head_ = true; }             // see DecoderBlockImpl::round_inputs; not if tied
   void set_matmul_dtype(torch::ScalarType dtype);              // see DecoderBlockImpl; hidden() returns this dtype
   const RopeTables& rope(std::int64_t positions);              // kept and grown on demand, on the module's device
+  RopeTables rope(std::int64_t positions, const torch::Tensor& starts);  // packed where starts are defined
 
  private:
   ModelConfig config_;

@@ -162,19 +162,29 @@ struct AddFunction : torch::autograd::Function<AddFunction> {
   }
 };
 
+// starts: empty where every sequence is one document.
+AttentionShape shape_of(const Tensor& qkv, const Tensor& cosine, const Tensor& starts, std::int64_t heads,
+                        std::int64_t kv_heads, std::int64_t head_dim, double scale, double softcap,
+                        std::int64_t window) {
+  AttentionShape shape{qkv.size(1),
+                       heads,
+                       kv_heads,
+                       head_dim,
+                       2 * cosine.size(-1),
+                       window,
+                       static_cast<float>(scale),
+                       static_cast<float>(softcap)};
+  if (starts.numel() > 0) shape.starts = starts.data_ptr<std::int64_t>();
+  if (cosine.dim() == 3) shape.table_rows = cosine.size(1);
+  return shape;
+}
+
 struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& qkv_any, const Tensor& cosine, const Tensor& sine,
-                        std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim, double scale, double softcap,
-                        std::int64_t window) {
+                        const Tensor& starts, std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim,
+                        double scale, double softcap, std::int64_t window) {
     const Tensor qkv = qkv_any.contiguous();
-    const AttentionShape shape{qkv.size(1),
-                               heads,
-                               kv_heads,
-                               head_dim,
-                               2 * cosine.size(1),
-                               window,
-                               static_cast<float>(scale),
-                               static_cast<float>(softcap)};
+    const AttentionShape shape = shape_of(qkv, cosine, starts, heads, kv_heads, head_dim, scale, softcap, window);
     const std::int64_t batch = qkv.size(0), n = qkv.size(1);
     Tensor mix = torch::empty({batch, n, heads * head_dim}, qkv.options());
     Tensor lse = torch::empty({batch, heads, n}, qkv.options().dtype(torch::kFloat));
@@ -187,7 +197,7 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
                                              lse.data_ptr<float>(), scratch.data());
       });
     });
-    ctx->save_for_backward({qkv, cosine, sine, mix, lse});
+    ctx->save_for_backward({qkv, cosine, sine, mix, lse, starts});
     ctx->saved_data["heads"] = heads;
     ctx->saved_data["kv_heads"] = kv_heads;
     ctx->saved_data["head_dim"] = head_dim;
@@ -201,14 +211,10 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
     const Tensor &qkv = saved[0], &cosine = saved[1], &sine = saved[2], &mix = saved[3], &lse = saved[4];
     const Tensor g = grads[0].contiguous();
     const std::int64_t kv_heads = ctx->saved_data["kv_heads"].toInt();
-    const AttentionShape shape{qkv.size(1),
-                               ctx->saved_data["heads"].toInt(),
-                               kv_heads,
-                               ctx->saved_data["head_dim"].toInt(),
-                               2 * cosine.size(1),
-                               ctx->saved_data["window"].toInt(),
-                               static_cast<float>(ctx->saved_data["scale"].toDouble()),
-                               static_cast<float>(ctx->saved_data["softcap"].toDouble())};
+    const AttentionShape shape =
+        shape_of(qkv, cosine, saved[5], ctx->saved_data["heads"].toInt(), kv_heads, ctx->saved_data["head_dim"].toInt(),
+                 ctx->saved_data["scale"].toDouble(), ctx->saved_data["softcap"].toDouble(),
+                 ctx->saved_data["window"].toInt());
     Tensor out = torch::empty_like(qkv);
     with_storage(qkv.scalar_type(), [&]<class T>(T*) {
       at::parallel_for(0, qkv.size(0) * kv_heads, 1, [&](std::int64_t begin, std::int64_t end) {
@@ -220,7 +226,7 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
                                               scratch.data());
       });
     });
-    variable_list gradients(9);
+    variable_list gradients(10);
     gradients[0] = out;
     return gradients;
   }
@@ -276,11 +282,17 @@ Tensor rope_attention(const Tensor& qkv, const Tensor& cosine, const Tensor& sin
   const double scale = form.scale > 0 ? form.scale : 1.0 / std::sqrt(static_cast<double>(head_dim));
   const std::int64_t window = form.window < n ? form.window : 0;
   if (has_kernel(qkv)) {
-    return AttentionFunction::apply(qkv, cosine.narrow(0, 0, n).contiguous(), sine.narrow(0, 0, n).contiguous(), heads,
-                                    kv_heads, head_dim, scale, form.softcap, window);
+    const Tensor starts =
+        form.starts.defined() ? form.starts.contiguous() : torch::empty({0}, torch::TensorOptions().dtype(torch::kLong));
+    return AttentionFunction::apply(qkv, cosine.narrow(-2, 0, n).contiguous(), sine.narrow(-2, 0, n).contiguous(),
+                                    starts, heads, kv_heads, head_dim, scale, form.softcap, window);
   }
   const auto type = qkv.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat;
-  const Tensor c = cosine.narrow(0, 0, n).to(type), s = sine.narrow(0, 0, n).to(type);
+  Tensor c = cosine.narrow(-2, 0, n).to(type), s = sine.narrow(-2, 0, n).to(type);
+  if (c.dim() == 3) {  // of each sequence its own, for all heads
+    c = c.unsqueeze(1);
+    s = s.unsqueeze(1);
+  }
   const auto parts = qkv.to(type).view({batch, n, heads + 2 * kv_heads, head_dim}).transpose(1, 2).split_with_sizes(
       {heads, kv_heads, kv_heads}, 1);
   const std::int64_t group = heads / kv_heads;
@@ -289,6 +301,10 @@ Tensor rope_attention(const Tensor& qkv, const Tensor& cosine, const Tensor& sin
   const Tensor all = torch::ones({n, n}, torch::TensorOptions(qkv.device()).dtype(torch::kBool));
   Tensor mask = all.triu(1);
   if (window > 0) mask = mask.logical_or(all.tril(-window));
+  if (form.starts.defined()) {
+    const Tensor before = torch::arange(n, form.starts.options()).view({1, 1, n}) < form.starts.unsqueeze(2);
+    mask = mask.logical_or(before).unsqueeze(1);  // [batch, 1, n, n]
+  }
   Tensor scores = torch::matmul(q, k.transpose(-1, -2)) * scale;
   if (form.softcap > 0) scores = torch::tanh(scores / form.softcap) * form.softcap;
   scores = scores.masked_fill(mask, -std::numeric_limits<double>::infinity());

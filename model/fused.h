@@ -30,10 +30,12 @@ struct AttentionForm {
   double scale = 0;         // of the scores; 0: 1 / sqrt(head_dim)
   double softcap = 0;       // > 0: scores become softcap * tanh(score / softcap)
   std::int64_t window = 0;  // > 0: position i sees j with i - j < window
+  torch::Tensor starts = {};  // [batch, positions] int64, rising along a row: position i sees j >= starts[i]; or undefined
 };
 
 // qkv [batch, positions, (heads + 2 kv_heads) * head_dim], rows ordered q | k | v; cosine, sine [>= positions, pairs]:
-// of each q and k head the dimensions j and j + pairs turn together (j < pairs), those from 2 * pairs on stay.
+// of each q and k head the dimensions j and j + pairs turn together (j < pairs), those from 2 * pairs on stay. They may
+// be [batch, positions, pairs] too: of each row its own.
 // -> [batch, positions, heads * head_dim].
 torch::Tensor rope_attention(const torch::Tensor& qkv, const torch::Tensor& cosine, const torch::Tensor& sine,
                              std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim,

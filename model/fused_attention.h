@@ -161,12 +161,12 @@ INLINE F16 soft_cap(const F16& x, float cap) {
   return cap - 2.0f * cap / (exp16(x * (2.0f / cap)) + 1.0f);
 }
 
-// Row `first` + r of a tile: what lies before the window becomes `value`.
-INLINE void mask_before_window(const AttentionShape& s, std::int64_t first, std::int64_t tile, float value,
-                               float* rows) {
-  if (s.window == 0 || tile * 32 > first + 7 - s.window) return;
+// Row `first` + r of a tile: what it does not see, before its window or its document, becomes `value`.
+INLINE void mask_before_window(const AttentionShape& s, std::int64_t batch, std::int64_t first, std::int64_t tile,
+                               float value, float* rows) {
+  if (tile * 32 >= s.first_seen(batch, first + 7)) return;
   for (int r = 0; r < 8; ++r) {
-    const std::int64_t hidden = first + r - s.window + 1 - tile * 32;
+    const std::int64_t hidden = s.first_seen(batch, first + r) - tile * 32;
     for (std::int64_t j = 0; j < (hidden < 32 ? hidden : 32); ++j) rows[r * 32 + j] = value;
   }
 }
@@ -182,6 +182,8 @@ INLINE void attention_forward(const AttentionShape& s, std::int64_t batch, std::
   float* p = values + pp * pd;         // [pp / 32][8][32]
   float* interleaved = p + pp * 8;     // [pd][8]; later the 8 output rows
   const T* base = qkv + batch * n * width;
+  cosine += batch * s.table_rows * (s.rotary / 2);
+  sine += batch * s.table_rows * (s.rotary / 2);
   gather_head(s, base + (s.heads + kv) * s.head_dim, width, cosine, sine, 1.0f, rows);
   transpose(rows, pp, pd, keys);
   gather_head(s, base + (s.heads + s.kv_heads + kv) * s.head_dim, width, static_cast<const float*>(nullptr),
@@ -191,7 +193,7 @@ INLINE void attention_forward(const AttentionShape& s, std::int64_t batch, std::
     gather_head(s, base + head * s.head_dim, width, cosine, sine, scale, rows);
     for (std::int64_t first = 0; first < n; first += 8) {
       interleave(rows + first * pd, pd, interleaved);
-      const std::int64_t tiles = (first + 8 + 31) / 32, begin = s.first_tile(first);
+      const std::int64_t tiles = (first + 8 + 31) / 32, begin = s.first_seen(batch, first) / 32;
       F16 top[8];
       for (int r = 0; r < 8; ++r) top[r] = set(kMasked);
       for (std::int64_t tile = begin; tile < tiles; ++tile) {
@@ -207,7 +209,7 @@ INLINE void attention_forward(const AttentionShape& s, std::int64_t batch, std::
           if (tile + 1 == tiles)
             for (std::int64_t j = first + r + 1 - tile * 32; j < 32; ++j) out[j] = kMasked;
         }
-        mask_before_window(s, first, tile, kMasked, p + tile * 256);
+        mask_before_window(s, batch, first, tile, kMasked, p + tile * 256);
         for (int r = 0; r < 8; ++r) {
           const float* out = p + tile * 256 + r * 32;
           top[r] = maximum(top[r], maximum(load(out), load(out + 16)));
@@ -260,6 +262,8 @@ INLINE void attention_backward(const AttentionShape& s, std::int64_t batch, std:
   float* g_interleaved = q_interleaved + 8 * pd;
   const float* none = nullptr;
   const T* base = qkv + batch * n * width;
+  cosine += batch * s.table_rows * (s.rotary / 2);
+  sine += batch * s.table_rows * (s.rotary / 2);
   T* g_base = g_qkv + batch * n * width;
   gather_head(s, base + (s.heads + kv) * s.head_dim, width, cosine, sine, 1.0f, key_rows);
   transpose(key_rows, pp, pd, keys);
@@ -273,7 +277,7 @@ INLINE void attention_backward(const AttentionShape& s, std::int64_t batch, std:
     for (std::int64_t first = 0; first < n; first += 8) {
       interleave(queries + first * pd, pd, q_interleaved);
       interleave(g_out + first * pd, pd, g_interleaved);
-      const std::int64_t tiles = (first + 8 + 31) / 32, begin = s.first_tile(first);
+      const std::int64_t tiles = (first + 8 + 31) / 32, begin = s.first_seen(batch, first) / 32;
       float norm[8], dot[8];  // log of the softmax sum; sum over d of dO * O
       for (int r = 0; r < 8; ++r) {
         norm[r] = dot[r] = 0;
@@ -307,7 +311,7 @@ INLINE void attention_backward(const AttentionShape& s, std::int64_t batch, std:
             for (std::int64_t j = last + 1 > tile * 32 ? last + 1 - tile * 32 : 0; j < 32; ++j) out[j] = 0;
           }
         }
-        mask_before_window(s, first, tile, 0.0f, p + tile * 256);
+        mask_before_window(s, batch, first, tile, 0.0f, p + tile * 256);
         tile_scores(g_interleaved, values + tile * 32, pp, s.head_dim, acc);
         for (int r = 0; r < 8; ++r) {
           const float* prob = p + tile * 256 + r * 32;

@@ -17,7 +17,17 @@ struct AttentionShape {
   std::int64_t window = 0;  // position i sees j with i - j < window; 0: everything before it
   float scale = 1;          // of the scores
   float softcap = 0;        // > 0: scores become softcap * tanh(score / softcap)
-  std::int64_t first_tile(std::int64_t row) const { return window > 0 && row >= window ? (row - window + 1) / 32 : 0; }
+  const std::int64_t* starts = nullptr;  // [batch, positions]: position i sees j >= starts[i]; they rise
+  std::int64_t table_rows = 0;           // rows of cosine and sine from one sequence to the next; 0: all share them
+  // The first position that `row` sees; of rows beyond the last, as the last one.
+  std::int64_t first_seen(std::int64_t batch, std::int64_t row) const {
+    std::int64_t seen = window > 0 && row >= window ? row - window + 1 : 0;
+    if (starts != nullptr) {
+      const std::int64_t own = starts[batch * positions + (row < positions ? row : positions - 1)];
+      seen = own > seen ? own : seen;
+    }
+    return seen;
+  }
   std::int64_t qkv_width() const { return (heads + 2 * kv_heads) * head_dim; }
   std::int64_t padded_positions() const { return (positions + 31) / 32 * 32; }
   std::int64_t padded_dim() const { return (head_dim + 31) / 32 * 32; }

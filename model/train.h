@@ -1,4 +1,4 @@
-// The train stage as a command.
+// The stages train and finetune as commands.
 #pragma once
 
 #include "core/options.h"
@@ -6,5 +6,6 @@
 namespace pare {
 
 Command train_command();
+Command finetune_command();
 
 }  // namespace pare

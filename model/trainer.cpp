@@ -17,7 +17,10 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr const char* kStateFile = "training_state.safetensors";
-constexpr const char* kCurveFile = "training_curve.jsonl";
+constexpr const char* kCurveFile = "train.jsonl";
+
+constexpr int kSpikes = 3;                  // in a row
+constexpr std::int64_t kSpikesFrom = 50;    // steps; before that the mean says little
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
@@ -37,6 +40,28 @@ void write_curve(const fs::path& work, const Json& curve) {
   std::string lines;
   for (const Json& point : curve) lines += point.dump() + "\n";
   write_text(work / kCurveFile, lines);
+}
+
+// Of patience: the step with the least held-out loss, and how many held-out losses were measured since.
+struct Best {
+  std::int64_t step = 0;
+  double loss = 0;
+  std::int64_t since = 0;
+};
+
+double mean_of(const Json& losses) {
+  double sum = 0;
+  for (const Json& loss : losses) sum += loss.at("loss").get<double>();
+  return sum / static_cast<double>(losses.size());
+}
+
+std::string weights_hash(Decoder& decoder) {
+  Hasher hash;
+  for (const TensorSpec& spec : expected_tensors(decoder->config())) {
+    const torch::Tensor host = decoder->tensor(spec.name).detach().to(torch::kCPU).contiguous();
+    hash.update(std::as_bytes(std::span(host.data_ptr<float>(), static_cast<std::size_t>(host.numel()))));
+  }
+  return hash.hex();
 }
 
 // Rounds the weights to the dtype they will be stored in.
@@ -86,6 +111,8 @@ std::vector<OptionDecl> trainer_options(double lr, std::int64_t steps) {
        .minimum = 1},
       {.name = "final-eval-tokens", .type = kInteger, .help = "held-out tokens per source before and after; 0: all",
        .default_value = 0, .minimum = 0},
+      {.name = "patience", .type = kInteger, .help = "stop after so many held-out losses without a new least one, whose "
+       "weights stay; 0: never", .default_value = 0, .minimum = 0},
       {.name = "checkpoint-minutes", .type = kNumber, .help = "minutes between saved states", .default_value = 5.0,
        .minimum = 0},
       {.name = "precision", .type = kText, .help = "inputs of matrix products; sums and weights stay f32",
@@ -100,19 +127,20 @@ std::vector<OptionDecl> trainer_options(double lr, std::int64_t steps) {
 TrainerSettings trainer_settings(const Options& o, const ModelConfig& config) {
   if (o.has("tokens")) refuse_unused(o, {"steps"}, "with --tokens", "training");
   if (!o.has("held-out"))
-    refuse_unused(o, {"eval-every", "eval-tokens", "final-eval-tokens"}, "without --held-out", "training");
-  else if (o.get<std::int64_t>("eval-every") == 0)
+    refuse_unused(o, {"eval-every", "eval-tokens", "final-eval-tokens", "patience"}, "without --held-out", "training");
+  else if (o.get<std::int64_t>("eval-every") == 0 && o.get<std::int64_t>("patience") == 0)
     refuse_unused(o, {"eval-tokens"}, "without --eval-every", "training");
   TrainerSettings s;
   s.batch = o.get<std::int64_t>("batch");
   s.micro_batch = o.get<std::int64_t>("micro-batch");
   s.context = o.get<std::int64_t>("context");
-  s.steps = o.get<std::int64_t>("steps");
+  s.steps = o.get_or<std::int64_t>("steps", 0);
+  s.patience = o.get<std::int64_t>("patience");
   if (o.has("tokens")) {
     const std::int64_t per_step = s.batch * s.context;
     s.steps = (o.get<std::int64_t>("tokens") + per_step - 1) / per_step;
   }
-  s.lr = o.get<double>("lr");
+  s.lr = o.get_or<double>("lr", 0);
   s.min_lr_ratio = o.get<double>("min-lr-ratio");
   s.warmup = o.get<double>("warmup");
   s.weight_decay = o.get<double>("weight-decay");
@@ -132,15 +160,33 @@ TrainerSettings trainer_settings(const Options& o, const ModelConfig& config) {
   return s;
 }
 
-std::vector<HeldOut> read_held_out(const std::vector<std::string>& paths, const std::optional<std::string>& split,
-                                   const Tokenizer& tokenizer, std::int64_t context) {
+void check_patience(const TrainerSettings& s) {
+  if (s.patience > 0 && s.eval_every == 0)
+    throw usage_error("--patience", "--eval-every N, the steps between held-out losses", "--eval-every 0");
+}
+
+std::vector<HeldOut> read_held_out(const std::vector<std::string>& paths, const TextForm& form,
+                                   const Tokenizer& tokenizer) {
   std::vector<HeldOut> held_out;
   for (const TextSpec& spec : parse_text_specs(paths, "--held-out")) {
     if (spec.weight) throw usage_error("--held-out", "a path without a weight", spec.path.string());
     for (const HeldOut& other : held_out)
       if (other.name == spec.name())
         throw usage_error("--held-out", "texts of different names: each has its own report row", spec.name() + " twice");
-    held_out.push_back({spec.name(), make_windows(tokenizer, read_documents({spec.path}, split), context, false)});
+    const auto documents = read_documents({spec.path}, form.split, /*conversations=*/true);
+    ExampleCounts counts;
+    HeldOut source{spec.name(), {}};
+    if (auto examples = read_examples(documents, form, tokenizer, counts)) {
+      for (Example& example : *examples) {
+        const auto first = std::find(example.scored.begin(), example.scored.end(), std::uint8_t{1});
+        source.windows.push_back({std::move(example.ids), static_cast<std::int64_t>(source.windows.size()),
+                                  first - example.scored.begin()});
+        source.scored.push_back(std::move(example.scored));
+      }
+    } else {
+      source.windows = make_windows(tokenizer, documents, form.context, false);
+    }
+    held_out.push_back(std::move(source));
     if (held_out.back().windows.empty()) throw input_error(spec.path.string(), "at least two tokens of text", "fewer");
   }
   return held_out;
@@ -150,6 +196,11 @@ MeanLoss held_out_mean(const HeldOut& held_out, std::int64_t tokens, const torch
                        bool stoppable) {
   const torch::NoGradGuard no_grad;
   std::vector<const Window*> chosen;
+  const auto counts = [&](const Window& window, std::int64_t t) {
+    if (t < std::max<std::int64_t>(1, window.first_scored)) return false;
+    return held_out.scored.empty() ||
+           held_out.scored[static_cast<std::size_t>(&window - held_out.windows.data())][static_cast<std::size_t>(t)] != 0;
+  };
   std::int64_t available = 0;
   for (const Window& window : held_out.windows) available += static_cast<std::int64_t>(window.ids.size());
   const double every = tokens > 0 ? std::max(1.0, static_cast<double>(available) / static_cast<double>(tokens)) : 1.0;
@@ -177,7 +228,7 @@ MeanLoss held_out_mean(const HeldOut& held_out, std::int64_t tokens, const torch
       const auto size = static_cast<std::int64_t>(window.ids.size());
       for (std::int64_t t = 0; t < size; ++t) {
         ids.data_ptr<std::int64_t>()[i * width + t] = window.ids[static_cast<std::size_t>(t)];
-        if (t >= window.first_scored && t > 0)
+        if (counts(window, t))
           targets.data_ptr<std::int64_t>()[i * width + t - 1] = window.ids[static_cast<std::size_t>(t)];
       }
     }
@@ -241,7 +292,7 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
   const torch::Device device = parse_device(s.device);
   const PreparedThreads prepared(run.threads);
   job.decoder->to(device);
-  FlatParameters flat(job.decoder, s.keep_zeros, device, job.companions);
+  FlatParameters flat(job.decoder, job.frozen ? "off" : s.keep_zeros, device, job.companions, job.frozen);
   if (flat.kept_zeros() > 0)
     run.progress->note("keeping " + std::to_string(flat.kept_zeros()) + " pruned zeros at zero");
   const auto matmul = s.precision == "bf16" ? torch::kBFloat16 : torch::kFloat;
@@ -251,10 +302,11 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
   // What paths cannot tell: the weights before the first step and the ids of the texts.
   Hasher ids;
   for (const TokenSource& source : job.data->sources()) ids.update(std::as_bytes(std::span(source.ids)));
-  const Json contents{{"model", flat.hash()}, {"text", ids.hex()}};
+  const Json contents{{"model", flat.hash() + (job.frozen ? "+" + weights_hash(job.decoder) : "")}, {"text", ids.hex()}};
   Json curve = Json::array(), before = Json::object();
   std::int64_t step = 0, tokens = 0;
   double smoothed = 0;
+  Best best;
   if (fs::exists(state_file)) {
     const Json meta = flat.read(state_file);
     if (meta.at("options") != job.echo) {
@@ -272,12 +324,15 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
     smoothed = meta.at("smoothed_loss").get<double>();
     curve = meta.at("curve");
     before = meta.at("before");
+    if (meta.contains("best")) best = {meta.at("best").at("step").get<std::int64_t>(), meta.at("best").at("loss").get<double>(),
+              meta.at("best").at("since").get<std::int64_t>()};
     job.data->restore(meta.at("taken").get<std::vector<std::int64_t>>());
     run.progress->note("continuing from step " + std::to_string(step));
   }
   const auto save_state = [&] {
     flat.write(state_file, Json{{"options", job.echo}, {"contents", contents}, {"step", step}, {"tokens", tokens}, {"smoothed_loss", smoothed},
-                                {"taken", job.data->taken()}, {"before", before}, {"curve", curve}});
+                                {"taken", job.data->taken()}, {"before", before}, {"curve", curve},
+                                {"best", Json{{"step", best.step}, {"loss", best.loss}, {"since", best.since}}}});
     write_curve(job.work, curve);
   };
   const auto evaluate = [&](std::int64_t limit, bool stoppable) {
@@ -300,7 +355,14 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
   std::int64_t rate_tokens = 0;
   double rate = 0;
   std::string latest;
-  while (step < s.steps) {
+  int spikes = 0;
+  const auto patient = [&] { return s.patience == 0 || best.since < s.patience; };
+  if (s.patience > 0 && step == 0 && !flat.has_best()) {  // what one begins with may be the best
+    const Json losses = evaluate(s.eval_tokens, false);
+    best.loss = mean_of(losses);
+    flat.keep_best();
+  }
+  while (step < s.steps && patient()) {
     if (interrupt_requested()) {
       save_state();
       run.progress->end();
@@ -315,7 +377,8 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
     for (std::int64_t first = 0; batch.counted > 0 && first < s.batch; first += micro) {
       const std::int64_t count = std::min(micro, s.batch - first);
       const Batch part{batch.ids.narrow(0, first, count).to(device), batch.targets.narrow(0, first, count).to(device), 0,
-                       {batch.windows.begin() + first, batch.windows.begin() + first + count}};
+                       {batch.windows.begin() + first, batch.windows.begin() + first + count},
+                       batch.starts.defined() ? batch.starts.narrow(0, first, count).to(device) : torch::Tensor()};
       torch::Tensor value = job.loss(part, 1.0 / static_cast<double>(batch.counted), sums);
       loss += value.item<double>();
       value.backward();
@@ -324,6 +387,12 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
     if (!std::isfinite(loss) || !std::isfinite(norm))
       throw failure(job.stage + " at step " + std::to_string(step + 1), "a finite loss",
                     std::isfinite(loss) ? "a gradient that is not finite" : "loss " + format("%g", loss),
+                    "lower --lr or lengthen --warmup; the last saved state is kept in " + job.work.string());
+    // Single bad batches are clipped and forgotten; what stays this far above the mean of the last 50 steps is lost.
+    spikes = step >= kSpikesFrom && loss > 3 * smoothed + 2 ? spikes + 1 : 0;
+    if (spikes == kSpikes)
+      throw failure(job.stage + " at step " + std::to_string(step + 1), "a loss near " + format("%.3g", smoothed),
+                    format("%.3g", loss) + ", and far above it for " + std::to_string(kSpikes) + " steps: it diverges",
                     "lower --lr or lengthen --warmup; the last saved state is kept in " + job.work.string());
     const double lr = learning_rate(s, step);
     const double clip = s.clip > 0 && norm > s.clip ? s.clip / norm : 1.0;
@@ -339,9 +408,12 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
     }
     run.progress->update(step, "loss " + format("%.4f", smoothed) + latest + format(", %.0f tokens/s", rate));
 
-    const bool eval_now = s.eval_every > 0 && (step % s.eval_every == 0) && step < s.steps && !job.held_out.empty();
+    const bool eval_now = s.eval_every > 0 && !job.held_out.empty() &&
+                          (step % s.eval_every == 0 ? step < s.steps || s.patience > 0 : s.patience > 0 && step == s.steps);
     if (step % log_every == 0 || step == 1 || step == s.steps || eval_now) {
       Json point{{"step", step}, {"tokens", tokens}, {"lr", lr}, {"loss", loss}, {"gradient_norm", norm}};
+      if (rate > 0) point["tokens_per_second"] = std::round(rate);
+      point["resident_bytes"] = resident_bytes();
       if (eval_now) {
         const Json losses = evaluate(s.eval_tokens, false);  // seconds: a saved state never lacks this point
         Json means = Json::object();
@@ -351,6 +423,14 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
           latest += ", " + name + format(" %.4f", value.at("loss").get<double>());
         }
         point["held_out"] = means;
+        if (s.patience > 0) {
+          const double mean = mean_of(losses);
+          ++best.since;
+          if (mean < best.loss) {
+            best = {step, mean, 0};
+            flat.keep_best();
+          }
+        }
       }
       curve.push_back(std::move(point));
     }
@@ -360,12 +440,19 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
     }
   }
   save_state();  // an interrupted final evaluation or write begins here again
+  if (s.patience > 0) {
+    flat.take_best();
+    run.progress->note("held-out loss was least at step " + std::to_string(best.step) + " of " + std::to_string(step) +
+                       format(" (%.4f); those weights stay", best.loss));
+  }
+  if (job.finish) job.finish();
   round_weights(job.decoder, output_dtype);
   const Json after = evaluate(s.final_eval_tokens, true);
   throw_if_interrupted(job.stage + " after its last step", resume_hint);
   run.progress->end("loss " + format("%.4f", smoothed));
 
   Json result{{"steps", step}, {"tokens", tokens}, {"train_loss", smoothed}, {"held_out", Json::object()}};
+  if (s.patience > 0) result["best_step"] = best.step;
   run.report.add({job.stage, "tokens", std::nullopt, static_cast<double>(tokens), "tokens", std::nullopt});
   run.report.add({job.stage, "train_loss", curve.empty() ? std::nullopt : std::optional(curve[0].at("loss").get<double>()),
                   smoothed, "nats/token", std::nullopt});
@@ -394,6 +481,6 @@ void claim_training_folder(const fs::path& work, bool restart) {
   }
 }
 
-void finish_training_folder(const fs::path& work) { fs::remove(work / kStateFile); }
+void finish_training_folder(const fs::path& folder) { fs::remove(folder / kStateFile); }
 
 }  // namespace pare

@@ -13,14 +13,15 @@ namespace pare {
 namespace {
 
 constexpr const char* kMetaKey = "pare.training";
-constexpr double kPrunedShare = 0.05;  // exact zeros never come in such numbers by themselves
 
 }  // namespace
 
 FlatParameters::FlatParameters(Decoder& decoder, const std::string& keep_zeros, const torch::Device& device,
-                               const std::vector<torch::Tensor>& companions) {
+                               const std::vector<torch::Tensor>& companions, bool frozen) {
   const torch::NoGradGuard no_grad;
-  const auto specs = expected_tensors(decoder->config());
+  const auto specs = frozen ? std::vector<TensorSpec>() : expected_tensors(decoder->config());
+  if (frozen)
+    for (torch::Tensor& parameter : decoder->parameters()) parameter.set_requires_grad(false);
   std::int64_t total = 0;
   const auto reserve = [&](std::int64_t count, bool matrix) {
     ranges_.push_back({total, count, matrix});
@@ -54,6 +55,11 @@ FlatParameters::FlatParameters(Decoder& decoder, const std::string& keep_zeros, 
     keep_.narrow(0, range.begin, range.count).copy_(zero.logical_not().view(-1));
     kept_zeros_ += zeros;
   }
+}
+
+void FlatParameters::take_best() {
+  const torch::NoGradGuard no_grad;
+  if (best_.defined()) w_.copy_(best_);
 }
 
 void FlatParameters::clear_gradients() { g_.zero_(); }
@@ -105,11 +111,16 @@ void FlatParameters::step(double lr, double beta1, double beta2, double decay, d
 
 void FlatParameters::write(const fs::path& file, const Json& meta) const {
   const std::int64_t count = w_.numel();
-  SafetensorsWriter writer(file,
-                           {{"weights", DType::kF32, {count}}, {"first_moment", DType::kF32, {count}},
-                            {"second_moment", DType::kF32, {count}}},
-                           {{kMetaKey, meta.dump()}});
-  for (const torch::Tensor* tensor : {&w_, &m_, &v_}) {
+  std::vector<TensorDecl> entries = {{"weights", DType::kF32, {count}},
+                                                   {"first_moment", DType::kF32, {count}},
+                                                   {"second_moment", DType::kF32, {count}}};
+  std::vector<const torch::Tensor*> tensors = {&w_, &m_, &v_};
+  if (best_.defined()) {
+    entries.push_back({"best_weights", DType::kF32, {count}});
+    tensors.push_back(&best_);
+  }
+  SafetensorsWriter writer(file, entries, {{kMetaKey, meta.dump()}});
+  for (const torch::Tensor* tensor : tensors) {
     const torch::Tensor host = tensor->to(torch::kCPU).contiguous();
     writer.write({reinterpret_cast<const std::byte*>(host.data_ptr<float>()), static_cast<std::size_t>(count) * 4});
   }
@@ -121,7 +132,12 @@ Json FlatParameters::read(const fs::path& file) {
   const SafetensorsFile state(file);
   const auto meta = state.metadata().find(kMetaKey);
   if (meta == state.metadata().end()) throw input_error(file.string(), "a training state", "no " + std::string(kMetaKey));
-  const std::pair<const char*, torch::Tensor*> parts[] = {{"weights", &w_}, {"first_moment", &m_}, {"second_moment", &v_}};
+  std::vector<std::pair<const char*, torch::Tensor*>> parts = {
+      {"weights", &w_}, {"first_moment", &m_}, {"second_moment", &v_}};
+  if (state.find("best_weights") != nullptr) {
+    best_ = torch::empty_like(w_);
+    parts.push_back({"best_weights", &best_});
+  }
   for (const auto& [name, target] : parts) {
     const TensorView* view = state.find(name);
     if (view == nullptr || view->dtype != DType::kF32 || view->elements() != target->numel())

@@ -11,6 +11,7 @@
 #include <memory>
 
 #include "core/error.h"
+#include "core/file.h"
 #include "core/version.h"
 
 namespace pare {
@@ -179,6 +180,13 @@ int execute(const Given& given, const Globals& globals) {
     if (globals.threads > 0) omp_set_num_threads(globals.threads);
 #endif
     install_interrupt_handler();
+    if (command.is_stage)  // what it said stays with what it wrote
+      context.before_commit = [&] {
+        fs::path out = options.get<std::string>("out");
+        if (!out.has_filename()) out = out.parent_path();  // as FolderTransaction reads it
+        out += ".partial";
+        write_text(out / "report.json", Json{{"command", command.name}, {"rows", context.report.to_json()}}.dump(1) + "\n");
+      };
     const Json result = command.run(options, context);
     if (globals.json) {
       const Json object = {

@@ -405,6 +405,8 @@ class Evaluation {
   void write_output(const fs::path& where, bool as_lm_eval) {
     fs::path file = where;
     Json json = result_;
+    for (std::size_t i = 0; i < task_results_.size(); ++i)  // item by item, for paired differences between models
+      if (!task_results_[i].picks.empty()) json["tasks"][i]["picks"] = task_results_[i].picks;
     if (as_lm_eval) {
       LmEvalRun run;
       run.model = model_->path().string();

@@ -185,6 +185,8 @@ unused "run: confidence of a look-up" "--draft-confidence" "$EDGE" run "$T/none.
 unused "tokenize: show-special of a text" "--show-special" "$PARE" tokenize "$IN" --text x --show-special
 unused "tokenize: plain of ids" "--plain" "$PARE" tokenize "$IN" --decode 1 --plain
 unused "train: steps and tokens" "--steps" "$PARE" train --model "$IN" --out "$OUT" --text "$TEXT" --steps 3 --tokens 999
+unused "finetune: alpha without adapters" "--lora-alpha" "$PARE" finetune --model "$IN" --out "$OUT" --text "$TEXT" --lora-alpha 3
+unused "finetune: epochs and steps" "--epochs" "$PARE" finetune --model "$IN" --out "$OUT" --text "$TEXT" --steps 3 --epochs 2
 unused "train: eval-every without held-out" "--eval-every" "$PARE" train --model "$IN" --out "$OUT" --text "$TEXT" --eval-every 3
 unused "distill: cache-top-k without cache" "--cache-top-k" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --cache-top-k 3
 unused "distill: cache-samples without cache" "--cache-samples" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --cache-samples 3
@@ -343,6 +345,23 @@ cp "$T/good.pare" "$T/exists.pare"
 OUT="$T/out"
 refuse "export over an existing file" 2 "exist" "$PARE" export "$T/good" --to compact --codec f32 --out "$T/exists.pare"
 cmp -s "$T/good.pare" "$T/exists.pare" || { echo "FAILED the existing file was changed"; FAILED=$((FAILED + 1)); }
+
+echo "--- examples and reports"
+fresh
+for line in '{"prompt": "a", "response": ""}' '{"prompt": "a"}' '{"messages": [{"role": "user", "content": "a"}]}' '{"prompt": '; do
+  printf '{"prompt": "a", "response": "b"}\n%s\n' "$line" > "$T/bad.jsonl"
+  refuse "finetune: $line" 3 "bad.jsonl:2" "$PARE" finetune --model "$IN" --out "$OUT" --text "$T/bad.jsonl"
+done
+printf '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' > "$T/chat.jsonl"
+refuse "finetune: a chat without a template" 3 "chat.jsonl:1.*chat template" "$PARE" finetune --model "$IN" --out "$OUT" --text "$T/chat.jsonl"
+refuse "finetune: no such linear" 2 "q_proj" "$PARE" finetune --model "$IN" --out "$OUT" --text "$TEXT" --lora-rank 2 --lora-targets query
+refuse "report of nothing" 3 "train.jsonl" "$PARE" report "$T/nowhere"
+printf '{"step": 1}\n{"step": \n' > "$T/m/train.jsonl"
+refuse "report of a broken curve" 3 "train.jsonl:2" "$PARE" report "$IN" --out "$OUT"
+fresh
+accept "finetune with adapters" "$PARE" finetune --model "$IN" --out "$T/tuned" --text "$TEXT" --held-out "$TEXT" --lora-rank 2 --steps 2 --batch 1 --context 64 --adapter
+accept "report of it" "$PARE" report "$T/tuned"
+grep -q '<svg' "$T/tuned.html" || { echo "FAILED the page has no curves"; FAILED=$((FAILED + 1)); }
 
 echo "--- one JSON object"
 fresh

@@ -222,12 +222,12 @@ TEST(OnPolicy, AnInterruptedRunContinuesToTheSameBytes) {
   job.settings = trainer_settings(options, student->config());
   Lesson lesson(options, teacher, student, 300, job.settings, 7);
   BatchStream data(
-      lesson.sources(w.folder / "teacher", {{w.folder / "text.txt", std::nullopt}}, std::nullopt, tokenizer, r.context),
+      lesson.sources(w.folder / "teacher", {{w.folder / "text.txt", std::nullopt}}, TextForm{.context = 32}, tokenizer, r.context),
       32, 7);
   job.stage = "distill";
   job.decoder = student;
   job.data = &data;
-  job.held_out = read_held_out({(w.folder / "held.txt").string()}, std::nullopt, tokenizer, 32);
+  job.held_out = read_held_out({(w.folder / "held.txt").string()}, TextForm{.context = 32}, tokenizer);
   job.echo = deciding_options(options, 7);
   job.work = work;
   lesson.give(job);

@@ -73,7 +73,7 @@ TEST(Data, OnlyTheResponseIsPredicted) {
                       "{\"prompt\": \"one small model \", \"response\": \"finds this folder.\"}\n");
   const Tokenizer tokenizer = Tokenizer::from_file(folder / "tok" / "tokenizer.json");
   QuietRun run;
-  auto sources = read_sources({{folder / "chat.jsonl", std::nullopt}}, std::nullopt, tokenizer, 0, 64, run.context);
+  auto sources = read_sources({{folder / "chat.jsonl", std::nullopt}}, TextForm{.context = 64}, tokenizer, run.context);
   std::vector<std::vector<std::int64_t>> responses;
   for (const char* text : {"a linker", "finds this folder."}) {
     const auto ids = tokenizer.encode(text, false, false);
@@ -89,20 +89,48 @@ TEST(Data, OnlyTheResponseIsPredicted) {
   EXPECT_EQ(learnt, expected);
 }
 
-TEST(Data, ResponsesArePackedWholeAndOverlongOnesAreCut) {
-  TokenSource source = stream(40, 1);
-  source.scored.assign(40, 1);
-  source.document_begin = {0, 6, 11, 33};  // lengths 6, 5, 22, 7; context 10 holds 11 ids
-  BatchStream data({source}, 10, 5);
-  std::set<std::int64_t> begins;
-  std::int64_t counted = 0;
-  for (int i = 0; i < 3; ++i) {
-    const Batch batch = data.next(1);
-    begins.insert(batch.ids[0][0].item<std::int64_t>());
-    counted += batch.counted;
+TEST(Data, ExamplesArePackedWholeAndKnowWhereTheyBegin) {
+  std::vector<Example> examples;
+  std::int32_t id = 100;
+  for (const std::size_t size : {6u, 5u, 11u, 7u, 3u}) {
+    Example example;
+    for (std::size_t i = 0; i < size; ++i) example.ids.push_back(id++);
+    example.scored.assign(size, 1);
+    example.scored[0] = 0;
+    examples.push_back(example);
   }
-  EXPECT_EQ(begins, (std::set<std::int64_t>{0, 11, 33}));
-  EXPECT_EQ(counted, 10 + 10 + 6);
+  TokenSource source;
+  source.name = "s";
+  source.weight = 1;
+  pack_examples(source, examples, 10);  // windows of 11 ids: 11; 7 and 3; 6 and 5
+  EXPECT_EQ(source.window_begin, (std::vector<std::int64_t>{0, 11, 21}));
+  EXPECT_EQ(source.document_begin, (std::vector<std::int64_t>{0, 11, 18, 21, 27}));
+  EXPECT_EQ(source.ids.size(), 32u);
+  BatchStream data({source}, 10, 5);
+  EXPECT_EQ(data.sequences(1), 3);
+  EXPECT_EQ(data.sequences(2.5), 8);
+  std::multiset<std::int64_t> learned;
+  const Batch batch = data.next(3);
+  ASSERT_TRUE(batch.starts.defined());
+  for (std::int64_t s = 0; s < 3; ++s)
+    for (std::int64_t t = 0; t < 10; ++t) {
+      const auto own = batch.ids[s][t].item<std::int64_t>(), target = batch.targets[s][t].item<std::int64_t>();
+      const auto start = batch.starts[s][t].item<std::int64_t>();
+      EXPECT_LE(start, t);
+      if (own >= 100) {  // the document begins where one of the examples does, and no other lies in between
+        const auto first = batch.ids[s][start].item<std::int64_t>();
+        EXPECT_TRUE(first == 100 || first == 106 || first == 111 || first == 122 || first == 129) << first;
+        EXPECT_EQ(own - first, t - start);
+      }
+      if (target >= 0) {
+        EXPECT_EQ(target, own + 1);
+        learned.insert(target);
+      }
+    }
+  EXPECT_EQ(batch.counted, 32 - 5);  // the first id of an example has nothing before it
+  EXPECT_EQ(std::set<std::int64_t>(learned.begin(), learned.end()).size(), learned.size());
+  BatchStream plain({stream(100, 1)}, 10, 1);
+  EXPECT_FALSE(plain.next(2).starts.defined());
 }
 
 TEST(Data, Weights) {

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <fstream>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -100,6 +101,18 @@ inline void write_tokenizer(const fs::path& folder) {
 inline std::string bytes_of(const fs::path& file) {
   std::ifstream in(file, std::ios::binary);
   return {std::istreambuf_iterator<char>(in), {}};
+}
+
+// train.jsonl without what differs from run to run.
+inline std::string curve_of(const fs::path& folder) {
+  std::istringstream lines(bytes_of(folder / "train.jsonl"));
+  std::string line, out;
+  while (std::getline(lines, line)) {
+    Json point = parse_json(line, "train.jsonl");
+    for (const char* key : {"tokens_per_second", "resident_bytes"}) point.erase(key);
+    out += point.dump() + "\n";
+  }
+  return out;
 }
 
 }  // namespace pare::testing

@@ -51,7 +51,7 @@ TEST(Train, LearnsAndWritesTheSameBytesAgain) {
   given["out"] = (w.folder / "b").string();
   w.run(given);
   EXPECT_EQ(w.weights("a"), w.weights("b"));
-  EXPECT_EQ(testing::bytes_of(w.folder / "a" / "training_curve.jsonl"), testing::bytes_of(w.folder / "b" / "training_curve.jsonl"));
+  EXPECT_EQ(testing::curve_of(w.folder / "a"), testing::curve_of(w.folder / "b"));
   EXPECT_FALSE(fs::exists(w.folder / "a" / "training_state.safetensors"));
   EXPECT_TRUE(fs::exists(w.folder / "a" / "tokenizer.json"));
   given["out"] = (w.folder / "c").string();
@@ -80,11 +80,11 @@ TEST(Train, AnInterruptedRunContinuesToTheSameBytes) {
     const Tokenizer tokenizer = Tokenizer::from_file(w.folder / "tok" / "tokenizer.json");
     TrainingJob job;
     job.settings = trainer_settings(options, decoder->config());
-    BatchStream data(read_sources({{w.folder / "text.txt", std::nullopt}}, std::nullopt, tokenizer, 0, 32, r.context), 32, 7);
+    BatchStream data(read_sources({{w.folder / "text.txt", std::nullopt}}, TextForm{.context = 32}, tokenizer, r.context), 32, 7);
     job.stage = "train";
     job.decoder = decoder;
     job.data = &data;
-    job.held_out = read_held_out({(w.folder / "held.txt").string()}, std::nullopt, tokenizer, 32);
+    job.held_out = read_held_out({(w.folder / "held.txt").string()}, TextForm{.context = 32}, tokenizer);
     job.echo = deciding_options(options, 7);
     job.work = work;
     int calls = 0;
@@ -107,8 +107,7 @@ TEST(Train, AnInterruptedRunContinuesToTheSameBytes) {
     }
     w.run(given);
     EXPECT_EQ(w.weights("whole"), w.weights("broken"));
-    EXPECT_EQ(testing::bytes_of(w.folder / "whole" / "training_curve.jsonl"),
-              testing::bytes_of(w.folder / "broken" / "training_curve.jsonl"));
+    EXPECT_EQ(testing::curve_of(w.folder / "whole"), testing::curve_of(w.folder / "broken"));
   }
 }
 
@@ -139,7 +138,7 @@ TEST(Train, FineTuningTakesModelAndDtypeFromTheFolder) {
   Json tune{{"model", (w.folder / "base").string()}, {"out", (w.folder / "tuned").string()},
             {"text", Json::array({(w.folder / "chat.jsonl").string()})}, {"steps", 30}, {"batch", 2}, {"context", 32}, {"lr", 0.005}};
   w.run(tune);
-  std::istringstream curve(testing::bytes_of(w.folder / "tuned" / "training_curve.jsonl"));
+  std::istringstream curve(testing::bytes_of(w.folder / "tuned" / "train.jsonl"));
   std::string line, last;
   while (std::getline(curve, line)) last = line;
   EXPECT_LT(parse_json(last, "curve").at("loss").get<double>(), 2.5);  // from 4 and more
@@ -201,6 +200,46 @@ TEST(Train, ALossThatIsNotFiniteStopsWithItsName) {
   } catch (const Error& error) {
     EXPECT_EQ(error.code(), ExitCode::kFailure);
     EXPECT_NE(error.found().find("nan"), std::string::npos);
+  }
+}
+
+// One spike is passed over, a loss that stays far above its mean ends the run by name.
+TEST(Train, ALossThatDivergesStopsWithItsName) {
+  for (const int bad : {2, 3}) {
+    const Workplace w("spike" + std::to_string(bad));
+    Decoder decoder = testing::small_decoder(2);
+    QuietRun r;
+    TokenSource source;
+    source.name = "s";
+    source.ids.assign(200, 3);
+    BatchStream data({source}, 16, 1);
+    TrainingJob job;
+    job.stage = "train";
+    job.decoder = decoder;
+    job.data = &data;
+    job.settings.steps = 70;
+    job.settings.batch = 1;
+    job.settings.context = 16;
+    job.settings.lr = 0;
+    job.work = w.folder / "work";
+    fs::create_directories(job.work);
+    int calls = 0;
+    job.loss = [&](const Batch& micro, double scale, LossSums& sums) {
+      const auto hidden = decoder->hidden(micro.ids);
+      const torch::Tensor loss =
+          cross_entropy_loss(hidden.view({-1, 32}), decoder->head_weight(), micro.targets.view(-1), scale, &sums);
+      ++calls;
+      return calls > 60 && calls <= 60 + bad ? loss * 4 + 2 : loss;
+    };
+    std::string found;
+    try {
+      run_training(job, "float32", r.context);
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ExitCode::kFailure);
+      found = error.place() + " " + error.found();
+    }
+    EXPECT_EQ(found.find("step 63") != std::string::npos && found.find("diverges") != std::string::npos, bad == 3) << found;
+    EXPECT_EQ(calls, bad == 3 ? 63 : 70);
   }
 }
 
