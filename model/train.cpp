@@ -52,14 +52,14 @@ Source open_source(const Options& o, std::uint64_t seed) {
 }
 
 Json run_train(const Options& o, Context& run) {
-  FolderTransaction transaction(o.get<std::string>("out"));
-  const EmptyFolderRemover cleaning(transaction.work());
+  TrainingFolder folder(o.get<std::string>("out"), run);
   parse_device(o.get<std::string>("device"));
   const auto specs = parse_text_specs(o.get<std::vector<std::string>>("text"), "--text");
   Source source = open_source(o, run.seed);
   const ModelConfig& config = source.decoder->config();
   TrainingJob job;
   job.settings = trainer_settings(o, config);
+  job.settings.device = rank_device(job.settings.device, run);
   const Tokenizer tokenizer = Tokenizer::from_file(source.like / "tokenizer.json");
   if (tokenizer.size() > config.vocab_size)
     throw input_error((source.like / "tokenizer.json").string(), "at most " + std::to_string(config.vocab_size) + " ids (vocab_size)",
@@ -72,18 +72,15 @@ Json run_train(const Options& o, Context& run) {
   job.decoder = source.decoder;
   job.data = &data;
   job.echo = deciding_options(o, run.seed);
-  job.work = transaction.work();
+  job.work = folder.work();
   job.loss = [&](const Batch& micro, double scale, LossSums& sums) {
     const auto hidden = source.decoder->hidden(micro.ids);
     return cross_entropy_loss(hidden.view({-1, hidden.size(-1)}), source.decoder->output_head(), micro.targets.view(-1),
                               scale, &sums);
   };
-  claim_training_folder(job.work, o.get<bool>("restart"));
+  folder.claim(o.get<bool>("restart"));
   Json result = run_training(job, source.dtype, run);
-  write_decoder(source.decoder, source.dtype, source.like, transaction.work());
-  finish_training_folder(transaction.work());
-  if (run.before_commit) run.before_commit();
-  transaction.commit();
+  folder.finish([&] { write_decoder(source.decoder, source.dtype, source.like, folder.work()); });
   run.print(run.report.table());
   return result;
 }
@@ -112,7 +109,7 @@ Command train_command() {
   command.example = "pare train --model base --text chats.jsonl --held-out more.jsonl --steps 500 --lr 1e-4 --out tuned";
   command.is_stage = true;
   command.plan = plan_train;
-  return command;
+  return ranked(std::move(command));
 }
 
 }  // namespace pare

@@ -56,6 +56,10 @@ FlatParameters::FlatParameters(Decoder& decoder, const std::string& keep_zeros, 
   }
 }
 
+void FlatParameters::share(Ranks& ranks) const {
+  for (const torch::Tensor* tensor : {&w_, &m_, &v_}) ranks.broadcast(*tensor);
+}
+
 void FlatParameters::clear_gradients() { g_.zero_(); }
 
 double FlatParameters::gradient_norm() const { return std::sqrt(sum_of_squares(g_)); }

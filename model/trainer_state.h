@@ -11,6 +11,7 @@
 #include "core/json.h"
 #include "model/decoder.h"
 #include "model/fused_kernels.h"
+#include "model/ranks.h"
 
 namespace pare {
 
@@ -27,6 +28,8 @@ class FlatParameters {
   void step(double lr, double beta1, double beta2, double decay, double clip_factor, std::int64_t t);
   std::string hash() const;  // of the weights
   std::int64_t kept_zeros() const { return kept_zeros_; }
+  void sum_gradients(Ranks& ranks) const { ranks.sum(g_); }
+  void share(Ranks& ranks) const;  // rank 0's weights and moments for all
 
   // `meta` travels in the file's metadata. read() returns it; exit 3 when the file does not fit the model.
   void write(const fs::path& file, const Json& meta) const;
