@@ -13,6 +13,7 @@
 #include "core/file.h"
 #include "core/tokenizer_sentencepiece.h"
 #include "core/version.h"
+#include "model/ranks.h"
 #include "runtime/kernels.h"
 
 namespace pare {
@@ -67,6 +68,7 @@ Command doctor_command() {
         {"blas", build_setting(config, "BLAS_INFO")},
         {"lapack", build_setting(config, "LAPACK_INFO")},
         {"cuda_devices", torch::cuda::is_available() ? static_cast<int>(torch::cuda::device_count()) : 0},
+        {"ranks", rank_backend()},
         {"hdf5", std::to_string(major) + "." + std::to_string(minor) + "." + std::to_string(release)},
         {"sentencepiece", tok::reads_sentencepiece() ? "yes" : "no: tokenizer.model cannot be read"},
         {"compiler", __VERSION__},

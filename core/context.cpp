@@ -117,7 +117,7 @@ void Progress::note(std::string_view line) {
 }
 
 void Context::print(std::string_view text) const {
-  if (json) return;
+  if (json || rank > 0) return;
   std::fwrite(text.data(), 1, text.size(), stdout);
   if (text.empty() || text.back() != '\n') std::fputc('\n', stdout);
   std::fflush(stdout);

@@ -29,6 +29,8 @@ class Progress {
   State* state_;
 };
 
+class Ranks;  // of model/: the processes of one job
+
 struct Context {
   bool json = false;          // stdout carries exactly one JSON object
   bool quiet = false;
@@ -36,6 +38,8 @@ struct Context {
   std::uint64_t seed = 0;
   bool seed_given = false;    // on the command line, 0 included: stands over a recipe's
   Progress* progress = nullptr;  // never null inside a command
+  Ranks* ranks = nullptr;        // null: this process alone
+  int rank = 0;                  // others than 0 print no result
   Report report;                 // rows added by the command
   // A stage calls this when its folder and its rows are complete, just before the folder gets its final name.
   std::function<void()> before_commit = {};

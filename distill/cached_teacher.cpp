@@ -5,29 +5,51 @@
 
 #include "core/checkpoint.h"
 #include "core/error.h"
+#include "model/ranks.h"
 
 namespace pare {
 namespace {
 
+// Ranks take turns with the windows; rank 0 writes what all of them give it, in order.
 void make_cache(const fs::path& file, const LogitCacheInfo& info, const std::vector<Window>& windows, Decoder& teacher,
                 const torch::Device& device, Context& run) {
   const torch::NoGradGuard no_grad;
+  Ranks& ranks = ranks_of(run);
   teacher->set_matmul_dtype(torch::kFloat);
-  LogitCacheWriter writer(file, info, /*resumable=*/true);
-  if (writer.windows_done() > 0)
-    run.progress->note("continuing the cache from window " + std::to_string(writer.windows_done()));
+  std::optional<LogitCacheWriter> writer;
+  std::size_t done = 0;
+  ranks.first_does([&] {
+    writer.emplace(file, info, /*resumable=*/true);
+    done = static_cast<std::size_t>(writer->windows_done());
+  });
+  done = std::stoull(ranks.broadcast(std::to_string(done)));
+  if (done > 0) run.progress->note("continuing the cache from window " + std::to_string(done));
   run.progress->begin("cache the teacher's logits", static_cast<std::int64_t>(windows.size()));
-  for (auto w = static_cast<std::size_t>(writer.windows_done()); w < windows.size(); ++w) {
-    throw_if_interrupted("cache the teacher's logits", "run the same command again to continue");
+  const auto size = static_cast<std::size_t>(ranks.size());
+  std::uint64_t first_id = 0;
+  CachedWindow mine;
+  for (std::size_t w = 0; w < windows.size(); ++w) {
+    if (w >= done && (w - done) % size == 0)
+      ranks.throw_if_interrupted("cache the teacher's logits", "run the same command again to continue");
     const auto& ids = windows[w].ids;
-    const auto count = static_cast<std::int64_t>(ids.size());
-    const torch::Tensor row = torch::tensor(std::vector<std::int64_t>(ids.begin(), ids.end()), torch::kLong);
-    const torch::Tensor logits = teacher->forward(row.view({1, count}).to(device)).narrow(-1, 0, info.vocab_size);
-    const torch::Tensor host = logits.to(torch::kCPU).contiguous();
-    writer.append(ids, host.data_ptr<float>());
-    run.progress->update(static_cast<std::int64_t>(w + 1));
+    const std::size_t turn = w < done ? 0 : (w - done) % size;
+    if (w >= done && turn == static_cast<std::size_t>(ranks.rank())) {
+      const auto count = static_cast<std::int64_t>(ids.size());
+      const torch::Tensor row = torch::tensor(std::vector<std::int64_t>(ids.begin(), ids.end()), torch::kLong);
+      const torch::Tensor logits = teacher->forward(row.view({1, count}).to(device)).narrow(-1, 0, info.vocab_size);
+      const torch::Tensor host = logits.to(torch::kCPU).contiguous();
+      mine = cached_window(info, ids, host.data_ptr<float>(), first_id);
+    }
+    first_id += ids.size();
+    if (w >= done && (turn + 1 == size || w + 1 == windows.size())) {
+      const std::vector<std::string> all = ranks.alone() ? std::vector<std::string>() : ranks.gather(packed(mine));
+      if (ranks.alone()) writer->append(mine);
+      if (writer && !ranks.alone())
+        for (std::size_t r = 0; r <= turn; ++r) writer->append(unpacked_window(all[r]));
+      run.progress->update(static_cast<std::int64_t>(w + 1));
+    }
   }
-  writer.finish();
+  ranks.first_does([&] { writer->finish(); });
   run.progress->end(file.string());
 }
 
@@ -48,7 +70,7 @@ CachedTeacher::CachedTeacher(const fs::path& file, LogitCacheInfo kept, const fs
   kept.model_hash = Checkpoint(teacher_folder).content_hash();
   if (const auto text = tokenizer_json_text(teacher_folder)) kept.tokenizer_hash = hash_bytes(as_bytes(*text));
   file_ = file;
-  written_ = !fs::exists(file);
+  written_ = ranks_of(run).broadcast(fs::exists(file) ? "there" : "absent") == "absent";
   if (written_) make_cache(file, kept, windows, teacher, device, run);
   reader_ = std::make_unique<LogitCacheReader>(file, kept);
   source_.name = file.filename();

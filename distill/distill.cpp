@@ -78,13 +78,15 @@ Pair open_pair(const Options& o) {
 
 Json run_distill(const Options& o, Context& run) {
   check_options(o);
-  FolderTransaction transaction(o.get<std::string>("out"));
-  const EmptyFolderRemover cleaning(transaction.work());
+  Ranks& ranks = ranks_of(run);
+  TrainingFolder folder(o.get<std::string>("out"), run);
   const PreparedThreads prepared(run.threads);
   Pair pair = open_pair(o);
 
   TrainingJob job;
   job.settings = trainer_settings(o, pair.student->config());
+  job.settings.device = rank_device(job.settings.device, run);
+  if (!ranks.alone()) ranks.agree("--teacher", Checkpoint(o.get<std::string>("teacher")).content_hash());
   const Tokenizer& tokenizer = *pair.tokenizer;
   TextForm form;
   form.split = o.has("split") ? std::optional(o.get<std::string>("split")) : std::nullopt;
@@ -101,14 +103,14 @@ Json run_distill(const Options& o, Context& run) {
   job.decoder = pair.student;
   job.data = &data;
   job.echo = deciding_options(o, run.seed);
-  job.work = transaction.work();
+  job.work = folder.work();
   lesson.give(job);
-  claim_training_folder(job.work, o.get<bool>("restart"));
+  folder.claim(o.get<bool>("restart"));
   std::vector<MeanLoss> before;
-  for (const HeldOut& held_out : job.held_out) before.push_back(lesson.divergence(held_out));
+  for (const HeldOut& held_out : job.held_out) before.push_back(lesson.divergence(held_out, ranks));
   Json result = run_training(job, pair.dtype, run);
   for (std::size_t i = 0; i < job.held_out.size(); ++i) {
-    const MeanLoss after = lesson.divergence(job.held_out[i]);
+    const MeanLoss after = lesson.divergence(job.held_out[i], ranks);
     const std::string& name = job.held_out[i].name;
     run.report.add({"distill", "held_out_kl[" + name + "]", before[i].mean, after.mean, "nats/token", after.standard_error});
     result["held_out"][name]["kl_before"] = before[i].mean;
@@ -116,12 +118,11 @@ Json run_distill(const Options& o, Context& run) {
     result["held_out"][name]["kl_standard_error"] = after.standard_error;
   }
   if (lesson.cache() != nullptr) result["cache"] = lesson.cache()->summary();
-  throw_if_interrupted("distill after its last step", "run the same command again to continue");
-  write_decoder(pair.student, pair.dtype, pair.like, transaction.work());
-  write_model_card(transaction.work(), {pair.like, command_of("distill", o), run.report, {}});
-  if (run.before_commit) run.before_commit();
-  transaction.commit();
-  finish_training_folder(o.get<std::string>("out"));
+  ranks.throw_if_interrupted("distill after its last step", "run the same command again to continue");
+  folder.finish([&] {
+    write_decoder(pair.student, pair.dtype, pair.like, folder.work());
+    write_model_card(folder.work(), {pair.like, command_of("distill", o), run.report, {}});
+  });
   run.print(run.report.table());
   return result;
 }
@@ -157,7 +158,7 @@ Command distill_command() {
   command.example = "pare distill --teacher big --keep-layers 0,2,3 --text corpus --held-out more.txt --steps 1000 --out small";
   command.is_stage = true;
   command.plan = plan_distill;
-  return command;
+  return ranked(std::move(command));
 }
 
 }  // namespace pare

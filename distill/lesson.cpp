@@ -129,14 +129,13 @@ OutputHead Lesson::head(Decoder& decoder) const {
 void Lesson::give(TrainingJob& job) {
   if (match_) job.companions = match_->projections();
   if (on_policy_ > 0)
-    job.prepare = [this](Batch& batch, std::int64_t step) {
+    job.prepare = [this](Batch& batch, std::int64_t step, std::int64_t first, std::int64_t of) {
       sampled_ = on_policy_step(on_policy_, step);
       if (!sampled_) return;
-      const std::int64_t sequences = batch.ids.size(0);
       const std::int64_t prompt = std::min(continuation_, settings_.context - continuation_);
       const std::int64_t micro = std::max<std::int64_t>(1, 8192 / (prompt + continuation_));
       continue_prompts(student_, batch, prompt, continuation_, vocab_, seed_,
-                       static_cast<std::uint64_t>(step * sequences * continuation_), micro, device_);
+                       static_cast<std::uint64_t>(step * of * continuation_ + first), micro, device_, of);
     };
   job.loss = [this](const Batch& micro, double scale, LossSums& sums) { return loss(micro, scale, sums); };
 }
@@ -162,7 +161,7 @@ torch::Tensor Lesson::loss(const Batch& micro, double scale, LossSums& sums) {
   return total;
 }
 
-MeanLoss Lesson::divergence(const HeldOut& held_out) {
+MeanLoss Lesson::divergence(const HeldOut& held_out, Ranks& ranks) {
   teacher_->set_matmul_dtype(torch::kFloat);
   student_->set_matmul_dtype(torch::kFloat);
   return held_out_mean(held_out, settings_.final_eval_tokens, device_,
@@ -170,7 +169,8 @@ MeanLoss Lesson::divergence(const HeldOut& held_out) {
                          const torch::Tensor a = student_->hidden(ids), b = teacher_->hidden(ids);
                          return row_divergences(a.view({-1, a.size(-1)}), head(student_), b.view({-1, b.size(-1)}),
                                                 head(teacher_), targets);
-                       });
+                       },
+                       true, &ranks);
 }
 
 }  // namespace pare

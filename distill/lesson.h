@@ -32,7 +32,7 @@ class Lesson {
   void give(TrainingJob& job);
   const CachedTeacher* cache() const { return cache_.get(); }  // nullptr: the teacher is run
   // KL(teacher || student) at temperature 1.
-  MeanLoss divergence(const HeldOut& held_out);
+  MeanLoss divergence(const HeldOut& held_out, Ranks& ranks);
 
  private:
   OutputHead head(Decoder& decoder) const;

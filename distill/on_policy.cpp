@@ -13,7 +13,8 @@ bool on_policy_step(double share, std::int64_t step) {
 }
 
 void continue_prompts(Decoder& student, Batch& batch, std::int64_t prompt, std::int64_t tokens, std::int64_t vocab,
-                      std::uint64_t seed, std::uint64_t place, std::int64_t micro, const torch::Device& device) {
+                      std::uint64_t seed, std::uint64_t place, std::int64_t micro, const torch::Device& device,
+                      std::int64_t stride) {
   const torch::NoGradGuard no_grad;
   const std::int64_t sequences = batch.ids.size(0), width = prompt + tokens;
   torch::Tensor ids = torch::zeros({sequences, width}, torch::kLong);
@@ -30,7 +31,7 @@ void continue_prompts(Decoder& student, Batch& batch, std::int64_t prompt, std::
     for (std::int64_t t = 0; t < tokens; ++t) {
       const torch::Tensor own = starts.defined() ? starts.narrow(1, 0, prompt + t) : starts;
       const torch::Tensor hidden = student->hidden(there.narrow(1, 0, prompt + t), own).select(1, prompt + t - 1);
-      const auto drawn = static_cast<std::uint64_t>(t * sequences + first);
+      const auto drawn = static_cast<std::uint64_t>(t * (stride > 0 ? stride : sequences) + first);
       there.select(1, prompt + t).copy_(sampled_labels(student, hidden, seed, place + drawn, vocab));
     }
     part.copy_(there);

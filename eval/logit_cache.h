@@ -38,12 +38,21 @@ class LogitCacheWriter : public LogitsSink {
   void rows(std::int64_t count, const float* logits) override;
   // One whole window: logits [ids.size(), vocab_size].
   void append(std::span<const std::int32_t> ids, const float* logits);
+  void append(const CachedWindow& window);  // of cached_window
   void finish() override;
 
  private:
   struct State;
   std::unique_ptr<State> state_;
 };
+
+// What a cache keeps of a window with these logits [ids.size(), vocab_size]: the same bits in whatever process.
+// first_id: ids of all windows before it. Error: exit 3 for NaN logits.
+CachedWindow cached_window(const LogitCacheInfo& info, std::span<const std::int32_t> ids, const float* logits,
+                           std::uint64_t first_id);
+// As bytes for another process of this program, and back.
+std::string packed(const CachedWindow& window);
+CachedWindow unpacked_window(const std::string& bytes);
 
 // Reads only complete caches written by this program (exit 3 otherwise); a window that its check contradicts is exit 3.
 // Windows may be read in any order; not thread-safe (HDF5 has one lock anyway).

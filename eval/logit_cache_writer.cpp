@@ -47,6 +47,93 @@ struct RowScratch {
   std::vector<std::uint32_t> order;
 };
 
+CachedWindow sized_window(const LogitCacheInfo& info, std::span<const std::int32_t> ids) {
+  const std::size_t n = ids.size(), k = static_cast<std::size_t>(info.top_k),
+                    draws = static_cast<std::size_t>(info.samples);
+  CachedWindow window;
+  window.ids.assign(ids.begin(), ids.end());
+  window.index.resize(n * k);
+  window.log_prob.resize(n * k);
+  for (std::vector<float>* values : {&window.log_sum_exp, &window.target_log_prob, &window.entropy, &window.tail})
+    values->resize(n);
+  window.argmax.resize(n);
+  window.sample_index.resize(n * draws);
+  window.sample_count.resize(n * draws);
+  return window;
+}
+
+// False for a row without a softmax. place: of the row among all of the cache.
+bool fill_row(const LogitCacheInfo& info, const float* logits, std::size_t at, std::uint64_t place,
+              RowScratch& scratch, CachedWindow& window) {
+  const auto vocab = static_cast<std::size_t>(info.vocab_size), k = static_cast<std::size_t>(info.top_k);
+  if (info.temperature != 1) {
+    scratch.logits.resize(vocab);
+    const auto inverse = static_cast<float>(1 / info.temperature);
+    for (std::size_t i = 0; i < vocab; ++i) scratch.logits[i] = logits[i] * inverse;
+    logits = scratch.logits.data();
+  }
+  RowSoftmax softmax;
+  if (!row_softmax(logits, info.vocab_size, softmax)) return false;
+  scratch.order.resize(vocab);
+  if (k > 0) {
+    std::vector<std::uint32_t>& order = scratch.order;
+    std::iota(order.begin(), order.end(), 0u);
+    const auto before = [logits](std::uint32_t a, std::uint32_t b) {
+      return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
+    };
+    std::nth_element(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(k - 1), order.end(), before);
+    std::sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(k), before);
+    for (std::size_t i = 0; i < k; ++i) {
+      window.index[at * k + i] = order[i];
+      window.log_prob[at * k + i] = f16_to_f32(f32_to_f16(static_cast<float>(softmax.log_prob(logits, order[i]))));
+    }
+  }
+  window.log_sum_exp[at] = static_cast<float>(softmax.log_sum_exp());
+  window.argmax[at] = static_cast<std::uint32_t>(softmax.argmax);
+  if (at + 1 < window.ids.size())
+    window.target_log_prob[at] = static_cast<float>(softmax.log_prob(logits, window.ids[at + 1]));
+  scratch.probability.resize(vocab);
+  double entropy = 0;
+  for (std::size_t i = 0; i < vocab; ++i) {
+    const double log_p = softmax.log_prob(logits, static_cast<std::int64_t>(i)), p = row_exp(std::min(log_p, 0.0));
+    scratch.probability[i] = p;
+    if (p > 0) entropy -= p * log_p;
+  }
+  window.entropy[at] = static_cast<float>(std::max(entropy, 0.0));
+  const std::span<const std::uint32_t> listed(scratch.order.data(), k);
+  const TailSamples drawn = sample_tail(scratch.probability, listed, std::max<std::int64_t>(info.samples, 1),
+                                        uniform_at(info.seed, place));
+  window.tail[at] = static_cast<float>(drawn.mass);
+  const auto n = static_cast<std::size_t>(info.samples);
+  for (std::size_t i = 0; n > 0 && i < drawn.index.size(); ++i) {
+    window.sample_index[at * n + i] = drawn.index[i];
+    window.sample_count[at * n + i] = drawn.count[i];
+  }
+  return true;
+}
+
+// Rows [first, first + count) of the window. Returns the last one without a softmax, or -1.
+std::int64_t fill_rows(const LogitCacheInfo& info, const float* logits, std::size_t first, std::int64_t count,
+                       std::uint64_t first_id, CachedWindow& window) {
+  std::int64_t bad = -1;
+#pragma omp parallel reduction(max : bad)
+  {
+    RowScratch scratch;
+#pragma omp for schedule(static)
+    for (std::int64_t r = 0; r < count; ++r) {
+      const auto at = static_cast<std::size_t>(r);
+      if (!fill_row(info, logits + at * static_cast<std::size_t>(info.vocab_size), first + at, first_id + first + at,
+                    scratch, window))
+        bad = std::max(bad, r);
+    }
+  }
+  return bad < 0 ? bad : static_cast<std::int64_t>(first) + bad;
+}
+
+Error not_finite(const std::string& place, std::int64_t row) {
+  return input_error(place, "finite logits", "NaN or infinity at position " + std::to_string(row));
+}
+
 }  // namespace
 
 struct LogitCacheWriter::State {
@@ -65,7 +152,6 @@ struct LogitCacheWriter::State {
   bool resume();
   void put(const CachedWindow& w);
   void flush();
-  bool row(const float* logits, std::size_t at, RowScratch& scratch);
 
   void expect_whole_window() const {
     if (window_rows == window.ids.size()) return;
@@ -201,69 +287,9 @@ void LogitCacheWriter::begin(std::span<const std::int32_t> ids) {
       throw input_error(s.path.string(), "ids below " + std::to_string(s.info.vocab_size), std::to_string(id));
     }
   }
-  const std::size_t n = ids.size(), k = static_cast<std::size_t>(s.info.top_k),
-                    draws = static_cast<std::size_t>(s.info.samples);
-  s.window = CachedWindow();
-  s.window.ids.assign(ids.begin(), ids.end());
-  s.window.index.resize(n * k);
-  s.window.log_prob.resize(n * k);
-  for (std::vector<float>* values :
-       {&s.window.log_sum_exp, &s.window.target_log_prob, &s.window.entropy, &s.window.tail})
-    values->resize(n);
-  s.window.argmax.resize(n);
-  s.window.sample_index.resize(n * draws);
-  s.window.sample_count.resize(n * draws);
+  s.window = sized_window(s.info, ids);
   s.window_rows = 0;
-  if (n == 0) s.put(s.window);
-}
-
-// False for a row without a softmax.
-bool LogitCacheWriter::State::row(const float* logits, std::size_t at, RowScratch& scratch) {
-  const auto vocab = static_cast<std::size_t>(info.vocab_size), k = static_cast<std::size_t>(info.top_k);
-  if (info.temperature != 1) {
-    scratch.logits.resize(vocab);
-    const auto inverse = static_cast<float>(1 / info.temperature);
-    for (std::size_t i = 0; i < vocab; ++i) scratch.logits[i] = logits[i] * inverse;
-    logits = scratch.logits.data();
-  }
-  RowSoftmax softmax;
-  if (!row_softmax(logits, info.vocab_size, softmax)) return false;
-  scratch.order.resize(vocab);
-  if (k > 0) {
-    std::vector<std::uint32_t>& order = scratch.order;
-    std::iota(order.begin(), order.end(), 0u);
-    const auto before = [logits](std::uint32_t a, std::uint32_t b) {
-      return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
-    };
-    std::nth_element(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(k - 1), order.end(), before);
-    std::sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(k), before);
-    for (std::size_t i = 0; i < k; ++i) {
-      window.index[at * k + i] = order[i];
-      window.log_prob[at * k + i] = f16_to_f32(f32_to_f16(static_cast<float>(softmax.log_prob(logits, order[i]))));
-    }
-  }
-  window.log_sum_exp[at] = static_cast<float>(softmax.log_sum_exp());
-  window.argmax[at] = static_cast<std::uint32_t>(softmax.argmax);
-  if (at + 1 < window.ids.size())
-    window.target_log_prob[at] = static_cast<float>(softmax.log_prob(logits, window.ids[at + 1]));
-  scratch.probability.resize(vocab);
-  double entropy = 0;
-  for (std::size_t i = 0; i < vocab; ++i) {
-    const double log_p = softmax.log_prob(logits, static_cast<std::int64_t>(i)), p = row_exp(std::min(log_p, 0.0));
-    scratch.probability[i] = p;
-    if (p > 0) entropy -= p * log_p;
-  }
-  window.entropy[at] = static_cast<float>(std::max(entropy, 0.0));
-  const std::span<const std::uint32_t> listed(scratch.order.data(), k);
-  const TailSamples drawn = sample_tail(scratch.probability, listed, std::max<std::int64_t>(info.samples, 1),
-                                        uniform_at(info.seed, total_ids + at));
-  window.tail[at] = static_cast<float>(drawn.mass);
-  const auto n = static_cast<std::size_t>(info.samples);
-  for (std::size_t i = 0; n > 0 && i < drawn.index.size(); ++i) {
-    window.sample_index[at * n + i] = drawn.index[i];
-    window.sample_count[at * n + i] = drawn.count[i];
-  }
-  return true;
+  if (ids.empty()) s.put(s.window);
 }
 
 void LogitCacheWriter::rows(std::int64_t count, const float* logits) {
@@ -273,21 +299,8 @@ void LogitCacheWriter::rows(std::int64_t count, const float* logits) {
     throw failure(s.path.string(), "at most " + std::to_string(s.window.ids.size()) + " rows in the window",
                   std::to_string(s.window_rows + n));
   }
-  std::int64_t bad = -1;
-#pragma omp parallel reduction(max : bad)
-  {
-    RowScratch scratch;
-#pragma omp for schedule(static)
-    for (std::int64_t r = 0; r < count; ++r) {
-      const auto at = static_cast<std::size_t>(r);
-      if (!s.row(logits + at * static_cast<std::size_t>(s.info.vocab_size), s.window_rows + at, scratch))
-        bad = std::max(bad, r);
-    }
-  }
-  if (bad >= 0) {
-    throw input_error(s.path.string(), "finite logits",
-                      "NaN or infinity at position " + std::to_string(s.window_rows + static_cast<std::size_t>(bad)));
-  }
+  const std::int64_t bad = fill_rows(s.info, logits, s.window_rows, count, s.total_ids, s.window);
+  if (bad >= 0) throw not_finite(s.path.string(), bad);
   s.window_rows += n;
   if (n > 0 && s.window_rows == s.window.ids.size()) s.put(s.window);
 }
@@ -295,6 +308,11 @@ void LogitCacheWriter::rows(std::int64_t count, const float* logits) {
 void LogitCacheWriter::append(std::span<const std::int32_t> ids, const float* logits) {
   begin(ids);
   rows(static_cast<std::int64_t>(ids.size()), logits);
+}
+
+void LogitCacheWriter::append(const CachedWindow& window) {
+  state_->expect_whole_window();
+  state_->put(window);
 }
 
 void LogitCacheWriter::finish() {
@@ -329,6 +347,61 @@ void LogitCacheWriter::finish() {
     ::fsync(folder_fd);
     ::close(folder_fd);
   }
+}
+
+CachedWindow cached_window(const LogitCacheInfo& info, std::span<const std::int32_t> ids, const float* logits,
+                           std::uint64_t first_id) {
+  CachedWindow window = sized_window(info, ids);
+  const std::int64_t bad = fill_rows(info, logits, 0, static_cast<std::int64_t>(ids.size()), first_id, window);
+  if (bad >= 0) throw not_finite("the teacher's logits", bad);
+  return window;
+}
+
+namespace {
+
+template <class Window, class Visit>
+void each_column(Window& w, const Visit& visit) {
+  visit(w.ids);
+  visit(w.index);
+  visit(w.log_prob);
+  visit(w.log_sum_exp);
+  visit(w.target_log_prob);
+  visit(w.entropy);
+  visit(w.argmax);
+  visit(w.tail);
+  visit(w.sample_index);
+  visit(w.sample_count);
+}
+
+}  // namespace
+
+std::string packed(const CachedWindow& window) {
+  std::string bytes;
+  each_column(window, [&](const auto& column) {
+    const auto count = static_cast<std::uint64_t>(column.size());
+    bytes.append(reinterpret_cast<const char*>(&count), sizeof count);
+    bytes.append(reinterpret_cast<const char*>(column.data()), column.size() * sizeof column[0]);
+  });
+  return bytes;
+}
+
+CachedWindow unpacked_window(const std::string& bytes) {
+  CachedWindow window;
+  std::size_t at = 0;
+  const auto take = [&](void* to, std::size_t size) {
+    if (size > bytes.size() - at)
+      throw failure("a window of the cache", "all of its bytes", std::to_string(bytes.size()) + " of them");
+    if (size > 0) std::memcpy(to, bytes.data() + at, size);
+    at += size;
+  };
+  each_column(window, [&](auto& column) {
+    std::uint64_t count = 0;
+    take(&count, sizeof count);
+    if (count > bytes.size()) throw failure("a window of the cache", "the length of a column", std::to_string(count));
+    column.resize(count);
+    take(column.data(), count * sizeof column[0]);
+  });
+  return window;
 }
 
 }  // namespace pare

@@ -27,6 +27,7 @@ needs=(
   "libsentencepiece-dev|/usr/include/sentencepiece_processor.h|tokenizer.model of older models"
   "libutf8proc-dev|/usr/include/utf8proc.h|Unicode normalisation"
   "libxxhash-dev|/usr/include/xxhash.h|hashes"
+  "libgloo-dev|/usr/include/gloo/rendezvous/store.h|training on several machines"
   "libfmt-dev|/usr/include/fmt/format.h|text formatting"
 )
 # Another LibTorch given through CMAKE_PREFIX_PATH replaces Debian's.

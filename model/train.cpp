@@ -100,13 +100,12 @@ Source open_source(const Options& o, std::uint64_t seed) {
 struct Training {
   const Options& o;
   Context& run;
-  FolderTransaction transaction;
-  EmptyFolderRemover cleaning;
+  TrainingFolder folder;
   TrainingJob job;
   std::vector<TextSpec> specs;
 
   Training(const char* stage, const Options& options, Context& context)
-      : o(options), run(context), transaction(o.get<std::string>("out")), cleaning(transaction.work()) {
+      : o(options), run(context), folder(o.get<std::string>("out"), context) {
     parse_device(o.get<std::string>("device"));
     specs = parse_text_specs(o.get<std::vector<std::string>>("text"), "--text");
     job.stage = stage;
@@ -132,21 +131,19 @@ struct Training {
     job.decoder = source.decoder;
     job.data = &data;
     job.echo = deciding_options(o, run.seed);
-    job.work = transaction.work();
+    job.work = folder.work();
     job.loss = [&source](const Batch& micro, double scale, LossSums& sums) {
       const auto hidden = source.decoder->hidden(micro.ids, micro.starts);
       return cross_entropy_loss(hidden.view({-1, hidden.size(-1)}), source.decoder->output_head(),
                                 micro.targets.view(-1), scale, &sums);
     };
-    claim_training_folder(job.work, o.get<bool>("restart"));
+    folder.claim(o.get<bool>("restart"));
     Json result = run_training(job, source.dtype, run);
-    write_decoder(source.decoder, source.dtype, source.like, transaction.work());
-    if (before_commit) before_commit();
-    write_model_card(transaction.work(),
-                     {o.has("model") ? source.like : fs::path(), command_of(job.stage, o), run.report, {}});
-    if (run.before_commit) run.before_commit();
-    transaction.commit();
-    finish_training_folder(o.get<std::string>("out"));
+    folder.finish([&] {
+      write_decoder(source.decoder, source.dtype, source.like, job.work);
+      if (before_commit) before_commit();
+      write_model_card(job.work, {o.has("model") ? source.like : fs::path(), command_of(job.stage, o), run.report, {}});
+    });
     run.print(run.report.table());
     return result;
   }
@@ -156,6 +153,7 @@ Json run_train(const Options& o, Context& run) {
   Training training("train", o, run);
   Source source = open_source(o, run.seed);
   training.job.settings = trainer_settings(o, source.decoder->config());
+  training.job.settings.device = rank_device(training.job.settings.device, run);
   check_patience(training.job.settings);
   BatchStream data = training.read(source, {});
   return training.finish(source, data);
@@ -189,6 +187,7 @@ Json run_finetune(const Options& o, Context& run) {
   const fs::path folder = o.get<std::string>("model");
   const Checkpoint checkpoint(folder);
   job.settings = finetune_settings(o, checkpoint.config());
+  job.settings.device = rank_device(job.settings.device, run);
   Source source{load_decoder(checkpoint, torch::kCPU), checkpoint.folder(),
                 o.get_or<std::string>("dtype", checkpoint.float_dtype())};
   TextForm form;
@@ -295,7 +294,7 @@ Command finetune_command() {
   command.example = "pare finetune --model base --text chats.jsonl --held-out more.jsonl --lora-rank 16 --patience 2 --out tuned";
   command.is_stage = true;
   command.plan = plan_finetune;
-  return command;
+  return ranked(std::move(command));
 }
 
 Command train_command() {
@@ -307,7 +306,7 @@ Command train_command() {
   command.example = "pare train --config config.json --tokenizer tok --text novels --held-out more --tokens 20000000 --out new";
   command.is_stage = true;
   command.plan = plan_train;
-  return command;
+  return ranked(std::move(command));
 }
 
 }  // namespace pare

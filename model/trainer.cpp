@@ -31,9 +31,9 @@ std::string format(const char* pattern, double value) {
 }
 
 // Sequences per forward pass: about 4,096 tokens, which keeps the activations of a small model in cache.
-std::int64_t fitting_micro_batch(const TrainerSettings& s) {
-  if (s.micro_batch > 0) return std::min(s.micro_batch, s.batch);
-  return std::clamp<std::int64_t>(4096 / s.context, 1, s.batch);
+std::int64_t fitting_micro_batch(const TrainerSettings& s, std::int64_t sequences) {
+  if (s.micro_batch > 0) return std::min(s.micro_batch, sequences);
+  return std::clamp<std::int64_t>(4096 / s.context, 1, sequences);
 }
 
 void write_curve(const fs::path& work, const Json& curve) {
@@ -72,6 +72,31 @@ void round_weights(Decoder& decoder, const std::string& dtype) {
   for (torch::Tensor& parameter : decoder->parameters()) parameter.copy_(parameter.to(type).to(torch::kFloat));
 }
 
+std::int64_t summed(Ranks& ranks, std::int64_t value) {
+  const torch::Tensor total = torch::full({1}, value, torch::kLong);
+  ranks.sum(total);
+  return total.item<std::int64_t>();
+}
+
+// Paths may differ from machine to machine; what lies behind them may not.
+void agree_on_job(Ranks& ranks, const TrainingJob& job, const Json& contents) {
+  if (ranks.alone()) return;
+  Json options = job.echo;
+  for (const char* path : {"model", "teacher", "config", "tokenizer", "out", "text", "held-out", "cache", "device"})
+    options.erase(path);
+  Hasher held_out;
+  for (const HeldOut& text : job.held_out) {
+    held_out.update(text.name);
+    for (const Window& window : text.windows) held_out.update(std::as_bytes(std::span(window.ids)));
+  }
+  Json weights = Json::array();
+  for (const TokenSource& source : job.data->sources()) weights.push_back(source.weight);
+  ranks.agree("the program", Json{{"pare", PARE_VERSION}, {"LibTorch", TORCH_VERSION}});
+  ranks.agree("the options", options);
+  ranks.agree("what the ranks read", Json{{"model", contents.at("model")}, {"text", contents.at("text")},
+                                          {"text weights", weights}, {"held-out text", held_out.hex()}});
+}
+
 }  // namespace
 
 double learning_rate(const TrainerSettings& s, std::int64_t step) {
@@ -92,7 +117,7 @@ std::vector<OptionDecl> trainer_options(double lr, std::int64_t steps) {
       {.name = "held-out", .type = kTextList, .help = "text never trained on, for the loss before and after"},
       {.name = "steps", .type = kInteger, .help = "optimizer steps", .default_value = steps, .minimum = 1},
       {.name = "tokens", .type = kInteger, .help = "tokens to train on; replaces --steps", .minimum = 1},
-      {.name = "batch", .type = kInteger, .help = "sequences per step", .default_value = 16, .minimum = 1},
+      {.name = "batch", .type = kInteger, .help = "sequences per step, of all ranks together", .default_value = 16, .minimum = 1},
       {.name = "micro-batch", .type = kInteger, .help = "sequences per forward pass; 0: fitting",
        .default_value = 0, .minimum = 0},
       {.name = "context", .type = kInteger, .help = "tokens per sequence", .default_value = 512, .minimum = 2},
@@ -193,7 +218,7 @@ std::vector<HeldOut> read_held_out(const std::vector<std::string>& paths, const 
 }
 
 MeanLoss held_out_mean(const HeldOut& held_out, std::int64_t tokens, const torch::Device& device, const RowFn& rows,
-                       bool stoppable) {
+                       bool stoppable, Ranks* ranks) {
   const torch::NoGradGuard no_grad;
   std::vector<const Window*> chosen;
   const auto counts = [&](const Window& window, std::int64_t t) {
@@ -212,12 +237,16 @@ MeanLoss held_out_mean(const HeldOut& held_out, std::int64_t tokens, const torch
     std::int64_t count = 0;
   };
   std::map<std::int64_t, Sum> documents;
-  std::vector<Sum> windows;
-  for (std::size_t first = 0; first < chosen.size();) {
+  std::vector<Sum> windows(chosen.size());
+  torch::Tensor sums = torch::zeros({static_cast<std::int64_t>(chosen.size()), 2}, torch::kDouble);
+  constexpr std::size_t kAtOnce = 8;
+  const std::size_t size = ranks != nullptr ? static_cast<std::size_t>(ranks->size()) : 1,
+                    rank = ranks != nullptr ? static_cast<std::size_t>(ranks->rank()) : 0;
+  for (std::size_t first = rank * kAtOnce; first < chosen.size(); first += size * kAtOnce) {
     if (stoppable && interrupt_requested()) break;
     std::size_t last = first;
     std::int64_t width = 0;
-    while (last < chosen.size() && last - first < 8) {
+    while (last < chosen.size() && last - first < kAtOnce) {
       width = std::max(width, static_cast<std::int64_t>(chosen[last]->ids.size()));
       ++last;
     }
@@ -235,18 +264,21 @@ MeanLoss held_out_mean(const HeldOut& held_out, std::int64_t tokens, const torch
     const torch::Tensor losses =
         rows(ids.to(device), targets.to(device).view(-1)).to(torch::kCPU, torch::kDouble).contiguous();
     for (std::int64_t i = 0; i < count; ++i) {
-      Sum sum;
+      double* sum = sums.data_ptr<double>() + 2 * (static_cast<std::int64_t>(first) + i);
       for (std::int64_t t = 0; t < width; ++t) {
         if (targets.data_ptr<std::int64_t>()[i * width + t] < 0) continue;
-        sum.loss += losses.data_ptr<double>()[i * width + t];
-        ++sum.count;
+        sum[0] += losses.data_ptr<double>()[i * width + t];
+        ++sum[1];
       }
-      windows.push_back(sum);
-      Sum& document = documents[chosen[first + static_cast<std::size_t>(i)]->document];
-      document.loss += sum.loss;
-      document.count += sum.count;
     }
-    first = last;
+  }
+  if (ranks != nullptr) ranks->sum(sums);  // each window is one rank's, so these are its bits
+  for (std::size_t i = 0; i < chosen.size(); ++i) {
+    const double* sum = sums.data_ptr<double>() + 2 * i;
+    windows[i] = {sum[0], static_cast<std::int64_t>(sum[1])};
+    Sum& document = documents[chosen[i]->document];
+    document.loss += windows[i].loss;
+    document.count += windows[i].count;
   }
   std::vector<Sum> units;
   if (documents.size() > 1)
@@ -272,23 +304,27 @@ MeanLoss held_out_mean(const HeldOut& held_out, std::int64_t tokens, const torch
 }
 
 MeanLoss held_out_loss(Decoder& decoder, const HeldOut& held_out, std::int64_t tokens, const torch::Device& device,
-                       bool stoppable) {
+                       bool stoppable, Ranks* ranks) {
   const RowFn rows = [&](const torch::Tensor& ids, const torch::Tensor& targets) {
     const torch::Tensor hidden = decoder->hidden(ids);
     return row_losses(hidden.view({-1, hidden.size(-1)}), decoder->output_head(), targets);
   };
-  return held_out_mean(held_out, tokens, device, rows, stoppable);
+  return held_out_mean(held_out, tokens, device, rows, stoppable, ranks);
 }
 
 Json deciding_options(const Options& options, std::uint64_t seed) {
   Json echo = options.resolved();
-  for (const char* key : {"checkpoint-minutes", "restart"}) echo.erase(key);
+  for (const char* key : {"checkpoint-minutes", "restart", "rank-timeout"}) echo.erase(key);
   echo["seed"] = seed;
   return echo;
 }
 
 Json run_training(TrainingJob& job, const std::string& output_dtype, Context& run) {
   TrainerSettings& s = job.settings;
+  Ranks& ranks = ranks_of(run);
+  if (s.batch < ranks.size())
+    throw usage_error("--batch", "at least one sequence for each of " + std::to_string(ranks.size()) + " ranks",
+                      std::to_string(s.batch));
   const torch::Device device = parse_device(s.device);
   const PreparedThreads prepared(run.threads);
   job.decoder->to(device);
@@ -303,12 +339,15 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
   Hasher ids;
   for (const TokenSource& source : job.data->sources()) ids.update(std::as_bytes(std::span(source.ids)));
   const Json contents{{"model", flat.hash() + (job.frozen ? "+" + weights_hash(job.decoder) : "")}, {"text", ids.hex()}};
+  agree_on_job(ranks, job, contents);
   Json curve = Json::array(), before = Json::object();
   std::int64_t step = 0, tokens = 0;
   double smoothed = 0;
   Best best;
-  if (fs::exists(state_file)) {
-    const Json meta = flat.read(state_file);
+  Json meta;
+  ranks.first_does([&] {
+    if (!fs::exists(state_file)) return;
+    meta = flat.read(state_file);
     if (meta.at("options") != job.echo) {
       std::string differ;
       for (const auto& [key, value] : job.echo.items())
@@ -319,39 +358,52 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
     if (meta.at("contents") != contents)
       throw usage_error(state_file.string(), "the model and the texts of the interrupted run", "others under the same names",
                         "bring them back, or add --restart to begin anew");
+  });
+  meta = parse_json(ranks.broadcast(meta.dump()), "rank 0");
+  if (!meta.is_null()) {
+    flat.share(ranks);
     step = meta.at("step").get<std::int64_t>();
     tokens = meta.at("tokens").get<std::int64_t>();
     smoothed = meta.at("smoothed_loss").get<double>();
     curve = meta.at("curve");
     before = meta.at("before");
-    if (meta.contains("best")) best = {meta.at("best").at("step").get<std::int64_t>(), meta.at("best").at("loss").get<double>(),
+    if (meta.contains("best"))
+      best = {meta.at("best").at("step").get<std::int64_t>(), meta.at("best").at("loss").get<double>(),
               meta.at("best").at("since").get<std::int64_t>()};
     job.data->restore(meta.at("taken").get<std::vector<std::int64_t>>());
     run.progress->note("continuing from step " + std::to_string(step));
   }
+  std::vector<std::int64_t> taken = job.data->taken();  // by the steps that are done
   const auto save_state = [&] {
-    flat.write(state_file, Json{{"options", job.echo}, {"contents", contents}, {"step", step}, {"tokens", tokens}, {"smoothed_loss", smoothed},
-                                {"taken", job.data->taken()}, {"before", before}, {"curve", curve},
-                                {"best", Json{{"step", best.step}, {"loss", best.loss}, {"since", best.since}}}});
+    if (!ranks.first()) return;
+    flat.write(state_file,
+               Json{{"options", job.echo}, {"contents", contents}, {"step", step}, {"tokens", tokens},
+                    {"smoothed_loss", smoothed}, {"taken", taken}, {"before", before}, {"curve", curve},
+                    {"best", Json{{"step", best.step}, {"loss", best.loss}, {"since", best.since}}}});
     write_curve(job.work, curve);
   };
   const auto evaluate = [&](std::int64_t limit, bool stoppable) {
     Json losses = Json::object();
     job.decoder->set_matmul_dtype(torch::kFloat);
     for (const HeldOut& held_out : job.held_out) {
-      const MeanLoss loss = held_out_loss(job.decoder, held_out, limit, device, stoppable);
+      const MeanLoss loss = held_out_loss(job.decoder, held_out, limit, device, stoppable, &ranks);
       losses[held_out.name] = Json{{"loss", loss.mean}, {"standard_error", loss.standard_error}, {"tokens", loss.tokens}};
     }
     return losses;
   };
   if (before.empty() && !job.held_out.empty()) {
     before = evaluate(s.final_eval_tokens, true);
-    throw_if_interrupted(job.stage, "nothing was done yet; run the same command again");
+    ranks.throw_if_interrupted(job.stage, "nothing was done yet; run the same command again");
   }
 
   run.progress->begin(job.stage, s.steps);
-  const std::int64_t micro = fitting_micro_batch(s), log_every = std::max<std::int64_t>(1, s.steps / 500);
-  auto last_save = Clock::now(), last_rate = Clock::now();
+  // This rank's part of each batch.
+  const std::int64_t begin = s.batch * ranks.rank() / ranks.size(),
+                     share = s.batch * (ranks.rank() + 1) / ranks.size() - begin;
+  const std::int64_t micro = fitting_micro_batch(s, share), log_every = std::max<std::int64_t>(1, s.steps / 500);
+  const auto start = Clock::now();
+  auto last_save = start, last_rate = start;
+  const std::int64_t tokens_before = tokens;
   std::int64_t rate_tokens = 0;
   double rate = 0;
   std::string latest;
@@ -362,26 +414,60 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
     best.loss = mean_of(losses);
     flat.keep_best();
   }
+  bool stop = ranks.any(interrupt_requested());
+  // What hears from the others: where one is lost, the steps that are done are saved.
+  const auto with_others = [&](const auto& work) {
+    try {
+      work();
+    } catch (const RankLost& lost) {
+      run.progress->end();
+      save_state();
+      throw RankLost(lost.code(), job.stage + " after step " + std::to_string(step), lost.expected(), lost.found(),
+                     (ranks.first() ? "that state is kept in " + job.work.string() : "rank 0 keeps its last state") +
+                         "; " + resume_hint);
+    }
+  };
   while (step < s.steps && patient()) {
-    if (interrupt_requested()) {
+    if (stop || (ranks.alone() && interrupt_requested())) {
       save_state();
       run.progress->end();
-      throw_if_interrupted(job.stage + " at step " + std::to_string(step), resume_hint);
+      throw Error(ExitCode::kInterrupted, job.stage + " at step " + std::to_string(step), "", "interrupted", resume_hint);
     }
     job.decoder->set_matmul_dtype(matmul);
     Batch batch = job.data->next(s.batch);
-    if (job.prepare) job.prepare(batch, step);
+    const std::int64_t step_tokens = batch.ids.numel();
+    if (!ranks.alone())
+      batch = {batch.ids.narrow(0, begin, share), batch.targets.narrow(0, begin, share), batch.counted,
+               {batch.windows.begin() + begin, batch.windows.begin() + begin + share},
+               batch.starts.defined() ? batch.starts.narrow(0, begin, share) : torch::Tensor()};
+    if (job.prepare) {
+      if (!ranks.alone()) batch.counted = (batch.targets >= 0).sum().item<std::int64_t>();
+      job.prepare(batch, step, begin, s.batch);
+      with_others([&] { batch.counted = summed(ranks, batch.counted); });
+    }
     LossSums sums;
     double loss = 0;
     flat.clear_gradients();
-    for (std::int64_t first = 0; batch.counted > 0 && first < s.batch; first += micro) {
-      const std::int64_t count = std::min(micro, s.batch - first);
+    for (std::int64_t first = 0; batch.counted > 0 && first < share; first += micro) {
+      const std::int64_t count = std::min(micro, share - first);
       const Batch part{batch.ids.narrow(0, first, count).to(device), batch.targets.narrow(0, first, count).to(device), 0,
                        {batch.windows.begin() + first, batch.windows.begin() + first + count},
                        batch.starts.defined() ? batch.starts.narrow(0, first, count).to(device) : torch::Tensor()};
       torch::Tensor value = job.loss(part, 1.0 / static_cast<double>(batch.counted), sums);
       loss += value.item<double>();
       value.backward();
+    }
+    bool save_now = seconds_since(last_save) > 60 * s.checkpoint_minutes;
+    if (!ranks.alone()) {
+      const torch::Tensor told = torch::tensor({loss, interrupt_requested() ? 1.0 : 0.0,
+                                                ranks.first() && save_now ? 1.0 : 0.0}, torch::kDouble);
+      with_others([&] {
+        ranks.sum(told);
+        flat.sum_gradients(ranks);
+      });
+      loss = told[0].item<double>();
+      stop = told[1].item<double>() > 0;
+      save_now = told[2].item<double>() > 0;
     }
     const double norm = flat.gradient_norm();
     if (!std::isfinite(loss) || !std::isfinite(norm))
@@ -398,8 +484,9 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
     const double clip = s.clip > 0 && norm > s.clip ? s.clip / norm : 1.0;
     flat.step(lr, s.beta1, s.beta2, s.weight_decay, clip, step + 1);
     ++step;
-    tokens += batch.ids.numel();
-    rate_tokens += batch.ids.numel();
+    tokens += step_tokens;
+    taken = job.data->taken();
+    rate_tokens += step_tokens;
     smoothed = step == 1 ? loss : 0.98 * smoothed + 0.02 * loss;
     if (const double elapsed = seconds_since(last_rate); elapsed > 2) {
       rate = static_cast<double>(rate_tokens) / elapsed;
@@ -434,11 +521,13 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
       }
       curve.push_back(std::move(point));
     }
-    if (step < s.steps && seconds_since(last_save) > 60 * s.checkpoint_minutes) {
+    if (step < s.steps && save_now) {
+      with_others([&] { flat.share(ranks); });  // ranks on unlike processors round apart
       save_state();
       last_save = Clock::now();
     }
   }
+  const double seconds = seconds_since(start);
   save_state();  // an interrupted final evaluation or write begins here again
   if (s.patience > 0) {
     flat.take_best();
@@ -448,10 +537,12 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
   if (job.finish) job.finish();
   round_weights(job.decoder, output_dtype);
   const Json after = evaluate(s.final_eval_tokens, true);
-  throw_if_interrupted(job.stage + " after its last step", resume_hint);
+  ranks.throw_if_interrupted(job.stage + " after its last step", resume_hint);
   run.progress->end("loss " + format("%.4f", smoothed));
 
-  Json result{{"steps", step}, {"tokens", tokens}, {"train_loss", smoothed}, {"held_out", Json::object()}};
+  Json result{{"steps", step}, {"tokens", tokens}, {"train_loss", smoothed}, {"held_out", Json::object()},
+              {"seconds", seconds},  // of this process's steps, held-out losses between them included
+              {"tokens_per_second", static_cast<double>(tokens - tokens_before) / std::max(seconds, 1e-9)}};
   if (s.patience > 0) result["best_step"] = best.step;
   run.report.add({job.stage, "tokens", std::nullopt, static_cast<double>(tokens), "tokens", std::nullopt});
   run.report.add({job.stage, "train_loss", curve.empty() ? std::nullopt : std::optional(curve[0].at("loss").get<double>()),
@@ -465,22 +556,44 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
     last["held_out"][name] = Json{{"loss", mean}, {"standard_error", error}, {"tokens", value.at("tokens")}};
   }
   if (!after.empty()) curve.push_back(std::move(last));
-  write_curve(job.work, curve);
+  if (ranks.first()) write_curve(job.work, curve);
   return result;
 }
 
-void claim_training_folder(const fs::path& work, bool restart) {
-  if (restart)
-    for (const auto& entry : fs::directory_iterator(work)) fs::remove_all(entry.path());
-  if (fs::exists(work / kStateFile) || fs::exists(work / kCurveFile)) return;
-  for (const auto& entry : fs::directory_iterator(work)) {
-    const std::string name = entry.path().filename().string();
-    if (name.find(".tmp-") == std::string::npos)  // else a state on the way to its name
-      throw usage_error(work.string(), "an unfinished run of this very command", "one of another command (" + name + ")",
-                        "finish the command it belongs to, or add --restart to remove it");
-  }
+TrainingFolder::TrainingFolder(const fs::path& out, Context& run) : run_(run), out_(out) {
+  ranks_of(run).first_does([&] {
+    transaction_.emplace(out);
+    work_ = transaction_->work();
+  });
 }
 
-void finish_training_folder(const fs::path& folder) { fs::remove(folder / kStateFile); }
+TrainingFolder::~TrainingFolder() {
+  std::error_code not_empty;
+  if (transaction_) fs::remove(work_, not_empty);
+}
+
+void TrainingFolder::claim(bool restart) {
+  ranks_of(run_).first_does([&] {
+    if (restart)
+      for (const auto& entry : fs::directory_iterator(work_)) fs::remove_all(entry.path());
+    if (fs::exists(work_ / kStateFile) || fs::exists(work_ / kCurveFile)) return;
+    for (const auto& entry : fs::directory_iterator(work_)) {
+      const std::string name = entry.path().filename().string();
+      if (name.find(".tmp-") == std::string::npos)  // else a state on the way to its name
+        throw usage_error(work_.string(), "an unfinished run of this very command",
+                          "one of another command (" + name + ")",
+                          "finish the command it belongs to, or add --restart to remove it");
+    }
+  });
+}
+
+void TrainingFolder::finish(const std::function<void()>& write) {
+  ranks_of(run_).first_does([&] {
+    write();
+    if (run_.before_commit) run_.before_commit();
+    transaction_->commit();
+    fs::remove(out_ / kStateFile);  // only now: killed before, a run has lost nothing
+  });
+}
 
 }  // namespace pare

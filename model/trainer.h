@@ -14,12 +14,14 @@
 #include "model/data.h"
 #include "model/decoder.h"
 #include "model/losses.h"
+#include "model/ranks.h"
 
 namespace pare {
 
 // AdamW (Loshchilov & Hutter 2019), linear warm-up, cosine to min_lr_ratio * lr at the last step.
 struct TrainerSettings {
-  std::int64_t steps = 0, batch = 16, micro_batch = 0, context = 512;  // batch in sequences; micro_batch 0: fitting
+  // batch in sequences, of all ranks together; micro_batch 0: fitting
+  std::int64_t steps = 0, batch = 16, micro_batch = 0, context = 512;
   double lr = 1e-3, min_lr_ratio = 0.0, warmup = 0.02, weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, clip = 1.0;
   std::int64_t eval_every = 0, eval_tokens = 65536;  // 0: only before and after
   std::int64_t final_eval_tokens = 0;                // 0: all held-out text
@@ -56,11 +58,11 @@ struct MeanLoss {
 };
 // rows(ids [n, width], targets [n * width]) -> one value for each target, 0 where the target is -1.
 using RowFn = std::function<torch::Tensor(const torch::Tensor& ids, const torch::Tensor& targets)>;
-// stoppable: an interrupt ends it early, with a result of no use.
+// stoppable: an interrupt ends it early, with a result of no use. Ranks share the windows; the bits are those of one.
 MeanLoss held_out_mean(const HeldOut& held_out, std::int64_t tokens, const torch::Device& device, const RowFn& rows,
-                       bool stoppable = true);
+                       bool stoppable = true, Ranks* ranks = nullptr);
 MeanLoss held_out_loss(Decoder& decoder, const HeldOut& held_out, std::int64_t tokens, const torch::Device& device,
-                       bool stoppable = true);
+                       bool stoppable = true, Ranks* ranks = nullptr);
 
 // loss(ids, targets, scale, sums): differentiable scale * sum over counted rows; adds to sums.
 using LossFn = std::function<torch::Tensor(const Batch& micro, double scale, LossSums& sums)>;
@@ -73,7 +75,8 @@ struct TrainingJob {
   // held-out losses in a row that were not the least.
   std::vector<HeldOut> held_out;
   TrainerSettings settings;
-  std::function<void(Batch& batch, std::int64_t step)> prepare = {};  // may change what a step learns from
+  // May change what a step learns from. `batch` holds the sequences from `first` on of a step that has `of`.
+  std::function<void(Batch& batch, std::int64_t step, std::int64_t first, std::int64_t of)> prepare = {};
   LossFn loss;
   // Trained with the decoder, decayed as its matrices, in the state file but not in the decoder: the loss holds them.
   std::vector<torch::Tensor> companions = {};
@@ -85,27 +88,34 @@ struct TrainingJob {
 
 // Trains job.decoder in place and adds the rows held_out_loss[name] (before, after), train_loss, tokens. Continues from
 // work/training_state.safetensors when it is there: the same bytes as an uninterrupted run at the same thread count.
+// Ranks share each batch, hold equal weights and read their own copies of model and texts; rank 0 alone writes. Where
+// one is lost, rank 0 saves the last whole step before it ends with RankLost.
 // `output_dtype`: weights are rounded to it before the last held-out loss, which is thus of what is written.
 // Errors: exit 130 after an interrupt with the state saved; exit 1 when the loss is not finite, or from step 50 on
-// three times in a row above 3 times its mean plus 2; exit 2 when the state belongs to other options. Returns {"steps", "tokens", "train_loss", "held_out": {..}}, with patience "best_step" too.
+// three times in a row above 3 times its mean plus 2; exit 2 when the state belongs to other options. Returns
+// {"steps", "tokens", "train_loss", "held_out": {..}, "seconds", "tokens_per_second"}, with patience "best_step" too.
 Json run_training(TrainingJob& job, const std::string& output_dtype, Context& run);
 
-// Removes the work folder again when a run ends before it has saved anything. Declare after the transaction.
-struct EmptyFolderRemover {
-  fs::path folder;
-  explicit EmptyFolderRemover(fs::path path) : folder(std::move(path)) {}
-  EmptyFolderRemover(const EmptyFolderRemover&) = delete;
-  EmptyFolderRemover& operator=(const EmptyFolderRemover&) = delete;
-  ~EmptyFolderRemover() {
-    std::error_code not_empty;
-    fs::remove(folder, not_empty);
-  }
-};
+// The output folder of a training run on its way to its name: rank 0's alone, whose failures are every rank's.
+// Removed again when a run ends before it has saved anything.
+class TrainingFolder {
+ public:
+  TrainingFolder(const fs::path& out, Context& run);
+  ~TrainingFolder();
+  TrainingFolder(const TrainingFolder&) = delete;
+  TrainingFolder& operator=(const TrainingFolder&) = delete;
+  const fs::path& work() const { return work_; }
+  // Before run_training, when everything else is known to fit. restart: empties the folder. Error: exit 2 when it
+  // holds the unfinished work of another command.
+  void claim(bool restart);
+  // write() completes the folder; what resuming needed goes after the commit, the curve stays.
+  void finish(const std::function<void()>& write);
 
-// Before run_training, when everything else is known to fit. restart: empties the folder. Error: exit 2 when it holds the
-// unfinished work of another command.
-void claim_training_folder(const fs::path& work, bool restart);
-// Removes what resuming needed; the curve stays. After the commit: killed before it, a run has lost nothing.
-void finish_training_folder(const fs::path& folder);
+ private:
+  Context& run_;
+  fs::path out_;
+  std::optional<FolderTransaction> transaction_;  // rank 0's
+  fs::path work_;
+};
 
 }  // namespace pare

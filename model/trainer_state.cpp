@@ -62,6 +62,15 @@ void FlatParameters::take_best() {
   if (best_.defined()) w_.copy_(best_);
 }
 
+void FlatParameters::share(Ranks& ranks) {
+  for (const torch::Tensor* tensor : {&w_, &m_, &v_}) ranks.broadcast(*tensor);
+  torch::Tensor kept = torch::full({1}, best_.defined() ? 1 : 0, torch::kLong);
+  ranks.broadcast(kept);
+  if (kept.item<std::int64_t>() == 0) return;
+  if (!best_.defined()) best_ = torch::empty_like(w_);
+  ranks.broadcast(best_);
+}
+
 void FlatParameters::clear_gradients() { g_.zero_(); }
 
 double FlatParameters::gradient_norm() const { return std::sqrt(sum_of_squares(g_)); }

@@ -11,6 +11,7 @@
 #include "core/json.h"
 #include "model/decoder.h"
 #include "model/fused_kernels.h"
+#include "model/ranks.h"
 
 namespace pare {
 
@@ -34,6 +35,8 @@ class FlatParameters {
   void keep_best() { best_ = w_.clone(); }
   bool has_best() const { return best_.defined(); }
   void take_best();
+  void sum_gradients(Ranks& ranks) const { ranks.sum(g_); }
+  void share(Ranks& ranks);  // rank 0's weights, best weights and moments for all
 
   // `meta` travels in the file's metadata. read() returns it; exit 3 when the file does not fit the model.
   void write(const fs::path& file, const Json& meta) const;

@@ -148,9 +148,10 @@ std::string unknown_flag_hint(const Given* given, const std::vector<std::string>
   return text;
 }
 
-void print_error(const Error& error, bool json, const std::string& command) {
-  std::fprintf(stderr, "pare%s%s: %s\n", command.empty() ? "" : " ", command.c_str(), error.what());
-  if (!json) return;
+void print_error(const Error& error, bool json, const std::string& command, int rank = 0) {
+  const std::string who = rank > 0 ? " (rank " + std::to_string(rank) + ")" : "";
+  std::fprintf(stderr, "pare%s%s%s: %s\n", command.empty() ? "" : " ", command.c_str(), who.c_str(), error.what());
+  if (!json || rank > 0) return;
   const Json object = {
       {"command", command},
       {"ok", false},
@@ -162,14 +163,14 @@ void print_error(const Error& error, bool json, const std::string& command) {
 
 int execute(const Given& given, const Globals& globals) {
   const Command& command = *given.command;
+  Context context;
   const auto fail = [&](const Error& error) {
-    print_error(error, globals.json, command.name);
+    print_error(error, globals.json, command.name, context.rank);
     return static_cast<int>(error.code());
   };
   try {
     const Options options(command.options, collect(given), "pare " + command.name);
     Progress progress(globals.quiet);
-    Context context;
     context.json = globals.json;
     context.quiet = globals.quiet;
     context.threads = globals.threads;
@@ -188,7 +189,7 @@ int execute(const Given& given, const Globals& globals) {
         write_text(out / "report.json", Json{{"command", command.name}, {"rows", context.report.to_json()}}.dump(1) + "\n");
       };
     const Json result = command.run(options, context);
-    if (globals.json) {
+    if (globals.json && context.rank == 0) {
       const Json object = {
           {"command", command.name}, {"ok", true}, {"result", result}, {"rows", context.report.to_json()}};
       std::printf("%s\n", object.dump(-1, ' ', false, Json::error_handler_t::replace).c_str());

@@ -1,0 +1,155 @@
+// The program started as torchrun starts it: once per rank, on a free port of the loopback interface.
+#pragma once
+
+#include <arpa/inet.h>
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <netinet/in.h>
+#include <signal.h>
+#include <spawn.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <map>
+#include <memory>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "core/file.h"
+#include "core/json.h"
+#include "tests/compress/tiny_model.h"
+#include "tests/scratch.h"
+
+extern char** environ;
+
+namespace pare::testing {
+
+using Arguments = std::vector<std::string>;
+using Variables = std::map<std::string, std::string>;
+
+inline int free_port() {
+  const int fd = ::socket(AF_INET, SOCK_STREAM, 0);
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t size = sizeof address;
+  int port = 0;
+  if (::bind(fd, reinterpret_cast<sockaddr*>(&address), size) == 0 &&
+      getsockname(fd, reinterpret_cast<sockaddr*>(&address), &size) == 0)
+    port = ntohs(address.sin_port);
+  ::close(fd);
+  return port;
+}
+
+// `more` as well; an option that is there already gets its value.
+inline Arguments with(Arguments arguments, const Arguments& more) {
+  for (std::size_t i = 0; i + 1 < more.size(); i += 2) {
+    const auto there = std::find(arguments.begin(), arguments.end(), more[i]);
+    if (there == arguments.end())
+      arguments.insert(arguments.end(), {more[i], more[i + 1]});
+    else
+      there[1] = more[i + 1];
+  }
+  return arguments;
+}
+
+class Program {
+ public:
+  Program(const fs::path& log, Arguments arguments, const Variables& variables) : out_(log), error_(log) {
+    out_ += ".out";
+    error_ += ".err";
+    arguments.insert(arguments.begin(), PARE_BINARY_DIR "/pare");
+    std::vector<char*> argv;
+    for (std::string& argument : arguments) argv.push_back(argument.data());
+    argv.push_back(nullptr);
+    std::vector<std::string> set{"OMP_NUM_THREADS=1", "OMP_WAIT_POLICY=passive"};
+    for (const auto& [name, value] : variables) set.push_back(name + "=" + value);
+    std::vector<char*> env;
+    for (std::string& each : set) env.push_back(each.data());
+    for (char** each = environ; *each != nullptr; ++each) {
+      const std::string name = std::string(*each).substr(0, std::string_view(*each).find('='));
+      if (!variables.contains(name) && name.rfind("OMP", 0) != 0) env.push_back(*each);
+    }
+    env.push_back(nullptr);
+    posix_spawn_file_actions_t files;
+    posix_spawn_file_actions_init(&files);
+    posix_spawn_file_actions_addopen(&files, 1, out_.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0644);
+    posix_spawn_file_actions_addopen(&files, 2, error_.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0644);
+    if (posix_spawn(&process_, argv[0], &files, nullptr, argv.data(), env.data()) != 0) process_ = -1;
+    posix_spawn_file_actions_destroy(&files);
+  }
+  ~Program() {
+    if (process_ <= 0) return;
+    ::kill(process_, SIGKILL);
+    ::waitpid(process_, nullptr, 0);
+  }
+  Program(const Program&) = delete;
+  Program& operator=(const Program&) = delete;
+  void kill(int signal) { ::kill(process_, signal); }
+  // The exit code, 128 + signal, or -1 when it still runs after `seconds`.
+  int wait(int seconds = 60) {
+    const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(seconds);
+    int status = 0;
+    while (process_ > 0 && ::waitpid(process_, &status, WNOHANG) == 0) {
+      if (std::chrono::steady_clock::now() > until) return -1;
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+    if (process_ <= 0) return -1;
+    process_ = -1;
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+  }
+  std::string out() const { return read_text(out_); }
+  std::string errors() const { return read_text(error_); }
+
+ private:
+  fs::path out_, error_;
+  pid_t process_ = -1;
+};
+
+inline Variables rank_variables(int rank, int size, int port) {
+  return {{"RANK", std::to_string(rank)}, {"WORLD_SIZE", std::to_string(size)}, {"LOCAL_RANK", std::to_string(rank)},
+          {"MASTER_ADDR", "127.0.0.1"}, {"MASTER_PORT", std::to_string(port)}};
+}
+
+struct Job {
+  std::vector<std::unique_ptr<Program>> ranks;
+  // The same command on every rank, and what `more` adds on rank 1 and later.
+  Job(const fs::path& log, int size, const Arguments& arguments, const Arguments& more = {}) {
+    const int port = free_port();
+    for (int rank = 0; rank < size; ++rank) {
+      ranks.push_back(std::make_unique<Program>(log.string() + std::to_string(rank),
+                                                rank > 0 ? with(arguments, more) : arguments,
+                                                rank_variables(rank, size, port)));
+    }
+  }
+  std::vector<int> wait(int seconds = 60) {
+    std::vector<int> codes;
+    for (const auto& rank : ranks) codes.push_back(rank->wait(seconds));
+    return codes;
+  }
+  std::string errors() const {
+    std::string all;
+    for (const auto& rank : ranks) all += rank->errors();
+    return all;
+  }
+};
+
+inline bool program_has_ranks(const Scratch& scratch) {
+  Program doctor(scratch / "doctor", {"doctor", "--json"}, {});
+  EXPECT_EQ(doctor.wait(), 0) << doctor.errors();
+  return parse_json(doctor.out(), "doctor").at("result").at("ranks") == "gloo";
+}
+
+inline std::vector<Json> curve_of(const fs::path& folder) {
+  std::vector<Json> points;
+  std::istringstream lines(read_text(folder / "training_curve.jsonl"));
+  for (std::string line; std::getline(lines, line);) points.push_back(parse_json(line, "curve"));
+  return points;
+}
+
+}  // namespace pare::testing
