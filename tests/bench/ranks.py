@@ -72,7 +72,8 @@ def main():
     commit = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = {"command": "tests/bench/ranks.py", "commit": commit, "rounds": rounds, "steps": steps,
               "machine": {"cpu": next((line.split(": ")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), ""),
-                          "cores": os.cpu_count(), "kernel": platform.release(),
+                          "cores": os.cpu_count(), "kernel": platform.release(), "nice": os.getpriority(os.PRIO_PROCESS, 0),
+                          "autogroup": pathlib.Path("/proc/self/autogroup").read_text().strip().split(" ", 1)[-1],
                           "load_before_each_round": [round(value, 2) for value in loads]},
               "columns": ["task", "one rank, tokens/s", "two ranks, tokens/s", "of linear",
                           "two independent processes, of linear"],

@@ -105,7 +105,8 @@ def main():
                           round(max(t["peak_bytes"] for t in tries) / 1e6)])
     result = {"command": "tests/bench/training.py", "commit": commit,
               "machine": {"cpu": next((line.split(": ")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), ""),
-                          "cores": os.cpu_count(), "threads": int(threads), "kernel": platform.release(),
+                          "cores": os.cpu_count(), "threads": int(threads), "kernel": platform.release(), "nice": os.getpriority(os.PRIO_PROCESS, 0),
+                          "autogroup": pathlib.Path("/proc/self/autogroup").read_text().strip().split(" ", 1)[-1],
                           "load_before_each_run": [round(value, 2) for value in loads]},
               "rounds": rounds, "shapes": {name: {"batch": s[1], "context": s[2], "steps": s[3]} for name, s in SHAPES.items()},
               "columns": ["task, precision, parameters", "program", "tokens/s", "of PyTorch's", "peak memory, MB"],
