@@ -186,21 +186,21 @@ unused "tokenize: show-special of a text" "--show-special" "$PARE" tokenize "$IN
 unused "tokenize: plain of ids" "--plain" "$PARE" tokenize "$IN" --decode 1 --plain
 unused "train: steps and tokens" "--steps" "$PARE" train --model "$IN" --out "$OUT" --text "$TEXT" --steps 3 --tokens 999
 unused "train: eval-every without held-out" "--eval-every" "$PARE" train --model "$IN" --out "$OUT" --text "$TEXT" --eval-every 3
-unused "distill: cache-top-k without cache" "--cache-top-k" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --cache-top-k 3
-unused "distill: cache-samples without cache" "--cache-samples" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --cache-samples 3
-unused "distill: beta of another loss" "--beta" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --loss skew-kl --beta 0.3
-unused "distill: alpha of another loss" "--alpha" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --loss jsd --alpha 0.3
-unused "distill: loss without weight" "--loss" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --loss jsd --kl-weight 0 --ce-weight 1
-unused "distill: layers without hidden-weight" "--hidden-layers" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --hidden-layers 0:1
-unused "distill: continuations without on-policy" "--on-policy-tokens" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --on-policy-tokens 4
-unused "distill: hidden states of a cache" "--hidden-weight" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --cache "$T/c.h5" --hidden-weight 1
-unused "distill: continuations of a cache" "--on-policy" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --cache "$T/c.h5" --on-policy 0.5
-refuse "distill: unknown loss" 2 "forward-kl.*adaptive-kl" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --loss mse
-refuse "distill: another loss than the cache's" 2 "forward-kl" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --cache "$T/c.h5" --loss reverse-kl
-refuse "distill: temperature of a cache without samples" 2 "cache-samples" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --cache "$T/c.h5" --tau 2
-refuse "distill: cache of nothing" 2 "at least 1 without --cache-samples" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --cache "$T/c.h5" --cache-top-k 0
-refuse "distill: continuations longer than the context" 2 "fewer than --context 16" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --context 16 --on-policy 1 --on-policy-tokens 16
-refuse "distill: layers that do not exist" 2 "STUDENT:TEACHER" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --context 16 --hidden-weight 1 --hidden-layers 0:99
+unused "distill: cache-top-k without cache" "--cache-top-k" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --cache-top-k 3
+unused "distill: cache-samples without cache" "--cache-samples" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --cache-samples 3
+unused "distill: beta of another loss" "--beta" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --loss skew-kl --beta 0.3
+unused "distill: alpha of another loss" "--alpha" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --loss jsd --alpha 0.3
+unused "distill: loss without weight" "--loss" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --loss jsd --kl-weight 0 --ce-weight 1
+unused "distill: layers without hidden-weight" "--hidden-layers" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --hidden-layers 0:1
+unused "distill: continuations without on-policy" "--on-policy-tokens" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --on-policy-tokens 4
+unused "distill: hidden states of a cache" "--hidden-weight" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --cache "$T/c.h5" --hidden-weight 1
+unused "distill: continuations of a cache" "--on-policy" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --cache "$T/c.h5" --on-policy 0.5
+refuse "distill: unknown loss" 2 "forward-kl.*adaptive-kl" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --loss mse
+refuse "distill: another loss than the cache's" 2 "forward-kl" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --cache "$T/c.h5" --loss reverse-kl
+refuse "distill: temperature of a cache without samples" 2 "cache-samples" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --cache "$T/c.h5" --tau 2
+refuse "distill: cache of nothing" 2 "at least 1 without --cache-samples" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --cache "$T/c.h5" --cache-top-k 0
+refuse "distill: continuations longer than the context" 2 "fewer than --context 16" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --context 16 --on-policy 1 --on-policy-tokens 16
+refuse "distill: layers that do not exist" 2 "STUDENT:TEACHER" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --context 16 --hidden-weight 1 --hidden-layers 0:99
 unused "compress: samples with text" "--samples" "$PARE" compress --model "$IN" --out "$OUT" --text "$TEXT" --eval-text "$TEXT" --samples 3
 refuse "bench: -t and --threads" 2 "either -t or --threads" "$PARE" bench "$T/none.pare" -t 1 --threads 2
 refuse "bench: nothing" 2 "nothing to measure" "$PARE" bench "$T/none.pare" -p 0 -n 0

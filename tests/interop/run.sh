@@ -35,7 +35,6 @@ done
 check "GGUF files" "$PYTHON" "$HERE/gguf_file.py" "$BUILD/pare" "$ROOT/examples/teacher" "$T/q4" "$T/q8" "$T/q3" "$T/w8a8" \
   "$T/q4m"
 check "pruned folders" "$PYTHON" "$HERE/pruned_folder.py" "$BUILD/pare"
-check "cut student" "$PYTHON" "$HERE/student_cut.py" "$BUILD/pare"
 check "families" "$PYTHON" "$HERE/families.py" "$BUILD"
 check "trained tokenizer" "$PYTHON" "$HERE/tokenizers_train.py" "$BUILD/pare" "$ROOT/README.md" --vocab-size 600
 check "tokenizers" "$PYTHON" "$HERE/tokenizers_fuzz.py" "$BUILD/pare" "$ROOT"/tests/golden/tokenizers/*.json \

@@ -151,6 +151,39 @@ TEST(PruneShape, RemovesPlantedDeadPartsAtNoCost) {
   }
 }
 
+// By weights: the block and the neurons whose weights are small go, whatever the text says, and the rest is copied.
+TEST(PruneShape, ByWeightsTheStrongestStay) {
+  const Folder folder("weights");
+  const auto weak = [](std::int64_t j) { return j == 3 || j == 7; };
+  make_model(folder / "m", {}, [&](const TensorSpec& spec, std::vector<float>& values) {
+    if (spec.layer == 1 && spec.role == TensorRole::kLinear)
+      for (float& x : values) x *= 0.9f;
+    if (spec.module == "mlp.up_proj")
+      for (std::int64_t i = 0; i < 96; ++i)
+        if (weak(i))
+          for (std::int64_t j = 0; j < 32; ++j) values[static_cast<std::size_t>(i * 32 + j)] *= 1e-3f;
+  });
+  Json given = shape(folder, "out", {{"layers", 3}, {"ffn", 94}, {"multiple-of", 2}});
+  given["rank-by"] = "weights";
+  given["no-correction"] = true;
+  run_prune(given);
+  const Checkpoint before(folder / "m"), after(folder / "out");
+  EXPECT_EQ(shape_of(after.config()), (Shape{3, 4, 2, 94, 32, 0}));
+  const Rows neurons = without(96, weak), channels = without(32, [](std::int64_t) { return false; });
+  const int from[] = {0, 2, 3};
+  for (int layer = 0; layer < 3; ++layer) {
+    const auto name = [](int of, const std::string& module) {
+      return "model.layers." + std::to_string(of) + "." + module + ".weight";
+    };
+    const auto was = [&](const std::string& module) { return before.read_f32(name(from[layer], module)); };
+    const auto is = [&](const std::string& module) { return after.read_f32(name(layer, module)); };
+    EXPECT_EQ(is("self_attn.q_proj"), was("self_attn.q_proj"));
+    for (const std::string module : {"mlp.gate_proj", "mlp.up_proj"})
+      EXPECT_EQ(is(module), taken(was(module), 32, neurons, channels)) << module;
+    EXPECT_EQ(is("mlp.down_proj"), taken(was("mlp.down_proj"), 96, channels, neurons));
+  }
+}
+
 TEST(PruneShape, ExpertsThatNoTokenHearsGo) {
   const Folder folder("experts");
   const SmallModel small{.architecture = "MixtralForCausalLM", .type = "mixtral", .layers = 2};
