@@ -181,6 +181,21 @@ def cut_by_hand(pare, original, text, work):
     return difference
 
 
+def widths_refused(pare, original, text, work):
+    """A folder whose blocks differ is no folder that transformers takes for another model."""
+    out = os.path.join(work, "own_widths")
+    run(pare, "prune", "--model", original, "--out", out, "--method", "shape", "--ffn", "96", "--per-layer",
+        "--multiple-of", "16", "--text", text, "--samples", "8", "--context", str(CONTEXT))
+    widths = json.load(open(os.path.join(out, "config.json")))["intermediate_size"]
+    if not isinstance(widths, list) or sum(widths) > 4 * 96:
+        return f"widths {widths}"
+    try:
+        transformers.AutoModelForCausalLM.from_pretrained(out)
+    except Exception as problem:
+        return "" if "intermediate_size" in str(problem) else f"refused for {problem}"
+    return "loaded in spite of its widths"
+
+
 def main():
     if len(sys.argv) not in (2, 4):
         sys.exit(__doc__)
@@ -208,6 +223,9 @@ def main():
             difference = cut_by_hand(pare, os.path.join(work, "llama"), text, work)
             print(f"{'ok' if difference < 1e-4 else 'FAILED':6} llama cut by hand: logits differ by {difference:.1e}")
             failed += not difference < 1e-4
+            problem = widths_refused(pare, os.path.join(work, "llama"), text, work)
+            print(f"{'FAILED' if problem else 'ok':6} llama with widths of its own is refused {problem}")
+            failed += bool(problem)
         for name, folder, text, dtype in cases:
             for method in METHODS if " " in name or len(sys.argv) == 4 else ["all"]:
                 try:
