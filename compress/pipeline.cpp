@@ -149,14 +149,8 @@ Options Pipeline::stage_options(std::size_t index, const fs::path& input, const 
   Json given = stage.given;
   const bool own_text = given.contains("text");
   const auto& decls = command(stage.name).options;
-  // A student cut from its teacher is no other model's: only the original, which is the teacher, may stand before it.
-  const bool cuts = (given.contains("keep-layers") || given.contains("ffn")) &&
-                    std::any_of(decls.begin(), decls.end(), [](const OptionDecl& d) { return d.name == "teacher"; });
-  if (cuts && index > 0)
-    throw usage_error(stage.place, "keep-layers or ffn in the first stage, where the student is cut from the original",
-                      "stages before it, whose result would be lost", "leave them out, or prune instead");
   for (const auto& d : decls) {
-    if (d.name == "model" && !cuts) given["model"] = input.string();
+    if (d.name == "model") given["model"] = input.string();
     if (d.name == "out") given["out"] = out.string();
     if (given.contains(d.name)) continue;
     if (d.name == "text" && !text.empty() && !calibrates_on_random_tokens(given)) {

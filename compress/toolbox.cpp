@@ -193,9 +193,9 @@ ModelFacts inspect(const fs::path& model) {
   facts.planned = planned_model(checkpoint);
   facts.details = {{"layers", c.num_layers},
                    {"hidden_size", c.hidden_size},
-                   {"intermediate_size", c.intermediate_size},
-                   {"heads", c.num_heads},
-                   {"kv_heads", c.num_kv_heads},
+                   {"intermediate_size", width_json(c, &BlockWidths::inner)},
+                   {"heads", width_json(c, &BlockWidths::heads)},
+                   {"kv_heads", width_json(c, &BlockWidths::kv_heads)},
                    {"vocab_size", c.vocab_size},
                    {"tied_embeddings", c.tie_word_embeddings},
                    {"dtype", checkpoint.float_dtype()}};

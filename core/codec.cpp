@@ -156,6 +156,17 @@ std::int64_t Codec::groups(std::int64_t cols) const {
 
 bool Codec::fits(std::int64_t cols) const { return cols > 0 && (is_float() || group == kPerRow || cols % group == 0); }
 
+Codec Codec::fitting(std::int64_t cols) const {
+  if (fits(cols)) return *this;
+  if (kind != CodecKind::kQ8) {
+    for (const std::int64_t smaller : {64, 32}) {
+      const Codec next{kind, smaller};
+      if (smaller < group && next.fits(cols)) return next;
+    }
+  }
+  return {CodecKind::kQ8, kPerRow};
+}
+
 std::uint64_t Codec::payload_bytes(std::int64_t rows, std::int64_t cols) const {
   if (is_float()) return padded(static_cast<std::uint64_t>(rows) * static_cast<std::uint64_t>(cols) * static_cast<std::uint64_t>(bits() / 8));
   const std::uint64_t scales = scale_bytes(rows, groups(cols));

@@ -50,6 +50,8 @@ struct Codec {
   int group_bits() const;                                // of a group beside its codes; 0 for floats
   std::int64_t groups(std::int64_t cols) const;          // scales per row; 0 for floats
   bool fits(std::int64_t cols) const;                    // the group divides the row
+  // This codec where it fits; else the next smaller group of the kind that does, at last one scale per row at 8 bits.
+  Codec fitting(std::int64_t cols) const;
   std::uint64_t payload_bytes(std::int64_t rows, std::int64_t cols) const;  // in the compact file, with padding
   bool operator==(const Codec&) const = default;
 };

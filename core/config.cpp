@@ -72,11 +72,54 @@ Activation read_activation(ConfigReader& reader, const Family& family) {
   return Activation::kSilu;
 }
 
+// A list in place of a number, with an entry for each block, as Gemma 3n spells widths. The largest of a list.
+std::int64_t read_width(ConfigReader& reader, const std::string& key, std::optional<std::int64_t> fallback,
+                        std::int64_t layers, std::vector<std::int64_t>& list) {
+  if (!reader.present(key) || !reader[key].is_array()) return reader.integer(key, fallback, 1, kMaxWidth);
+  const Json& values = reader[key];
+  if (static_cast<std::int64_t>(values.size()) != layers) {
+    reader.problem(key + " has " + std::to_string(values.size()) + " entries for " + std::to_string(layers) + " blocks");
+    return 1;
+  }
+  for (const Json& value : values) {
+    if (!value.is_number_integer() || value < 1 || value > kMaxWidth) {
+      reader.problem(key + " has an entry " + value.dump() + ", not a whole number from 1 to " +
+                     std::to_string(kMaxWidth));
+      return 1;
+    }
+    list.push_back(value.get<std::int64_t>());
+  }
+  return *std::max_element(list.begin(), list.end());
+}
+
+struct WidthLists {
+  std::vector<std::int64_t> heads, kv_heads, inner;  // empty: one number
+};
+
+void apply_lists(ConfigReader& reader, const WidthLists& lists, ModelConfig& out) {
+  if (lists.heads.empty() && lists.kv_heads.empty() && lists.inner.empty()) return;
+  std::vector<BlockWidths> widths;
+  for (std::size_t i = 0; i < static_cast<std::size_t>(out.num_layers); ++i) {
+    const auto entry = [&](const std::vector<std::int64_t>& list, std::int64_t one) {
+      return list.empty() ? one : list[i];
+    };
+    widths.push_back({entry(lists.heads, out.num_heads), entry(lists.kv_heads, out.num_kv_heads),
+                      entry(lists.inner, out.intermediate_size)});
+    if (widths.back().heads % widths.back().kv_heads != 0)
+      reader.problem("block " + std::to_string(i) + " has " + std::to_string(widths.back().heads) +
+                     " heads, no multiple of its " + std::to_string(widths.back().kv_heads) +
+                     " heads of keys and values");
+  }
+  if (!lists.inner.empty() && out.has_experts()) reader.problem("experts are as wide in every block");
+  if (reader.intact()) out.set_widths(widths);
+}
+
 // Families that say how wide their heads are and how many of them share a key and value.
-void read_heads(ConfigReader& reader, const Family& family, ModelConfig& out) {
+void read_heads(ConfigReader& reader, const Family& family, ModelConfig& out, WidthLists& lists) {
   const bool class_default = !reader.mentions("num_key_value_heads") && family.default_kv_heads > 0;
-  out.num_kv_heads = reader.integer("num_key_value_heads", class_default ? family.default_kv_heads : out.num_heads, 1,
-                                    kMaxWidth);
+  out.num_kv_heads = read_width(reader, "num_key_value_heads",
+                                class_default ? family.default_kv_heads : out.num_heads, out.num_layers, lists.kv_heads);
+  if (!reader.present("num_key_value_heads") && !class_default) lists.kv_heads = lists.heads;
   const bool derived = !reader.present("head_dim") && (family.default_head_dim == 0 || reader.mentions("head_dim"));
   if (reader.intact() && derived && out.hidden_size % out.num_heads != 0)
     reader.problem("hidden_size " + std::to_string(out.hidden_size) + " is not divided by num_attention_heads " +
@@ -100,9 +143,11 @@ ModelConfig parse_config(const Json& config, const Json& generation, const std::
   out.hidden_size = reader.integer(keys.hidden, std::nullopt, 1, kMaxWidth);
   const std::optional<std::int64_t> inner =
       family.inner_of_hidden > 0 ? std::optional(family.inner_of_hidden * out.hidden_size) : std::nullopt;
-  out.intermediate_size = reader.integer(keys.inner, inner, 1, kMaxWidth);
   out.num_layers = reader.integer(keys.layers, std::nullopt, 1, kMaxLayers);
-  out.num_heads = reader.integer(keys.heads, std::nullopt, 1, kMaxWidth);
+  WidthLists lists;
+  out.intermediate_size = read_width(reader, keys.inner, inner, out.num_layers, lists.inner);
+  out.num_heads = family.heads_share_width ? reader.integer(keys.heads, std::nullopt, 1, kMaxWidth)
+                                           : read_width(reader, keys.heads, std::nullopt, out.num_layers, lists.heads);
   if (family.heads_share_width) {
     out.num_kv_heads = out.num_heads;
     if (reader.intact() && out.hidden_size % out.num_heads != 0)
@@ -113,12 +158,13 @@ ModelConfig parse_config(const Json& config, const Json& generation, const std::
       reader.problem("head_dim is not " + std::to_string(out.head_dim) + ", the width over the heads, which " +
                      family.architecture + " computes with");
   } else {
-    read_heads(reader, family, out);
+    read_heads(reader, family, out, lists);
   }
   if (reader.intact() && out.head_dim % 2 != 0)
     reader.problem("head_dim " + std::to_string(out.head_dim) + " is odd: " +
                    (family.rotates ? "rotary embedding needs pairs" : "only even ones are supported"));
-  if (reader.intact() && out.num_heads % out.num_kv_heads != 0)
+  const bool alike = lists.heads.empty() && lists.kv_heads.empty();
+  if (reader.intact() && alike && out.num_heads % out.num_kv_heads != 0)
     reader.problem("num_attention_heads " + std::to_string(out.num_heads) + " is not a multiple of num_key_value_heads " +
                    std::to_string(out.num_kv_heads));
   if (reader.intact() && out.num_heads * out.head_dim > kMaxWidth)
@@ -135,6 +181,7 @@ ModelConfig parse_config(const Json& config, const Json& generation, const std::
                      " does not read");
   }
   if (reader.intact()) family.read(reader, out);  // lists with an entry per block need sane dimensions
+  if (reader.intact()) apply_lists(reader, lists, out);
   if (out.experts.per_token > out.experts.count)  // also where the class's default meets fewer experts
     reader.problem("num_experts_per_tok is " + std::to_string(out.experts.per_token) + " of " +
                    std::to_string(out.experts.count) + " experts");
@@ -149,6 +196,44 @@ ModelConfig parse_config(const Json& config, const Json& generation, const std::
   return out;
 }
 
+void ModelConfig::set_widths(const std::vector<BlockWidths>& widths) {
+  if (static_cast<std::int64_t>(widths.size()) != num_layers || widths.empty())
+    throw std::logic_error("set_widths: one entry for each block");
+  num_heads = num_kv_heads = intermediate_size = 0;
+  for (const BlockWidths& block : widths) {
+    num_heads = std::max(num_heads, block.heads);
+    num_kv_heads = std::max(num_kv_heads, block.kv_heads);
+    intermediate_size = std::max(intermediate_size, block.inner);
+  }
+  layer_widths = widths;
+  if (std::all_of(widths.begin(), widths.end(), [&](const BlockWidths& block) { return block == widths[0]; }))
+    layer_widths.clear();
+}
+
+Json width_json(const ModelConfig& config, std::int64_t BlockWidths::*part) {
+  const std::int64_t first = config.widths(0).*part;
+  Json values = Json::array();
+  for (const BlockWidths& block : config.layer_widths) values.push_back(block.*part);
+  const bool alike = std::all_of(values.begin(), values.end(), [&](const Json& value) { return value == first; });
+  return alike ? Json(first) : values;
+}
+
+std::string width_keys(const ModelConfig& config) {
+  const FamilyKeys& keys = find_family(config.family)->keys;
+  std::string text;
+  for (const auto& [key, part] : {std::pair{keys.inner, &BlockWidths::inner}, {keys.heads, &BlockWidths::heads},
+                                  {"num_key_value_heads", &BlockWidths::kv_heads}})
+    if (width_json(config, part).is_array()) text += (text.empty() ? "" : ", ") + std::string(key);
+  return text;
+}
+
+ModelConfig of_block(const ModelConfig& config, int layer) {
+  if (config.layer_widths.empty()) return config;
+  ModelConfig out = config;
+  out.set_widths(std::vector<BlockWidths>(static_cast<std::size_t>(config.num_layers), config.widths(layer)));
+  return out;
+}
+
 ModelConfig with_layers(const ModelConfig& config, const std::vector<int>& kept) {
   ModelConfig out = config;
   out.num_layers = static_cast<std::int64_t>(kept.size());
@@ -157,6 +242,11 @@ ModelConfig with_layers(const ModelConfig& config, const std::vector<int>& kept)
     std::vector<std::uint8_t> shortened;
     for (const int layer : kept) shortened.push_back((*list)[static_cast<std::size_t>(layer)]);
     *list = shortened;
+  }
+  if (!config.layer_widths.empty()) {
+    std::vector<BlockWidths> widths;
+    for (const int layer : kept) widths.push_back(config.widths(layer));
+    out.set_widths(widths);
   }
   for (const char* key : {"layer_types", "no_rope_layers"}) {
     const auto found = out.source.find(key);
@@ -177,6 +267,8 @@ Json write_config(const ModelConfig& config, const std::string& dtype) {
   for (const auto* list : {&config.layer_slides, &config.layer_rotates})
     if (!list->empty() && static_cast<std::int64_t>(list->size()) != config.num_layers)
       throw std::logic_error("write_config: a list with an entry for each block has others");
+  if (!config.layer_widths.empty() && static_cast<std::int64_t>(config.layer_widths.size()) != config.num_layers)
+    throw std::logic_error("write_config: widths of other blocks");
   Json out = config.source.is_object() ? config.source : Json::object();
   // Weights change between folders, code files are not copied.
   for (const char* gone : {"quantization_config", "auto_map"}) out.erase(gone);
@@ -207,6 +299,11 @@ Json write_config(const ModelConfig& config, const std::string& dtype) {
   out["torch_dtype"] = dtype;
   out["dtype"] = dtype;
   family->write(config, out);
+  if (!config.layer_widths.empty()) {
+    out[keys.inner] = width_json(config, &BlockWidths::inner);
+    out[keys.heads] = width_json(config, &BlockWidths::heads);
+    if (!family->heads_share_width) out["num_key_value_heads"] = width_json(config, &BlockWidths::kv_heads);
+  }
   return out;
 }
 

@@ -41,10 +41,19 @@ struct Experts {
   std::string module = "mlp", gate = "gate_proj", up = "up_proj", down = "down_proj";
 };
 
+// Of one decoder block: query heads, heads of keys and values, neurons of the MLP.
+struct BlockWidths {
+  std::int64_t heads = 0, kv_heads = 0, inner = 0;
+  bool operator==(const BlockWidths&) const = default;
+};
+
 struct ModelConfig {
   std::string family;            // row of the arch table, e.g. "llama"; for messages and for writing config.json
   std::int64_t vocab_size = 0, hidden_size = 0, intermediate_size = 0;
   std::int64_t num_layers = 0, num_heads = 0, num_kv_heads = 0, head_dim = 0;
+  // [num_layers]; empty: num_heads, num_kv_heads and intermediate_size are those of every block. Else these three are
+  // the largest. Set by set_widths() alone.
+  std::vector<BlockWidths> layer_widths;
   std::int64_t max_position_embeddings = 0;
   double rms_norm_eps = 1e-6;                // of LayerNorm too
   double rope_theta = 10000.0;
@@ -83,11 +92,23 @@ struct ModelConfig {
   }
   std::int64_t rotated() const { return rotary_dim > 0 ? rotary_dim : head_dim; }
   bool has_experts() const { return experts.count > 0; }
+  BlockWidths widths(int layer) const {
+    return layer_widths.empty() ? BlockWidths{num_heads, num_kv_heads, intermediate_size}
+                                : layer_widths[static_cast<std::size_t>(layer)];
+  }
+  void set_widths(const std::vector<BlockWidths>& widths);  // one for each block, all alike or not
 };
 
 // The config of the same model with the blocks `kept` alone, by their present numbers: lists with an entry per block
 // follow, in the fields and in `source`.
 ModelConfig with_layers(const ModelConfig& config, const std::vector<int>& kept);
+
+// A part of the widths as config.json has it: one number, or where blocks differ a list with an entry for each.
+Json width_json(const ModelConfig& config, std::int64_t BlockWidths::*part);
+// The keys of config.json that are lists, such as "intermediate_size, num_attention_heads"; empty: none.
+std::string width_keys(const ModelConfig& config);
+// The config of a model all of whose blocks are as wide as block `layer`.
+ModelConfig of_block(const ModelConfig& config, int layer);
 
 // kBias: of linears and of LayerNorm. kPosition: [max_position_embeddings, hidden_size], never quantized.
 enum class TensorRole { kEmbedding, kHead, kNorm, kLinear, kBias, kRouter, kPosition };

@@ -6,8 +6,7 @@ namespace pare {
 
 std::vector<TensorSpec> expected_tensors(const ModelConfig& config) {
   std::vector<TensorSpec> specs;
-  const std::int64_t hidden = config.hidden_size, inner = config.intermediate_size;
-  const std::int64_t queries = config.num_heads * config.head_dim, keys = config.num_kv_heads * config.head_dim;
+  const std::int64_t hidden = config.hidden_size;
   specs.push_back(
       {"model.embed_tokens.weight", {config.vocab_size, hidden}, TensorRole::kEmbedding, -1, "embed_tokens"});
   if (config.learned_positions)
@@ -18,6 +17,9 @@ std::vector<TensorSpec> expected_tensors(const ModelConfig& config) {
                      "embed_positions"});
   for (int layer = 0; layer < config.num_layers; ++layer) {
     const std::string prefix = "model.layers." + std::to_string(layer) + ".";
+    const BlockWidths widths = config.widths(layer);
+    const std::int64_t queries = widths.heads * config.head_dim, keys = widths.kv_heads * config.head_dim;
+    const std::int64_t inner = widths.inner;
     const auto norm = [&](const std::string& module) {
       specs.push_back({prefix + module + ".weight", {hidden}, TensorRole::kNorm, layer, module});
       if (config.layer_norm) specs.push_back({prefix + module + ".bias", {hidden}, TensorRole::kBias, layer, module});

@@ -9,6 +9,8 @@
 namespace pare {
 namespace {
 
+constexpr const char* kOwnWidths = "deci";
+
 constexpr GgufArchitecture kArchitectures[] = {
     {.family = "llama",
      .name = "llama",
@@ -19,6 +21,9 @@ constexpr GgufArchitecture kArchitectures[] = {
      .mlp_bias = true},
     {.family = "mistral", .name = "llama", .neighbours = true, .llama3_rope = true, .long_rope = true},
     {.family = "mixtral", .name = "llama", .neighbours = true, .llama3_rope = true, .long_rope = true},
+    // Llama's blocks, each with widths of its own.
+    {.family = "llama", .name = kOwnWidths, .neighbours = true, .llama3_rope = true, .o_bias = true, .mlp_bias = true},
+    {.family = "mistral", .name = kOwnWidths, .neighbours = true, .llama3_rope = true},
     {.family = "qwen2", .name = "qwen2", .free_heads = false},
     {.family = "qwen3", .name = "qwen3"},
     {.family = "qwen3_moe", .name = "qwen3moe"},
@@ -143,10 +148,14 @@ const GgufArchitecture& gguf_architecture(const ModelConfig& config, const std::
   std::string known;
   for (const GgufArchitecture& row : kArchitectures) {
     known += (known.empty() ? "" : ", ") + std::string(row.family);
-    if (config.family != row.family) continue;
+    if (config.family != row.family || config.layer_widths.empty() == (std::string_view(row.name) == kOwnWidths))
+      continue;
     check(config, row, place);
     return row;
   }
+  if (!config.layer_widths.empty())
+    throw input_error(place, "blocks that are all as wide, or those of a Llama: llama.cpp's deci has the others",
+                      config.family + " with blocks of different widths", "--to compact keeps it as it is");
   throw input_error(place, "a family that can be written as GGUF (" + known + ")", config.family);
 }
 
@@ -224,6 +233,12 @@ GgufPairs gguf_config_keys(const ModelConfig& config, const GgufArchitecture& ar
     out.emplace_back(prefix + key, static_cast<std::uint32_t>(std::min<std::int64_t>(value, UINT32_MAX)));
   };
   const auto number = [&](const char* key, double value) { out.emplace_back(prefix + key, static_cast<float>(value)); };
+  const auto width = [&](const char* key, std::int64_t value, std::int64_t BlockWidths::*part) {
+    if (config.layer_widths.empty()) return count(key, value);
+    std::vector<std::int32_t> list;
+    for (const BlockWidths& block : config.layer_widths) list.push_back(static_cast<std::int32_t>(block.*part));
+    out.emplace_back(prefix + key, std::move(list));
+  };
   std::int64_t context = config.max_position_embeddings;
   if (any_slides(config) && !arch.slides && config.sliding_window < context) {
     context = config.sliding_window;
@@ -239,9 +254,9 @@ GgufPairs gguf_config_keys(const ModelConfig& config, const GgufArchitecture& ar
     const auto said = config.source.find("intermediate_size");
     if (said != config.source.end() && said->is_number_unsigned()) inner = said->get<std::int64_t>();
   }
-  count("feed_forward_length", inner);
-  count("attention.head_count", config.num_heads);
-  count("attention.head_count_kv", config.num_kv_heads);
+  width("feed_forward_length", inner, &BlockWidths::inner);
+  width("attention.head_count", config.num_heads, &BlockWidths::heads);
+  width("attention.head_count_kv", config.num_kv_heads, &BlockWidths::kv_heads);
   count("attention.key_length", config.head_dim);
   count("attention.value_length", config.head_dim);
   count("vocab_size", config.vocab_size);

@@ -36,6 +36,24 @@ class Keys {
                         std::to_string(*value));
     return value;
   }
+  // One number, or one for each of `blocks`; every one at least 1.
+  std::optional<std::vector<std::int64_t>> widths(const std::string& key, std::int64_t blocks) const {
+    const std::string name = prefix_ + key;
+    if (!file_.is_array(name)) {
+      const auto value = count(key, 1, 1 << 20);
+      if (!value) return std::nullopt;
+      return std::vector<std::int64_t>(static_cast<std::size_t>(blocks), *value);
+    }
+    const std::vector<std::int64_t> list = file_.integers(name).value();
+    if (static_cast<std::int64_t>(list.size()) != blocks)
+      throw input_error(place_ + ": " + name, "a number for each of " + std::to_string(blocks) + " blocks",
+                        std::to_string(list.size()));
+    for (const std::int64_t value : list)
+      if (value < 1 || value > 1 << 20)
+        throw input_error(place_ + ": " + name, "numbers from 1 to " + std::to_string(1 << 20), std::to_string(value),
+                          "blocks without attention or without an MLP are not supported");
+    return list;
+  }
   std::int64_t needed(const std::string& key, std::int64_t maximum) const {
     const auto value = count(key, 1, maximum);
     if (!value) throw input_error(place_, "the key " + prefix_ + key, "none");
@@ -213,8 +231,20 @@ ModelConfig gguf_config(const GgufFile& file, const GgufArchitecture& arch) {
   out.num_layers = keys.needed("block_count", static_cast<std::int64_t>(file.tensors().size()));
   out.hidden_size = keys.needed("embedding_length", 1 << 20);
   out.max_position_embeddings = keys.needed("context_length", kMost);
-  out.num_heads = keys.needed("attention.head_count", 1 << 20);
-  out.num_kv_heads = keys.count("attention.head_count_kv", 1, 1 << 20).value_or(out.num_heads);
+  std::vector<BlockWidths> widths;  // of the architecture whose blocks may differ
+  if (name == "deci") {
+    const auto heads = keys.widths("attention.head_count", out.num_layers);
+    const auto inner = keys.widths("feed_forward_length", out.num_layers);
+    if (!heads || !inner)
+      throw input_error(place, "the keys deci.attention.head_count and deci.feed_forward_length", "not both");
+    const auto kv_heads = keys.widths("attention.head_count_kv", out.num_layers).value_or(*heads);
+    for (std::size_t i = 0; i < heads->size(); ++i) widths.push_back({(*heads)[i], kv_heads[i], (*inner)[i]});
+    out.set_widths(widths);
+    out.num_heads = widths[0].heads;  // by which a missing width of a head is told
+  } else {
+    out.num_heads = keys.needed("attention.head_count", 1 << 20);
+    out.num_kv_heads = keys.count("attention.head_count_kv", 1, 1 << 20).value_or(out.num_heads);
+  }
   out.head_dim = keys.count("attention.key_length", 1, 1 << 20).value_or(out.hidden_size / out.num_heads);
   if (keys.count("attention.value_length", 1, 1 << 20).value_or(out.head_dim) != out.head_dim)
     throw input_error(place + ": " + keys.prefix() + "attention.value_length",
@@ -265,7 +295,10 @@ ModelConfig gguf_config(const GgufFile& file, const GgufArchitecture& arch) {
     throw input_error(place + ": " + keys.prefix() + "attention.head_count", "no more heads than dimensions",
                       std::to_string(out.num_heads));
   const bool own_width = name == "qwen3moe" && file.has(keys.prefix() + "expert_feed_forward_length");
-  out.intermediate_size = keys.needed(own_width ? "expert_feed_forward_length" : "feed_forward_length", 1 << 20);
+  if (widths.empty())
+    out.intermediate_size = keys.needed(own_width ? "expert_feed_forward_length" : "feed_forward_length", 1 << 20);
+  else
+    out.set_widths(widths);
   if (own_width)
     out.source["intermediate_size"] = keys.count("feed_forward_length", 0, 1 << 20).value_or(out.intermediate_size);
   if (name == "gpt2") {

@@ -1,14 +1,11 @@
 #include "distill/distill.h"
 
-#include <numeric>
-
 #include "core/checkpoint.h"
 #include "core/error.h"
 #include "core/model_card.h"
 #include "core/tokenizer.h"
 #include "distill/lesson.h"
 #include "distill/same_ids.h"
-#include "distill/student.h"
 #include "model/decoder.h"
 #include "model/fused.h"
 #include "model/trainer.h"
@@ -20,11 +17,9 @@ std::vector<OptionDecl> options() {
   using enum OptionType;
   std::vector<OptionDecl> table = {
       {.name = "teacher", .type = kPath, .help = "model folder to learn from", .required = true},
-      {.name = "model", .type = kPath, .help = "student folder; without it the student is cut from the teacher"},
-      {.name = "keep-layers", .type = kText, .help = "layers of the teacher that the student keeps, such as 0,2,3"},
-      {.name = "ffn", .type = kInteger, .help = "feed-forward neurons that the student keeps in each layer", .minimum = 1},
+      {.name = "model", .type = kPath, .help = "student folder, such as prune --method shape writes", .required = true},
       {.name = "out", .type = kPath, .help = "model folder to write", .required = true},
-      {.name = "dtype", .type = kText, .help = "stored weights; default: as the student or the teacher",
+      {.name = "dtype", .type = kText, .help = "stored weights; default: as the student",
        .choices = {"float32", "float16", "bfloat16"}},
   };
   for (OptionDecl& decl : lesson_options()) table.push_back(std::move(decl));
@@ -42,10 +37,6 @@ struct Pair {
 
 // Combinations that cannot work, found before any weight is read.
 void check_options(const Options& o) {
-  const bool cuts = o.has("keep-layers") || o.has("ffn");
-  if (o.has("model") == cuts)
-    throw usage_error("distill", "either --model STUDENT, or --keep-layers / --ffn to cut one from the teacher",
-                      cuts ? "both" : "neither");
   check_lesson(o);
   parse_text_specs(o.get<std::vector<std::string>>("text"), "--text");
   parse_device(o.get<std::string>("device"));
@@ -55,24 +46,13 @@ Pair open_pair(const Options& o) {
   Pair pair;
   const Checkpoint teacher(o.get<std::string>("teacher"));
   pair.teacher = load_decoder(teacher, torch::kCPU);
-  if (o.has("model")) {
-    const Checkpoint student(o.get<std::string>("model"));
-    pair.tokenizer = shared_tokenizer(teacher.folder(), student.folder());
-    pair.student = load_decoder(student, torch::kCPU);
-    pair.like = student.folder();
-    pair.dtype = student.float_dtype();
-  } else {
-    const auto layers = o.has("keep-layers")
-                            ? parse_layers(o.get<std::string>("keep-layers"), teacher.config().num_layers)
-                            : std::vector<int>();
-    pair.student = cut_student(pair.teacher, layers, o.get_or<std::int64_t>("ffn", 0));
-    pair.tokenizer = Tokenizer::from_file(teacher.folder() / "tokenizer.json");
-    pair.like = teacher.folder();
-    pair.dtype = teacher.float_dtype();
-  }
+  const Checkpoint student(o.get<std::string>("model"));
+  pair.tokenizer = shared_tokenizer(teacher.folder(), student.folder());
+  pair.student = load_decoder(student, torch::kCPU);
+  pair.like = student.folder();
+  pair.dtype = o.get_or<std::string>("dtype", student.float_dtype());
   pair.vocab = shared_vocabulary(*pair.tokenizer, teacher.folder(), teacher.config().vocab_size, pair.like,
                                  pair.student->config().vocab_size);
-  pair.dtype = o.get_or<std::string>("dtype", pair.dtype);
   return pair;
 }
 
@@ -127,15 +107,10 @@ Json run_distill(const Options& o, Context& run) {
   return result;
 }
 
-// input: the student, or the teacher where one is cut from it.
 StagePlan plan_distill(const Options& o, const PlannedModel& input) {
   check_options(o);
   const ModelConfig teacher = Checkpoint(o.get<std::string>("teacher")).config();
-  ModelConfig student = input.config;
-  if (o.has("keep-layers"))
-    student = with_layers(student, parse_layers(o.get<std::string>("keep-layers"), teacher.num_layers));
-  if (o.has("ffn")) require_one_mlp(teacher);
-  if (o.has("ffn")) student.intermediate_size = std::min(o.get<std::int64_t>("ffn"), teacher.intermediate_size);
+  const ModelConfig& student = input.config;
   const TrainerSettings s = trainer_settings(o, student);
   const double own = static_cast<double>(parameter_count(student)), taught = static_cast<double>(parameter_count(teacher));
   const double tokens = static_cast<double>(s.steps * s.batch * s.context);
@@ -155,7 +130,7 @@ Command distill_command() {
   command.summary = "Train a student on its teacher's predictions";
   command.options = options();
   command.run = run_distill;
-  command.example = "pare distill --teacher big --keep-layers 0,2,3 --text corpus --held-out more.txt --steps 1000 --out small";
+  command.example = "pare distill --teacher big --model small --text corpus --held-out more.txt --steps 1000 --out student";
   command.is_stage = true;
   command.plan = plan_distill;
   return ranked(std::move(command));

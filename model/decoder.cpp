@@ -91,9 +91,9 @@ RopeTables packed_rope(const RopeTables& tables, const Tensor& starts) {
 }
 
 DecoderBlockImpl::DecoderBlockImpl(const ModelConfig& config, int layer, bool experts)
-    : config_(config), layer_(layer) {
-  const std::int64_t h = config.hidden_size, f = config.intermediate_size;
-  const std::int64_t q = config.num_heads * config.head_dim, kv = config.num_kv_heads * config.head_dim;
+    : config_(of_block(config, layer)), layer_(layer) {
+  const std::int64_t h = config.hidden_size, f = config_.intermediate_size;
+  const std::int64_t q = config_.num_heads * config.head_dim, kv = config_.num_kv_heads * config.head_dim;
   if (config.fused_qkv) {
     qkv_ = {add_linear("self_attn.qkv_proj", q + 2 * kv, h, config.qkv_bias)};
   } else {

@@ -44,7 +44,7 @@ class Cutter {
       : job_(job),
         plan_(plan),
         config_(job.model.config()),
-        target_(cut_config(config_, plan.shape, plan.layers)),
+        target_(cut_config(config_, plan.shape, plan.layers, plan.widths)),
         device_(parse_device(job.options.get<std::string>("device"))),
         threads_(job.context.threads),
         narrower_(plan.shape.hidden < config_.hidden_size),
@@ -93,6 +93,11 @@ class Cutter {
   Tensor kept_rows(DecoderBlock& whole, int layer, BlockStage stage, const BlockCut& cut, std::int64_t expert = -1);
   Tensor middle(DecoderBlock& block, const Tensor& hidden, const RopeTables& rope) {
     return block->attention_output(hidden, block->attention_mix(block->attention_input(hidden), rope));
+  }
+  // Softmax of the router over all experts of the original, of rows [n, hidden]: [n, 1].
+  Tensor router_share(DecoderBlock& whole, const Tensor& rows, std::int64_t expert) const {
+    const Tensor scores = torch::matmul(rows, whole->weight(config_.experts.module + ".gate").t());
+    return torch::softmax(scores, -1).narrow(1, expert, 1);
   }
   Tensor mlp_input(DecoderBlock& block, const Tensor& hidden, const RopeTables& rope) {
     return block->mlp_input(block->parallel_residual() ? hidden : middle(block, hidden, rope));
@@ -279,7 +284,10 @@ void Cutter::refit_block(DecoderBlock& whole, DecoderBlock& narrow, const BlockC
       const std::string down = stage_modules(config_, BlockStage::kDown, source).front();
       refit(narrow, BlockStage::kDown, e, [&](std::int64_t w) {
         const auto [own, all, share, first] = routed(w);
-        return Pairs{narrow->expert_mix(own, e) * share, added(whole->expert_mix(all, source) * share, down), first};
+        // Shares that are not made to sum to 1 grow when experts leave the softmax: what is to come is as loud as the
+        // expert was among all of them.
+        const Tensor loudness = config_.experts.renormalize ? share : router_share(whole, all, source);
+        return Pairs{narrow->expert_mix(own, e) * share, added(whole->expert_mix(all, source) * loudness, down), first};
       });
     }
     return;
@@ -327,9 +335,14 @@ void Cutter::run() {
         narrow = restore_block(number);
         errors_ = kept_errors(block_piece(number));
       } else {
+        Shape shape = plan_.shape;
+        const BlockWidths own = target_.widths(number);
+        shape.heads = own.heads;
+        shape.kv_heads = own.kv_heads;
+        shape.ffn = own.inner;
         const Importance measured =
-            measure_block(job_, plan_, whole, rope_, device_, [&](std::int64_t w) { return original(w); });
-        const BlockCut cut = choose_parts(config_, plan_.shape, measured);
+            measure_block(job_, plan_, shape, whole, rope_, device_, [&](std::int64_t w) { return original(w); });
+        const BlockCut cut = choose_parts(config_, shape, measured);
         narrow = make_block(number, layer, cut, measured);
         errors_.clear();
         if (plan_.refit) refit_block(whole, narrow, cut, layer);

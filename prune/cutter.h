@@ -15,8 +15,9 @@ namespace pare {
 enum class RankBy { kMeasured, kWeights, kRandom };
 
 struct CutPlan {
-  Shape shape;
+  Shape shape;              // of the widest block
   std::vector<int> layers;  // blocks of the original
+  std::vector<BlockWidths> widths;  // of each of `layers`; empty: the shape's
   Kept channels;            // of the residual stream, the same everywhere: every block reads and writes it
   RankBy rank = RankBy::kMeasured;
   bool refit = true;
@@ -31,7 +32,7 @@ Kept choose_channels(PruneJob& job, const std::vector<int>& layers, std::int64_t
 // Blocks that stay by the norm of their weights, or by the seed: choose_blocks() for the other two ways of ranking.
 std::vector<int> choose_blocks_unmeasured(PruneJob& job, int keep, RankBy rank);
 
-// The two choices that concern the whole model: plan.layers and plan.channels.
+// The two choices that concern the whole model: plan.layers, where they are not set, and plan.channels.
 void choose_globals(PruneJob& job, CutPlan& plan);
 
 // Writes all tensors of the cut model and finishes the folder job.work. Heads, neurons and experts are chosen block by

@@ -30,14 +30,16 @@ struct PruneMethod {
   bool needs_text = false;             // works on calibration text; otherwise text serves the measurement alone
   std::vector<std::string> needs;      // options of which exactly one must be given
   std::vector<std::string> takes;      // further options that mean something to it
-  // Config of the result as far as it is known in advance. Errors: exit 2 for values that do not fit this model.
-  ModelConfig (*result)(const ModelConfig& config, const Options& options) = nullptr;
+  // Config of the result as far as it is known in advance; dtype: of the floats in the folder. Errors: exit 2 for values
+  // that do not fit this model.
+  ModelConfig (*result)(const ModelConfig& config, const Options& options, const std::string& dtype) = nullptr;
   // Writes every tensor and finishes the folder in job.work; resumes from what an earlier run left there.
   void (*run)(PruneJob& job) = nullptr;
   // Peak anonymous bytes (activations in memory or, with `spill`, in a file where the method walks), and forward passes
   // over the calibration text.
-  std::uint64_t (*peak_bytes)(const ModelConfig& config, const Options& options, const fs::path& spill) = nullptr;
-  double (*passes)(const ModelConfig& config, const Options& options) = nullptr;
+  std::uint64_t (*peak_bytes)(const ModelConfig& config, const Options& options, const std::string& dtype,
+                              const fs::path& spill) = nullptr;
+  double (*passes)(const ModelConfig& config, const Options& options, const std::string& dtype) = nullptr;
 };
 
 const std::vector<PruneMethod>& prune_methods();
@@ -49,6 +51,8 @@ PruneMethod sparsegpt_method();
 PruneMethod random_method();
 // shape_method.cpp
 PruneMethod shape_method();
+// What a user of the folder has to know of blocks that differ.
+std::string own_widths_note(const ModelConfig& config);
 
 // --context, or its default for this model.
 std::int64_t window_length(const ModelConfig& config, const Options& options);

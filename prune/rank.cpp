@@ -79,15 +79,15 @@ double norm_narrowing(const ModelConfig& config, const Tensor& x, const Tensor& 
   return (square(x.index_select(-1, channels)) / (square(x) + config.rms_norm_eps)).sqrt().mean().item<double>();
 }
 
-Importance measure_block(const PruneJob& job, const CutPlan& plan, DecoderBlock& whole, const RopeTables& rope,
+Importance measure_block(const PruneJob& job, const CutPlan& plan, const Shape& shape, DecoderBlock& whole, const RopeTables& rope,
                          const torch::Device& device, const std::function<Tensor(std::int64_t)>& original) {
   const ModelConfig& config = job.model.config();
   const std::int64_t heads = config.num_heads, kv = config.num_kv_heads, width = config.head_dim;
   const std::int64_t experts = config.experts.count, inner = config.intermediate_size;
   const Tensor o = whole->weight("self_attn.o_proj");
-  const bool ranked = plan.rank == RankBy::kMeasured, narrower = plan.shape.hidden < config.hidden_size;
-  const bool rank_heads = ranked && plan.shape.heads < heads;
-  const bool rank_neurons = ranked && plan.shape.ffn < inner, rank_experts = ranked && plan.shape.experts < experts;
+  const bool ranked = plan.rank == RankBy::kMeasured, narrower = shape.hidden < config.hidden_size;
+  const bool rank_heads = ranked && shape.heads < heads;
+  const bool rank_neurons = ranked && shape.ffn < inner, rank_experts = ranked && shape.experts < experts;
   Importance result = ranked ? Importance() : unmeasured(job, plan, whole);
   if (!rank_heads && !rank_neurons && !rank_experts && !narrower) return result;
   const Tensor channels = torch::tensor(plan.channels, torch::kLong).to(device);

@@ -19,7 +19,8 @@ struct Importance {
 };
 
 // `original(window)`: what the block reads there in the original model, [1, length, hidden_size].
-Importance measure_block(const PruneJob& job, const CutPlan& plan, DecoderBlock& whole, const RopeTables& rope,
+// shape: what this block is cut to.
+Importance measure_block(const PruneJob& job, const CutPlan& plan, const Shape& shape, DecoderBlock& whole, const RopeTables& rope,
                          const torch::Device& device, const std::function<torch::Tensor(std::int64_t)>& original);
 BlockCut choose_parts(const ModelConfig& config, const Shape& shape, const Importance& importance);
 // Mean over the rows of x of the rms that a norm sees in `channels` over the rms that it sees in all of x.

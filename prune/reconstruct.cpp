@@ -133,6 +133,12 @@ void refit_support(const float* original, const std::uint8_t* keep, std::int64_t
   }
 }
 
+std::uint64_t refit_support_bytes(std::int64_t cols, int threads) {
+  constexpr std::uint64_t kVectors = 6;  // five of a TileRefit, and the difference that its run() begins with
+  return kVectors * sizeof(double) * static_cast<std::uint64_t>(cols * kSweepRows) *
+         static_cast<std::uint64_t>(threads > 0 ? threads : omp_get_num_procs());
+}
+
 template void refit_support(const float*, const std::uint8_t*, std::int64_t, std::int64_t, const double*, double,
                             const RefitLimits&, float*, int);
 template void refit_support(const float*, const std::uint8_t*, std::int64_t, std::int64_t, const float*, double,

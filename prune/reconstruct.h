@@ -21,4 +21,7 @@ template <class T>
 void refit_support(const float* original, const std::uint8_t* keep, std::int64_t rows, std::int64_t cols,
                    const T* hessian, double damping, const RefitLimits& limits, float* weight, int threads);
 
+// What refit_support() holds beside its arguments.
+std::uint64_t refit_support_bytes(std::int64_t cols, int threads);
+
 }  // namespace pare

@@ -1,5 +1,7 @@
 #include "prune/shape.h"
 
+#include <algorithm>
+#include <iterator>
 #include <numeric>
 
 #include "core/arch/arch.h"
@@ -9,6 +11,7 @@ namespace pare {
 namespace {
 
 constexpr std::int64_t kDefaultMultiple = 32;
+constexpr const char* kWidthOptions[] = {"heads", "kv-heads", "ffn", "hidden"};
 
 std::string number(std::int64_t value) { return std::to_string(value); }
 
@@ -83,7 +86,13 @@ Shape asked_shape(const ModelConfig& config, const Options& options) {
   shape.hidden = take("hidden", own.hidden, true, "channels");
   if (options.has("experts") && !config.has_experts()) problems.push_back("--experts: the model has none");
   else shape.experts = take("experts", own.experts, false, "experts");
-  if (!any) problems.push_back("needs --layers, --heads, --kv-heads, --ffn, --hidden, --experts or --max-params");
+  if (!any)
+    problems.push_back("needs --layers, --heads, --kv-heads, --ffn, --hidden, --experts, --max-params, --max-bytes or "
+                       "--min-tokens-per-second");
+  const bool widths = std::any_of(std::begin(kWidthOptions), std::end(kWidthOptions),
+                                  [&](const char* option) { return options.has(option); });
+  if (any && !widths && options.has("multiple-of"))
+    problems.push_back("has no use for --multiple-of without --heads, --kv-heads, --ffn or --hidden: no width changes");
   if (problems.empty()) problems = shape_problems(config, shape, multiple);
   if (problems.empty()) return shape;
   std::string all;
@@ -91,13 +100,30 @@ Shape asked_shape(const ModelConfig& config, const Options& options) {
   throw usage_error("--method shape", "a smaller shape that the model can have", all);
 }
 
-ModelConfig cut_config(const ModelConfig& config, const Shape& shape, const std::vector<int>& layers) {
+void check_per_layer(const ModelConfig& config, const Shape& shape) {
+  const Shape own = shape_of(config);
+  const auto refuse = [](const std::string& expected, const std::string& found) {
+    throw usage_error("--per-layer", expected, found);
+  };
+  const bool heads = shape.heads < own.heads, ffn = shape.ffn < own.ffn;
+  if (!heads && !ffn) refuse("--ffn or --kv-heads, which blocks may differ in, or a budget", "neither");
+  if (heads && find_family(config.family)->heads_share_width)
+    refuse("a family whose config.json says how wide a head is", config.family + " with fewer heads");
+  if (heads && shape.heads / shape.kv_heads != own.heads / own.kv_heads)
+    refuse("--kv-heads with all their query heads",
+           number(shape.heads / shape.kv_heads) + " of " + number(own.heads / own.kv_heads) + " query heads of each");
+  if (ffn && config.has_experts()) refuse("--kv-heads: experts are as wide in every block", "--ffn");
+}
+
+ModelConfig cut_config(const ModelConfig& config, const Shape& shape, const std::vector<int>& layers,
+                       const std::vector<BlockWidths>& widths) {
   ModelConfig out = with_layers(config, layers);
   out.num_heads = shape.heads;
   out.num_kv_heads = shape.kv_heads;
   out.intermediate_size = shape.ffn;
   out.hidden_size = shape.hidden;
   out.experts.count = shape.experts;
+  if (!widths.empty()) out.set_widths(widths);
   ModelConfig read = parse_config(write_config(out, "float32"), nullptr, "config.json of the cut model");
   read.eos_ids = config.eos_ids;
   read.source = out.source;

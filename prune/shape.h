@@ -24,12 +24,16 @@ Shape shape_of(const ModelConfig& config);
 // --multiple-of. Errors: exit 2 for a shape that the model cannot be cut to, or that its family cannot say in
 // config.json, or that transformers refuses to load; all problems at once.
 Shape asked_shape(const ModelConfig& config, const Options& options);
+// --per-layer with this mean shape. Error: exit 2 for a family whose blocks cannot differ in what is cut.
+void check_per_layer(const ModelConfig& config, const Shape& shape);
 // Why a model cannot have this shape; empty: it can.
 std::vector<std::string> shape_problems(const ModelConfig& config, const Shape& shape, std::int64_t multiple);
 std::int64_t multiple_of(const Options& options);
 
-// The config of the model cut to `shape`, with the blocks `layers`, as it will be read back from config.json.
-ModelConfig cut_config(const ModelConfig& config, const Shape& shape, const std::vector<int>& layers);
+// The config of the model cut to `shape`, with the blocks `layers`, as it will be read back from config.json. widths: of
+// each of these blocks in place of the shape's own, or none.
+ModelConfig cut_config(const ModelConfig& config, const Shape& shape, const std::vector<int>& layers,
+                       const std::vector<BlockWidths>& widths = {});
 // The same where the blocks are not chosen yet: the first ones stand for them.
 ModelConfig cut_config(const ModelConfig& config, const Shape& shape);
 

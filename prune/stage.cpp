@@ -77,6 +77,25 @@ std::vector<OptionDecl> option_table() {
        .help = "shape: instead of all these, the shape of at most so many parameters that measures best: tries blocks, "
                "heads, neurons, channels and experts down to half of each, and takes the cheapest combination",
        .minimum = 1},
+      {.name = "max-bytes",
+       .help = "shape: the same for the bytes of all tensors as --codec stores them, such as 300M"},
+      {.name = "min-tokens-per-second",
+       .type = OptionType::kNumber,
+       .help = "shape: the same for the speed at which pare decodes on this machine with these --threads, measured on "
+               "random weights in --codec, one sequence at the beginning of its context",
+       .minimum = 1e-3,
+       .maximum = 1e6},
+      {.name = "codec",
+       .type = OptionType::kText,
+       .help = "shape, with --max-bytes or --min-tokens-per-second: what the result is going to be: f32, f16 or bf16 "
+               "(a folder; default: this folder's own floats), or a codec of quantize (a compact file, embedding and "
+               "head in q8)"},
+      {.name = "per-layer",
+       .type = OptionType::kFlag,
+       .help = "shape: blocks may differ: --ffn and --kv-heads are means, given out by what each block loses; with a "
+               "budget blocks, heads and neurons are chosen together. pare reads the result, and llama.cpp that of a "
+               "Llama; transformers does not",
+       .default_value = false},
       {.name = "multiple-of",
        .type = OptionType::kInteger,
        .help = "shape: multiple of the widths that linears read, for codecs and loaders (default 32)",
@@ -155,7 +174,7 @@ void check_options(const PruneMethod& method, const Options& options) {
     problems.push_back(given == 0 ? "needs " + names : "takes one of " + names + ", not both");
   for (const char* name :
        {"sparsity", "pattern", "reconstruct", "allocation", "layers", "heads", "kv-heads", "ffn", "hidden", "experts",
-        "max-params", "multiple-of", "rank-by", "no-correction", "damping"}) {
+        "max-params", "max-bytes", "min-tokens-per-second", "codec", "per-layer", "multiple-of", "rank-by", "no-correction", "damping"}) {
     const auto in = [&](const std::vector<std::string>& list) {
       return std::find(list.begin(), list.end(), name) != list.end();
     };
@@ -307,10 +326,11 @@ Json finish(PruneJob& job, const PruneMethod& method) {
   return summary;
 }
 
-MemoryPlan memory_of(const PruneMethod& method, const ModelConfig& config, const Options& options) {
+MemoryPlan memory_of(const PruneMethod& method, const ModelConfig& config, const Options& options,
+                     const std::string& dtype) {
   const std::uint64_t base = std::uint64_t{192} << 20;  // libraries, tokenizer
   const auto peak = [&](const fs::path& spill) {
-    std::uint64_t bytes = std::max(method.peak_bytes(config, options, spill),  // or an outer tensor being copied
+    std::uint64_t bytes = std::max(method.peak_bytes(config, options, dtype, spill),  // or an outer tensor being copied
                                    4 * static_cast<std::uint64_t>(config.vocab_size * config.hidden_size));
     if (calibrated(options))
       bytes = std::max(bytes, compare_peak_bytes(config, options.get<std::int64_t>("samples"),
@@ -326,12 +346,13 @@ Json run(const Options& options, Context& context) {
   const Checkpoint model(options.get<std::string>("model"));
   check_model(model);
   check_text(options, model.config());
-  method.result(model.config(), options);
+  const std::string dtype = planned_model(model).dtype;
+  method.result(model.config(), options, dtype);
   parse_device(options.get<std::string>("device"));
-  const bool spill = memory_of(method, model.config(), options).spill;
+  const bool spill = memory_of(method, model.config(), options, dtype).spill;
   FolderTransaction folder(options.get<std::string>("out"));
 
-  PruneJob job{model, options, context, {}, folder.work(), folder.work() / kState, planned_model(model).dtype,
+  PruneJob job{model, options, context, {}, folder.work(), folder.work() / kState, dtype,
                spill ? folder.work() / kState : fs::path()};
   const auto texts = text_paths(options);
   try {
@@ -389,15 +410,15 @@ StagePlan plan(const Options& options, const PlannedModel& input) {
   if (fs::exists(options.get<std::string>("out")))
     throw usage_error(options.get<std::string>("out"), "a folder that does not exist yet", "an existing one");
   const ModelConfig& config = input.config;
-  const ModelConfig result = method.result(config, options);
+  const ModelConfig result = method.result(config, options, input.dtype);
   const auto parameters = static_cast<std::uint64_t>(parameter_count(config));
   const bool text = calibrated(options);
   const auto samples = static_cast<std::uint64_t>(options.get<std::int64_t>("samples"));
   const auto length = static_cast<std::uint64_t>(window_length(config, options));
-  const MemoryPlan memory = memory_of(method, config, options);
+  const MemoryPlan memory = memory_of(method, config, options, input.dtype);
   // 2 flop per parameter and token, at 20 GFLOP/s a core; the measurement is two more passes with two heads.
   const double flop = text ? 2.0 * static_cast<double>(parameters) * static_cast<double>(samples * length) *
-                                 (method.passes(config, options) + 3)
+                                 (method.passes(config, options, input.dtype) + 3)
                            : 0;
   const double cores = std::max(1u, std::thread::hardware_concurrency());
   std::vector<std::string> notes;
@@ -405,7 +426,13 @@ StagePlan plan(const Options& options, const PlannedModel& input) {
     if (options.has(option) && width != options.get<std::int64_t>(option))
       notes.push_back("--" + std::string(option) + " rounded up to " + std::to_string(width));
   if (!text) notes.push_back("no --text: the result is not measured");
-  if (options.has("max-params")) notes.push_back("the shape is searched: its size is the largest that may be found");
+  if (options.has("max-params") || options.has("max-bytes"))
+    notes.push_back("the shape is searched: its size is the largest that may be found");
+  if (options.has("min-tokens-per-second"))
+    notes.push_back("the shape is searched, and what is fast enough measured, when it runs: the size is the model's own");
+  if (options.get<bool>("per-layer"))
+    notes.push_back("blocks will differ in width: pare reads the result, llama.cpp that of a Llama, transformers does "
+                    "not");
   memory.add_note(notes);
   return {flop / (2e10 * cores) + static_cast<double>(parameters) * 1e-8, memory.peak,
           static_cast<std::uint64_t>(parameter_count(result)) * dtype_bytes(input.dtype), std::move(notes),
@@ -451,7 +478,9 @@ std::string block_tensor(int layer, const std::string& inside) {
 
 std::uint64_t block_bytes(const ModelConfig& config) {
   std::map<std::int64_t, std::uint64_t> bytes;  // by expert, -1: what is common to all
-  for (const TensorSpec& spec : expected_tensors(config)) {
+  ModelConfig widest = config;
+  widest.layer_widths.clear();
+  for (const TensorSpec& spec : expected_tensors(widest)) {
     if (spec.layer != 0) continue;
     std::uint64_t count = 4;
     for (const std::int64_t size : spec.shape) count *= static_cast<std::uint64_t>(size);

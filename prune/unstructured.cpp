@@ -43,7 +43,7 @@ MaskSettings settings_of(Criterion criterion, const Options& options) {
 bool is_masked(const TensorSpec& spec) { return spec.role == TensorRole::kLinear && spec.layer >= 0; }
 
 template <Criterion criterion>
-ModelConfig same_shape(const ModelConfig& config, const Options& options) {
+ModelConfig same_shape(const ModelConfig& config, const Options& options, const std::string&) {
   const MaskSettings settings = settings_of(criterion, options);
   const Sparsity& sparsity = settings.sparsity;
   if (settings.owl && sparsity.n_of_m())
@@ -372,25 +372,26 @@ void run(PruneJob& job) {
 }
 
 template <Criterion criterion>
-std::uint64_t peak(const ModelConfig& config, const Options& options, const fs::path& spill) {
+std::uint64_t peak(const ModelConfig& config, const Options& options, const std::string&, const fs::path& spill) {
   const MaskSettings settings = settings_of(criterion, options);
   if (!settings.walks()) return 4 * block_bytes(config);  // original, pruned copy and scores of one block
-  std::uint64_t linear = 0, square = 0;
+  std::uint64_t linear = 0, square = 0, refit = 0;
   for (const TensorSpec& spec : expected_tensors(config)) {
-    if (!is_masked(spec) || spec.layer > 0) continue;
+    if (!is_masked(spec) || (spec.layer > 0 && config.layer_widths.empty())) continue;
     const auto cols = static_cast<std::uint64_t>(spec.shape[1]);
     linear = std::max(linear, static_cast<std::uint64_t>(spec.shape[0]) * cols);
     square = std::max(square, cols * cols * (spec.shape[1] > kWidestDouble ? 4 : 8));
+    if (settings.refit) refit = std::max(refit, refit_support_bytes(spec.shape[1], 0));
   }
-  // Beside the walk: the block as pruned; scores, mask and weights of one matrix on their way; the factor.
+  // Beside the walk: the block as pruned; scores, mask and weights of one matrix on their way; the factor; the refit.
   return walk_peak_bytes(config, options.get<std::int64_t>("samples"), window_length(config, options),
                          walk_options(settings, options, spill)) +
-         block_bytes(config) + linear * (settings.hessian() ? 21 : 13) +
+         block_bytes(config) + linear * (settings.hessian() ? 21 : 13) + refit +
          (criterion == Criterion::kSparseGpt ? square : 0);
 }
 
 template <Criterion criterion>
-double passes(const ModelConfig& config, const Options& options) {
+double passes(const ModelConfig& config, const Options& options, const std::string&) {
   const MaskSettings settings = settings_of(criterion, options);
   if (!settings.walks()) return 0;
   // Original, statistics, compressed; for outliers the original's statistics and the original.

@@ -57,6 +57,7 @@ class Equalizer : public BlockVisitor {
 
   bool finished(int layer) override { return job_.writer.has_piece(piece_name(layer)); }
   void begin_block(int layer) override {
+    own_ = of_block(config_, layer);
     scales_ = {};
     rows_ = Json::array();
   }
@@ -106,7 +107,7 @@ class Equalizer : public BlockVisitor {
       const std::vector<float> scales =
           norm ? storable_scales(config_, norm_weight, candidates[i], job_.dtype) : candidates[i];
       for (std::size_t j = 0; j < columns.size(); ++j)
-        columns[j] = scales[static_cast<std::size_t>(fold_channel(config_, stage, static_cast<std::int64_t>(j)))];
+        columns[j] = scales[static_cast<std::size_t>(fold_channel(own_, stage, static_cast<std::int64_t>(j)))];
       double error = 0;
       for (const ScaledLinear& linear : linears)
         error += scaled_error(linear, compared(input), columns, job_.rule, job_.threads);
@@ -125,16 +126,16 @@ class Equalizer : public BlockVisitor {
   // The first leaves the input alone.
   std::vector<std::vector<float>> candidates(BlockStage stage, std::span<const ScaledLinear> linears,
                                              const InputStatistics& input) const {
-    const std::size_t channels = static_cast<std::size_t>(fold_channels(config_, stage));
+    const std::size_t channels = static_cast<std::size_t>(fold_channels(own_, stage));
     std::vector<std::vector<float>> out = {std::vector<float>(channels, 1.0f)};
     if (job_.method == Equalizing::kAwq) {
-      const std::vector<double> magnitude = channel_roots(config_, stage, input.mean_square);
+      const std::vector<double> magnitude = channel_roots(own_, stage, input.mean_square);
       for (int k = 1; k < kAwqGrid; ++k) out.push_back(awq_scales(magnitude, static_cast<double>(k) / kAwqGrid));
       return out;
     }
     if (job_.method == Equalizing::kLeastNoise) {
       std::vector<std::int64_t> channel;
-      for (std::int64_t j = 0; j < input.columns; ++j) channel.push_back(fold_channel(config_, stage, j));
+      for (std::int64_t j = 0; j < input.columns; ++j) channel.push_back(fold_channel(own_, stage, j));
       const std::vector<float> least =
           least_noise_scales(linears, fitted(input), channel, static_cast<std::int64_t>(channels));
       for (int k = 1; k <= kLeastNoiseGrid; ++k) {
@@ -153,7 +154,7 @@ class Equalizer : public BlockVisitor {
         }
     const std::vector<double> inputs(input.peak.begin(), input.peak.end());
     for (int k = 0; k < kSmoothGrid; ++k)
-      out.push_back(smooth_scales(channel_peaks(config_, stage, inputs), channel_peaks(config_, stage, weights),
+      out.push_back(smooth_scales(channel_peaks(own_, stage, inputs), channel_peaks(own_, stage, weights),
                                   static_cast<double>(k) / (kSmoothGrid - 1)));
     return out;
   }
@@ -187,6 +188,7 @@ class Equalizer : public BlockVisitor {
 
   const EqualizeJob& job_;
   const ModelConfig& config_;
+  ModelConfig own_;  // with the widths of the block
   Context& context_;
   std::set<Input> kept_;
   std::map<std::string, const TensorPlan*> plan_;

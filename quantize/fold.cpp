@@ -29,8 +29,9 @@ BlockStage input_stage(const ModelConfig& config, const TensorSpec& spec) {
 }
 
 std::optional<MadeRows> made_rows(const ModelConfig& config, const TensorSpec& spec) {
-  const std::int64_t queries = config.num_heads * config.head_dim, keys = config.num_kv_heads * config.head_dim;
-  const std::int64_t inner = config.intermediate_size;
+  const BlockWidths widths = config.widths(spec.layer);
+  const std::int64_t queries = widths.heads * config.head_dim, keys = widths.kv_heads * config.head_dim;
+  const std::int64_t inner = widths.inner;
   if (spec.module.ends_with(".qkv_proj")) return MadeRows{BlockStage::kO, queries + keys, queries + 2 * keys};
   if (spec.module.ends_with(".v_proj")) return MadeRows{BlockStage::kO, 0, keys};
   if (spec.module.ends_with(".gate_up_proj")) return MadeRows{BlockStage::kDown, inner, 2 * inner};
@@ -123,11 +124,12 @@ void fold_scales(const ModelConfig& config, const TensorSpec& spec, const BlockS
   const bool linear = spec.role == TensorRole::kLinear;
   if (!linear && (!bias || spec.module.ends_with("norm"))) return;
   const std::int64_t cols = linear ? spec.shape[1] : 1;
+  const ModelConfig own = of_block(config, spec.layer);
   if (const BlockStage stage = input_stage(config, spec); linear && !scales[stage].empty()) {
     for (std::int64_t r = 0; r < spec.shape[0]; ++r)
       for (std::int64_t j = 0; j < cols; ++j)
         values[static_cast<std::size_t>(r * cols + j)] *=
-            scales[stage][static_cast<std::size_t>(fold_channel(config, stage, j))];
+            scales[stage][static_cast<std::size_t>(fold_channel(own, stage, j))];
   }
   if (const auto made = made_rows(config, spec); made && !scales[made->stage].empty()) {
     for (std::int64_t r = made->first; r < made->end; ++r) {

@@ -185,9 +185,6 @@ class Quantizer : public BlockVisitor {
                            const SweepFactor* factor, const std::optional<Retargeter>& retargeter) {
     const float* weight = linear.original.data();
     const bool pruned = is_pruned(linear.original);
-    if (pruned && job_.sparsity)
-      throw input_error(linear.name, "a matrix that is not pruned yet", "zeros",
-                        "zeros stay zeros without being asked for");
     Retargeting target;
     if (retargeter) {
       target = retargeter->retarget(weight, linear.rows, pruned);
@@ -333,6 +330,17 @@ Json collect_rows(const ModelConfig& config, const fs::path& rows) {
     for (const Json& row : read_json(rows_file(rows, layer))) all.push_back(row);
   }
   return all;
+}
+
+void require_unpruned(const Checkpoint& model, const std::vector<TensorPlan>& tensors) {
+  for (const TensorPlan& tensor : tensors) {
+    if (tensor.spec.role != TensorRole::kLinear || tensor.spec.layer < 0) continue;
+    const bool pruned = is_pruned(model.read_f32(tensor.spec.name));
+    model.release(tensor.spec.name);
+    if (pruned)
+      throw input_error(tensor.spec.name, "a matrix that is not pruned yet", "zeros",
+                        "zeros stay zeros without being asked for");
+  }
 }
 
 }  // namespace pare

@@ -44,6 +44,10 @@ struct QuantizeJob {
 // sweep improves no row of a linear, exit 130 on interruption (resumable).
 void quantize_layers(const QuantizeJob& job, Context& context);
 
+// Before hours of calibration, not when the walk comes to the matrix: exit 3, naming it, where a block's linear has zeros
+// of a pruning already.
+void require_unpruned(const Checkpoint& model, const std::vector<TensorPlan>& tensors);
+
 // The figures of every block linear, in order, as written by quantize_layers into `rows`.
 Json collect_rows(const ModelConfig& config, const fs::path& rows);
 

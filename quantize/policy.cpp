@@ -22,18 +22,6 @@ std::optional<Codec> parse_choice(const std::string& name, const std::string& pl
   return codec;
 }
 
-// The next codec that fits: smaller groups of the same kind, then one scale per row at 8 bits.
-Codec fitting(const Codec& asked, std::int64_t cols) {
-  if (asked.fits(cols)) return asked;
-  if (asked.kind != CodecKind::kQ8) {
-    for (std::int64_t group : {64, 32}) {
-      const Codec smaller{asked.kind, group};
-      if (group < asked.group && smaller.fits(cols)) return smaller;
-    }
-  }
-  return {CodecKind::kQ8, Codec::kPerRow};
-}
-
 std::string module_name(const TensorSpec& spec) { return spec.name.substr(0, spec.name.rfind('.')); }
 
 bool is_matrix(const TensorSpec& spec) {
@@ -120,7 +108,7 @@ std::vector<TensorPlan> plan_codecs(const ModelConfig& config, const QuantizePol
         const std::int64_t cols = spec.shape[1];
         if (!tensor.codec->fits(cols)) {
           misfits.push_back(spec.name + " (" + tensor.codec->name() + ", rows of " + std::to_string(cols) + ")");
-          tensor.codec = fitting(*tensor.codec, cols);
+          tensor.codec = tensor.codec->fitting(cols);
         }
       }
     }

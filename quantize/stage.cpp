@@ -529,6 +529,7 @@ Json run(const Options& given, Context& context) {
   const PlannedModel planned = planned_model(original);
   std::vector<TensorPlan> tensors = check(options, planned);
   const bool spill = memory_of(options, original.config(), tensors).spill;
+  if (sparsity_of(options)) require_unpruned(original, tensors);
   FolderTransaction folder(options.get<std::string>("out"));
   Json linears, tuned, allocation, scaled;
   const std::string& dtype = planned.dtype;

@@ -133,8 +133,18 @@ class Judge {
     }
   }
 
+  // The classes of these families have one number where config.json says a list.
+  bool refuse_own_widths(Compatibility& answer) const {
+    if (config_.layer_widths.empty()) return false;
+    answer.loads = answer.fast = Answer::kNo;
+    answer.reasons.push_back("blocks of different widths: " + width_keys(config_) + " of config.json " +
+                             "has a number for each block, which its " + config_.family + " does not read");
+    return true;
+  }
+
   Compatibility transformers() const {
     Compatibility answer{.target = "transformers", .how = folder_first(), .reasons = {}};
+    if (refuse_own_widths(answer)) return answer;
     if (find_family(config_.family)->heads_divide_width && config_.hidden_size % config_.num_heads != 0) {
       answer.loads = Answer::kNo;
       answer.fast = Answer::kNo;
@@ -167,6 +177,7 @@ class Judge {
 
   Compatibility marlin() const {
     Compatibility answer{.target = "vLLM (Marlin)", .how = folder_first(), .reasons = {}};
+    if (refuse_own_widths(answer)) return answer;
     std::size_t misfits = 0;
     std::string first;
     for (const Joined& matrix : joined_) {
@@ -198,6 +209,7 @@ class Judge {
 
   Compatibility vllm_cpu() const {
     Compatibility answer{.target = "vLLM (CPU)", .how = folder_first(), .reasons = {}};
+    if (refuse_own_widths(answer)) return answer;
     std::size_t other = 0;
     std::string first;
     for (const Joined& matrix : joined_)

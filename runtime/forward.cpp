@@ -231,7 +231,7 @@ struct Forward::Worker {
   // The input of down, in gate_.
   void gate_up(const Input& input, const MlpWeights& mlp) {
     if (!f.config_.gated_mlp) return up_alone(input, mlp.up);
-    const std::int64_t blocks = mlp.gate.matrix.row_blocks(), width = f.config_.intermediate_size;
+    const std::int64_t blocks = mlp.gate.matrix.row_blocks(), width = mlp.gate.matrix.rows;
     const std::int64_t step = blocks_per_item(2 * blocks);
     const auto activate = f.config_.activation == Activation::kSilu ? f.kernels_.silu_mul : f.kernels_.gelu_mul;
     share((blocks + step - 1) / step, [&](std::int64_t i) {
@@ -248,7 +248,7 @@ struct Forward::Worker {
   }
 
   void up_alone(const Input& input, const LinearWeights& up) {
-    const std::int64_t blocks = up.matrix.row_blocks(), width = f.config_.intermediate_size;
+    const std::int64_t blocks = up.matrix.row_blocks(), width = up.matrix.rows;
     const std::int64_t step = blocks_per_item(blocks);
     const auto activate = f.config_.activation == Activation::kGelu ? f.kernels_.gelu : f.kernels_.gelu_tanh;
     share((blocks + step - 1) / step, [&](std::int64_t i) {
@@ -276,32 +276,34 @@ struct Forward::Worker {
   void rotate_and_store(std::int64_t block, std::int64_t kv_head, std::int64_t first, std::int64_t end) {
     const BlockWeights& b = f.weights_.blocks[static_cast<std::size_t>(block)];
     const std::int64_t d = f.config_.head_dim, half = f.config_.rotated() / 2;
-    const std::int64_t repeat = f.config_.num_heads / f.config_.num_kv_heads;
+    const BlockWidths widths = f.config_.widths(static_cast<int>(block));
+    const std::int64_t repeat = widths.heads / widths.kv_heads, q_width = widths.heads * d, kv_width = widths.kv_heads * d;
     const auto eps = static_cast<float>(f.config_.rms_norm_eps);
     const auto kind = static_cast<std::size_t>(f.config_.rope_kind(static_cast<int>(block)));
     for (std::int64_t t = first; t < end; ++t) {
       const float* cosine = f.cos_[kind].data() + t * half;
       const float* sine = f.sin_[kind].data() + t * half;
       for (std::int64_t head = kv_head * repeat; head < (kv_head + 1) * repeat; ++head) {
-        float* q = f.q_.data() + t * f.q_width_ + head * d;
+        float* q = f.q_.data() + t * q_width + head * d;
         if (b.q_norm != nullptr) f.kernels_.rms_norm(q, b.q_norm, eps, d, q);
         turn(q, cosine, sine, half, d, f.score_scale_, q);
       }
-      float* k = f.k_.data() + t * f.kv_width_ + kv_head * d;
+      float* k = f.k_.data() + t * kv_width + kv_head * d;
       if (b.k_norm != nullptr) f.kernels_.rms_norm(k, b.k_norm, eps, d, k);
       turn(k, cosine, sine, half, d, 1.0f, k);
       const Row& row = f.rows_[static_cast<std::size_t>(t)];
-      const float* v = f.v_.data() + t * f.kv_width_ + kv_head * d;
+      const float* v = f.v_.data() + t * kv_width + kv_head * d;
       row.cache->store(*f.kernels_.attention, block, row.position, kv_head, k, v);
     }
   }
 
   // The heads of row t that read kv_head.
   void attend_heads(std::int64_t block, std::int64_t t, std::int64_t kv_head) {
-    const std::int64_t d = f.config_.head_dim, repeat = f.config_.num_heads / f.config_.num_kv_heads;
+    const BlockWidths widths = f.config_.widths(static_cast<int>(block));
+    const std::int64_t d = f.config_.head_dim, repeat = widths.heads / widths.kv_heads;
     const Row& row = f.rows_[static_cast<std::size_t>(t)];
     for (std::int64_t r = 0; r < repeat; r += kMaxQueries) {
-      const std::int64_t at = t * f.q_width_ + (kv_head * repeat + r) * d;
+      const std::int64_t at = t * widths.heads * d + (kv_head * repeat + r) * d;
       const std::int64_t count = std::min(kMaxQueries, repeat - r);
       const QueryRows rows{f.q_.data() + at, f.mixed_.data() + at, d, count, row.position + 1, 0};
       attend_rows(f.kernels_, f.config_, *row.cache, block, kv_head, rows, mine.attention);
@@ -310,7 +312,8 @@ struct Forward::Worker {
 
   // Takes q, k and v to mixed_.
   void attend(std::int64_t block) {
-    const std::int64_t d = f.config_.head_dim, kv_heads = f.config_.num_kv_heads, width = f.q_width_;
+    const BlockWidths widths = f.config_.widths(static_cast<int>(block));
+    const std::int64_t d = f.config_.head_dim, kv_heads = widths.kv_heads, width = widths.heads * d;
     if (const auto sequences = static_cast<std::int64_t>(f.starts_.size()) - 1; sequences > 1) {
       share(sequences * kv_heads, [&](std::int64_t item) {  // with keys of their own: nothing to wait for
         const auto sequence = static_cast<std::size_t>(item / kv_heads);
@@ -331,10 +334,10 @@ struct Forward::Worker {
       });
       barrier();
       const Row& begin = f.rows_.front();
-      const std::int64_t chunks = (tokens + kMaxQueries - 1) / kMaxQueries, repeat = f.config_.num_heads / kv_heads;
-      share(chunks * f.config_.num_heads, [&](std::int64_t item) {
-        const std::int64_t t = (chunks - 1 - item / f.config_.num_heads) * kMaxQueries;
-        const std::int64_t head = item % f.config_.num_heads, at = t * width + head * d;
+      const std::int64_t chunks = (tokens + kMaxQueries - 1) / kMaxQueries, repeat = widths.heads / kv_heads;
+      share(chunks * widths.heads, [&](std::int64_t item) {
+        const std::int64_t t = (chunks - 1 - item / widths.heads) * kMaxQueries;
+        const std::int64_t head = item % widths.heads, at = t * width + head * d;
         const std::int64_t count = std::min(kMaxQueries, tokens - t);
         const QueryRows rows{f.q_.data() + at, f.mixed_.data() + at, width, count, begin.position + t + 1, 1};
         attend_rows(f.kernels_, f.config_, *begin.cache, block, head / repeat, rows, mine.attention);
@@ -345,14 +348,14 @@ struct Forward::Worker {
 
   void block(std::int64_t index, float* hidden) {
     const BlockWeights& b = f.weights_.blocks[static_cast<std::size_t>(index)];
-    const std::int64_t h = f.config_.hidden_size;
+    const std::int64_t h = f.config_.hidden_size, q_width = b.q.matrix.rows;
     Input in = prepare(hidden, h, b.attention_norm, forms({&b.q, &b.k, &b.v}));
-    multiply(in, {{&b.q, f.q_.data(), f.q_width_, false},
-                  {&b.k, f.k_.data(), f.kv_width_, false},
-                  {&b.v, f.v_.data(), f.kv_width_, false}});
+    multiply(in, {{&b.q, f.q_.data(), q_width, false},
+                  {&b.k, f.k_.data(), b.k.matrix.rows, false},
+                  {&b.v, f.v_.data(), b.v.matrix.rows, false}});
     attend(index);
     const auto add_attention = [&] {
-      in = prepare(f.mixed_.data(), f.q_width_, {}, forms({&b.o}));
+      in = prepare(f.mixed_.data(), q_width, {}, forms({&b.o}));
       multiply_into(hidden, in, b.o, b.post_attention_norm);
     };
     if (!f.config_.parallel_residual) add_attention();
@@ -360,7 +363,7 @@ struct Forward::Worker {
     in = prepare(hidden, h, b.mlp_norm, forms({&b.mlp.gate, &b.mlp.up}));
     gate_up(in, b.mlp);
     if (f.config_.parallel_residual) add_attention();
-    in = prepare(f.gate_.data(), f.config_.intermediate_size, {}, forms({&b.mlp.down}));
+    in = prepare(f.gate_.data(), b.mlp.down.matrix.cols, {}, forms({&b.mlp.down}));
     multiply_into(hidden, in, b.mlp.down, b.post_mlp_norm);
   }
 

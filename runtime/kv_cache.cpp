@@ -8,12 +8,12 @@ namespace pare {
 
 KvCache::KvCache(const ModelConfig& config, KvType type, std::int64_t most_tokens)
     : type_(type),
-      kv_heads_(config.num_kv_heads),
       head_dim_(config.head_dim),
-      value_width_(round_up(config.head_dim, 16)),
-      page_floats_(kv_heads_ * kPage * ((head_dim_ + value_width_) * kv_bytes(type) + (type == KvType::kQ8 ? 8 : 0)) /
-                   4) {
+      value_width_(round_up(config.head_dim, 16)) {
+  const std::int64_t position = (head_dim_ + value_width_) * kv_bytes(type) + (type == KvType::kQ8 ? 8 : 0);
   for (int block = 0; block < config.num_layers; ++block) {
+    kv_heads_.push_back(config.widths(block).kv_heads);
+    page_floats_.push_back(kv_heads_.back() * kPage * position / 4);
     const std::int64_t window = config.window(block);
     windows_.push_back(window);
     ring_.push_back(window > 0 ? (window + most_tokens + kPage - 1) / kPage + 1 : 0);
@@ -31,12 +31,14 @@ void KvCache::reserve(std::int64_t positions) {
   }
   if (!grow.empty()) {
     FloatBuffer memory;
-    memory.reserve(static_cast<std::int64_t>(grow.size()) * page_floats_);
+    std::int64_t floats = 0;
+    for (const std::size_t block : grow) floats += page_floats_[block];
+    memory.reserve(floats);
     float* at = memory.data();
     memory_.push_back(std::move(memory));
     for (const std::size_t block : grow) {
       pages_[block].push_back(at);
-      at += page_floats_;
+      at += page_floats_[block];
     }
   }
   reached_ = std::max(reached_, positions);
@@ -61,17 +63,18 @@ std::int64_t KvCache::first_seen(std::int64_t block, std::int64_t end) const {
   return window > 0 ? std::max<std::int64_t>(0, end + 1 - window) : 0;
 }
 
-std::int64_t KvCache::record_bytes() const {
-  return kv_heads_ * (2 * head_dim_ * kv_bytes(type_) + (type_ == KvType::kQ8 ? 8 : 0));
+std::int64_t KvCache::record_bytes(std::int64_t block) const {
+  return kv_heads_[static_cast<std::size_t>(block)] * (2 * head_dim_ * kv_bytes(type_) + (type_ == KvType::kQ8 ? 8 : 0));
 }
 
 // Calls move(memory, record, bytes) for every run of bytes that lies together.
 template <class Move>
 void KvCache::each_piece(std::int64_t block, std::int64_t first, std::int64_t count, Move move) {
-  const std::int64_t width = kv_bytes(type_), record = record_bytes(), own = record / kv_heads_;
+  const std::int64_t heads = kv_heads_[static_cast<std::size_t>(block)];
+  const std::int64_t width = kv_bytes(type_), record = record_bytes(block), own = record / heads;
   for (std::int64_t position = first; position < first + count; ++position) {
     const std::int64_t slot = position % kPage;
-    for (std::int64_t head = 0; head < kv_heads_; ++head) {
+    for (std::int64_t head = 0; head < heads; ++head) {
       const KvPlane k = keys(block, position / kPage, head), v = values(block, position / kPage, head);
       std::int64_t at = (position - first) * record + head * own;
       for (std::int64_t i = 0; i < head_dim_; ++i, at += width) move(k.data + (i * kPage + slot) * width, at, width);
@@ -98,7 +101,7 @@ void KvCache::begin_copy(std::int64_t end) {
     begin_[b] = first_seen(block, end);
     // Attention multiplies what lies before it in the same page by 0, which must be numbers.
     if (begin_[b] < end && begin_[b] % kPage != 0)
-      std::memset(page(block, begin_[b] / kPage), 0, static_cast<std::size_t>(page_floats_) * 4);
+      std::memset(page(block, begin_[b] / kPage), 0, static_cast<std::size_t>(page_floats_[b]) * 4);
   }
 }
 
@@ -118,7 +121,7 @@ KvPlane KvCache::keys(std::int64_t block, std::int64_t at, std::int64_t kv_head)
   const std::int64_t head_bytes = kPage * (head_dim_ + value_width_) * kv_bytes(type_);
   std::byte* data = page(block, at);
   return {type_, data + kv_head * head_bytes,
-          reinterpret_cast<float*>(data + kv_heads_ * head_bytes) + kv_head * 2 * kPage};
+          reinterpret_cast<float*>(data + kv_heads_[static_cast<std::size_t>(block)] * head_bytes) + kv_head * 2 * kPage};
 }
 
 KvPlane KvCache::values(std::int64_t block, std::int64_t at, std::int64_t kv_head) {

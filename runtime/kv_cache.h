@@ -36,7 +36,7 @@ class KvCache {
   // What a token at `end` sees in a block: positions [first_seen(), end). A record is one position of a block: of every
   // kv head key [head_dim], value [head_dim] and, with kQ8, the scales of both.
   std::int64_t first_seen(std::int64_t block, std::int64_t end) const;
-  std::int64_t record_bytes() const;
+  std::int64_t record_bytes(std::int64_t block) const;
   void copy_out(std::int64_t block, std::int64_t first, std::int64_t count, std::byte* records);
   // Takes positions [first_seen(), end) of every block to be all there is, and room for them; then copy_in() them.
   void begin_copy(std::int64_t end);
@@ -47,7 +47,8 @@ class KvCache {
   template <class Move>
   void each_piece(std::int64_t block, std::int64_t first, std::int64_t count, Move move);
   KvType type_;
-  std::int64_t kv_heads_, head_dim_, value_width_, page_floats_;
+  std::int64_t head_dim_, value_width_;
+  std::vector<std::int64_t> kv_heads_, page_floats_;  // by block
   std::int64_t reached_ = 0;                  // positions that were reserved since restart()
   std::vector<std::int64_t> begin_;           // by block: the first position that copy_in() brought
   std::vector<std::int64_t> windows_;         // by block, 0: all

@@ -59,7 +59,7 @@ std::uint64_t state_bytes(const StateShape& shape, const KvCache& cache, const S
   std::int64_t bytes = static_cast<std::int64_t>(sizeof(Header) + content.ids.size_bytes() + kHashLength);
   if (content.row != nullptr) bytes += shape.hidden * 4;
   for (std::int64_t block = 0; block < shape.layers; ++block)
-    bytes += (content.cached - cache.first_seen(block, content.cached)) * cache.record_bytes();
+    bytes += (content.cached - cache.first_seen(block, content.cached)) * cache.record_bytes(block);
   return static_cast<std::uint64_t>(bytes);
 }
 
@@ -78,7 +78,7 @@ void write_state(const StateShape& shape, KvCache& cache, const StateContent& co
   for (std::int64_t block = 0; block < shape.layers; ++block) {
     for (std::int64_t first = cache.first_seen(block, content.cached); first < content.cached; first += kChunk) {
       const std::int64_t count = std::min(kChunk, content.cached - first);
-      records.resize(static_cast<std::size_t>(count * cache.record_bytes()));
+      records.resize(static_cast<std::size_t>(count * cache.record_bytes(block)));
       cache.copy_out(block, first, count, records.data());
       emit(records);
     }
@@ -119,7 +119,7 @@ StateReader::StateReader(std::span<const std::byte> state, const StateShape& sha
   cached_ = h.cached;
   records_ = rest;
   for (std::int64_t block = 0; block < layers_; ++block)
-    take(cached_ - cache.first_seen(block, cached_), cache.record_bytes());
+    take(cached_ - cache.first_seen(block, cached_), cache.record_bytes(block));
   const std::string hash = hash_bytes(state.first(state.size() - kHashLength));
   if (!rest.empty() || std::memcmp(state.data() + state.size() - kHashLength, hash.data(), kHashLength) != 0)
     throw input_error(place, "a whole state", damaged);
@@ -141,7 +141,7 @@ void StateReader::fill(KvCache& cache) const {
   for (std::int64_t block = 0; block < layers_; ++block) {
     const std::int64_t first = cache.first_seen(block, cached_);
     cache.copy_in(block, first, cached_ - first, at);
-    at += (cached_ - first) * cache.record_bytes();
+    at += (cached_ - first) * cache.record_bytes(block);
   }
 }
 

@@ -60,14 +60,16 @@ PackedMatrix rows_of(const PackedMatrix& whole, std::int64_t first, std::int64_t
 
 Weights view_weights(const CompactFile& file) {
   const ModelConfig& c = file.config();
-  if (c.num_kv_heads <= 0 || c.num_heads % c.num_kv_heads != 0 || c.head_dim <= 0 || c.rotated() % 2 != 0) {
+  for (int layer = 0; layer < c.num_layers; ++layer) {
+    const BlockWidths widths = c.widths(layer);
+    if (widths.kv_heads > 0 && widths.heads % widths.kv_heads == 0 && c.head_dim > 0 && c.rotated() % 2 == 0) continue;
     throw input_error(file.path().string(),
                       "attention heads a multiple of key/value heads, an even number of rotated dimensions",
-                      std::to_string(c.num_heads) + " heads, " + std::to_string(c.num_kv_heads) +
-                          " key/value heads, head_dim " + std::to_string(c.head_dim));
+                      std::to_string(widths.heads) + " heads, " + std::to_string(widths.kv_heads) +
+                          " key/value heads, head_dim " + std::to_string(c.head_dim) + " in block " +
+                          std::to_string(layer));
   }
-  const std::int64_t q = c.num_heads * c.head_dim, kv = c.num_kv_heads * c.head_dim;
-  const std::int64_t h = c.hidden_size, f = c.intermediate_size;
+  const std::int64_t h = c.hidden_size;
   Weights weights;
   const auto factors = [&](const std::string& name, std::int64_t width) {
     const float* stored = view_vector(file, name + ".weight", width);
@@ -85,8 +87,10 @@ Weights view_weights(const CompactFile& file) {
   if (c.learned_positions)
     weights.positions = view_table(file, "model.embed_positions.weight", c.max_position_embeddings, h);
   weights.final_norm = norm("model.norm");
-  for (std::int64_t i = 0; i < c.num_layers; ++i) {
+  for (int i = 0; i < c.num_layers; ++i) {
     const std::string prefix = "model.layers." + std::to_string(i) + ".";
+    const BlockWidths widths = c.widths(i);
+    const std::int64_t q = widths.heads * c.head_dim, kv = widths.kv_heads * c.head_dim, f = widths.inner;
     const auto linear = [&](const std::string& module, std::int64_t rows, std::int64_t cols, bool bias) {
       LinearWeights w;
       w.matrix = view_matrix(file, prefix + module + ".weight", rows, cols);

@@ -30,8 +30,9 @@ Json shape_config(const std::string& name) {
 
 // The lists that name every layer are cut, or continued from their beginning.
 void set_layers(Json& config, const std::string& place, std::int64_t layers) {
-  config[find_family(parse_config(config, nullptr, place).family)->keys.layers] = layers;
-  for (const char* key : {"layer_types", "no_rope_layers"}) {
+  const FamilyKeys& keys = find_family(parse_config(config, nullptr, place).family)->keys;
+  config[keys.layers] = layers;
+  for (const char* key : {"layer_types", "no_rope_layers", keys.inner, keys.heads, "num_key_value_heads"}) {
     const auto found = config.find(key);
     if (found == config.end() || !found->is_array() || found->empty()) continue;
     Json list = Json::array();

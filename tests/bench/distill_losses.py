@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What each distillation loss and each form of the teacher's cache is worth, at equal tokens.
 
-One student, cut from the teacher, learns the same number of tokens by next-token loss, from the live teacher by every
+One student, pruned from the teacher, learns the same number of tokens by next-token loss, from the live teacher by every
 --loss, and from caches of the teacher; held-out KL to the teacher and next-token loss, several seeds (they choose the
 order of the text and the cache's draws). Then the cost of a step: the same command with few and with many steps, in
 turns, the difference of their processor times over the steps between them.
@@ -73,7 +73,7 @@ def main():
     for name in ("pare", "teacher", "text", "held_out", "out"):
         parser.add_argument(name)
     parser.add_argument("--part", choices=["all", "losses", "cost"], default="all")
-    parser.add_argument("--student", default="--keep-layers 0,1,3")
+    parser.add_argument("--student", default="--layers 3 --no-correction", help="options of prune --method shape")
     parser.add_argument("--tokens", type=int, default=300000)
     parser.add_argument("--lr", default="1e-3")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -88,7 +88,7 @@ def main():
 
     def distill(work, arm, seed, tokens, held_out):
         out = os.path.join(work, f"model.{arm}.{seed}")
-        command = [args.pare, "distill", "--teacher", args.teacher, *args.student.split(), "--text", args.text,
+        command = [args.pare, "distill", "--teacher", args.teacher, "--model", args.pruned, "--text", args.text,
                    "--tokens", str(tokens), "--context", str(args.context), "--batch", str(args.batch), "--lr", args.lr,
                    "--weight-decay", "0", "--dtype", "float32", "--seed", str(seed), "--threads", "1", "--out", out,
                    "--json", "--quiet", *ARMS[arm]]
@@ -159,6 +159,10 @@ def main():
         "context": args.context, "batch": args.batch, "lr": float(args.lr), "eval_tokens": int(args.eval_tokens),
         "seeds": args.seeds})
     with tempfile.TemporaryDirectory() as work:
+        args.pruned = os.path.join(work, "student")
+        subprocess.run([args.pare, "prune", "--model", args.teacher, "--out", args.pruned, "--method", "shape",
+                        *args.student.split(), "--text", args.text, "--quiet", "--json"], check=True,
+                       stdout=subprocess.DEVNULL)
         if args.part != "cost":
             result.update(losses(work))
         if args.part != "losses":

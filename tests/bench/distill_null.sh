@@ -1,23 +1,22 @@
 #!/bin/bash
-# Does learning from the teacher beat learning from the text alone? One student, cut from the teacher, trained on equal
+# Does learning from the teacher beat learning from the text alone? One student, pruned from the teacher, trained on equal
 # tokens by KL to the teacher and by next-token loss, and the untouched cut, each on held-out text; three seeds (they
 # choose the order of the text).
 #   tests/bench/distill_null.sh PARE TEACHER TEXT HELD_OUT OUT.json [TOKENS]
-# KEEP_LAYERS, FFN: the student. LR, PRECISION, EVAL_TOKENS, SEEDS: for other models and short runs.
+# SHAPE: the student, as options of prune --method shape. LR, PRECISION, EVAL_TOKENS, SEEDS: for other models and short runs.
 set -eu
 PARE=${1:?usage: distill_null.sh PARE TEACHER TEXT HELD_OUT OUT.json [TOKENS]}
 TEACHER=$2 TEXT=$3 HELD_OUT=$4 OUT=$5 TOKENS=${6:-400000}
 LR=${LR:-1e-3} PRECISION=${PRECISION:-f32} EVAL_TOKENS=${EVAL_TOKENS:-32768} SEEDS=${SEEDS:-1 2 3}
-STUDENT=()
-[ -n "${KEEP_LAYERS=0,1,3}" ] && STUDENT+=(--keep-layers "$KEEP_LAYERS")
-[ -n "${FFN=}" ] && STUDENT+=(--ffn "$FFN")
+read -ra STUDENT <<<"${SHAPE:---layers 3 --no-correction}"
 T=$(mktemp -d)
 trap 'rm -rf "$T"' EXIT
+"$PARE" prune --model "$TEACHER" --out "$T/student" --method shape "${STUDENT[@]}" --text "$TEXT" --quiet --json >"$T/pruned"
 for seed in $SEEDS; do
   for arm in kl ce; do
     WEIGHTS=(--kl-weight 1 --ce-weight 0)
     [ $arm = ce ] && WEIGHTS=(--kl-weight 0 --ce-weight 1)
-    "$PARE" distill --teacher "$TEACHER" "${STUDENT[@]}" "${WEIGHTS[@]}" --text "$TEXT" --held-out "$HELD_OUT" \
+    "$PARE" distill --teacher "$TEACHER" --model "$T/student" "${WEIGHTS[@]}" --text "$TEXT" --held-out "$HELD_OUT" \
       --tokens "$TOKENS" --batch 8 --lr "$LR" --weight-decay 0 --precision "$PRECISION" --dtype float32 \
       --final-eval-tokens "$EVAL_TOKENS" --seed "$seed" --out "$T/model" --json --quiet >"$T/$arm.$seed.json"
     rm -rf "$T/model"

@@ -164,6 +164,11 @@ refuse "prune: sparsegpt without text" 2 "sparsegpt.*calibration text" "$PARE" p
 refuse "prune: refitting without text" 2 "magnitude.*calibration text" "$PARE" prune --method magnitude --sparsity 0.5 --reconstruct --model "$IN" --out "$OUT"
 refuse "prune: blocks that share out a pattern" 2 "allocation owl.*--pattern 2:4" "$PARE" prune --method wanda --pattern 2:4 --allocation owl --model "$IN" --out "$OUT" --text "$TEXT"
 refuse "prune: damping of nothing" 2 "damping" "$PARE" prune --method wanda --sparsity 0.5 --damping 0.1 --model "$IN" --out "$OUT" --text "$TEXT"
+refuse "prune: a budget that nothing meets" 2 "smallest that is searched takes" "$PARE" prune --method shape --max-bytes 1K --codec q4 --model "$IN" --out "$OUT" --text "$TEXT"
+refuse "prune: two budgets" 2 "one of --max-params" "$PARE" prune --method shape --max-bytes 1M --max-params 99 --model "$IN" --out "$OUT" --text "$TEXT"
+refuse "prune: bytes of no codec" 2 "codec" "$PARE" prune --method shape --max-bytes 1M --codec q99 --model "$IN" --out "$OUT" --text "$TEXT"
+refuse "prune: a codec without a budget" 2 "which it is for" "$PARE" prune --method shape --layers 2 --codec q4 --model "$IN" --out "$OUT" --text "$TEXT"
+refuse "prune: a multiple of no width" 2 "no use for --multiple-of" "$PARE" prune --method shape --layers 2 --multiple-of 16 --model "$IN" --out "$OUT" --text "$TEXT"
 refuse "quantize: zeros and no code for them" 2 "exactly 0.*q4m" "$PARE" quantize --codec q4m --sparsity 0.5 --model "$IN" --out "$OUT" --text "$TEXT"
 refuse "quantize: a pattern across scales" 2 "pattern.*5:10" "$PARE" quantize --pattern 5:10 --model "$IN" --out "$OUT" --text "$TEXT"
 refuse "quantize: zeros that move" 2 "tune-codes" "$PARE" quantize --sparsity 0.5 --tune-codes 10 --model "$IN" --out "$OUT" --text "$TEXT"
@@ -188,21 +193,21 @@ unused "train: steps and tokens" "--steps" "$PARE" train --model "$IN" --out "$O
 unused "finetune: alpha without adapters" "--lora-alpha" "$PARE" finetune --model "$IN" --out "$OUT" --text "$TEXT" --lora-alpha 3
 unused "finetune: epochs and steps" "--epochs" "$PARE" finetune --model "$IN" --out "$OUT" --text "$TEXT" --steps 3 --epochs 2
 unused "train: eval-every without held-out" "--eval-every" "$PARE" train --model "$IN" --out "$OUT" --text "$TEXT" --eval-every 3
-unused "distill: cache-top-k without cache" "--cache-top-k" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --cache-top-k 3
-unused "distill: cache-samples without cache" "--cache-samples" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --cache-samples 3
-unused "distill: beta of another loss" "--beta" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --loss skew-kl --beta 0.3
-unused "distill: alpha of another loss" "--alpha" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --loss jsd --alpha 0.3
-unused "distill: loss without weight" "--loss" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --loss jsd --kl-weight 0 --ce-weight 1
-unused "distill: layers without hidden-weight" "--hidden-layers" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --hidden-layers 0:1
-unused "distill: continuations without on-policy" "--on-policy-tokens" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --on-policy-tokens 4
-unused "distill: hidden states of a cache" "--hidden-weight" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --cache "$T/c.h5" --hidden-weight 1
-unused "distill: continuations of a cache" "--on-policy" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --cache "$T/c.h5" --on-policy 0.5
-refuse "distill: unknown loss" 2 "forward-kl.*adaptive-kl" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --loss mse
-refuse "distill: another loss than the cache's" 2 "forward-kl" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --cache "$T/c.h5" --loss reverse-kl
-refuse "distill: temperature of a cache without samples" 2 "cache-samples" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --cache "$T/c.h5" --tau 2
-refuse "distill: cache of nothing" 2 "at least 1 without --cache-samples" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --cache "$T/c.h5" --cache-top-k 0
-refuse "distill: continuations longer than the context" 2 "fewer than --context 16" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --context 16 --on-policy 1 --on-policy-tokens 16
-refuse "distill: layers that do not exist" 2 "STUDENT:TEACHER" "$PARE" distill --teacher "$IN" --ffn 64 --out "$OUT" --text "$TEXT" --context 16 --hidden-weight 1 --hidden-layers 0:99
+unused "distill: cache-top-k without cache" "--cache-top-k" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --cache-top-k 3
+unused "distill: cache-samples without cache" "--cache-samples" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --cache-samples 3
+unused "distill: beta of another loss" "--beta" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --loss skew-kl --beta 0.3
+unused "distill: alpha of another loss" "--alpha" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --loss jsd --alpha 0.3
+unused "distill: loss without weight" "--loss" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --loss jsd --kl-weight 0 --ce-weight 1
+unused "distill: layers without hidden-weight" "--hidden-layers" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --hidden-layers 0:1
+unused "distill: continuations without on-policy" "--on-policy-tokens" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --on-policy-tokens 4
+unused "distill: hidden states of a cache" "--hidden-weight" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --cache "$T/c.h5" --hidden-weight 1
+unused "distill: continuations of a cache" "--on-policy" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --cache "$T/c.h5" --on-policy 0.5
+refuse "distill: unknown loss" 2 "forward-kl.*adaptive-kl" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --loss mse
+refuse "distill: another loss than the cache's" 2 "forward-kl" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --cache "$T/c.h5" --loss reverse-kl
+refuse "distill: temperature of a cache without samples" 2 "cache-samples" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --cache "$T/c.h5" --tau 2
+refuse "distill: cache of nothing" 2 "at least 1 without --cache-samples" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --cache "$T/c.h5" --cache-top-k 0
+refuse "distill: continuations longer than the context" 2 "fewer than --context 16" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --context 16 --on-policy 1 --on-policy-tokens 16
+refuse "distill: layers that do not exist" 2 "STUDENT:TEACHER" "$PARE" distill --teacher "$IN" --model "$IN" --out "$OUT" --text "$TEXT" --context 16 --hidden-weight 1 --hidden-layers 0:99
 unused "compress: samples with text" "--samples" "$PARE" compress --model "$IN" --out "$OUT" --text "$TEXT" --eval-text "$TEXT" --samples 3
 refuse "bench: -t and --threads" 2 "either -t or --threads" "$PARE" bench "$T/none.pare" -t 1 --threads 2
 refuse "bench: nothing" 2 "nothing to measure" "$PARE" bench "$T/none.pare" -p 0 -n 0

@@ -180,27 +180,6 @@ TEST_F(PipelineTest, ACacheMadeByAStageDoesNotMakeItAnotherRun) {
   EXPECT_EQ(run(yaml)["status"], "already finished");
 }
 
-TEST_F(PipelineTest, AStudentIsCutFromTheOriginalAlone) {
-  OptionDecl teacher, ffn;
-  teacher.name = "teacher";
-  teacher.type = OptionType::kPath;
-  ffn.name = "ffn";
-  ffn.type = OptionType::kInteger;
-  Command& distill = tools.stages[2];
-  distill.options[0].required = false;
-  distill.options.push_back(teacher);
-  distill.options.push_back(ffn);
-  distill.run = [inner = distill.run, this](const Options& options, Context& inner_context) {
-    EXPECT_FALSE(options.has("model"));
-    EXPECT_EQ(options.get<std::string>("teacher"), (scratch.path() / "model").string());
-    Json given = options.resolved();
-    given["model"] = given["teacher"];
-    return inner(Options(tools.stages[2].options, given, "test"), inner_context);
-  };
-  EXPECT_EQ(code("stages: [{distill: {ffn: 8}}]"), ExitCode::kOk);
-  EXPECT_EQ(code("stages: [prune, {distill: {ffn: 8}}]", {{"out", (scratch.path() / "b").string()}}), ExitCode::kUsage);
-}
-
 TEST_F(PipelineTest, AFolderOfSomethingElseIsNotTakenForWork) {
   const fs::path file = scratch.write("out.work/thesis.txt", "years");
   EXPECT_EQ(code(), ExitCode::kUsage);

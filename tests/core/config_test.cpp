@@ -111,6 +111,63 @@ TEST(Config, ListsWithAnEntryForEachBlockFollowTheBlocks) {
   EXPECT_EQ(parse(written).layer_slides, (std::vector<std::uint8_t>{0, 1, 1}));
 }
 
+// Widths of each block stand as lists where the one number stood, and only where blocks differ.
+TEST(Config, WidthsMayBeListsOfTheBlocks) {
+  Json source = small_config();
+  source["num_hidden_layers"] = 3;
+  source["num_attention_heads"] = 4;
+  source["num_key_value_heads"] = {2, 1, 2};
+  source["num_attention_heads"] = {4, 2, 4};
+  source["intermediate_size"] = {48, 32, 16};
+  source["head_dim"] = 8;
+  const ModelConfig config = parse(source);
+  EXPECT_EQ(config.layer_widths, (std::vector<BlockWidths>{{4, 2, 48}, {2, 1, 32}, {4, 2, 16}}));
+  EXPECT_EQ(config.num_heads, 4);
+  EXPECT_EQ(config.num_kv_heads, 2);
+  EXPECT_EQ(config.intermediate_size, 48);
+  EXPECT_EQ(width_keys(config), "intermediate_size, num_attention_heads, num_key_value_heads");
+  const Json written = write_config(config, "float32");
+  for (const char* key : {"intermediate_size", "num_attention_heads", "num_key_value_heads"})
+    EXPECT_EQ(written[key], source[key]) << key;
+  EXPECT_EQ(parse(written).layer_widths, config.layer_widths);
+  for (const TensorSpec& spec : expected_tensors(config)) {
+    if (spec.module == "mlp.up_proj") EXPECT_EQ(spec.shape[0], config.layer_widths[spec.layer].inner);
+    if (spec.module == "self_attn.k_proj") EXPECT_EQ(spec.shape[0], 8 * config.layer_widths[spec.layer].kv_heads);
+    if (spec.module == "self_attn.o_proj") EXPECT_EQ(spec.shape[1], 8 * config.layer_widths[spec.layer].heads);
+  }
+  const ModelConfig last = with_layers(config, {1, 2});
+  EXPECT_EQ(last.layer_widths, (std::vector<BlockWidths>{{2, 1, 32}, {4, 2, 16}}));
+  EXPECT_EQ(last.intermediate_size, 32);
+  const ModelConfig one = with_layers(config, {1});
+  EXPECT_TRUE(one.layer_widths.empty());
+  EXPECT_EQ(write_config(one, "float32")["intermediate_size"], 32);
+  EXPECT_EQ(of_block(config, 1).num_heads, 2);
+  EXPECT_TRUE(of_block(config, 1).layer_widths.empty());
+  source["intermediate_size"] = {48, 48, 48};
+  EXPECT_EQ(write_config(parse(source), "float32")["intermediate_size"], 48);
+  // Without a list of their own, heads of keys and values are the heads.
+  source.erase("num_key_value_heads");
+  EXPECT_EQ(parse(source).widths(1).kv_heads, 2);
+  const auto refused = [&](const char* key, const Json& value) {
+    Json bad = source;
+    bad[key] = value;
+    EXPECT_THROW(parse(bad), Error) << key << value;
+  };
+  refused("intermediate_size", {48, 32});
+  refused("intermediate_size", {48, 32, 0});
+  refused("intermediate_size", {48, 32, "16"});
+  refused("intermediate_size", {48, 32, 1.5});
+  refused("intermediate_size", Json::array());
+  refused("num_key_value_heads", {2, 4, 2});
+  refused("hidden_size", {32, 32, 32});
+  Json experts = source;
+  experts["architectures"] = {"MixtralForCausalLM"};
+  experts.erase("hidden_act");
+  experts["num_attention_heads"] = 4;
+  experts["intermediate_size"] = {48, 32, 16};
+  EXPECT_THROW(parse(experts), Error);
+}
+
 TEST(Config, WindowsAreReadAsTheClassesDo) {
   const auto parsed = [](const std::string& architecture, const Json& changes) {
     Json c = small_config();

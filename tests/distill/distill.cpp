@@ -1,6 +1,5 @@
 #include "distill/distill.h"
 
-#include "distill/student.h"
 #include "eval/logit_cache.h"
 #include "tests/distill/workplace.h"
 
@@ -9,47 +8,15 @@ namespace {
 
 using Workplace = testing::DistillWorkplace;
 
-TEST(Student, KeepsTheChosenLayersAndTheStrongestNeurons) {
-  const torch::NoGradGuard no_grad;
-  Decoder teacher = testing::small_decoder(6);
-  // Neurons 3 and 7 of layer 2 are made too weak to keep.
-  for (const int neuron : {3, 7}) teacher->tensor("model.layers.2.mlp.up_proj.weight")[neuron].mul_(1e-3);
-  Decoder student = cut_student(teacher, {0, 2}, 46);
-  EXPECT_EQ(student->config().num_layers, 2);
-  EXPECT_EQ(student->config().intermediate_size, 46);
-  EXPECT_TRUE(torch::equal(student->tensor("model.layers.1.self_attn.q_proj.weight"),
-                           teacher->tensor("model.layers.2.self_attn.q_proj.weight")));
-  std::vector<std::int64_t> kept;
-  for (std::int64_t i = 0; i < 48; ++i)
-    if (i != 3 && i != 7) kept.push_back(i);
-  const torch::Tensor index = torch::tensor(kept, torch::kLong);
-  EXPECT_TRUE(torch::equal(student->tensor("model.layers.1.mlp.gate_proj.weight"),
-                           teacher->tensor("model.layers.2.mlp.gate_proj.weight").index_select(0, index)));
-  EXPECT_TRUE(torch::equal(student->tensor("model.layers.1.mlp.down_proj.weight"),
-                           teacher->tensor("model.layers.2.mlp.down_proj.weight").index_select(1, index)));
-  // Nothing cut: the same function.
-  const torch::Tensor ids = torch::randint(0, 300, {1, 20}, torch::kLong);
-  EXPECT_TRUE(torch::equal(cut_student(teacher, {}, 0)->forward(ids), teacher->forward(ids)));
-}
-
-TEST(Student, LayerListsAreChecked) {
-  EXPECT_EQ(parse_layers("0,2,3", 4), (std::vector<int>{0, 2, 3}));
-  EXPECT_EQ(parse_layers("1", 4), (std::vector<int>{1}));
-  for (const char* bad : {"", "4", "2,1", "1,1", "a", "0,", "-1", "0;1", "0 ,1"})
-    EXPECT_THROW(parse_layers(bad, 4), Error) << bad;
-}
-
 TEST(Distill, BringsTheStudentNearerToItsTeacher) {
   const Workplace w("near");
   Json given = w.base("student");
-  given["keep-layers"] = "0,2";
-  given["ffn"] = 40;
+  given["model"] = w.student({0, 2});
   given["steps"] = 80;
   const Json held = w.run(given).at("held_out").at("held.txt");
   EXPECT_LT(held.at("kl_after").get<double>(), 0.6 * held.at("kl_before").get<double>());
   const Checkpoint student(w.folder / "student");
   EXPECT_EQ(student.config().num_layers, 2);
-  EXPECT_EQ(student.config().intermediate_size, 40);
   given["out"] = (w.folder / "again").string();
   w.run(given);
   EXPECT_EQ(testing::bytes_of(w.folder / "student" / "model.safetensors"), testing::bytes_of(w.folder / "again" / "model.safetensors"));
@@ -59,7 +26,7 @@ TEST(Distill, EveryLossBringsTheStudentNearer) {
   const Workplace w("losses");
   for (const char* loss : {"reverse-kl", "jsd", "skew-kl", "skew-reverse-kl", "adaptive-kl"}) {
     Json given = w.base(loss);
-    given["keep-layers"] = "0,2";
+    given["model"] = w.student({0, 2});
     given["loss"] = loss;
     given["steps"] = 60;
     const Json held = w.run(given).at("held_out").at("held.txt");
@@ -70,7 +37,7 @@ TEST(Distill, EveryLossBringsTheStudentNearer) {
 TEST(Distill, AStudentEqualToTheTeacherHasNoDivergence) {
   const Workplace w("equal");
   Json given = w.base("copy");
-  given["keep-layers"] = "0,1,2";
+  given["model"] = w.student({0, 1, 2});
   given["steps"] = 3;
   given["lr"] = 1e-5;
   given["tau"] = 2.0;
@@ -82,7 +49,7 @@ TEST(Distill, AStudentEqualToTheTeacherHasNoDivergence) {
 TEST(Distill, TheCacheTeachesWhatTheTeacherTeaches) {
   const Workplace w("cache");
   Json given = w.base("cached");
-  given["keep-layers"] = "0,1";
+  given["model"] = w.student({0, 1});
   given["cache"] = (w.folder / "teacher.h5").string();
   given["cache-top-k"] = 64;
   given["steps"] = 60;
@@ -112,7 +79,7 @@ TEST(Distill, ASampledCacheTeachesAsTheTeacherItself) {
   }
   for (const double tau : {1.0, 2.0}) {
     Json given = w.base("live" + std::to_string(tau));
-    given["keep-layers"] = "0,1";
+    given["model"] = w.student({0, 1});
     given["steps"] = 120;
     given["tau"] = tau;
     const double live = w.run(given).at("held_out").at("held.txt").at("kl_after").get<double>();
@@ -133,7 +100,7 @@ TEST(Distill, ASampledCacheTeachesAsTheTeacherItself) {
   }
   // Samples alone, and a cache that has none where they are asked for.
   Json given = w.base("alone");
-  given["keep-layers"] = "0,1";
+  given["model"] = w.student({0, 1});
   given["cache"] = (w.folder / "alone.h5").string();
   given["cache-samples"] = 24;
   given["cache-top-k"] = 0;
@@ -155,7 +122,7 @@ TEST(Distill, ASampledCacheTeachesAsTheTeacherItself) {
 TEST(Distill, ACacheCutShortIsContinued) {
   const Workplace w("cut");
   Json given = w.base("whole");
-  given["keep-layers"] = "0,1";
+  given["model"] = w.student({0, 1});
   given["steps"] = 3;
   given["cache"] = (w.folder / "whole.h5").string();
   given["cache-samples"] = 5;
@@ -193,7 +160,7 @@ TEST(Distill, ATeacherInBfloat16Teaches) {
   save_decoder(teacher, "bfloat16", w.folder / "like", w.folder / "half");
   Json given = w.base("student");
   given["teacher"] = (w.folder / "half").string();
-  given["keep-layers"] = "0,2";
+  given["model"] = w.student({0, 2}, "half", "bfloat16");
   given["steps"] = 60;
   const Json held = w.run(given).at("held_out").at("held.txt");
   EXPECT_LT(held.at("kl_after").get<double>(), 0.7 * held.at("kl_before").get<double>());
@@ -272,23 +239,14 @@ TEST(Distill, TokenizersAreComparedByMeaning) {
 TEST(Distill, BadUseIsRefused) {
   const Workplace w("bad");
   EXPECT_EQ(w.code_of(w.base("x")), 2);  // no student named
+  const std::string student = w.student({0, 2});
   Json given = w.base("x");
-  given["keep-layers"] = "0,9";
-  EXPECT_EQ(w.code_of(given), 2);
-  given = w.base("x");
-  given["ffn"] = 49;
-  EXPECT_EQ(w.code_of(given), 2);
-  given = w.base("x");
-  given["ffn"] = 40;
-  given["model"] = (w.folder / "teacher").string();
-  EXPECT_EQ(w.code_of(given), 2);
-  given = w.base("x");
-  given["ffn"] = 40;
+  given["model"] = student;
   given["tau"] = 2.0;
   given["cache"] = (w.folder / "c.h5").string();
   EXPECT_EQ(w.code_of(given), 2);
   given = w.base("x");
-  given["ffn"] = 40;
+  given["model"] = student;
   given["kl-weight"] = 0.0;
   EXPECT_EQ(w.code_of(given), 2);
   for (const Json& more : {Json{{"beta", 0.3}}, Json{{"loss", "jsd"}, {"alpha", 0.3}}, Json{{"loss", "jsd"}, {"beta", 1.0}},
@@ -303,7 +261,7 @@ TEST(Distill, BadUseIsRefused) {
                            Json{{"on-policy", 0.5}, {"on-policy-tokens", 8}, {"kl-weight", 0.0}, {"ce-weight", 1.0}},
                            Json{{"hidden-layers", "0:1"}}, Json{{"hidden-weight", 1.0}, {"hidden-layers", "0:3"}}}) {
     given = w.base("x");
-    given["ffn"] = 40;
+    given["model"] = student;
     given.update(more);
     EXPECT_EQ(w.code_of(given), 2) << more;
   }

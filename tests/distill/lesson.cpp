@@ -5,7 +5,6 @@
 #include <map>
 
 #include "distill/on_policy.h"
-#include "distill/student.h"
 #include "tests/distill/workplace.h"
 
 namespace pare {
@@ -198,7 +197,7 @@ TEST(OnPolicy, DrawsFollowTheStudentsDistribution) {
 TEST(OnPolicy, AnInterruptedRunContinuesToTheSameBytes) {
   const Workplace w("on-policy");
   Json given = w.base("whole");
-  given["keep-layers"] = "0,2";
+  given["model"] = w.student({0, 2});
   given["loss"] = "jsd";
   given["on-policy"] = 0.5;
   given["on-policy-tokens"] = 8;
@@ -216,7 +215,7 @@ TEST(OnPolicy, AnInterruptedRunContinuesToTheSameBytes) {
   const fs::path work = w.folder / "broken.partial";
   fs::create_directories(work);
   Decoder teacher = load_decoder(Checkpoint(w.folder / "teacher"), torch::kCPU);
-  Decoder student = cut_student(teacher, {0, 2}, 0);
+  Decoder student = load_decoder(Checkpoint(given["model"].get<std::string>()), torch::kCPU);
   const Tokenizer tokenizer = Tokenizer::from_file(w.folder / "like" / "tokenizer.json");
   TrainingJob job;
   job.settings = trainer_settings(options, student->config());

@@ -60,6 +60,8 @@ FAMILIES = {
     "llama_scaled": small("llama", "LlamaForCausalLM", "smollm", rope_scaling=LLAMA3, attention_bias=True,
                           mlp_bias=True, tie_word_embeddings=True, head_dim=24, num_key_value_heads=1),
     "llama_linear": small("llama", "LlamaForCausalLM", "deepseek", rope_scaling={"type": "linear", "factor": 4.0}),
+    "llama_widths": small("llama", "LlamaForCausalLM", "llama3", intermediate_size=[128, 64, 96],
+                          num_attention_heads=[4, 2, 4], num_key_value_heads=[2, 1, 1]),
     "mistral": small("mistral", "MistralForCausalLM", "llama2", sliding_window=None),
     "mixtral": small("mixtral", "MixtralForCausalLM", "mistral", num_local_experts=4, num_experts_per_tok=2,
                      sliding_window=None),

@@ -152,6 +152,50 @@ def check(pare, original, text, method, dtype, work):
     return problems, ours
 
 
+def cut_by_hand(pare, original, text, work):
+    """The folder that prune writes by weights gives the logits of the original with the same blocks and neurons taken
+    out here."""
+    out = os.path.join(work, "by_hand")
+    keep, ffn = 3, 96
+    run(pare, "prune", "--model", original, "--out", out, "--method", "shape", "--layers", str(keep), "--ffn", str(ffn),
+        "--rank-by", "weights", "--no-correction", "--text", text, "--samples", "4", "--context", str(CONTEXT))
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    ours, whole = load(out, dtype=torch.float32).eval(), load(original, dtype=torch.float32).eval()
+    blocks = whole.model.layers
+    linears = [sum(m.weight.double().square().sum().item() for m in block.modules() if isinstance(m, torch.nn.Linear))
+               for block in blocks]
+    kept = sorted(sorted(range(len(blocks)), key=lambda i: -linears[i])[:keep])
+    for mlp in (blocks[i].mlp for i in kept):
+        score = (mlp.gate_proj.weight.double().norm(dim=1) * mlp.up_proj.weight.double().norm(dim=1)
+                 * mlp.down_proj.weight.double().norm(dim=0))
+        index = score.topk(ffn).indices.sort().values
+        for linear in (mlp.gate_proj, mlp.up_proj):
+            linear.weight = torch.nn.Parameter(linear.weight[index])
+            if linear.bias is not None:
+                linear.bias = torch.nn.Parameter(linear.bias[index])
+        mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight[:, index])
+    whole.model.layers = torch.nn.ModuleList(blocks[i] for i in kept)
+    ids = torch.randint(0, 300, (2, 40))
+    with torch.no_grad():
+        difference = (ours(ids, use_cache=False).logits - whole(ids, use_cache=False).logits).abs().max().item()
+    return difference
+
+
+def widths_refused(pare, original, text, work):
+    """A folder whose blocks differ is no folder that transformers takes for another model."""
+    out = os.path.join(work, "own_widths")
+    run(pare, "prune", "--model", original, "--out", out, "--method", "shape", "--ffn", "96", "--per-layer",
+        "--multiple-of", "16", "--text", text, "--samples", "8", "--context", str(CONTEXT))
+    widths = json.load(open(os.path.join(out, "config.json")))["intermediate_size"]
+    if not isinstance(widths, list) or sum(widths) > 4 * 96:
+        return f"widths {widths}"
+    try:
+        transformers.AutoModelForCausalLM.from_pretrained(out)
+    except Exception as problem:
+        return "" if "intermediate_size" in str(problem) else f"refused for {problem}"
+    return "loaded in spite of its widths"
+
+
 def main():
     if len(sys.argv) not in (2, 4):
         sys.exit(__doc__)
@@ -175,6 +219,13 @@ def main():
                 folder = os.path.join(work, family)
                 make_model(folder, text, family, torch.float32)
                 cases.append((family, folder, text, torch.float32))
+        if len(sys.argv) == 2:
+            difference = cut_by_hand(pare, os.path.join(work, "llama"), text, work)
+            print(f"{'ok' if difference < 1e-4 else 'FAILED':6} llama cut by hand: logits differ by {difference:.1e}")
+            failed += not difference < 1e-4
+            problem = widths_refused(pare, os.path.join(work, "llama"), text, work)
+            print(f"{'FAILED' if problem else 'ok':6} llama with widths of its own is refused {problem}")
+            failed += bool(problem)
         for name, folder, text, dtype in cases:
             for method in METHODS if " " in name or len(sys.argv) == 4 else ["all"]:
                 try:

@@ -40,7 +40,6 @@ done
 check "GPTQ folders" "$PYTHON" -B "$HERE/gptq_folder.py" "$BUILD/pare" "$ROOT/examples/teacher" "$T/q4" "$T/q4g128" "$T/q4a" \
   "$T/q8" "$T/q8c"
 check "pruned folders" "$PYTHON" "$HERE/pruned_folder.py" "$BUILD/pare"
-check "cut student" "$PYTHON" "$HERE/student_cut.py" "$BUILD/pare"
 check "families" "$PYTHON" "$HERE/families.py" "$BUILD"
 check "trained tokenizer" "$PYTHON" "$HERE/tokenizers_train.py" "$BUILD/pare" "$ROOT/README.md" --vocab-size 600
 check "tokenizers" "$PYTHON" "$HERE/tokenizers_fuzz.py" "$BUILD/pare" "$ROOT"/tests/golden/tokenizers/*.json \

@@ -151,26 +151,67 @@ TEST(PruneShape, RemovesPlantedDeadPartsAtNoCost) {
   }
 }
 
+// By weights: the block and the neurons whose weights are small go, whatever the text says, and the rest is copied.
+TEST(PruneShape, ByWeightsTheStrongestStay) {
+  const Folder folder("weights");
+  const auto weak = [](std::int64_t j) { return j == 3 || j == 7; };
+  make_model(folder / "m", {}, [&](const TensorSpec& spec, std::vector<float>& values) {
+    if (spec.layer == 1 && spec.role == TensorRole::kLinear)
+      for (float& x : values) x *= 0.9f;
+    if (spec.module == "mlp.up_proj")
+      for (std::int64_t i = 0; i < 96; ++i)
+        if (weak(i))
+          for (std::int64_t j = 0; j < 32; ++j) values[static_cast<std::size_t>(i * 32 + j)] *= 1e-3f;
+  });
+  Json given = shape(folder, "out", {{"layers", 3}, {"ffn", 94}, {"multiple-of", 2}});
+  given["rank-by"] = "weights";
+  given["no-correction"] = true;
+  run_prune(given);
+  const Checkpoint before(folder / "m"), after(folder / "out");
+  EXPECT_EQ(shape_of(after.config()), (Shape{3, 4, 2, 94, 32, 0}));
+  const Rows neurons = without(96, weak), channels = without(32, [](std::int64_t) { return false; });
+  const int from[] = {0, 2, 3};
+  for (int layer = 0; layer < 3; ++layer) {
+    const auto name = [](int of, const std::string& module) {
+      return "model.layers." + std::to_string(of) + "." + module + ".weight";
+    };
+    const auto was = [&](const std::string& module) { return before.read_f32(name(from[layer], module)); };
+    const auto is = [&](const std::string& module) { return after.read_f32(name(layer, module)); };
+    EXPECT_EQ(is("self_attn.q_proj"), was("self_attn.q_proj"));
+    for (const std::string module : {"mlp.gate_proj", "mlp.up_proj"})
+      EXPECT_EQ(is(module), taken(was(module), 32, neurons, channels)) << module;
+    EXPECT_EQ(is("mlp.down_proj"), taken(was("mlp.down_proj"), 96, channels, neurons));
+  }
+}
+
+// Experts 1 and 5 of eight are the loudest, and no token chooses them: each has a channel that is large in all states.
 TEST(PruneShape, ExpertsThatNoTokenHearsGo) {
   const Folder folder("experts");
   const SmallModel small{.architecture = "MixtralForCausalLM", .type = "mixtral", .layers = 2};
   make_model(folder / "m", small, [](const TensorSpec& spec, std::vector<float>& values) {
-    // Experts 1 and 5 of eight put out nothing.
+    const bool unheard = spec.expert == 1 || spec.expert == 5;
+    if (spec.role == TensorRole::kEmbedding)
+      for (std::int64_t id = 0; id < 300; ++id) values[static_cast<std::size_t>(id * 32)] = 12.0f;
     if (spec.role == TensorRole::kRouter)
-      for (const std::int64_t e : {1, 5}) std::fill_n(values.begin() + e * 32, 32, 0.0f);
-    if (spec.expert == 1 || spec.expert == 5) std::fill(values.begin(), values.end(), 0.0f);
+      for (std::int64_t e = 0; e < 8; ++e)
+        values[static_cast<std::size_t>(e * 32)] = e == 1 || e == 5 ? -20.0f : 0.0f;
+    if (unheard)
+      for (float& x : values) x *= 4;
   });
   const auto outcome = run_prune(shape(folder, "out", {{"experts", 6}}));
+  Json by_weights = shape(folder, "loud", {{"experts", 6}});
+  by_weights["rank-by"] = "weights";
+  EXPECT_GT(run_prune(by_weights).after("calibration mean_kl"), 1e-4) << "by their weights they would stay";
   const Checkpoint before(folder / "m"), after(folder / "out");
   EXPECT_EQ(after.config().experts.count, 6);
-  EXPECT_GE(outcome.after("calibration mean_kl"), 0.0);
+  EXPECT_LT(outcome.after("calibration mean_kl"), 1e-6);
   const int from[] = {0, 2, 3, 4, 6, 7};
   const auto router = before.read_f32("model.layers.1.block_sparse_moe.gate.weight");
   Rows rows(std::begin(from), std::end(from)), columns(32);
   std::iota(columns.begin(), columns.end(), 0);
   EXPECT_EQ(after.read_f32("model.layers.1.block_sparse_moe.gate.weight"), taken(router, 32, rows, columns));
   Json plain = shape(folder, "plain", {{"experts", 6}, {"no-correction", true}});
-  run_prune(plain);
+  EXPECT_NEAR(run_prune(plain).after("calibration mean_kl"), 0.0, 1e-9);
   const Checkpoint cut(folder / "plain");
   for (int e = 0; e < 6; ++e) {
     const auto name = [](int expert) {
@@ -178,6 +219,34 @@ TEST(PruneShape, ExpertsThatNoTokenHearsGo) {
     };
     EXPECT_EQ(cut.read_f32(name(e)), before.read_f32(name(from[e])));
   }
+}
+
+// Shares that are not made to sum to 1 grow when experts leave the softmax: all experts alike, half of them gone, each
+// token hears twice as much of the same, which the refit has to take back.
+TEST(PruneShape, SharesThatGrowAreTakenBack) {
+  const Folder folder("shares");
+  Json config = {{"architectures", {"Qwen3MoeForCausalLM"}}, {"model_type", "qwen3_moe"}, {"vocab_size", 300},
+                 {"hidden_size", 32}, {"intermediate_size", 96}, {"moe_intermediate_size", 32}, {"head_dim", 8},
+                 {"num_hidden_layers", 2}, {"num_attention_heads", 4}, {"num_key_value_heads", 2}, {"num_experts", 8},
+                 {"num_experts_per_tok", 2}, {"norm_topk_prob", false}, {"max_position_embeddings", 128},
+                 {"rms_norm_eps", 1e-5}, {"tie_word_embeddings", true}, {"torch_dtype", "float32"}};
+  make_model(folder / "m", {.config = config}, [&](const TensorSpec& spec, std::vector<float>& values) {
+    if (spec.role == TensorRole::kRouter)
+      for (float& x : values) x *= 0.05f;
+    if (spec.expert < 0) return;
+    std::mt19937 engine(static_cast<unsigned>(spec.layer) * 3 + static_cast<unsigned>(spec.module.back()) +
+                        static_cast<unsigned>(spec.module[spec.module.size() - 6]));
+    const bool down = spec.module.ends_with("down_proj");
+    for (float& x : values) x = (down ? 3.0f : 0.5f) * (static_cast<float>(engine() >> 8) / 16777216.0f - 0.5f);
+  });
+  const auto kl = [&](const std::string& out, bool corrected) {
+    Json given = shape(folder, out, {{"experts", 4}, {"samples", 40}});
+    given["no-correction"] = !corrected;
+    return run_prune(given).after("calibration mean_kl");
+  };
+  const double plain = kl("plain", false), refitted = kl("refitted", true);
+  EXPECT_GT(plain, 1e-3);
+  EXPECT_LT(refitted, 0.2 * plain);
 }
 
 TEST(PruneShape, RefusesShapesThatTheModelCannotHave) {
@@ -205,8 +274,18 @@ TEST(PruneShape, RefusesShapesThatTheModelCannotHave) {
   refused({{"hidden", 24}, {"multiple-of", 1}, {"kv-heads", 1}, {"ffn", 200}}, "the model has 96 neurons");
   refused({{"hidden", 30}, {"multiple-of", 2}}, "only where --hidden is a multiple of --heads: 30 and 4");
   refused({{"experts", 2}}, "--experts: the model has none");
-  refused({{"max-params", 10}}, "parameters: the search goes down to half");
-  refused({{"max-params", 10000000}}, "fewer than the model's");
+  refused({{"max-params", 10}}, "the search goes down to half");
+  refused({{"layers", 3}, {"multiple-of", 16}}, "no use for --multiple-of");
+  refused({{"max-bytes", "10"}}, "bytes of tensors as f32");
+  refused({{"max-bytes", "1G"}}, "less than the model's own");
+  refused({{"max-bytes", "100K"}, {"max-params", 40000}}, "one of --max-params");
+  refused({{"max-bytes", "100K"}, {"codec", "q5"}}, "q4");
+  refused({{"max-params", 40000}, {"codec", "q4"}}, "--codec without them");
+  refused({{"ffn", 64}, {"codec", "q4"}}, "--codec without them");
+  refused({{"layers", 3}, {"per-layer", true}}, "--ffn or --kv-heads");
+  refused({{"heads", 2}, {"multiple-of", 16}, {"per-layer", true}}, "all their query heads");
+  refused({{"max-params", 10}, {"per-layer", true}}, "leaves channels and vocabulary");
+  refused({{"max-params", 10000000}}, "less than the model's own");
   refused({{"max-params", 40000}, {"layers", 3}}, "--max-params and --layers");
   refused({{"ffn", 64}, {"sparsity", 0.5}}, "no use for --sparsity");
   refused({{"ffn", 64}, {"no-correction", true}, {"damping", 0.1}}, "no use for --damping");

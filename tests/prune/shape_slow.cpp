@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include "prune/shape.h"
+#include "prune/speed.h"
 #include "tests/prune/small_model.h"
 
 namespace pare {
@@ -80,6 +81,39 @@ TEST(PruneSearch, FindsTheCutThatCostsNothing) {
     }
   EXPECT_EQ(chosen, 1);
   EXPECT_FALSE(fs::exists(folder / "out" / "prune.state"));
+}
+
+// A speed: what is chosen was measured to be fast enough, and expectation and measurement stand in the report. Other
+// work on the machine may slow down a shape that was fast, which is an error and no model.
+TEST(PruneSearch, ASpeedIsMeasured) {
+  const Folder folder("speed");
+  make_model(folder / "m", {.hidden = 256, .intermediate = 768, .layers = 6, .heads = 8, .kv_heads = 4});
+  const ModelConfig config = Checkpoint(folder / "m").config();
+  const StoredAs stored = stored_as("q4", "float32");
+  double own = 1e9;
+  for (int i = 0; i < 3; ++i) own = std::min(own, seconds_per_token(config, stored, 1, folder / "own.pare"));
+  EXPECT_FALSE(fs::exists(folder / "own.pare"));
+  for (const bool per_layer : {false, true}) {
+    const std::string out = per_layer ? "per-layer" : "uniform";
+    Json given = shape(folder, out, {{"min-tokens-per-second", 1.2 / own}, {"codec", "q4"}, {"samples", 4}});
+    given["per-layer"] = per_layer;
+    testing::Outcome outcome;
+    try {
+      outcome = run_prune(given);
+    } catch (const Error& error) {
+      ASSERT_EQ(error.code(), ExitCode::kFailure) << error.what();
+      EXPECT_FALSE(fs::exists(folder / out));
+      continue;
+    }
+    EXPECT_LT(parameter_count(Checkpoint(folder / out).config()), parameter_count(config));
+    double fastest = 0;
+    for (const ReportRow& row : outcome.report.rows())
+      if (row.metric.ends_with("expected and measured")) {
+        EXPECT_FALSE(row.deterministic);
+        fastest = std::max(fastest, row.after.value());
+      }
+    EXPECT_GE(fastest, 1.2 / own) << out;
+  }
 }
 
 }  // namespace

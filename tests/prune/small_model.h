@@ -26,6 +26,7 @@ struct SmallModel {
   bool tied = true, mlp_bias = false;
   std::string dtype = "float32";
   unsigned seed = 1;
+  Json config = Json();  // in place of all above but the seed
 };
 
 inline std::string small_text() {
@@ -51,6 +52,7 @@ inline void make_model(const fs::path& out, const SmallModel& m = {}, const Edit
                {"max_position_embeddings", 128}, {"rms_norm_eps", 1e-5}, {"rope_theta", 10000.0},
                {"hidden_act", "silu"}, {"tie_word_embeddings", m.tied}, {"torch_dtype", m.dtype}};
   if (m.mlp_bias) json["mlp_bias"] = true;
+  if (!m.config.is_null()) json = m.config;
   const ModelConfig config = parse_config(json, nullptr, "small model");
   FolderTransaction folder(out);
   CheckpointWriter writer(folder.work(), config, m.dtype);

@@ -1,0 +1,27 @@
+// How fast a shape decodes on this machine, measured with the runtime on files of random weights.
+#pragma once
+
+#include <vector>
+
+#include "core/context.h"
+#include "core/file.h"
+#include "prune/costs.h"
+
+namespace pare {
+
+// Median seconds of a token that the runtime decodes at the beginning of its context, one sequence, as `pare bench`
+// measures them, of a model of this config whose weights are random. The file stands at `scratch` meanwhile.
+// Errors: exit 5 where the disk is too small for it.
+double seconds_per_token(const ModelConfig& config, const StoredAs& stored, int threads, const fs::path& scratch);
+
+struct Timing {
+  Shape shape;
+  double seconds = 0;
+};
+// Times of the model's own shape and of shapes with half of one thing each.
+std::vector<Timing> measure_shapes(const ModelConfig& config, const StoredAs& stored, Context& context,
+                                   const fs::path& scratch);
+// The times, none below 0, that say these timings best (relative least squares).
+DecodeTimes fit_times(const ModelConfig& config, const StoredAs& stored, const std::vector<Timing>& timings);
+
+}  // namespace pare
