@@ -154,7 +154,8 @@ ModelOrigin origin_of(const fs::path& from) {
 }
 
 std::string command_of(const std::string& verb, const Options& options) {
-  static constexpr std::array kUnsaid = {"model", "out", "threads", "quiet", "json", "restart", "max-ram", "device"};
+  static constexpr std::array kUnsaid = {"model", "out", "threads", "quiet", "json", "restart", "max-ram", "device",
+                                        "checkpoint-minutes"};
   std::string command = "pare " + verb;
   for (const auto& [name, value] : options.resolved().items()) {
     if (!options.changed(name) || std::find(kUnsaid.begin(), kUnsaid.end(), name) != kUnsaid.end()) continue;

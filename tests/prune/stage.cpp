@@ -51,7 +51,8 @@ TEST(PruneStage, MagnitudeEqualsBruteForceAndKeepsDtypeAndTheRest) {
   std::vector<std::string> names;
   for (const auto& entry : fs::directory_iterator(folder / "out")) names.push_back(entry.path().filename().string());
   std::sort(names.begin(), names.end());
-  EXPECT_EQ(names, (std::vector<std::string>{"config.json", "model.safetensors", "prune.json", "tokenizer.json"}));
+  EXPECT_EQ(names, (std::vector<std::string>{"README.md", "config.json", "model.safetensors", "prune.json",
+                                             "tokenizer.json"}));
 }
 
 TEST(PruneStage, RandomTakesHalfOfEveryRowBySeed) {
