@@ -86,8 +86,9 @@ struct TrainingJob {
 // Trains job.decoder in place and adds the rows held_out_loss[name] (before, after), train_loss, tokens. Continues from
 // work/training_state.safetensors when it is there: the same bytes as an uninterrupted run at the same thread count.
 // `output_dtype`: weights are rounded to it before the last held-out loss, which is thus of what is written.
-// Errors: exit 130 after an interrupt with the state saved; exit 1 when the loss is not finite, or from step 50 on
-// three times in a row above 3 times its mean plus 2; exit 2 when the state belongs to other options. Returns {"steps", "tokens", "train_loss", "held_out": {..}}, with patience "best_step" too.
+// Errors: exit 130 after an interrupt with the state saved; exit 1 when the loss is not finite, or from step 50 on three
+// times in a row above 3 times its mean plus 2; exit 2 when the state belongs to other options. Returns
+// {"steps", "tokens", "train_loss", "held_out": {..}}, with patience "best_step" too.
 Json run_training(TrainingJob& job, const std::string& output_dtype, Context& run);
 
 // Removes the work folder again when a run ends before it has saved anything. Declare after the transaction.
