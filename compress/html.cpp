@@ -11,12 +11,15 @@ namespace {
 constexpr const char* kStyle =
     ":root{color-scheme:light dark;--text:#222;--soft:#666;--rule:#ddd;--back:#fff;--box:#f5f5f5;--bad:#a00;"
     "--s0:#0072b2;--s1:#d55e00;--s2:#009e73;--s3:#a0568a;--s4:#8a6d00;--s5:#444}"
-    "@media(prefers-color-scheme:dark){:root{--text:#ddd;--soft:#999;--rule:#383838;--back:#161616;--box:#222;--bad:#f77;"
+    "@media(prefers-color-scheme:dark){:root{--text:#ddd;--soft:#999;--rule:#383838;--back:#161616;--box:#222;--bad:#"
+    "f77;"
     "--s0:#56b4e9;--s1:#f0883e;--s2:#2ec99c;--s3:#d893c2;--s4:#e0c040;--s5:#bbb}}"
-    "body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:var(--text);background:var(--back)}"
+    "body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 "
+    "1em;color:var(--text);background:var(--back)}"
     "table{border-collapse:collapse;margin:.5em 0 1.5em}th,td{padding:.2em .7em;border-bottom:1px solid var(--rule);"
     "text-align:left;vertical-align:top}td.n,th.n{text-align:right;white-space:nowrap}"
-    "pre{background:var(--box);padding:1em;overflow:auto}.missed{color:var(--bad);font-weight:bold}small{color:var(--soft)}"
+    "pre{background:var(--box);padding:1em;overflow:auto}.missed{color:var(--bad);font-weight:bold}small{color:var(--"
+    "soft)}"
     "figure{margin:.5em 0 1.5em}figcaption{font-weight:bold}svg{width:100%;max-width:60em;height:auto;display:block}"
     "svg text{fill:var(--soft);font:12px sans-serif}svg .g{stroke:var(--rule)}svg .l{fill:none;stroke-width:1.8}"
     ".c0{stroke:var(--s0)}.c1{stroke:var(--s1)}.c2{stroke:var(--s2)}.c3{stroke:var(--s3)}.c4{stroke:var(--s4)}"
@@ -34,10 +37,14 @@ std::string fixed(double value) {
 std::string label(double value) {
   char text[32];
   const double size = std::abs(value);
-  if (size >= 1e9) std::snprintf(text, sizeof text, "%.4gG", value / 1e9);
-  else if (size >= 1e6) std::snprintf(text, sizeof text, "%.4gM", value / 1e6);
-  else if (size >= 1e4) std::snprintf(text, sizeof text, "%.4gk", value / 1e3);
-  else std::snprintf(text, sizeof text, "%.4g", value);
+  if (size >= 1e9)
+    std::snprintf(text, sizeof text, "%.4gG", value / 1e9);
+  else if (size >= 1e6)
+    std::snprintf(text, sizeof text, "%.4gM", value / 1e6);
+  else if (size >= 1e4)
+    std::snprintf(text, sizeof text, "%.4gk", value / 1e3);
+  else
+    std::snprintf(text, sizeof text, "%.4g", value);
   return text;
 }
 
@@ -46,7 +53,8 @@ std::vector<double> ticks(double low, double high) {
   const double rough = (high - low) / 5, power = std::pow(10, std::floor(std::log10(rough)));
   const double step = power * (rough / power < 1.5 ? 1 : rough / power < 3.5 ? 2 : rough / power < 7.5 ? 5 : 10);
   std::vector<double> at;
-  for (double k = std::ceil(low / step - 1e-9); k <= std::floor(high / step + 1e-9); ++k) at.push_back(k == 0 ? 0 : k * step);
+  for (double k = std::ceil(low / step - 1e-9); k <= std::floor(high / step + 1e-9); ++k)
+    at.push_back(k == 0 ? 0 : k * step);
   return at;
 }
 
@@ -65,12 +73,23 @@ std::string escaped(const std::string& text) {
   std::string out;
   for (const char c : text) {
     switch (c) {
-      case '&': out += "&amp;"; break;
-      case '<': out += "&lt;"; break;
-      case '>': out += "&gt;"; break;
-      case '"': out += "&quot;"; break;
-      case '\'': out += "&#39;"; break;
-      default: out += c;
+      case '&':
+        out += "&amp;";
+        break;
+      case '<':
+        out += "&lt;";
+        break;
+      case '>':
+        out += "&gt;";
+        break;
+      case '"':
+        out += "&quot;";
+        break;
+      case '\'':
+        out += "&#39;";
+        break;
+      default:
+        out += c;
     }
   }
   return out;
@@ -97,7 +116,8 @@ std::string rows_table(const Report& report, bool deterministic) {
   for (const ReportRow& row : report.rows()) {
     if (row.deterministic != deterministic) continue;
     out += table_line({row.stage, row.metric, row.unit, number_text(row.before), number_text(row.after),
-                       number_text(row.standard_error)}, "td", 3);
+                       number_text(row.standard_error)},
+                      "td", 3);
   }
   return out + "</table>\n";
 }
@@ -109,7 +129,9 @@ std::string page_begin(const std::string& title) {
          escaped(title) + "</title>\n<style>" + kStyle + "</style>\n</head>\n<body>\n<h1>" + escaped(title) + "</h1>\n";
 }
 
-std::string page_end() { return "</body>\n</html>\n"; }
+std::string page_end() {
+  return "</body>\n</html>\n";
+}
 
 std::string line_chart(const std::string& title, const std::string& x_name, const std::string& y_name,
                        const std::vector<Series>& series, bool logarithmic) {
@@ -124,21 +146,23 @@ std::string line_chart(const std::string& title, const std::string& x_name, cons
       y.high = std::max(y.high, s.y[i]);
     }
   if (!(x.low < x.high) || y.low > y.high) return "";
-  y.logarithmic = logarithmic && y.low > 0 && y.high > 2 * y.low;
+  y.logarithmic = logarithmic && y.low > 0 && y.high > 10 * y.low;
   if (!y.logarithmic) {
     const double room = y.high > y.low ? 0.05 * (y.high - y.low) : std::max(1e-9, 0.1 * std::abs(y.high));
     const bool from_zero = y.low >= 0 && y.low < 0.3 * y.high;  // a small part is left out for no gain
     y.low = from_zero ? 0 : y.low - room;
     y.high += room;
   }
-  std::string out = "<figure><figcaption>" + escaped(title) + "</figcaption>\n<svg viewBox=\"0 0 " + fixed(kWidth) + " " +
-                    fixed(kHeight) + "\" role=img aria-label=\"" + escaped(title) + "\">\n";
+  std::string out = "<figure><figcaption>" + escaped(title) + "</figcaption>\n<svg viewBox=\"0 0 " + fixed(kWidth) +
+                    " " + fixed(kHeight) + "\" role=img aria-label=\"" + escaped(title) + "\">\n";
   std::vector<double> levels;
   if (y.logarithmic) {
     for (double power = std::pow(10, std::floor(std::log10(y.low))); power <= y.high; power *= 10)
       for (const double part : {1.0, 2.0, 5.0})
         if (power * part >= y.low && power * part <= y.high) levels.push_back(power * part);
-    if (levels.size() > 9) std::erase_if(levels, [](double level) { return std::abs(std::log10(level) - std::round(std::log10(level))) > 1e-6; });
+    if (levels.size() > 9)
+      std::erase_if(levels,
+                    [](double level) { return std::abs(std::log10(level) - std::round(std::log10(level))) > 1e-6; });
   } else {
     levels = ticks(y.low, y.high);
   }
@@ -149,9 +173,9 @@ std::string line_chart(const std::string& title, const std::string& x_name, cons
            "</text>\n";
   }
   for (const double level : ticks(x.low, x.high))
-    out += "<line class=g x1=" + fixed(x.place(level)) + " x2=" + fixed(x.place(level)) + " y1=" + fixed(kTop) + " y2=" +
-           fixed(kHeight - kBottom) + " /><text x=" + fixed(x.place(level)) + " y=" + fixed(kHeight - kBottom + 16) +
-           " text-anchor=middle>" + label(level) + "</text>\n";
+    out += "<line class=g x1=" + fixed(x.place(level)) + " x2=" + fixed(x.place(level)) + " y1=" + fixed(kTop) +
+           " y2=" + fixed(kHeight - kBottom) + " /><text x=" + fixed(x.place(level)) +
+           " y=" + fixed(kHeight - kBottom + 16) + " text-anchor=middle>" + label(level) + "</text>\n";
   out += "<text x=" + fixed((kLeft + kWidth - kRight) / 2) + " y=" + fixed(kHeight - 6) + " text-anchor=middle>" +
          escaped(x_name) + "</text>\n<text x=" + fixed(kLeft) + " y=14>" + escaped(y_name) + "</text>\n";
   double legend = kWidth - kRight;
@@ -171,8 +195,8 @@ std::string line_chart(const std::string& title, const std::string& x_name, cons
            "</title></polyline>" + marks + "\n";
     if (series.size() < 2) continue;
     legend -= 7.0 * static_cast<double>(s.name.size()) + 34;
-    out += "<line class=\"l" + colour + "\" x1=" + fixed(legend) + " x2=" + fixed(legend + 18) + " y1=10 y2=10 /><text x=" +
-           fixed(legend + 23) + " y=14>" + escaped(s.name) + "</text>\n";
+    out += "<line class=\"l" + colour + "\" x1=" + fixed(legend) + " x2=" + fixed(legend + 18) +
+           " y1=10 y2=10 /><text x=" + fixed(legend + 23) + " y=14>" + escaped(s.name) + "</text>\n";
   }
   return out + "</svg></figure>\n";
 }

@@ -24,8 +24,8 @@ struct Series {
   std::vector<double> x, y;  // points that are not finite are left out
   bool marks = false;        // a mark on every point, with its values to read
 };
-// An <svg> with axes, grid and legend, as wide as the page; colours follow the page's. `logarithmic`: of y, all of it > 0,
-// else the axis is linear. Empty where there are not two different x or no point.
+// An <svg> with axes, grid and legend, as wide as the page; colours follow the page's. `logarithmic`: y, where all of
+// it is > 0 and it spans more than a factor of 10. Empty where there are not two different x or no point.
 std::string line_chart(const std::string& title, const std::string& x_name, const std::string& y_name,
                        const std::vector<Series>& series, bool logarithmic = false);
 

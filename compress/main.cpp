@@ -13,8 +13,8 @@
 
 int main(int argc, char** argv) {
   using namespace pare;
-  std::vector<Command> commands = {compress_command(real_toolbox()), train_command(), finetune_command(), distill_command(),
-                                   prune_command(), quantize_command()};
+  std::vector<Command> commands = {compress_command(real_toolbox()), train_command(), finetune_command(),
+                                   distill_command(), prune_command(), quantize_command()};
   for (Command& command : runtime_commands()) {
     // The LibTorch program scores folders without a detour through a compact file.
     if (command.name == "eval") command = eval_command();

@@ -33,8 +33,8 @@ std::string curves(const fs::path& file) {
   const std::string text = read_text(file);
   Series loss{"training", {}, {}};
   std::map<std::string, Series> held_out;
-  std::vector<std::pair<const char*, Series>> others = {{"lr", {}}, {"gradient_norm", {}}, {"tokens_per_second", {}},
-                                                        {"resident_bytes", {}}};
+  std::vector<std::pair<const char*, Series>> others = {
+      {"lr", {}}, {"gradient_norm", {}}, {"tokens_per_second", {}}, {"resident_bytes", {}}};
   std::string final_table;
   std::size_t number_of_line = 0;
   double steps = 0, tokens = 0;
@@ -47,7 +47,8 @@ std::string curves(const fs::path& file) {
     const std::string place = file.string() + ":" + std::to_string(number_of_line);
     const Json point = parse_json(line, place);
     if (!point.is_object() || !point.contains("step") || !point["step"].is_number())
-      throw input_error(place, "a point of a training curve, with \"step\"", point.is_object() ? "none" : point.type_name());
+      throw input_error(place, "a point of a training curve, with \"step\"",
+                        point.is_object() ? "none" : point.type_name());
     const double step = number(point, "step");
     steps = std::max(steps, step);
     if (point.contains("tokens")) tokens = std::max(tokens, number(point, "tokens"));
@@ -58,8 +59,10 @@ std::string curves(const fs::path& file) {
                     table_line({"text", "loss, nats/token", "±", "tokens"}, "th", 1);
       for (const auto& [name, value] : held.items())
         if (value.is_object())
-          final_table += table_line({name, number_text(number(value, "loss")), number_text(number(value, "standard_error")),
-                                     number_text(number(value, "tokens"))}, "td", 1);
+          final_table +=
+              table_line({name, number_text(number(value, "loss")), number_text(number(value, "standard_error")),
+                          number_text(number(value, "tokens"))},
+                         "td", 1);
       final_table += "</table>\n";
       continue;
     }
@@ -81,8 +84,8 @@ std::string curves(const fs::path& file) {
   for (auto& [name, series] : held_out) losses.push_back(std::move(series));
   std::string out = "<p>" + number_text(steps) + " steps" + (tokens > 0 ? ", " + number_text(tokens) + " tokens" : "") +
                     "</p>\n" + line_chart("Loss", "step", "nats/token", losses);
-  const std::pair<const char*, const char*> names[] = {{"Learning rate", ""}, {"Gradient norm", ""},
-                                                       {"Speed", "tokens/s"}, {"Resident memory", "MiB"}};
+  const std::pair<const char*, const char*> names[] = {
+      {"Learning rate", ""}, {"Gradient norm", ""}, {"Speed", "tokens/s"}, {"Resident memory", "MiB"}};
   for (std::size_t i = 0; i < others.size(); ++i)
     out += line_chart(names[i].first, "step", names[i].second, {others[i].second}, i == 1);
   return out + final_table;
@@ -101,8 +104,10 @@ std::string tables_of_rows(const Json& json, const std::string& place) {
   Report lasting;
   bool volatile_rows = false;
   for (const ReportRow& row : report.rows()) {
-    if (row.deterministic) lasting.add(row);
-    else volatile_rows = true;
+    if (row.deterministic)
+      lasting.add(row);
+    else
+      volatile_rows = true;
   }
   if (const auto cells = report_cells(lasting); cells.size() > 1) {
     out += "<table>\n";
@@ -123,7 +128,8 @@ std::string harness_table(const Json& results) {
       if (!value.is_number() || name.find("_stderr") != std::string::npos) continue;
       const std::size_t comma = std::min(name.find(','), name.size());
       const double error = number(figures, (name.substr(0, comma) + "_stderr" + name.substr(comma)).c_str());
-      out += table_line({task, name, number_text(value.get<double>()), std::isnan(error) ? "" : number_text(error)}, "td", 2);
+      out += table_line({task, name, number_text(value.get<double>()), std::isnan(error) ? "" : number_text(error)},
+                        "td", 2);
     }
   }
   return out + "</table>\n";
@@ -146,7 +152,8 @@ std::string of_json(const fs::path& file) {
 }
 
 bool belongs_to_models(const std::string& name) {
-  static const std::vector<std::string> others = {"config.json", "tokenizer.json", "architecture.json", "adapter_config.json"};
+  static const std::vector<std::string> others = {"config.json", "tokenizer.json", "architecture.json",
+                                                  "adapter_config.json"};
   const auto& side = side_file_names();
   return std::find(side.begin(), side.end(), name) != side.end() ||
          std::find(others.begin(), others.end(), name) != others.end() || name.ends_with(".index.json");
@@ -155,8 +162,10 @@ bool belongs_to_models(const std::string& name) {
 void add_file(const fs::path& root, const fs::path& file, std::string& out) {
   const std::string name = file.filename().string();
   std::string section;
-  if (file.extension() == ".jsonl") section = curves(file);
-  else if (!belongs_to_models(name)) section = of_json(file);
+  if (file.extension() == ".jsonl")
+    section = curves(file);
+  else if (!belongs_to_models(name))
+    section = of_json(file);
   if (section.empty()) return;
   const fs::path shown_as = file == root ? file.filename() : file.lexically_relative(root);
   out += "<h2>" + escaped(shown_as.string()) + "</h2>\n" + section;
@@ -167,16 +176,16 @@ void add_folder(const fs::path& root, const fs::path& folder, int depth, std::st
   for (const auto& entry : fs::directory_iterator(folder)) {
     if (entry.is_directory() && !entry.is_symlink()) folders.push_back(entry.path());
     const std::string name = entry.path().filename().string();
-    if (entry.is_regular_file() && (name == kCurveFile || entry.path().extension() == ".json")) files.push_back(entry.path());
+    if (entry.is_regular_file() && (name == kCurveFile || entry.path().extension() == ".json"))
+      files.push_back(entry.path());
   }
   // Curves first, then the rows, then what was asked for.
   const auto rank = [](const fs::path& file) {
     const std::string name = file.filename().string();
     return name == kCurveFile ? 0 : name == "report.json" ? 1 : 2;
   };
-  std::sort(files.begin(), files.end(), [&](const fs::path& a, const fs::path& b) {
-    return std::pair(rank(a), a) < std::pair(rank(b), b);
-  });
+  std::sort(files.begin(), files.end(),
+            [&](const fs::path& a, const fs::path& b) { return std::pair(rank(a), a) < std::pair(rank(b), b); });
   std::sort(folders.begin(), folders.end());
   for (const fs::path& file : files) add_file(root, file, out);
   if (depth < kDepth)
@@ -193,7 +202,8 @@ Json run_report(const Options& options, Context& context) {
   file += ".html";
   file = options.get_or<std::string>("out", file.string());
   if (fs::exists(file) && read_text(file).find(kGenerator) == std::string::npos)
-    throw usage_error(file.string(), "a page of pare report, or nothing", "another file", "name another one with --out");
+    throw usage_error(file.string(), "a page of pare report, or nothing", "another file",
+                      "name another one with --out");
   write_text(file, run_page(run));
   context.print("written: " + file.string());
   return {{"page", file.string()}};
@@ -203,8 +213,10 @@ Json run_report(const Options& options, Context& context) {
 
 std::string run_page(const fs::path& run) {
   std::string sections;
-  if (fs::is_directory(run)) add_folder(run, run, 0, sections);
-  else if (fs::exists(run)) add_file(run, run, sections);
+  if (fs::is_directory(run))
+    add_folder(run, run, 0, sections);
+  else if (fs::exists(run))
+    add_file(run, run, sections);
   if (sections.empty())
     throw input_error(run.string(), "train.jsonl, or a JSON file with rows (report.json), prune.json or quantize.json",
                       "none of them", "name the output folder of a run");
@@ -219,8 +231,11 @@ Command report_command() {
   command.name = "report";
   command.summary = "Draw the curves and tables of a run as one HTML page";
   command.options = {
-      {.name = "run", .type = OptionType::kPath, .help = "output folder of any verb, also of one that is still running; or a file",
-       .required = true, .positional = true},
+      {.name = "run",
+       .type = OptionType::kPath,
+       .help = "output folder of any verb, also of one that is still running; or a file",
+       .required = true,
+       .positional = true},
       {.name = "out", .type = OptionType::kPath, .help = "page to write; default: RUN.html"},
   };
   command.run = run_report;

@@ -47,7 +47,8 @@ Example of_conversation(const Document& document, const ExampleForm& form) {
     Json more = Json::object();
     if (!document.tools.is_null()) more["tools"] = document.tools;
     try {
-      return form.tokenizer->encode(form.chat->render(messages, generation_prompt, repeatable_date(), more), false, true);
+      return form.tokenizer->encode(form.chat->render(messages, generation_prompt, repeatable_date(), more), false,
+                                    true);
     } catch (const Error& error) {
       throw input_error(document.place + ": " + error.place(), error.expected(), error.found());
     }
@@ -103,8 +104,9 @@ void add_examples(const Document& document, const ExampleForm& form, std::vector
     const std::size_t prefix = form.tokenizer->prefix_ids().size();
     for (std::size_t begin = 0; begin + 1 < ids.size(); begin += most - 1) {
       const std::size_t end = std::min(ids.size(), begin + most);
-      Example example{Ids(ids.begin() + static_cast<std::ptrdiff_t>(begin), ids.begin() + static_cast<std::ptrdiff_t>(end)),
-                      std::vector<std::uint8_t>(end - begin, 1)};
+      Example example{
+          Ids(ids.begin() + static_cast<std::ptrdiff_t>(begin), ids.begin() + static_cast<std::ptrdiff_t>(end)),
+          std::vector<std::uint8_t>(end - begin, 1)};
       if (begin == 0) std::fill_n(example.scored.begin(), std::min(prefix, example.scored.size()), std::uint8_t{0});
       add(std::move(example));
     }

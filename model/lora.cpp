@@ -14,7 +14,9 @@ namespace {
 
 using torch::Tensor;
 
-std::string last_name(const std::string& module) { return module.substr(module.rfind('.') + 1); }
+std::string last_name(const std::string& module) {
+  return module.substr(module.rfind('.') + 1);
+}
 
 }  // namespace
 
@@ -38,8 +40,8 @@ Lora::Lora(Decoder decoder, const LoraSettings& settings, std::uint64_t seed, co
     if (spec.role != TensorRole::kLinear || spec.layer < 0) continue;
     const auto& targets = settings_.targets;
     const bool chosen = targets.empty() || std::any_of(targets.begin(), targets.end(), [&](const std::string& target) {
-      return spec.module == target || last_name(spec.module) == target;
-    });
+                          return spec.module == target || last_name(spec.module) == target;
+                        });
     if (!chosen) continue;
     const std::int64_t out = spec.shape[0], in = spec.shape[1];
     Tensor a = torch::empty({settings_.rank, in});
@@ -102,13 +104,15 @@ void write_peft_adapter(const Lora& lora, const fs::path& folder, const std::str
     names.insert(last_name(lora.places_[i].module));
     for (const int part : {0, 1}) {
       const Tensor& values = lora.parameters_[2 * i + static_cast<std::size_t>(part)];
-      entries.push_back({module + (part == 0 ? ".lora_A.weight" : ".lora_B.weight"), DType::kF32, values.sizes().vec()});
+      entries.push_back(
+          {module + (part == 0 ? ".lora_A.weight" : ".lora_B.weight"), DType::kF32, values.sizes().vec()});
     }
   }
   SafetensorsWriter writer(folder / "adapter_model.safetensors", entries, {{"format", "pt"}});
   for (const Tensor& parameter : lora.parameters_) {
     const Tensor host = parameter.detach().to(torch::kCPU).contiguous();
-    writer.write({reinterpret_cast<const std::byte*>(host.data_ptr<float>()), static_cast<std::size_t>(host.numel()) * 4});
+    writer.write(
+        {reinterpret_cast<const std::byte*>(host.data_ptr<float>()), static_cast<std::size_t>(host.numel()) * 4});
   }
   writer.finish();
   const Json config{{"peft_type", "LORA"},

@@ -38,28 +38,33 @@ std::vector<OptionDecl> finetune_options() {
       {.name = "out", .type = kPath, .help = "model folder to write, adapters merged", .required = true},
       {.name = "dtype", .type = kText, .help = "stored weights; default: as the model",
        .choices = {"float32", "float16", "bfloat16"}},
-      {.name = "epochs", .type = kNumber, .help = "passes over all examples, unless --steps or --tokens", .default_value = 3.0,
-       .minimum = 1e-9},
+      {.name = "epochs", .type = kNumber, .help = "passes over all examples, unless --steps or --tokens",
+       .default_value = 3.0, .minimum = 1e-9},
       {.name = "lora-rank", .type = kInteger, .help = "rank of LoRA adapters; 0: all weights are trained",
        .default_value = 0, .minimum = 0},
-      {.name = "lora-alpha", .type = kNumber, .help = "adapters count alpha / rank; default: twice the rank", .minimum = 1e-9},
+      {.name = "lora-alpha", .type = kNumber, .help = "adapters count alpha / rank; default: twice the rank",
+       .minimum = 1e-9},
       {.name = "lora-targets", .type = kTextList, .help = "linears that get adapters, such as q_proj; default: all"},
       {.name = "adapter", .type = kFlag, .help = "keep the adapters too, as PEFT loads them, in OUT/adapter",
        .default_value = false},
-      {.name = "too-long", .type = kText, .help = "replies that the context does not hold: cut at its end, dropped, refused",
-       .default_value = "cut", .choices = {"cut", "drop", "refuse"}},
+      {.name = "too-long", .type = kText,
+       .help = "replies that the context does not hold: cut at its end, dropped, refused", .default_value = "cut",
+       .choices = {"cut", "drop", "refuse"}},
       {.name = "replies", .type = kText, .help = "which replies of a conversation are learned", .default_value = "all",
        .choices = {"all", "last"}},
   };
   for (OptionDecl& decl : trainer_options(kFullRate, 0)) {
     if (decl.name == "text")
-      decl.help = "examples: .jsonl of prompt and response, or of messages (the model's chat template), or text; path or path=weight";
-    if (decl.name == "held-out") decl.help = "examples never trained on, for the loss before and after and for --patience";
+      decl.help = "examples: .jsonl of prompt and response, or of messages (the model's chat template), or text; path or "
+                  "path=weight";
+    if (decl.name == "held-out")
+      decl.help = "examples never trained on, for the loss before and after and for --patience";
     if (decl.name == "steps") decl.default_value = nullptr;
     if (decl.name == "batch") decl.default_value = 8;
     if (decl.name == "weight-decay") decl.default_value = 0.0;
     if (decl.name == "warmup") decl.default_value = 0.05;
-    if (decl.name == "eval-every") decl.help = "steps between held-out losses; 0: before and after, with --patience each epoch";
+    if (decl.name == "eval-every")
+      decl.help = "steps between held-out losses; 0: before and after, with --patience each epoch";
     if (decl.name == "lr") {
       decl.help = "peak learning rate; default 2e-5, with LoRA 2e-4";
       decl.default_value = nullptr;
@@ -179,7 +184,7 @@ TrainerSettings finetune_settings(const Options& o, const ModelConfig& config) {
   return settings;
 }
 
-std::string mebibytes(double bytes) { return bytes_in_words(static_cast<std::uint64_t>(bytes)); }
+std::string in_memory(double bytes) { return bytes_in_words(static_cast<std::uint64_t>(bytes)); }
 
 Json run_finetune(const Options& o, Context& run) {
   Training training("finetune", o, run);
@@ -198,7 +203,9 @@ Json run_finetune(const Options& o, Context& run) {
   form.last_reply_only = o.get<std::string>("replies") == "last";
   BatchStream data = training.read(source, form);
   TrainerSettings& s = job.settings;
-  const auto steps_of = [&](double passes) { return std::max<std::int64_t>(1, (data.sequences(passes) + s.batch - 1) / s.batch); };
+  const auto steps_of = [&](double passes) {
+    return std::max<std::int64_t>(1, (data.sequences(passes) + s.batch - 1) / s.batch);
+  };
   if (s.steps == 0) s.steps = steps_of(o.get<double>("epochs"));
   if (s.patience > 0 && s.eval_every == 0) s.eval_every = steps_of(1);
   check_patience(s);
@@ -222,7 +229,7 @@ Json run_finetune(const Options& o, Context& run) {
                            : std::string("all weights: ")) +
                      std::to_string(static_cast<std::int64_t>(trained)) + " of " +
                      std::to_string(static_cast<std::int64_t>(all)) + " parameters are trained; weights " +
-                     mebibytes(4 * (all + (lora ? trained : 0))) + ", gradients and moments " + mebibytes(12 * trained));
+                     in_memory(4 * (all + (lora ? trained : 0))) + ", gradients and moments " + in_memory(12 * trained));
   Json result = training.finish(source, data, [&] {
     if (!o.get<bool>("adapter")) return;
     fs::create_directories(job.work / "adapter");
@@ -231,8 +238,11 @@ Json run_finetune(const Options& o, Context& run) {
   result["trained_parameters"] = static_cast<std::int64_t>(trained);
   Json examples = Json::object();
   for (const TokenSource& text : data.sources())
-    examples[text.name] = {{"examples", text.counts.documents}, {"cut", text.counts.cut}, {"dropped", text.counts.dropped},
-                           {"windows", text.window_begin.size()}, {"learned_ids", text.counts.learned}};
+    examples[text.name] = {{"examples", text.counts.documents},
+                           {"cut", text.counts.cut},
+                           {"dropped", text.counts.dropped},
+                           {"windows", text.window_begin.size()},
+                           {"learned_ids", text.counts.learned}};
   result["text"] = examples;
   return result;
 }
@@ -288,10 +298,11 @@ StagePlan plan_finetune(const Options& o, const PlannedModel& input) {
 Command finetune_command() {
   Command command;
   command.name = "finetune";
-  command.summary = "Tune a model on examples (responses, conversations, documents): all weights, or LoRA merged on saving";
+  command.summary = "Tune a model on examples (responses, conversations, documents): all weights, or LoRA, merged";
   command.options = finetune_options();
   command.run = run_finetune;
-  command.example = "pare finetune --model base --text chats.jsonl --held-out more.jsonl --lora-rank 16 --patience 2 --out tuned";
+  command.example =
+      "pare finetune --model base --text chats.jsonl --held-out more.jsonl --lora-rank 16 --patience 2 --out tuned";
   command.is_stage = true;
   command.plan = plan_finetune;
   return ranked(std::move(command));

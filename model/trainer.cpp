@@ -152,7 +152,8 @@ std::vector<OptionDecl> trainer_options(double lr, std::int64_t steps) {
 TrainerSettings trainer_settings(const Options& o, const ModelConfig& config) {
   if (o.has("tokens")) refuse_unused(o, {"steps"}, "with --tokens", "training");
   if (!o.has("held-out"))
-    refuse_unused(o, {"eval-every", "eval-tokens", "final-eval-tokens", "patience"}, "without --held-out", "training");
+    refuse_unused(o, {"eval-every", "eval-tokens", "final-eval-tokens", "patience"}, "without --held-out",
+                  "training");
   else if (o.get<std::int64_t>("eval-every") == 0 && o.get<std::int64_t>("patience") == 0)
     refuse_unused(o, {"eval-tokens"}, "without --eval-every", "training");
   TrainerSettings s;
@@ -338,7 +339,8 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
   // What paths cannot tell: the weights before the first step and the ids of the texts.
   Hasher ids;
   for (const TokenSource& source : job.data->sources()) ids.update(std::as_bytes(std::span(source.ids)));
-  const Json contents{{"model", flat.hash() + (job.frozen ? "+" + weights_hash(job.decoder) : "")}, {"text", ids.hex()}};
+  const Json contents{{"model", flat.hash() + (job.frozen ? "+" + weights_hash(job.decoder) : "")},
+                      {"text", ids.hex()}};
   agree_on_job(ranks, job, contents);
   Json curve = Json::array(), before = Json::object();
   std::int64_t step = 0, tokens = 0;

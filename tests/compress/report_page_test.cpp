@@ -22,12 +22,19 @@ std::size_t count(const std::string& text, const std::string& piece) {
 std::string curve() {
   std::string lines;
   for (int step = 1; step <= 20; ++step) {
-    Json point{{"step", step}, {"tokens", 100 * step}, {"lr", 0.1 / step}, {"loss", 4.0 / step}, {"gradient_norm", 1.0 * step},
-               {"tokens_per_second", 1000 + step}, {"resident_bytes", 1 << 20}};
+    Json point{{"step", step},
+               {"tokens", 100 * step},
+               {"lr", 0.1 / step},
+               {"loss", 4.0 / step},
+               {"gradient_norm", 1.0 * step},
+               {"tokens_per_second", 1000 + step},
+               {"resident_bytes", 1 << 20}};
     if (step % 5 == 0) point["held_out"] = {{"<script>alert(1)</script>", 5.0 / step}, {"b & \"c\"", 3.0}};
     lines += point.dump() + "\n";
   }
-  return lines + R"({"step": 20, "tokens": 2000, "final": true, "held_out": {"<b>": {"loss": 0.25, "standard_error": 0.01, "tokens": 77}}})" "\n";
+  return lines +
+         R"({"step": 20, "tokens": 2000, "final": true, "held_out": {"<b>": {"loss": 0.25, "standard_error": 0.01, "tokens": 77}}})"
+         "\n";
 }
 
 TEST(ReportPage, ShowsCurvesAndRowsAndEscapesEverything) {
@@ -35,7 +42,8 @@ TEST(ReportPage, ShowsCurvesAndRowsAndEscapesEverything) {
   const fs::path run = scratch.path() / "run <i>";
   fs::create_directories(run / "model");
   write_text(run / "train.jsonl", curve());
-  write_text(run / "report.json", R"({"command": "x", "rows": [{"stage": "<u>s</u>", "metric": "mean_kl", "before": null,
+  write_text(run / "report.json",
+             R"({"command": "x", "rows": [{"stage": "<u>s</u>", "metric": "mean_kl", "before": null,
     "after": 0.125, "unit": "nats", "stderr": 0.5}, {"stage": "s", "metric": "seconds", "after": 3, "unit": "s", "deterministic": false}]})");
   write_text(run / "model" / "quantize.json", R"({"options": {"codec": "<q4>", "bits": null}})");
   write_text(run / "model" / "config.json", R"({"rows": "of another kind"})");
@@ -44,9 +52,10 @@ TEST(ReportPage, ShowsCurvesAndRowsAndEscapesEverything) {
   EXPECT_EQ(count(page, "<svg"), 5u);  // loss, learning rate, gradient norm, speed, memory
   EXPECT_EQ(count(page, "<polyline"), 7u);
   EXPECT_EQ(count(page, "<circle"), 8u);  // four held-out losses of two texts
-  for (const char* markup : {"<script", "<i>", "<u>", "<q4>", "<b>", "src=", "href=", "url("}) EXPECT_EQ(count(page, markup), 0u) << markup;
-  for (const char* shown : {"&lt;script&gt;alert(1)&lt;/script&gt;", "b &amp; &quot;c&quot;", "0.125", "&lt;q4&gt;", "0.375",
-                            "0.0625", "model/quantize.json", "prefers-color-scheme:dark"})
+  for (const char* markup : {"<script", "<i>", "<u>", "<q4>", "<b>", "src=", "href=", "url("})
+    EXPECT_EQ(count(page, markup), 0u) << markup;
+  for (const char* shown : {"&lt;script&gt;alert(1)&lt;/script&gt;", "b &amp; &quot;c&quot;", "0.125", "&lt;q4&gt;",
+                            "0.375", "0.0625", "model/quantize.json", "prefers-color-scheme:dark"})
     EXPECT_NE(page.find(shown), std::string::npos) << shown;
   EXPECT_EQ(page, run_page(run));
   EXPECT_EQ(count(run_page(run / "train.jsonl"), "<svg"), 5u);  // one file alone
@@ -66,7 +75,8 @@ TEST(ReportPage, WhatCannotBeReadIsNamed) {
   const fs::path file = scratch.path() / "train.jsonl";
   EXPECT_EQ(place_of(scratch.path()), scratch.path().string());
   EXPECT_NE(place_of(scratch.path() / "absent"), "");
-  for (const char* bad : {"{\"step\": 2", "{\"loss\": 1}", "[]", "{\"step\": \"x\"}", "{\"step\": 2, \"held_out\": 3}"}) {
+  for (const char* bad :
+       {"{\"step\": 2", "{\"loss\": 1}", "[]", "{\"step\": \"x\"}", "{\"step\": 2, \"held_out\": 3}"}) {
     write_text(file, std::string("{\"step\": 1, \"loss\": 2}\n\n") + bad + "\n");
     EXPECT_EQ(place_of(scratch.path()).substr(0, file.string().size() + 2), file.string() + ":3") << bad;
   }
@@ -87,12 +97,14 @@ TEST(ReportPage, WritesBesideTheRunAndOverItsOwnPagesAlone) {
   };
   fs::create_directories(scratch.path() / "a.partial");
   write_text(scratch.path() / "a.partial" / "train.jsonl", curve());
-  EXPECT_EQ(run({{"run", (scratch.path() / "a").string()}}), (scratch.path() / "a.partial.html").string());  // still running
+  EXPECT_EQ(run({{"run", (scratch.path() / "a").string()}}),
+            (scratch.path() / "a.partial.html").string());  // still running
   fs::rename(scratch.path() / "a.partial", scratch.path() / "a");
   EXPECT_EQ(run({{"run", (scratch.path() / "a/").string()}}), (scratch.path() / "a.html").string());
   EXPECT_EQ(run({{"run", (scratch.path() / "a").string()}}), (scratch.path() / "a.html").string());
   write_text(scratch.path() / "mine.html", "my own");
-  EXPECT_THROW(run({{"run", (scratch.path() / "a").string()}, {"out", (scratch.path() / "mine.html").string()}}), Error);
+  EXPECT_THROW(run({{"run", (scratch.path() / "a").string()}, {"out", (scratch.path() / "mine.html").string()}}),
+               Error);
   EXPECT_EQ(read_text(scratch.path() / "mine.html"), "my own");
 }
 

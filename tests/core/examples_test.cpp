@@ -25,7 +25,9 @@ std::string learned(const Example& example) {
   return tokenizer().decode(ids, false);
 }
 
-ExampleForm form(std::int64_t most) { return {.tokenizer = &tokenizer(), .end_id = 0, .most = most}; }
+ExampleForm form(std::int64_t most) {
+  return {.tokenizer = &tokenizer(), .end_id = 0, .most = most};
+}
 
 std::vector<Example> of(const Document& document, const ExampleForm& f, ExampleCounts& counts) {
   std::vector<Example> examples;
@@ -78,15 +80,20 @@ TEST(Examples, TemplatesWhosePrefixesAreNoneAreRefusedByPlace) {
     }
     return "";
   };
-  const Json two = {{{"role", "user"}, {"content", "a"}}, {{"role", "assistant"}, {"content", "b"}},
-                    {{"role", "user"}, {"content", "c"}}, {{"role", "assistant"}, {"content", "d"}}};
+  const Json two = {{{"role", "user"}, {"content", "a"}},
+                    {{"role", "assistant"}, {"content", "b"}},
+                    {{"role", "user"}, {"content", "c"}},
+                    {{"role", "assistant"}, {"content", "d"}}};
   const std::string turns = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{{ '\\n' }}{% endfor %}";
   EXPECT_EQ(message_of(turns, two), "");
-  EXPECT_NE(message_of(turns + "{% if add_generation_prompt %}{{ 'think' }}{% endif %}", two).find("chat.jsonl:7: messages[1]"),
+  EXPECT_NE(message_of(turns + "{% if add_generation_prompt %}{{ 'think' }}{% endif %}", two)
+                .find("chat.jsonl:7: messages[1]"),
             std::string::npos);
   // The last reply is written otherwise than earlier ones.
-  const std::string last = message_of("{% for m in messages %}{{ m['role'] + m['content'] }}{{ '!' if loop.last and "
-                                      "m['role'] == 'assistant' else '' }}{{ '\\n' }}{% endfor %}", two);
+  const std::string last = message_of(
+      "{% for m in messages %}{{ m['role'] + m['content'] }}{{ '!' if loop.last and "
+      "m['role'] == 'assistant' else '' }}{{ '\\n' }}{% endfor %}",
+      two);
   EXPECT_NE(last.find("--replies last"), std::string::npos) << last;
   ExampleCounts counts;
   Document document;
@@ -96,7 +103,8 @@ TEST(Examples, TemplatesWhosePrefixesAreNoneAreRefusedByPlace) {
 
 TEST(Examples, ResponsesAreLearnedWithTheirEnd) {
   for (const auto& [prompt, response] :
-       {std::pair<std::string, std::string>{"Question: why?\nAnswer:", " because it was built"}, {"The comp", "iler"}}) {
+       {std::pair<std::string, std::string>{"Question: why?\nAnswer:", " because it was built"},
+        {"The comp", "iler"}}) {
     Document document;
     document.text = prompt + response;
     document.response_begin = prompt.size();

@@ -30,10 +30,14 @@ struct Workplace {
     return out;
   }
   Json base(const std::string& out) const {
-    return Json{{"model", (folder / "base").string()}, {"out", (folder / out).string()},
+    return Json{{"model", (folder / "base").string()},
+                {"out", (folder / out).string()},
                 {"text", Json::array({(folder / "train.jsonl").string()})},
                 {"held-out", Json::array({(folder / "held.jsonl").string()})},
-                {"batch", 2}, {"context", 48}, {"lr", 0.01}, {"epochs", 4}};
+                {"batch", 2},
+                {"context", 48},
+                {"lr", 0.01},
+                {"epochs", 4}};
   }
   Json run(const Json& given) const {
     QuietRun r;
@@ -72,7 +76,8 @@ TEST(Finetune, FullAndLoraLearnTheResponses) {
     // LoRA changes linears alone.
     const bool norms = out.read_f32("model.norm.weight") != Checkpoint(w.folder / "base").read_f32("model.norm.weight");
     EXPECT_EQ(norms, rank == 0);
-    EXPECT_EQ(fs::exists(w.folder / ("out" + std::to_string(rank)) / "adapter" / "adapter_model.safetensors"), rank > 0);
+    EXPECT_EQ(fs::exists(w.folder / ("out" + std::to_string(rank)) / "adapter" / "adapter_model.safetensors"),
+              rank > 0);
   }
 }
 
@@ -112,14 +117,10 @@ TEST(Finetune, AnInterruptedRunContinuesToTheSameBytes) {
     const Command command = finetune_command();
     const Options options(command.options, given, "test");
     const fs::path work = w.folder / "broken.partial";
-    // The whole run once more, killed where a second process would be: the state of an early step is put back.
     fs::create_directories(work);
-    Json early = given;
-    early["out"] = (w.folder / "early").string();
     Context& context = r.context;
     int calls = 0;
-    context.before_commit = [&] { ++calls; };
-    // Through the library, stopped by an error inside step 5.
+    // The same job through the library, stopped by an error inside a later step.
     Decoder decoder = load_decoder(Checkpoint(w.folder / "base"), torch::kCPU);
     const Tokenizer tokenizer = Tokenizer::from_file(w.folder / "base" / "tokenizer.json");
     TextForm form{.context = 48, .always_examples = true, .chat_folder = w.folder / "base"};
@@ -158,8 +159,10 @@ TEST(Finetune, PatienceStopsAndTheBestWeightsStay) {
   const Workplace w("patience");
   // Learning to say the opposite of what the held-out examples say: their loss can only rise after a while.
   std::string wrong = Workplace::lines(0, 40);
-  for (std::size_t at; (at = wrong.find("it keeps this folder")) != std::string::npos;) wrong.replace(at, 20, "one small model reads");
-  for (std::size_t at; (at = wrong.find("it finds every target")) != std::string::npos;) wrong.replace(at, 21, "a linker writes");
+  for (std::size_t at; (at = wrong.find("it keeps this folder")) != std::string::npos;)
+    wrong.replace(at, 20, "one small model reads");
+  for (std::size_t at; (at = wrong.find("it finds every target")) != std::string::npos;)
+    wrong.replace(at, 21, "a linker writes");
   testing::write_file(w.folder / "wrong.jsonl", wrong);
   Json given = w.base("out");
   given["text"] = Json::array({(w.folder / "wrong.jsonl").string()});

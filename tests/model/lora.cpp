@@ -72,7 +72,8 @@ TEST(Lora, LossGradientsStepAndMergeAreThoseOfPeft) {
     EXPECT_NEAR(gradient.sum().item<double>(), expected["sum"].get<double>(), 2e-5 * norm) << names[i];
     for (std::int64_t k = 0; k < 4; ++k)
       EXPECT_NEAR(gradient.flatten()[k].item<double>(), expected["first"][static_cast<std::size_t>(k)].get<double>(),
-                  2e-5 * norm) << names[i] << " " << k;
+                  2e-5 * norm)
+          << names[i] << " " << k;
   }
   for (Tensor& parameter : decoder->parameters()) EXPECT_FALSE(parameter.grad().defined());
   flat.step(golden["rate"], 0.9, 0.95, 0, 1, 1);
@@ -83,7 +84,8 @@ TEST(Lora, LossGradientsStepAndMergeAreThoseOfPeft) {
   const torch::NoGradGuard no_grad;
   const Tensor logits = decoder->forward(torch::tensor(rows[0]).unsqueeze(0))[0][-1];
   for (std::int64_t v = 0; v < logits.numel(); ++v)
-    EXPECT_NEAR(logits[v].item<double>(), golden["merged_logits"][static_cast<std::size_t>(v)].get<double>(), 2e-4) << v;
+    EXPECT_NEAR(logits[v].item<double>(), golden["merged_logits"][static_cast<std::size_t>(v)].get<double>(), 2e-4)
+        << v;
 }
 
 TEST(Lora, NothingChangesBeforeTheFirstStepAndMergingChangesNoLogits) {
@@ -143,9 +145,10 @@ TEST(Lora, AdaptersAreWrittenAsPeftNamesThem) {
   EXPECT_EQ(config["target_modules"].size(), 7u);
   EXPECT_NO_THROW(check_peft_names(decoder->config()));
   for (const char* family : {"gpt2", "mixtral"})
-    EXPECT_THROW(check_peft_names(parse_config(
-                     read_json(testing::golden_families() / (std::string(family) + ".json")).at("config"), nullptr, "c")),
-                 Error);
+    EXPECT_THROW(
+        check_peft_names(parse_config(
+            read_json(testing::golden_families() / (std::string(family) + ".json")).at("config"), nullptr, "c")),
+        Error);
 }
 
 }  // namespace

@@ -14,12 +14,13 @@ using torch::Tensor;
 Tensor random_ids(std::int64_t count, std::int64_t vocab, std::uint64_t seed) {
   std::vector<std::int64_t> ids;
   for (std::int64_t i = 0; i < count; ++i)
-    ids.push_back(static_cast<std::int64_t>(uniform_at(seed, static_cast<std::uint64_t>(i)) * static_cast<double>(vocab)));
+    ids.push_back(
+        static_cast<std::int64_t>(uniform_at(seed, static_cast<std::uint64_t>(i)) * static_cast<double>(vocab)));
   return torch::tensor(ids, torch::kLong);
 }
 
 struct Packed {
-  Tensor ids, starts;                  // [2, n]
+  Tensor ids, starts;  // [2, n]
   std::vector<std::vector<Tensor>> documents;
 };
 
@@ -46,7 +47,8 @@ class PackedFamily : public ::testing::TestWithParam<std::string> {};
 TEST_P(PackedFamily, DocumentsHaveTheLogitsTheyHaveAlone) {
   const torch::NoGradGuard no_grad;
   const Folder folder("packed-" + GetParam());
-  testing::make_family_folder(read_json(testing::golden_families() / (GetParam() + ".json")).at("config"), folder / "m");
+  testing::make_family_folder(read_json(testing::golden_families() / (GetParam() + ".json")).at("config"),
+                              folder / "m");
   const Checkpoint checkpoint(folder / "m");
   const ModelConfig& config = checkpoint.config();
   std::int64_t n = 56;
@@ -61,8 +63,7 @@ TEST_P(PackedFamily, DocumentsHaveTheLogitsTheyHaveAlone) {
       std::int64_t at = 0;
       for (const Tensor& document : p.documents[static_cast<std::size_t>(s)]) {
         const Tensor alone = decoder->forward(document.unsqueeze(0))[0];
-        const double difference =
-            (together[s].narrow(0, at, document.numel()) - alone).abs().max().item<double>();
+        const double difference = (together[s].narrow(0, at, document.numel()) - alone).abs().max().item<double>();
         EXPECT_LT(difference, tolerance) << "exact " << exact << ", sequence " << s << ", document at " << at;
         at += document.numel();
       }
@@ -94,7 +95,8 @@ TEST(Packing, OtherDocumentsChangeNoBit) {
       EXPECT_FALSE(torch::equal(before[0].narrow(0, first, last - first), after[0].narrow(0, first, last - first)));
       // Without the marks the later documents see the change: the test could fail.
       if (first == 3)
-        EXPECT_FALSE(torch::equal(decoder->hidden(p.ids)[0].narrow(0, last, 4), decoder->hidden(ids)[0].narrow(0, last, 4)));
+        EXPECT_FALSE(
+            torch::equal(decoder->hidden(p.ids)[0].narrow(0, last, 4), decoder->hidden(ids)[0].narrow(0, last, 4)));
     }
   }
 }
@@ -108,7 +110,8 @@ TEST(Packing, GradientsAreTheSumOverDocuments) {
   Decoder together = testing::small_decoder(4, config), apart = testing::small_decoder(4, config);
   const auto loss = [](Decoder& decoder, const Tensor& ids, const Tensor& starts, const Tensor& targets) {
     const Tensor hidden = decoder->hidden(ids, starts);
-    return cross_entropy_loss(hidden.view({-1, hidden.size(-1)}), decoder->output_head(), targets.view(-1), 0.01, nullptr);
+    return cross_entropy_loss(hidden.view({-1, hidden.size(-1)}), decoder->output_head(), targets.view(-1), 0.01,
+                              nullptr);
   };
   Tensor targets = torch::full({2, 64}, -1, torch::kLong);
   for (std::int64_t s = 0; s < 2; ++s) {
