@@ -9,6 +9,7 @@
 #include "core/error.h"
 #include "core/placement.h"
 #include "core/tokenizer.h"
+#include "model/blocks.h"
 #include "model/fisher.h"
 #include "quantize/allocate.h"
 #include "quantize/equalize.h"
@@ -677,7 +678,7 @@ Command quantize_command() {
   command.options = quantize_options();
   command.run = run;
   command.plan = plan;
-  return command;
+  return calibrated_by_ranks(std::move(command));
 }
 
 }  // namespace pare
