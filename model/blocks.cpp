@@ -10,6 +10,7 @@
 #include "model/activations.h"
 #include "model/decoder.h"
 #include "model/fused.h"
+#include "model/ranks.h"
 #include "model/threads.h"
 
 namespace pare {
@@ -65,6 +66,12 @@ struct WindowRows {
   bool first = false;  // the window's first token is among them, as row 0
 };
 
+// What the statistics see of kShardWindows windows: rows one window after the other.
+struct Shard {
+  std::vector<WindowRows> windows;
+  std::vector<float> inputs, differences;  // [rows, columns]; the latter with cross statistics only
+};
+
 class Walk {
  public:
   Walk(const Checkpoint& checkpoint, const CalibrationWindows& windows, const WalkOptions& options, Context& context)
@@ -79,11 +86,22 @@ class Walk {
                                        : omp_get_num_procs()),
         sum_threads_(options.threads > 0 ? options.threads : omp_get_num_procs()),
         window_size_(windows.length * config_.hidden_size),
-        stride_(options.cross ? paired_stride(config_, windows.count, windows.length, options.paired_tokens) : 1) {}
+        stride_(options.cross ? paired_stride(config_, windows.count, windows.length, options.paired_tokens) : 1),
+        ranks_(ranks_of(context)) {
+    for (std::int64_t w = 0; w < windows.count; ++w) {
+      const bool own = owner(w) == ranks_.rank();
+      place_.push_back(own ? static_cast<std::int64_t>(own_.size()) : -1);
+      pair_place_.push_back(own && paired(w) ? own_pairs_++ : -1);
+      if (own) own_.push_back(w);
+    }
+  }
 
   void run(BlockVisitor& visitor);
 
  private:
+  static std::int64_t at(const std::vector<std::int64_t>& places, std::int64_t window) {
+    return places[static_cast<std::size_t>(window)];
+  }
   void embed(BlockVisitor& visitor);
   // Past the linears that read `stage`'s input: kO or kDown.
   void advance(DecoderBlock& block, Activations& stream, BlockStage stage);
@@ -104,12 +122,16 @@ class Walk {
   void add_grams(std::int64_t first, std::span<const WindowRows> windows, const std::vector<float>& inputs,
                  const std::vector<float>& differences, InputStatistics& result);
   bool paired(std::int64_t window) const { return window % stride_ == 0; }
-  std::int64_t place(std::int64_t window) const { return window / stride_; }  // of a paired one in the original stream
+  int owner(std::int64_t window) const { return static_cast<int>(window / kShardWindows % ranks_.size()); }
   std::int64_t pairs() const { return (windows_.count + stride_ - 1) / stride_; }
   bool held_out(std::int64_t window) const {
-    return paired(window) && place(window) % kHeldOutEvery == kHeldOutEvery - 1;
+    return paired(window) && window / stride_ % kHeldOutEvery == kHeldOutEvery - 1;
   }
-  std::int64_t windows_of(const Activations& stream) const { return &stream == &original_ ? pairs() : windows_.count; }
+  bool has_original() const { return options_.original_stream || options_.cross; }
+  // This rank's windows in a stream, where they have places of their own.
+  std::int64_t windows_of(const Activations& stream) const {
+    return &stream == &original_ ? own_pairs_ : static_cast<std::int64_t>(own_.size());
+  }
   // What o_proj or down_proj of the compressed stream reads, as statistics() computed it; undefined where it is not kept.
   torch::Tensor kept(BlockStage stage, std::int64_t window) const;
   void keep_inputs(Step step, std::int64_t columns);
@@ -121,6 +143,13 @@ class Walk {
   void take_sample(std::int64_t first, std::span<const WindowRows> windows, const std::vector<float>& inputs,
                    InputStatistics& result) const;
   double drift();
+  // Of one shard of this rank's: what statistics() adds up.
+  void shard_inputs(DecoderBlock& block, int layer, Step step, std::int64_t first, bool all_tokens,
+                    std::int64_t columns, Shard& shard);
+  void share(Shard& shard, std::int64_t windows, std::int64_t columns, int from);  // with all ranks
+  void share(DecoderBlock& block) const;
+  void share(DecoderBlock& block, Step step) const;  // its linears
+  void collect(SquareMatrix& sum, std::int64_t columns) const;  // the panels of all ranks on rank 0
 
   torch::Tensor hidden(Activations& stream, std::int64_t window) const {
     const std::vector<std::int64_t> shape = {1, windows_.length, config_.hidden_size};
@@ -168,11 +197,16 @@ class Walk {
   Activations expert_sums_;                  // what the experts so far add to one of them
   std::vector<std::int64_t> expert_tokens_;  // of the block: tokens that chose each expert
   DecoderBlock reference_{nullptr};          // the block with original weights, where both streams advance in step
+  Ranks& ranks_;
+  std::vector<std::int64_t> own_;                // this rank's windows: whole shards, in turns
+  std::vector<std::int64_t> place_, pair_place_;  // of each window in the two streams of this rank, -1: another's
+  std::int64_t own_pairs_ = 0;
+  bool finished_ = false;                        // the block was compressed by an earlier run
 };
 
 void Walk::embed(BlockVisitor& visitor) {
   std::vector<float> positions;  // [length, hidden_size]
-  if (config_.learned_positions) {
+  if (config_.learned_positions && ranks_.first()) {
     require_positions(config_, windows_.length, "calibration windows");
     positions.resize(static_cast<std::size_t>(window_size_));
     checkpoint_.read_rows_f32("model.embed_positions.weight", 0, windows_.length, positions.data());
@@ -180,11 +214,11 @@ void Walk::embed(BlockVisitor& visitor) {
   }
   const auto look_up = [&](Activations& stream, bool compressed) {
     const std::int64_t step = compressed ? 1 : stride_;
-    stream = Activations(compressed ? windows_.count : pairs(), window_size_, options_.spill);
+    stream = Activations(windows_of(stream), window_size_, options_.spill);
     const auto scale = static_cast<float>(config_.embedding_scale);
     std::vector<float> window(static_cast<std::size_t>(window_size_));
     for (std::int64_t w = 0; w < windows_.count; w += step) {
-      for (std::int64_t t = 0; t < windows_.length; ++t) {
+      for (std::int64_t t = 0; t < windows_.length && ranks_.first(); ++t) {
         const std::int64_t id = windows_.ids[static_cast<std::size_t>(w * windows_.length + t)];
         const auto row = std::span(window).subspan(static_cast<std::size_t>(t * config_.hidden_size),
                                                    static_cast<std::size_t>(config_.hidden_size));
@@ -193,10 +227,11 @@ void Walk::embed(BlockVisitor& visitor) {
         for (float& x : row) x *= scale;
       }
       for (std::size_t i = 0; i < positions.size(); ++i) window[i] += positions[i];
-      stream.write(w / step, window.data());
+      ranks_.move(torch::from_blob(window.data(), {window_size_}, torch::kFloat), 0, owner(w));
+      if (owner(w) == ranks_.rank()) stream.write(compressed ? at(place_, w) : at(pair_place_, w), window.data());
     }
   };
-  if (options_.original_stream || options_.cross) look_up(original_, false);
+  if (has_original()) look_up(original_, false);
   look_up(compressed_, true);
   checkpoint_.release("model.embed_tokens.weight");
 }
@@ -248,13 +283,15 @@ void Walk::cap_first_tokens(std::vector<float>& inputs, std::vector<float>* pair
 
 void Walk::count_routes(DecoderBlock& block) {
   const std::int64_t experts = config_.experts.count;
-  std::vector<std::int64_t> chosen(static_cast<std::size_t>(windows_.count * experts));
-  each_window(0, windows_.count, [&](std::int64_t w) {
+  const std::int64_t count = windows_of(compressed_);
+  std::vector<std::int64_t> chosen(static_cast<std::size_t>(count * experts));
+  each_window(0, count, [&](std::int64_t w) {
     const torch::Tensor counts = block->expert_shares(block->mlp_input(hidden(compressed_, w))).ne(0).sum(0).cpu();
     std::copy_n(counts.data_ptr<std::int64_t>(), experts, chosen.data() + w * experts);
   });
   expert_tokens_.assign(static_cast<std::size_t>(experts), 0);
   for (std::size_t i = 0; i < chosen.size(); ++i) expert_tokens_[i % expert_tokens_.size()] += chosen[i];
+  ranks_.sum(torch::from_blob(expert_tokens_.data(), {experts}, torch::kLong));
 }
 
 // [rows, columns], each row times its share.
@@ -303,11 +340,11 @@ void Walk::take_sample(std::int64_t first, std::span<const WindowRows> windows, 
 }
 
 torch::Tensor Walk::reference_input(BlockStage stage, std::int64_t window) {
-  const torch::Tensor state = hidden(original_, place(window)), input = stage_input(reference_, stage, state, rope_);
+  const torch::Tensor state = hidden(original_, at(pair_place_, window)), input = stage_input(reference_, stage, state, rope_);
   if (stage == BlockStage::kO || stage == BlockStage::kDown) {
     const torch::Tensor next =
         past(reference_, stage, state, rope_, input).to(torch::kCPU, torch::kFloat).contiguous();
-    original_.write(place(window), next.data_ptr<float>());
+    original_.write(at(pair_place_, window), next.data_ptr<float>());
   }
   return input;
 }
@@ -315,7 +352,7 @@ torch::Tensor Walk::reference_input(BlockStage stage, std::int64_t window) {
 void Walk::add_grams(std::int64_t first, std::span<const WindowRows> windows, const std::vector<float>& inputs,
                      const std::vector<float>& differences, InputStatistics& result) {
   const auto add = [&](const float* left, const float* right, std::int64_t rows, SquareMatrix& sum) {
-    sum.visit([&](auto* values) { add_gram(left, right, rows, result.columns, values, sum_threads_); });
+    sum.visit([&](auto* values) { add_gram(left, right, rows, result.columns, values, sum_threads_, ranks_.rank(), ranks_.size()); });
   };
   std::int64_t row = 0;
   for (std::size_t begin = 0, end = 0; begin < windows.size(); begin = end) {  // windows of one kind together
@@ -333,6 +370,85 @@ void Walk::add_grams(std::int64_t first, std::span<const WindowRows> windows, co
       add(differences.data() + row * result.columns, own, rows, held ? result.held_cross : result.cross);
     row += rows;
   }
+}
+
+void Walk::shard_inputs(DecoderBlock& block, int layer, Step step, std::int64_t first, bool all_tokens,
+                        std::int64_t columns, Shard& shard) {
+  const std::int64_t last = std::min(first + kShardWindows, windows_.count), size = windows_.length * columns;
+  std::vector<float>& inputs = shard.inputs;
+  inputs.resize(static_cast<std::size_t>((last - first) * size));
+  if (options_.cross) shard.differences.resize(inputs.size());
+  shard.windows.assign(static_cast<std::size_t>(last - first), {windows_.length, true});
+  each_window(first, last, [&](std::int64_t w) {
+    float* to = inputs.data() + (w - first) * size;
+    const torch::Tensor state = hidden(compressed_, at(place_, w));
+    WindowRows& own = shard.windows[static_cast<std::size_t>(w - first)];
+    store(step.expert < 0 ? stage_input(block, step.stage, state, rope_)
+                          : expert_input(block, step, state, all_tokens, own),
+          to);
+    if (at(place_, w) < kept_windows_) std::copy_n(to, size, kept_.data() + at(place_, w) * size);
+    if (!options_.cross || !paired(w)) return;
+    float* difference = shard.differences.data() + (w - first) * size;
+    store(reference_input(step.stage, w), difference);
+    for (std::int64_t i = 0; i < size; ++i) difference[i] -= to[i];
+  });
+  cap_first_tokens(inputs, options_.cross ? &shard.differences : nullptr, shard.windows, columns);
+  if (options_.token_weights) {
+    const auto weights = options_.token_weights->of(layer, step.stage)
+                             .subspan(static_cast<std::size_t>(first * windows_.length),
+                                      static_cast<std::size_t>((last - first) * windows_.length));
+    weigh(weights, columns, inputs.data());
+    if (options_.cross) weigh(weights, columns, shard.differences.data());
+  }
+  std::int64_t rows = 0;  // those of all windows one after the other
+  for (std::size_t w = 0; w < shard.windows.size(); ++w) {
+    const float* from = inputs.data() + static_cast<std::int64_t>(w) * size;
+    if (from != inputs.data() + rows * columns)
+      std::copy_n(from, shard.windows[w].count * columns, inputs.data() + rows * columns);
+    rows += shard.windows[w].count;
+  }
+}
+
+void Walk::share(Shard& shard, std::int64_t windows, std::int64_t columns, int from) {
+  if (ranks_.alone()) return;
+  torch::Tensor counts = torch::zeros({windows, 2}, torch::kLong);
+  std::int64_t* values = counts.data_ptr<std::int64_t>();
+  shard.windows.resize(static_cast<std::size_t>(windows));
+  for (std::int64_t w = 0; w < windows && from == ranks_.rank(); ++w) {
+    values[2 * w] = shard.windows[static_cast<std::size_t>(w)].count;
+    values[2 * w + 1] = shard.windows[static_cast<std::size_t>(w)].first ? 1 : 0;
+  }
+  ranks_.broadcast(counts, from);
+  std::int64_t rows = 0;
+  for (std::int64_t w = 0; w < windows; rows += values[2 * w++])
+    shard.windows[static_cast<std::size_t>(w)] = {values[2 * w], values[2 * w + 1] != 0};
+  const auto send = [&](std::vector<float>& list) {
+    if (list.size() < static_cast<std::size_t>(rows * columns)) list.resize(static_cast<std::size_t>(rows * columns));
+    ranks_.broadcast(torch::from_blob(list.data(), {rows * columns}, torch::kFloat), from);
+  };
+  send(shard.inputs);
+  if (options_.cross) send(shard.differences);
+}
+
+void Walk::share(DecoderBlock& block) const {
+  for (const torch::Tensor& parameter : block->parameters()) ranks_.broadcast(parameter.detach());
+}
+
+void Walk::share(DecoderBlock& block, Step step) const {
+  if (ranks_.alone()) return;
+  for (const std::string& module : stage_modules(config_, step.stage, step.expert))
+    ranks_.broadcast(block->weight(module).detach());
+}
+
+void Walk::collect(SquareMatrix& sum, std::int64_t columns) const {
+  sum.visit([&](auto* values) {
+    const auto type = sizeof *values == 4 ? torch::kFloat : torch::kDouble;
+    for (std::int64_t row = 0; row < columns && !ranks_.alone(); row += kGramPanel) {
+      const std::int64_t count = std::min(kGramPanel, columns - row) * columns;
+      ranks_.move(torch::from_blob(values + row * columns, {count}, type),
+                  static_cast<int>(row / kGramPanel % ranks_.size()), 0);
+    }
+  });
 }
 
 InputStatistics Walk::statistics(DecoderBlock& block, int layer, Step step, std::int64_t columns) {
@@ -353,52 +469,33 @@ InputStatistics Walk::statistics(DecoderBlock& block, int layer, Step step, std:
     result.held_cross = SquareMatrix(columns, 0);
   }
   keep_inputs(step, columns);
-  std::vector<float> inputs, differences;
-  for (std::int64_t first = 0; first < windows_.count; first += kShardWindows) {
-    const std::int64_t last = std::min(first + kShardWindows, windows_.count), size = windows_.length * columns;
-    inputs.resize(static_cast<std::size_t>((last - first) * size));
-    if (options_.cross) differences.resize(inputs.size());
-    std::vector<WindowRows> added(static_cast<std::size_t>(last - first), {windows_.length, true});
-    each_window(first, last, [&](std::int64_t w) {
-      float* to = inputs.data() + (w - first) * size;
-      const torch::Tensor state = hidden(compressed_, w);
-      WindowRows& own = added[static_cast<std::size_t>(w - first)];
-      store(step.expert < 0 ? stage_input(block, step.stage, state, rope_)
-                            : expert_input(block, step, state, result.all_tokens, own),
-            to);
-      if (w < kept_windows_) std::copy_n(to, size, kept_.data() + w * size);
-      if (!options_.cross || !paired(w)) return;
-      float* difference = differences.data() + (w - first) * size;
-      store(reference_input(step.stage, w), difference);
-      for (std::int64_t i = 0; i < size; ++i) difference[i] -= to[i];
-    });
-    cap_first_tokens(inputs, options_.cross ? &differences : nullptr, added, columns);
-    if (options_.token_weights) {
-      const auto weights = options_.token_weights->of(layer, step.stage)
-                               .subspan(static_cast<std::size_t>(first * windows_.length),
-                                        static_cast<std::size_t>((last - first) * windows_.length));
-      weigh(weights, columns, inputs.data());
-      if (options_.cross) weigh(weights, columns, differences.data());
-    }
-    std::int64_t rows = 0;  // those of all windows one after the other
-    for (std::size_t w = 0; w < added.size(); ++w) {
-      const float* from = inputs.data() + static_cast<std::int64_t>(w) * size;
-      if (from != inputs.data() + rows * columns)
-        std::copy_n(from, added[w].count * columns, inputs.data() + rows * columns);
-      rows += added[w].count;
-    }
-    if (options_.hessian) {
-      add_grams(first, added, inputs, differences, result);
-    } else {
-      for (std::int64_t t = 0; t < rows; ++t) {
-        const float* x = inputs.data() + t * columns;
-        for (std::int64_t j = 0; j < columns; ++j) {
-          result.mean_square[static_cast<std::size_t>(j)] += static_cast<double>(x[j]) * static_cast<double>(x[j]);
+  Shard mine, others;
+  const std::int64_t round = kShardWindows * ranks_.size();  // a shard of each rank, taken in order
+  for (std::int64_t begin = 0; begin < windows_.count; begin += round) {
+    if (const std::int64_t first = begin + kShardWindows * ranks_.rank(); first < windows_.count)
+      shard_inputs(block, layer, step, first, result.all_tokens, columns, mine);
+    for (int r = 0; r < ranks_.size() && begin + kShardWindows * r < windows_.count; ++r) {
+      const std::int64_t first = begin + kShardWindows * r;
+      Shard& shard = r == ranks_.rank() ? mine : others;
+      share(shard, std::min(kShardWindows, windows_.count - first), columns, r);
+      if (options_.hessian) {
+        add_grams(first, shard.windows, shard.inputs, shard.differences, result);
+      } else {
+        std::int64_t rows = 0;
+        for (const WindowRows& window : shard.windows) rows += window.count;
+        for (std::int64_t t = 0; t < rows; ++t) {
+          const float* x = shard.inputs.data() + t * columns;
+          for (std::int64_t j = 0; j < columns; ++j) {
+            result.mean_square[static_cast<std::size_t>(j)] += static_cast<double>(x[j]) * static_cast<double>(x[j]);
+          }
         }
       }
+      if (options_.sample_tokens > 0) take_sample(first, shard.windows, shard.inputs, result);
     }
-    if (options_.sample_tokens > 0) take_sample(first, added, inputs, result);
   }
+  for (SquareMatrix* sum : {&result.hessian, &result.cross, &result.held_hessian, &result.held_cross})
+    if (!sum->empty()) collect(*sum, columns);
+  if (!ranks_.first()) return result;  // not looked at
   std::int64_t held = 0;
   for (std::int64_t w = 0; w < windows_.count; ++w) held += options_.held_out && held_out(w) ? 1 : 0;
   result.paired_tokens = options_.cross ? pairs() * windows_.length : 0;
@@ -447,8 +544,9 @@ void Walk::keep_inputs(Step step, std::int64_t columns) {
   if (!serves || config_.has_experts() || !options_.spill.empty()) return;
   kept_stage_ = step.stage;
   kept_columns_ = columns;
-  kept_windows_ = std::min(windows_.count, windows_.count * config_.hidden_size / columns);
-  kept_.resize(static_cast<std::size_t>(windows_.count * window_size_));
+  const std::int64_t own = windows_of(compressed_);
+  kept_windows_ = std::min(own, own * config_.hidden_size / columns);
+  kept_.resize(static_cast<std::size_t>(own * window_size_));
 }
 
 template <class Work>
@@ -481,7 +579,7 @@ void Walk::with_linears(DecoderBlock& block, int layer, Step step, const Work& w
 // The compressed stream to the point where the MLP or the router reads it.
 void Walk::leave_attention(DecoderBlock& block, int layer, BlockVisitor& visitor) {
   advance(block, compressed_, BlockStage::kO);
-  if (options_.cross && visitor.finished(layer)) advance(reference_, original_, BlockStage::kO);
+  if (options_.cross && finished_) advance(reference_, original_, BlockStage::kO);
   if (!config_.has_experts()) return;
   count_routes(block);
   visitor.routed(layer, expert_tokens_);
@@ -489,13 +587,15 @@ void Walk::leave_attention(DecoderBlock& block, int layer, BlockVisitor& visitor
 
 template <class Work>
 void Walk::through_experts(DecoderBlock& block, Activations& stream, const Work& work) {
-  if (stream.empty()) return;
-  if (expert_sums_.empty()) expert_sums_ = Activations(windows_.count, window_size_, options_.spill);
+  if (&stream == &original_ && !has_original()) return;
+  const std::int64_t count = windows_of(stream);
+  if (expert_sums_.empty()) expert_sums_ = Activations(count, window_size_, options_.spill);
   for (std::int64_t expert = 0; expert < config_.experts.count; ++expert) {
     load_expert(checkpoint_, block, expert, device_);
+    for (const BlockStage stage : kMlp) share(block, {stage, expert});
     work(expert);
-    for (std::int64_t first = 0; first < windows_.count; first += kShardWindows) {
-      each_window(first, std::min(first + kShardWindows, windows_.count), [&](std::int64_t w) {
+    for (std::int64_t first = 0; first < count; first += kShardWindows) {
+      each_window(first, std::min(first + kShardWindows, count), [&](std::int64_t w) {
         const torch::Tensor state = hidden(stream, w), normed = block->mlp_input(state);
         const torch::Tensor before =
             expert == 0 ? torch::zeros_like(state) : hidden(expert_sums_, w);
@@ -520,25 +620,32 @@ void Walk::visit(DecoderBlock& block, int layer, Step step, BlockVisitor& visito
 #endif
   if (context_.progress) context_.progress->update(layer, module + ": weights");
   throw_if_interrupted("calibration", "the same command continues with the block that was not finished");
-  with_linears(block, layer, step,
-               [&](std::span<BlockLinear> linears) { visitor.compress(layer, step.stage, linears, input); });
+  if (ranks_.first())
+    with_linears(block, layer, step,
+                 [&](std::span<BlockLinear> linears) { visitor.compress(layer, step.stage, linears, input); });
+  share(block, step);
 }
 
 double Walk::drift() {
-  if (original_.empty()) return 0;
-  double difference = 0, energy = 0;
+  if (!has_original()) return 0;
+  torch::Tensor sums = torch::zeros({windows_.count, 2}, torch::kDouble);  // difference and energy of each window
+  double* of = sums.data_ptr<double>();
   std::vector<float> original(static_cast<std::size_t>(window_size_)), compressed(original.size());
-  for (std::int64_t w = 0; w < windows_.count; w += stride_) {
-    original_.read(place(w), original.data());
-    compressed_.read(w, compressed.data());
-    double window_difference = 0, window_energy = 0;
+  for (const std::int64_t w : own_) {
+    if (!paired(w)) continue;
+    original_.read(at(pair_place_, w), original.data());
+    compressed_.read(at(place_, w), compressed.data());
     for (std::size_t i = 0; i < original.size(); ++i) {
       const double value = static_cast<double>(original[i]), other = static_cast<double>(compressed[i]);
-      window_difference += (other - value) * (other - value);
-      window_energy += value * value;
+      of[2 * w] += (other - value) * (other - value);
+      of[2 * w + 1] += value * value;
     }
-    difference += window_difference;
-    energy += window_energy;
+  }
+  ranks_.sum(sums);
+  double difference = 0, energy = 0;
+  for (std::int64_t w = 0; w < windows_.count; w += stride_) {
+    difference += of[2 * w];
+    energy += of[2 * w + 1];
   }
   return energy > 0 ? difference / energy : 0;
 }
@@ -558,8 +665,10 @@ void Walk::run(BlockVisitor& visitor) {
   if (context_.progress) context_.progress->begin("blocks", config_.num_layers);
   for (int layer = 0; layer < config_.num_layers; ++layer) {
     DecoderBlock block = load_block(checkpoint_, layer, device_, false);
+    share(block);
     if (options_.cross) {
       reference_ = load_block(checkpoint_, layer, device_);
+      share(reference_);
     } else {
       advance(block, original_, BlockStage::kO);
       if (config_.has_experts()) through_experts(block, original_, [](std::int64_t) {});
@@ -567,31 +676,112 @@ void Walk::run(BlockVisitor& visitor) {
     }
     visitor.begin_block(layer);
     kept_windows_ = 0;
-    const bool finished = visitor.finished(layer);
-    if (finished && context_.progress) context_.progress->update(layer, "replayed");
+    finished_ = ranks_.broadcast(visitor.finished(layer) ? "yes" : "no") == "yes";
+    if (finished_ && context_.progress) context_.progress->update(layer, "replayed");
     const auto step = [&](Step step) {
-      if (!finished) return visit(block, layer, step, visitor);
-      with_linears(block, layer, step, [&](std::span<BlockLinear> linears) { visitor.restore(layer, linears); });
+      if (!finished_) return visit(block, layer, step, visitor);
+      if (ranks_.first())
+        with_linears(block, layer, step, [&](std::span<BlockLinear> linears) { visitor.restore(layer, linears); });
+      share(block, step);
     };
     for (const BlockStage stage : kAttention) step({stage});
     leave_attention(block, layer, visitor);
     if (config_.has_experts()) {
       through_experts(block, compressed_, [&](std::int64_t expert) {
         for (const BlockStage stage : kMlp) step({stage, expert});
-        if (!finished) visitor.end_expert(layer, expert);
+        if (!finished_) visitor.end_expert(layer, expert);
       });
     } else {
       for (const BlockStage stage : kMlp) step({stage});
       advance(block, compressed_, BlockStage::kDown);
     }
-    if (options_.cross && finished) advance(reference_, original_, BlockStage::kDown);
+    if (options_.cross && finished_) advance(reference_, original_, BlockStage::kDown);
     visitor.end_block(layer, drift());
     if (context_.progress) context_.progress->update(layer + 1);
   }
   if (context_.progress) context_.progress->end();
 }
 
+// What rank 0 tells the others of a walk, and what they make of it.
+struct Announced {
+  CalibrationWindows windows;
+  WalkOptions options;
+  TokenWeights weights;
+};
+
+void announce(Ranks& ranks, const CalibrationWindows& windows, const WalkOptions& options) {
+  Json sizes;
+  if (options.token_weights)
+    for (const auto& values : options.token_weights->values) sizes.push_back(values.size());
+  ranks.broadcast(Json{{"count", windows.count}, {"length", windows.length}, {"prefixed", windows.prefixed},
+                       {"hessian", options.hessian}, {"cross", options.cross}, {"held_out", options.held_out},
+                       {"expert_tokens", options.expert_tokens}, {"original_stream", options.original_stream},
+                       {"paired_tokens", options.paired_tokens}, {"spill", !options.spill.empty()},
+                       {"widest_double", options.widest_double}, {"weights", sizes}}.dump());
+  auto& ids = const_cast<std::vector<std::int32_t>&>(windows.ids);
+  ranks.broadcast(torch::from_blob(ids.data(), {windows.count * windows.length}, torch::kInt));
+  if (!options.token_weights) return;
+  for (const auto& values : options.token_weights->values)
+    ranks.broadcast(torch::from_blob(const_cast<float*>(values.data()), {static_cast<std::int64_t>(values.size())}, torch::kFloat));
+}
+
+// False: there are no more.
+bool hear(Ranks& ranks, Announced& walk) {
+  const Json told = parse_json(ranks.broadcast(std::string()), "rank 0");
+  if (told.is_null()) return false;
+  CalibrationWindows& windows = walk.windows;
+  windows.count = told.at("count").get<std::int64_t>();
+  windows.length = told.at("length").get<std::int64_t>();
+  windows.prefixed = told.at("prefixed").get<bool>();
+  windows.ids.resize(static_cast<std::size_t>(windows.count * windows.length));
+  ranks.broadcast(torch::from_blob(windows.ids.data(), {windows.count * windows.length}, torch::kInt));
+  WalkOptions& o = walk.options;
+  o.hessian = told.at("hessian").get<bool>();
+  o.cross = told.at("cross").get<bool>();
+  o.held_out = told.at("held_out").get<bool>();
+  o.expert_tokens = told.at("expert_tokens").get<std::int64_t>();
+  o.original_stream = told.at("original_stream").get<bool>();
+  o.paired_tokens = told.at("paired_tokens").get<std::int64_t>();
+  o.widest_double = told.at("widest_double").get<std::int64_t>();
+  if (told.at("spill").get<bool>()) o.spill = fs::temp_directory_path();
+  for (const Json& size : told.at("weights")) {
+    auto& values = walk.weights.values.emplace_back(size.get<std::size_t>());
+    ranks.broadcast(torch::from_blob(values.data(), {static_cast<std::int64_t>(values.size())}, torch::kFloat));
+  }
+  if (!walk.weights.values.empty()) o.token_weights = &walk.weights;
+  return true;
+}
+
+class Follower : public BlockVisitor {
+ public:
+  void compress(int, BlockStage, std::span<BlockLinear>, const InputStatistics&) override {}
+};
+
 }  // namespace
+
+Command calibrated_by_ranks(Command command) {
+  command.run = [run = command.run](const Options& options, Context& context) -> Json {
+    Ranks& ranks = ranks_of(context);
+    if (ranks.alone()) return run(options, context);
+    const Checkpoint model(options.get<std::string>("model"));
+    ranks.agree("the program", Json{{"pare", PARE_VERSION}, {"LibTorch", TORCH_VERSION}});
+    ranks.agree("--model", model.content_hash());
+    if (ranks.first()) {
+      Json result = run(options, context);
+      ranks.broadcast(Json().dump());
+      return result;
+    }
+    for (;;) {
+      Announced walk;
+      if (!hear(ranks, walk)) return {};
+      walk.options.device = rank_device(options.get<std::string>("device"), context);
+      walk.options.threads = context.threads;
+      Follower follower;
+      Walk(model, walk.windows, walk.options, context).run(follower);
+    }
+  };
+  return ranked(std::move(command), 3600);  // the others wait while rank 0 rounds a block
+}
 
 std::vector<std::string> stage_modules(const ModelConfig& config, BlockStage stage, std::int64_t expert) {
   const std::string prefix = config.experts.module + ".experts." + std::to_string(expert) + ".";
@@ -629,6 +819,7 @@ void walk_blocks(const Checkpoint& checkpoint, const CalibrationWindows& windows
     throw std::logic_error("cross statistics are not defined with experts: the two streams choose differently");
   if (options.token_weights && checkpoint.config().has_experts())
     throw std::logic_error("token weights are not defined with experts");
+  if (Ranks& ranks = ranks_of(context); !ranks.alone()) announce(ranks, windows, options);
   Walk(checkpoint, windows, options, context).run(visitor);
 }
 

@@ -116,6 +116,10 @@ inline constexpr double kFirstTokenEnergy = 4.0;
 void walk_blocks(const Checkpoint& checkpoint, const CalibrationWindows& windows, const WalkOptions& options,
                  Context& context, BlockVisitor& visitor);
 
+// A command that calibrates by walk_blocks, on several ranks: rank 0 runs it; the others open --model, carry their
+// shards of the windows through each walk and share its sums, whose bits are those of one rank. They write nothing.
+Command calibrated_by_ranks(Command command);
+
 // "tokens of its 8 experts: 120 to 977, median 512; 1 of them calibrated on all tokens"
 std::string expert_summary(std::span<const std::int64_t> tokens, std::int64_t least);
 

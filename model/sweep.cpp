@@ -177,7 +177,9 @@ int resolve_threads(int threads) {
 }  // namespace
 
 template <class T>
-void add_gram(const float* a, const float* b, std::int64_t rows, std::int64_t cols, T* sum, int threads) {
+void add_gram(const float* a, const float* b, std::int64_t rows, std::int64_t cols, T* sum, int threads, int part,
+              int parts) {
+  static_assert(kPanel == kGramPanel);
   const std::int64_t panels = (cols + kPanel - 1) / kPanel;
   std::vector<float> left(static_cast<std::size_t>(panels * std::min(kGramRows, rows) * kPanel));
   std::vector<float> right(a == b ? 0 : left.size());
@@ -191,7 +193,7 @@ void add_gram(const float* a, const float* b, std::int64_t rows, std::int64_t co
       if (a != b) pack_panel(b + start * cols, count, cols, p, right.data());
     }
 #pragma omp for schedule(dynamic)
-    for (std::int64_t i = 0; i < panels; ++i) {
+    for (std::int64_t i = part; i < panels; i += parts) {
       for (std::int64_t j = a == b ? i : 0; j < panels; ++j) {
         gram_tile(left.data() + i * count * kPanel, other + j * count * kPanel, count,
                   sum + i * kPanel * cols + j * kPanel, cols, std::min(kPanel, cols - i * kPanel),
@@ -466,8 +468,8 @@ void subtract_products(double* out, const double* factors, const T* matrix, std:
   subtract(out, factors, matrix, n, first, last, begin, end);
 }
 
-template void add_gram(const float*, const float*, std::int64_t, std::int64_t, double*, int);
-template void add_gram(const float*, const float*, std::int64_t, std::int64_t, float*, int);
+template void add_gram(const float*, const float*, std::int64_t, std::int64_t, double*, int, int, int);
+template void add_gram(const float*, const float*, std::int64_t, std::int64_t, float*, int, int, int);
 template void mirror_upper(double*, std::int64_t);
 template void mirror_upper(float*, std::int64_t);
 template std::vector<double> row_errors(const float*, const float*, std::int64_t, std::int64_t, const double*, int);

@@ -15,9 +15,12 @@ namespace pare {
 
 // sum [cols * cols] += a^T b for float a, b [rows, cols] (row-major): products in float32 over at most 512 rows, added
 // to the sums. With a == b only entries (i, j) with i / 32 <= j / 32 are written: call mirror_upper at the end.
-// T: double or float, here and below.
+// T: double or float, here and below. Of `parts` that share the work each adds the rows of every parts-th panel of
+// kGramPanel rows of the sum, from the part-th on.
+inline constexpr std::int64_t kGramPanel = 32;
 template <class T>
-void add_gram(const float* a, const float* b, std::int64_t rows, std::int64_t cols, T* sum, int threads);
+void add_gram(const float* a, const float* b, std::int64_t rows, std::int64_t cols, T* sum, int threads, int part = 0,
+              int parts = 1);
 // h[j][i] = h[i][j] for i < j.
 template <class T>
 void mirror_upper(T* h, std::int64_t n);

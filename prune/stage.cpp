@@ -7,6 +7,7 @@
 #include "core/file.h"
 #include "core/model_card.h"
 #include "core/tokenizer.h"
+#include "model/blocks.h"
 #include "prune/measure.h"
 #include "prune/method.h"
 #include "prune/prune.h"
@@ -516,7 +517,7 @@ Command prune_command() {
   command.plan = plan;
   command.is_stage = true;
   command.example = "pare prune --model smol --out smol-half --method wanda --sparsity 0.5 --text notes.txt";
-  return command;
+  return calibrated_by_ranks(std::move(command));
 }
 
 }  // namespace pare

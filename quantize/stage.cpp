@@ -10,6 +10,7 @@
 #include "core/model_card.h"
 #include "core/placement.h"
 #include "core/tokenizer.h"
+#include "model/blocks.h"
 #include "model/fisher.h"
 #include "quantize/allocate.h"
 #include "quantize/equalize.h"
@@ -680,7 +681,7 @@ Command quantize_command() {
   command.options = quantize_options();
   command.run = run;
   command.plan = plan;
-  return command;
+  return calibrated_by_ranks(std::move(command));
 }
 
 }  // namespace pare

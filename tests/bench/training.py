@@ -6,7 +6,7 @@ usage: training.py SCRATCH OUT.json TEXT PYTHON PARE=LABEL [PARE=LABEL ...]
   TEXT    a file of English text
   PYTHON  an interpreter with torch and transformers
   PARE    a pare program and the LibTorch it was built on, such as build/pare=2.13
-ROUNDS (3), THREADS (all cores), CASES (a regular expression of task, precision and shape).
+ROUNDS (3), THREADS (all cores), CASES (a regular expression of task, precision and shape), STEPS (as the shape has).
 
 pare's rate is of steps that follow its start, as it reports them; of PyTorch the first quarter of the steps is left out,
 and the better of two sizes of micro-batch counts: the whole batch, and as many sequences as pare takes at a time."""
@@ -87,6 +87,7 @@ def main():
                 continue
             folder = shape_folder(scratch, shape, next(iter(builds.values())))
             _, batch, context, steps = SHAPES[shape]
+            steps = int(os.environ.get("STEPS", steps))
             rows = measured.setdefault(case, {})
             programs = [(f"pare, LibTorch {label}", lambda p=p: ours(p, task, precision, folder, text, batch, context, steps,
                                                                      threads, scratch)) for label, p in builds.items()]

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <map>
 #include <memory>
 #include <sstream>
@@ -20,6 +21,7 @@
 #include <thread>
 #include <vector>
 
+#include "core/checkpoint.h"
 #include "core/file.h"
 #include "core/json.h"
 #include "tests/compress/tiny_model.h"
@@ -151,5 +153,65 @@ inline std::vector<Json> curve_of(const fs::path& folder) {
   for (std::string line; std::getline(lines, line);) points.push_back(parse_json(line, "curve"));
   return points;
 }
+
+class Ranks : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (!program_has_ranks(scratch_)) GTEST_SKIP() << "this build has no c10d";
+    TinyModel tiny;
+    make_tiny_model(scratch_ / "model", tiny);
+    write_text(scratch_ / "text.txt", tiny_text(3, 120));
+    write_text(scratch_ / "held.txt", tiny_text(4, 20));
+  }
+  std::string path(const std::string& name) const { return (scratch_ / name).string(); }
+  Arguments train(const std::string& out, const Arguments& more = {}) const {
+    Arguments all{"train", "--model", path("model"), "--text", path("text.txt"), "--split", "<|endoftext|>", "--held-out",
+                  path("held.txt"), "--steps", "12", "--batch", "6", "--context", "32", "--lr", "0.003", "--seed", "5",
+                  "--out", path(out), "--json"};
+    return with(all, more);
+  }
+  Arguments distill(const std::string& out, const Arguments& more = {}) const {
+    Arguments all = train(out, {"--teacher", path("model"), "--keep-layers", "0"});
+    all[0] = "distill";
+    all.erase(all.begin() + 1, all.begin() + 3);
+    return with(all, more);
+  }
+  void alone(const Arguments& arguments) {
+    Program one(scratch_ / "one", arguments, {});
+    ASSERT_EQ(one.wait(), 0) << one.errors();
+  }
+  // Losses of all steps, the held-out ones at the end and the weights of two folders.
+  struct Difference {
+    double loss = 0, held_out = 0, weights = 0;
+  };
+  Difference compare(const std::string& a, const std::string& b) const {
+    Difference d;
+    const auto x = curve_of(scratch_ / a), y = curve_of(scratch_ / b);
+    EXPECT_EQ(x.size(), y.size());
+    EXPECT_GT(x.size(), 12u);
+    for (std::size_t i = 0; i + 1 < std::min(x.size(), y.size()); ++i)
+      d.loss = std::max(d.loss, std::abs(x[i].at("loss").get<double>() - y[i].at("loss").get<double>()));
+    const auto held = [](const Json& last) { return last.at("held_out").at("held.txt").at("loss").get<double>(); };
+    d.held_out = std::abs(held(x.back()) - held(y.back()));
+    const Checkpoint m(scratch_ / a), n(scratch_ / b);
+    std::size_t count = 0;
+    for (const TensorSpec& spec : m.tensors()) {
+      const auto v = m.read_f32(spec.name), w = n.read_f32(spec.name);
+      for (std::size_t i = 0; i < v.size(); ++i, ++count) d.weights += std::abs(static_cast<double>(v[i] - w[i]));
+    }
+    d.weights /= static_cast<double>(count);
+    return d;
+  }
+  void two_equal_one(const Arguments& one, const std::string& a, const Arguments& two, const std::string& b, int size) {
+    alone(one);
+    Job job(scratch_ / "rank", size, two);
+    ASSERT_EQ(job.wait(), std::vector<int>(static_cast<std::size_t>(size), 0)) << job.errors();
+    const Difference d = compare(a, b);
+    EXPECT_LT(d.loss, 2e-5);
+    EXPECT_LT(d.held_out, 2e-5);
+    EXPECT_LT(d.weights, 1e-5);  // in the mean: Adam turns a gradient near zero into a step of any sign
+  }
+  Scratch scratch_{"ranks"};
+};
 
 }  // namespace pare::testing
