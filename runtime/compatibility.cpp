@@ -33,12 +33,13 @@ struct Joined {
 
 class Judge {
  public:
-  explicit Judge(const Checkpoint& checkpoint) : checkpoint_(checkpoint), config_(checkpoint.config()) {
+  explicit Judge(const Checkpoint& checkpoint)
+      : checkpoint_(checkpoint), config_(checkpoint.config()), gptq_(checkpoint.is_gptq()) {
     std::map<std::string, std::size_t> known;
     for (const TensorSpec& spec : checkpoint.tensors()) {
       if (spec.role != TensorRole::kLinear) continue;
       Codec codec = checkpoint.codec(spec.name);
-      if (!codec.is_float() && !has_packed_form(config_, spec, codec)) {
+      if (!codec.is_float() && !gptq_ && !has_packed_form(config_, spec, codec)) {
         ++unpacked_[codec.name()];
         codec = {};  // what others find
       }
@@ -152,7 +153,8 @@ class Judge {
                                std::to_string(config_.hidden_size) + " and " + std::to_string(config_.num_heads));
     }
     add_unpacked(answer);
-    if (packed_ > 0) answer.reasons.push_back("pip install compressed-tensors");
+    if (gptq_) answer.reasons.push_back("pip install gptqmodel optimum");
+    else if (packed_ > 0) answer.reasons.push_back("pip install compressed-tensors");
     if (narrow_ > 0)
       answer.reasons.push_back(linears(narrow_) +
                                " of 3 or 2 bits: fewer bits on disk, no kernel that multiplies them packed");
@@ -229,6 +231,7 @@ class Judge {
 
   const Checkpoint& checkpoint_;
   const ModelConfig& config_;
+  const bool gptq_;
   std::vector<Joined> joined_;
   std::map<std::string, std::size_t> unpacked_;
   std::size_t packed_ = 0, narrow_ = 0, int8_inputs_ = 0;

@@ -21,7 +21,7 @@ struct Compatibility {
 // which decide about its codecs. Rules: llama.cpp as
 // core/gguf_arch.h states them; vLLM's Marlin kernels take 4 and 8 bits in groups of 32, 64, 128 or a row, outputs in
 // multiples of 64 and inputs of 128, counted after q, k, v and gate, up are joined; its CPU kernels 4 bits, or 8 with
-// int8 inputs; compressed-tensors as core/placement.h has_packed_form().
+// int8 inputs; compressed-tensors as core/placement.h has_packed_form(); folders of GPTQ need its own loader.
 std::vector<Compatibility> compatibility(const Checkpoint& checkpoint);
 
 const char* answer_name(Compatibility::Answer answer);  // "no", "perhaps", "yes"

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "core/gptq_folder.h"
+#include "runtime/compatibility.h"
 #include "runtime/export.h"
 #include "runtime/verbs/cli.h"
 #include "tests/core/model_folder.h"
@@ -151,6 +152,10 @@ TEST_F(GptqExport, TheVerbSaysItBeforeItWrites) {
   run({{"model", from}, {"to", "gptq"}, {"dry-run", true}});
   EXPECT_EQ(run({{"model", from}, {"to", "gptq_v2"}, {"out", to}})["notes"].size(), 1u);  // there is no tokenizer
   EXPECT_EQ(read_json(fs::path(to) / "config.json")["quantization_config"]["checkpoint_format"], "gptq_v2");
+  for (const Compatibility& row : compatibility(Checkpoint(to))) {
+    if (row.target != "transformers") continue;
+    EXPECT_TRUE(contains(row.reasons.at(0), "gptqmodel")) << row.reasons[0];
+  }
   EXPECT_TRUE(contains(error_of([&] {
     run({{"model", from}, {"to", "gptq"}, {"codec", "q8"}, {"out", to + "2"}});
   }), "keep with --to gptq"));
