@@ -340,7 +340,8 @@ void Walk::take_sample(std::int64_t first, std::span<const WindowRows> windows, 
 }
 
 torch::Tensor Walk::reference_input(BlockStage stage, std::int64_t window) {
-  const torch::Tensor state = hidden(original_, at(pair_place_, window)), input = stage_input(reference_, stage, state, rope_);
+  const torch::Tensor state = hidden(original_, at(pair_place_, window));
+  const torch::Tensor input = stage_input(reference_, stage, state, rope_);
   if (stage == BlockStage::kO || stage == BlockStage::kDown) {
     const torch::Tensor next =
         past(reference_, stage, state, rope_, input).to(torch::kCPU, torch::kFloat).contiguous();
@@ -352,7 +353,9 @@ torch::Tensor Walk::reference_input(BlockStage stage, std::int64_t window) {
 void Walk::add_grams(std::int64_t first, std::span<const WindowRows> windows, const std::vector<float>& inputs,
                      const std::vector<float>& differences, InputStatistics& result) {
   const auto add = [&](const float* left, const float* right, std::int64_t rows, SquareMatrix& sum) {
-    sum.visit([&](auto* values) { add_gram(left, right, rows, result.columns, values, sum_threads_, ranks_.rank(), ranks_.size()); });
+    sum.visit([&](auto* values) {
+      add_gram(left, right, rows, result.columns, values, sum_threads_, ranks_.rank(), ranks_.size());
+    });
   };
   std::int64_t row = 0;
   for (std::size_t begin = 0, end = 0; begin < windows.size(); begin = end) {  // windows of one kind together
@@ -722,7 +725,8 @@ void announce(Ranks& ranks, const CalibrationWindows& windows, const WalkOptions
   ranks.broadcast(torch::from_blob(ids.data(), {windows.count * windows.length}, torch::kInt));
   if (!options.token_weights) return;
   for (const auto& values : options.token_weights->values)
-    ranks.broadcast(torch::from_blob(const_cast<float*>(values.data()), {static_cast<std::int64_t>(values.size())}, torch::kFloat));
+    ranks.broadcast(torch::from_blob(const_cast<float*>(values.data()), {static_cast<std::int64_t>(values.size())},
+                                     torch::kFloat));
 }
 
 // False: there are no more.

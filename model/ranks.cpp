@@ -33,7 +33,8 @@ RankPlace rank_place() {
   RankPlace place;
   const bool torchrun = variable("WORLD_SIZE") || variable("RANK");
   if (!torchrun && !variable("OMPI_COMM_WORLD_SIZE")) return place;
-  const char *size = torchrun ? "WORLD_SIZE" : "OMPI_COMM_WORLD_SIZE", *rank = torchrun ? "RANK" : "OMPI_COMM_WORLD_RANK",
+  const char *size = torchrun ? "WORLD_SIZE" : "OMPI_COMM_WORLD_SIZE",
+             *rank = torchrun ? "RANK" : "OMPI_COMM_WORLD_RANK",
              *local = torchrun ? "LOCAL_RANK" : "OMPI_COMM_WORLD_LOCAL_RANK";
   place.size = number(size, 1, kMost);
   if (place.size == 1) return place;
@@ -42,7 +43,8 @@ RankPlace rank_place() {
   const auto address = variable("MASTER_ADDR");
   const bool one_machine = !torchrun && variable("OMPI_COMM_WORLD_LOCAL_SIZE") == variable("OMPI_COMM_WORLD_SIZE");
   if (!address && !one_machine)
-    throw usage_error("MASTER_ADDR", "the address of rank 0", "not set", "torchrun sets it; mpirun -x MASTER_ADDR=HOST");
+    throw usage_error("MASTER_ADDR", "the address of rank 0", "not set",
+                      "torchrun sets it; mpirun -x MASTER_ADDR=HOST");
   place.address = address.value_or("127.0.0.1");
   place.port = variable("MASTER_PORT") || torchrun ? number("MASTER_PORT", 1, 65535) : kDefaultPort;
   // torchrun keeps a store of its own release's protocol on that port.

@@ -51,7 +51,8 @@ std::string own_address(const std::string& host, int port) {
     char text[NI_MAXHOST];
     if (::connect(fd, each->ai_addr, each->ai_addrlen) == 0 &&
         getsockname(fd, reinterpret_cast<sockaddr*>(&bound), &size) == 0 &&
-        getnameinfo(reinterpret_cast<const sockaddr*>(&bound), size, text, sizeof text, nullptr, 0, NI_NUMERICHOST) == 0)
+        getnameinfo(reinterpret_cast<const sockaddr*>(&bound), size, text, sizeof text, nullptr, 0,
+                    NI_NUMERICHOST) == 0)
       own = text;
     ::close(fd);
   }
@@ -137,7 +138,8 @@ Ranks::Ranks(const RankPlace& place, std::chrono::seconds timeout) : place_(plac
     options->threads = 1;  // one collective at a time
     group_->gloo = c10::make_intrusive<c10d::ProcessGroupGloo>(group_->store, rank(), size(), options);
   } catch (const std::exception& error) {
-    throw failure(where, fmt::format("connections between the {} ranks of {} within {} s", size(), at, timeout_.count()),
+    throw failure(where,
+                  fmt::format("connections between the {} ranks of {} within {} s", size(), at, timeout_.count()),
                   first_line(error) + " (this rank is reached at " +
                       (interface != nullptr ? std::string("interface ") + interface : address) + ")",
                   "GLOO_SOCKET_IFNAME names the network interface to use");

@@ -433,7 +433,8 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
     if (stop || (ranks.alone() && interrupt_requested())) {
       save_state();
       run.progress->end();
-      throw Error(ExitCode::kInterrupted, job.stage + " at step " + std::to_string(step), "", "interrupted", resume_hint);
+      throw Error(ExitCode::kInterrupted, job.stage + " at step " + std::to_string(step), "", "interrupted",
+                  resume_hint);
     }
     job.decoder->set_matmul_dtype(matmul);
     Batch batch = job.data->next(s.batch);

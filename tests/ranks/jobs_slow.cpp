@@ -49,8 +49,8 @@ TEST_F(Ranks, CalibrateWithTheBitsOfOneRank) {
   untied.tied = false;
   make_tiny_model(scratch_ / "wide", untied);
   const auto stage = [&](const std::string& verb, const std::string& out, const Arguments& more) {
-    return with({verb, "--model", path("wide"), "--text", path("text.txt"), "--split", "<|endoftext|>", "--samples", "44",
-                 "--context", "32", "--out", path(out)}, more);
+    return with({verb, "--model", path("wide"), "--text", path("text.txt"), "--split", "<|endoftext|>",
+                 "--samples", "44", "--context", "32", "--out", path(out)}, more);
   };
   struct Case {
     const char* verb;
@@ -71,7 +71,8 @@ TEST_F(Ranks, CalibrateWithTheBitsOfOneRank) {
     alone(one);
     Job job(scratch_ / "rank", c.size, many);
     ASSERT_EQ(job.wait(), std::vector<int>(static_cast<std::size_t>(c.size), 0)) << c.more[1] << job.errors();
-    EXPECT_EQ(hash_file(scratch_ / "one-out" / "model.safetensors"), hash_file(scratch_ / "many-out" / "model.safetensors"))
+    EXPECT_EQ(hash_file(scratch_ / "one-out" / "model.safetensors"),
+              hash_file(scratch_ / "many-out" / "model.safetensors"))
         << c.verb << " " << c.more[1];
     EXPECT_EQ(job.ranks[1]->out(), "");
   }
@@ -114,7 +115,8 @@ TEST_F(Ranks, ALostRankEndsAllAndLeavesAStateThatContinues) {
     Job resumed(scratch_ / name, 2, train(name, long_run));
     ASSERT_EQ(resumed.wait(), std::vector<int>(2, 0)) << resumed.errors();
     EXPECT_EQ(hash_file(scratch_ / name / "model.safetensors"), hash_file(scratch_ / "whole" / "model.safetensors"));
-    EXPECT_EQ(read_text(scratch_ / name / "training_curve.jsonl"), read_text(scratch_ / "whole" / "training_curve.jsonl"));
+    EXPECT_EQ(read_text(scratch_ / name / "training_curve.jsonl"),
+              read_text(scratch_ / "whole" / "training_curve.jsonl"));
   }
 }
 
@@ -139,7 +141,8 @@ TEST_F(Ranks, RefuseWhatTheyDoNotAgreeOn) {
     const char* named;
   };
   for (const Case& c : {Case{{"--lr", "0.1"}, "lr"}, Case{{"--steps", "9"}, "steps"}, Case{{"--seed", "6"}, "seed"},
-                        Case{{"--text", path("other.txt")}, "text"}, Case{{"--held-out", path("other.txt")}, "held-out"}}) {
+                        Case{{"--text", path("other.txt")}, "text"},
+                        Case{{"--held-out", path("other.txt")}, "held-out"}}) {
     Job job(scratch_ / "mismatch", 2, train("out"), c.more);
     EXPECT_EQ(job.wait(), std::vector<int>(2, 2)) << c.named << job.errors();
     for (const auto& rank : job.ranks) {

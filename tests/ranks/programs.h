@@ -165,8 +165,8 @@ class Ranks : public ::testing::Test {
   }
   std::string path(const std::string& name) const { return (scratch_ / name).string(); }
   Arguments train(const std::string& out, const Arguments& more = {}) const {
-    Arguments all{"train", "--model", path("model"), "--text", path("text.txt"), "--split", "<|endoftext|>", "--held-out",
-                  path("held.txt"), "--steps", "12", "--batch", "6", "--context", "32", "--lr", "0.003", "--seed", "5",
+    Arguments all{"train", "--model", path("model"), "--text", path("text.txt"), "--split", "<|endoftext|>",
+                  "--held-out", path("held.txt"), "--steps", "12", "--batch", "6", "--context", "32", "--lr", "0.003", "--seed", "5",
                   "--out", path(out), "--json"};
     return with(all, more);
   }

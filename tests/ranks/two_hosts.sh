@@ -6,14 +6,15 @@ set -u
 BUILD=$(cd "${1:?usage: two_hosts.sh BUILD_DIR [PROGRAM]}" && pwd)
 PARE=${2:-$BUILD/pare}
 A=pare-a-$$ B=pare-b-$$ NET=10.213.77
-[ "$(id -u)" = 0 ] && command -v ip >/dev/null && ip netns add "$A" 2>/dev/null || { echo "no network namespaces here"; exit 77; }
+none() { echo "no $* here"; exit 77; }
+[ "$(id -u)" = 0 ] && command -v ip >/dev/null && ip netns add "$A" 2>/dev/null || none "network namespaces"
 T=$(mktemp -d)
 trap 'ip netns del "$A"; ip netns del "$B" 2>/dev/null; rm -rf "$T"' EXIT
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 FAILED=0
 fail() { echo "FAILED $*"; FAILED=1; }
 
-ip netns add "$B" && ip link add pa$$ netns "$A" type veth peer name pb$$ netns "$B" || { echo "no veth devices here"; exit 77; }
+ip netns add "$B" && ip link add pa$$ netns "$A" type veth peer name pb$$ netns "$B" || none "veth devices"
 ip -n "$A" addr add $NET.1/24 dev pa$$ && ip -n "$B" addr add $NET.2/24 dev pb$$
 for host in "$A pa$$" "$B pb$$"; do
   set -- $host
@@ -44,7 +45,8 @@ first=$!
 (rank "$B" 1 two 12) >"$T/b.log" 2>&1 || { fail "rank 1"; cat "$T/b.log"; }
 wait $first || { fail "rank 0"; cat "$T/a.log"; }
 paste <(losses one) <(losses two) | awk '{ d = $1 - $2; if (d < 0) d = -d; if (d > most) most = d; n++ }
-  END { printf "two hosts: %d steps, losses differ by at most %g\n", n, most; exit !(n == 12 && most < 2e-5) }' || fail "other losses"
+  END { printf "two hosts: %d steps, losses differ by at most %g\n", n, most; exit !(n == 12 && most < 2e-5) }' ||
+  fail "other losses"
 
 (rank "$A" 0 cut 100000 --rank-timeout 5) >"$T/a.log" 2>&1 &
 first=$!
