@@ -4,6 +4,7 @@
 
 #include "compress/pipeline.h"
 #include "compress/recipe.h"
+#include "model/ranks.h"
 
 namespace pare {
 
