@@ -180,7 +180,7 @@ TEST_P(OwnWidths, ArePrunedToZerosQuantizedAndExported) {
   EXPECT_EQ(small.config().layer_widths, Checkpoint(scratch_ / "narrow").config().layer_widths);
   EXPECT_LT(largest(by_torch(scratch_ / "small"), by_runtime(exported(scratch_ / "small"))), 1e-3);
   Quiet quiet;
-  export_folder(Checkpoint(scratch_ / "small.pare"), scratch_ / "again", quiet.context);
+  export_folder(Checkpoint::open(scratch_ / "small.pare"), scratch_ / "again", quiet.context);
   EXPECT_EQ(by_torch(scratch_ / "again"), by_torch(scratch_ / "small"));
 }
 
@@ -221,9 +221,9 @@ TEST_P(OwnWidths, OtherProgramsAreToldApart) {
   EXPECT_EQ(file.integers("deci.feed_forward_length"), inner);
   EXPECT_EQ(file.integers("deci.attention.head_count"), heads);
   EXPECT_EQ(file.integers("deci.attention.head_count_kv"), kv_heads);
-  EXPECT_EQ(Checkpoint(options.out).config().layer_widths, widths);
+  EXPECT_EQ(Checkpoint::open(options.out).config().layer_widths, widths);
   if (narrow.config().sliding_window > 0) return;  // llama.cpp has none there: its context is shorter
-  export_folder(Checkpoint(options.out), scratch_ / "back", quiet.context);
+  export_folder(Checkpoint::open(options.out), scratch_ / "back", quiet.context);
   const std::vector<float> expected = by_torch(scratch_ / "narrow");
   EXPECT_LT(largest(by_torch(scratch_ / "back"), expected), 1e-4);
 }

@@ -131,9 +131,15 @@ TEST(Config, WidthsMayBeListsOfTheBlocks) {
     EXPECT_EQ(written[key], source[key]) << key;
   EXPECT_EQ(parse(written).layer_widths, config.layer_widths);
   for (const TensorSpec& spec : expected_tensors(config)) {
-    if (spec.module == "mlp.up_proj") EXPECT_EQ(spec.shape[0], config.layer_widths[spec.layer].inner);
-    if (spec.module == "self_attn.k_proj") EXPECT_EQ(spec.shape[0], 8 * config.layer_widths[spec.layer].kv_heads);
-    if (spec.module == "self_attn.o_proj") EXPECT_EQ(spec.shape[1], 8 * config.layer_widths[spec.layer].heads);
+    if (spec.module == "mlp.up_proj") {
+      EXPECT_EQ(spec.shape[0], config.widths(spec.layer).inner);
+    }
+    if (spec.module == "self_attn.k_proj") {
+      EXPECT_EQ(spec.shape[0], 8 * config.widths(spec.layer).kv_heads);
+    }
+    if (spec.module == "self_attn.o_proj") {
+      EXPECT_EQ(spec.shape[1], 8 * config.widths(spec.layer).heads);
+    }
   }
   const ModelConfig last = with_layers(config, {1, 2});
   EXPECT_EQ(last.layer_widths, (std::vector<BlockWidths>{{2, 1, 32}, {4, 2, 16}}));
