@@ -37,7 +37,7 @@ rank() { # HOST RANK OUT STEPS [MORE...]
   shift 2
   exec ip netns exec "$host" bash -c 'train "$@"' train "$@"
 }
-losses() { sed -n 's/.*"loss":\([-0-9.e]*\).*/\1/p' "$T/$1/training_curve.jsonl"; }
+losses() { sed -n 's/.*"loss":\([-0-9.e]*\).*/\1/p' "$T/$1/train.jsonl"; }
 
 (train one 12) >"$T/one.log" 2>&1 || { fail "one rank"; cat "$T/one.log"; }
 (rank "$A" 0 two 12) >"$T/a.log" 2>&1 &
