@@ -72,8 +72,10 @@ def main():
                       run["manual"]["difference"]["standard_error"], run["novels"]["loss"]["value"]])
     commit = subprocess.run(["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "--short", "HEAD"],
                             capture_output=True, text=True).stdout.strip()
+    with open("/proc/cpuinfo") as file:
+        machine = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "unknown")
     result = {"benchmark": "domain", "command": "tests/bench/domain.py build/pare examples/teacher TEXTS OUT.json WORK",
-              "commands": commands, "seed": given.seed, "commit": commit,
+              "commands": commands, "seed": given.seed, "commit": commit, "machine": machine,
               "columns": ["model", "bytes", "of the teacher's", "held-out loss, manual", "less the teacher's",
                           "standard error", "held-out loss, novels"],
               "table": table, "runs": runs}

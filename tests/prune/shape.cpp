@@ -211,10 +211,11 @@ TEST(PruneShape, ExpertsThatNoTokenHearsGo) {
   EXPECT_EQ(after.config().experts.count, 6);
   EXPECT_LT(outcome.after("calibration mean_kl"), 1e-6);
   const int from[] = {0, 2, 3, 4, 6, 7};
-  const auto router = before.read_f32("model.layers.1.block_sparse_moe.gate.weight");
+  // In the later block others may stay unheard as well.
+  const auto router = before.read_f32("model.layers.0.block_sparse_moe.gate.weight");
   Rows rows(std::begin(from), std::end(from)), columns(32);
   std::iota(columns.begin(), columns.end(), 0);
-  EXPECT_EQ(after.read_f32("model.layers.1.block_sparse_moe.gate.weight"), taken(router, 32, rows, columns));
+  EXPECT_EQ(after.read_f32("model.layers.0.block_sparse_moe.gate.weight"), taken(router, 32, rows, columns));
   Json plain = cut("plain");
   plain["no-correction"] = true;
   EXPECT_NEAR(run_prune(plain).after("calibration mean_kl"), 0.0, 1e-9);
