@@ -298,7 +298,7 @@ refuse "quantize: no size" 2 "max-ram.*4G" "$PARE" quantize --model "$IN" --out 
 refuse "prune: no shape" 2 "needs --layers" "$PARE" prune --method shape --model "$IN" --out "$OUT" --text "$TEXT"
 refuse "prune: more blocks than there are" 2 "where the model has" "$PARE" prune --method shape --layers 99 --model "$IN" --out "$OUT" --text "$TEXT"
 refuse "prune: a budget beside a shape" 2 "max-params and --layers" "$PARE" prune --method shape --layers 1 --max-params 9 --model "$IN" --out "$OUT" --text "$TEXT"
-refuse "prune: a budget out of reach" 2 "at least [0-9]+ parameters" "$PARE" prune --method shape --max-params 9 --model "$IN" --out "$OUT" --text "$TEXT"
+refuse "prune: a budget out of reach" 2 "searched takes, [0-9]+ parameters" "$PARE" prune --method shape --max-params 9 --model "$IN" --out "$OUT" --text "$TEXT"
 refuse "prune: experts of a model without" 2 "the model has none" "$PARE" prune --method shape --experts 1 --model "$IN" --out "$OUT" --text "$TEXT"
 refuse "prune: too little memory" 5 "max-ram" "$PARE" prune --method wanda --sparsity 0.5 --model "$IN" --out "$OUT" --text "$TEXT" --max-ram 100M
 refuse "quantize: too little memory" 5 "max-ram" "$PARE" quantize --model "$IN" --out "$OUT" --text "$TEXT" --max-ram 100M
