@@ -40,7 +40,7 @@ try() { # NAME COMMAND...
       tries=$((tries + 1))
       [ $tries -le 40 ] || { fail "$name: does not end"; return; }
       # Short lives most often: many of them fall into saving, which is done at every step.
-      local life=$((wall / 4 + RANDOM * wall / 32768))
+      local life=$((wall / 8 + RANDOM * wall / 43690))
       [ $tries -le 8 ] || life=$((wall * 4))
       "$@" --out "$T/out" >"$T/log" 2>&1 &
       local process=$!
@@ -66,9 +66,9 @@ try() { # NAME COMMAND...
 }
 
 COMMON=(--text "$T/examples.jsonl" --held-out "$T/examples.jsonl" --batch 2 --context 64 --checkpoint-minutes 0 --threads 1 --quiet)
-try "finetune" "$PARE" finetune --model "$T/model" "${COMMON[@]}" --steps 60 --patience 50 --eval-every 3
-try "finetune, LoRA" "$PARE" finetune --model "$T/model" "${COMMON[@]}" --steps 60 --lora-rank 4 --lr 1e-2 --adapter
+try "finetune" "$PARE" finetune --model "$T/model" "${COMMON[@]}" --steps 700 --patience 50 --eval-every 3
+try "finetune, LoRA" "$PARE" finetune --model "$T/model" "${COMMON[@]}" --steps 700 --lora-rank 4 --lr 1e-2 --adapter
 try "train" "$PARE" train --model "$T/model" --text "$T/text.txt" --batch 2 --context 64 --checkpoint-minutes 0 --threads 1 \
-  --quiet --steps 60
+  --quiet --steps 700
 [ "$FAILED" = 0 ] && echo "every resumed run gave the bytes of an uninterrupted one"
 [ "$FAILED" = 0 ]
