@@ -6,7 +6,7 @@
 namespace pare {
 namespace {
 
-constexpr Shape kShapes[] = {
+constexpr PublishedShape kShapes[] = {
     {"SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M", R"({
       "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 49152, "hidden_size": 576,
       "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
@@ -107,13 +107,13 @@ constexpr Shape kShapes[] = {
 
 }  // namespace
 
-std::span<const Shape> shapes() { return kShapes; }
+std::span<const PublishedShape> shapes() { return kShapes; }
 
-const Shape* find_shape(std::string_view name) {
+const PublishedShape* find_shape(std::string_view name) {
   const auto same = [](char a, char b) {
     return std::tolower(static_cast<unsigned char>(a)) == std::tolower(static_cast<unsigned char>(b));
   };
-  for (const Shape& shape : kShapes) {
+  for (const PublishedShape& shape : kShapes) {
     const std::string_view known = shape.name;
     if (std::equal(known.begin(), known.end(), name.begin(), name.end(), same)) return &shape;
   }

@@ -6,13 +6,13 @@
 
 namespace pare {
 
-struct Shape {
+struct PublishedShape {
   const char* name;        // "Llama-3.2-1B"
   const char* repository;  // where its config.json is published
   const char* config;      // the keys of that config.json that shape the model
 };
 
-std::span<const Shape> shapes();
-const Shape* find_shape(std::string_view name);  // case does not matter
+std::span<const PublishedShape> shapes();
+const PublishedShape* find_shape(std::string_view name);  // case does not matter
 
 }  // namespace pare

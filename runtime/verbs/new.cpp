@@ -14,15 +14,15 @@ constexpr const char* kMark = "random-weights";  // in the work folder of this c
 
 std::string known_shapes() {
   std::string names;
-  for (const Shape& shape : shapes()) names += (names.empty() ? "" : ", ") + std::string(shape.name);
+  for (const PublishedShape& shape : shapes()) names += (names.empty() ? "" : ", ") + std::string(shape.name);
   return names;
 }
 
 Json shape_config(const std::string& name) {
-  if (const Shape* shape = find_shape(name)) return parse_json(shape->config, shape->name);
+  if (const PublishedShape* shape = find_shape(name)) return parse_json(shape->config, shape->name);
   if (fs::is_regular_file(name)) return read_json(name);
   std::vector<std::string> names;
-  for (const Shape& shape : shapes()) names.emplace_back(shape.name);
+  for (const PublishedShape& shape : shapes()) names.emplace_back(shape.name);
   const std::string nearest = nearest_name(name, names);
   throw usage_error("pare new", "a known shape (" + known_shapes() + ") or the path of a config.json",
                     "\"" + name + "\"", nearest.empty() ? "" : "did you mean " + nearest + "?");

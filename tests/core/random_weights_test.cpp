@@ -22,7 +22,7 @@ TEST(Shapes, HaveThePublishedNumberOfParameters) {
       {"Mistral-7B", 7241732096},    {"Mixtral-8x7B", 46702792704}, {"GPT-2", 124439808},
       {"Pythia-160M", 162322944}};
   ASSERT_EQ(shapes().size(), published.size());
-  for (const Shape& shape : shapes())
+  for (const PublishedShape& shape : shapes())
     EXPECT_EQ(parameter_count(parse_config(parse_json(shape.config, shape.name), nullptr, shape.name)),
               published.at(shape.name))
         << shape.name;
