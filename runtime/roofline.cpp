@@ -78,12 +78,14 @@ std::int64_t rounds_for(double seconds, Loop loop) {
 }  // namespace
 
 const PeakLoops& peak_loops(const std::string& kernels) {
+#if defined(__x86_64__)
   [[maybe_unused]] const auto with_products = [](PeakLoops loops, const char* name, const Int8Products& products) {
     loops.name = name;
     loops.int8 = products.peak;
     loops.int8_operations = products.peak_operations;
     return loops;
   };
+#endif
 #ifdef PARE_AVXVNNI
   if (kernels == "avxvnni") {
     static const PeakLoops loops = with_products(kAvx2Peaks, "avxvnni", avxvnni_products());
