@@ -23,6 +23,18 @@ TEST_F(Ranks, ShareABatchThatTheyDoNotDivide) {
                 train("b", {"--batch", "7", "--eval-every", "4", "--micro-batch", "2"}), "b", 3);
 }
 
+TEST_F(Ranks, FinetunePackedExamplesAsOneRank) {
+  for (const Arguments& more : {Arguments{}, {"--lora-rank", "4", "--lr", "0.01"}}) {
+    const auto tuned = [&](const std::string& out) {
+      Arguments all = train(out + std::to_string(more.size()), {"--eval-every", "3", "--patience", "9"});
+      all[0] = "finetune";
+      return testing::with(all, more);
+    };
+    const std::string a = "a" + std::to_string(more.size()), b = "b" + std::to_string(more.size());
+    two_equal_one(tuned("a"), a, tuned("b"), b, 2);
+  }
+}
+
 TEST_F(Ranks, DistillAsOneRank) {
   two_equal_one(distill("a"), "a", distill("b"), "b", 2);
 }
