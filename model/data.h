@@ -47,7 +47,7 @@ std::int32_t end_of_text(const Tokenizer& tokenizer, const ModelConfig& config);
 
 // How documents become ids: what all texts of a run share.
 struct TextForm {
-  std::optional<std::string> split;
+  std::optional<std::string> split = {};
   std::int32_t end_id = 0;
   std::int64_t context = 0;
   bool always_examples = false;  // plain documents too; else a source without responses is a stream

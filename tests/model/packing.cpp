@@ -94,9 +94,10 @@ TEST(Packing, OtherDocumentsChangeNoBit) {
       EXPECT_TRUE(torch::equal(before[0].narrow(0, last, 64 - last), after[0].narrow(0, last, 64 - last))) << first;
       EXPECT_FALSE(torch::equal(before[0].narrow(0, first, last - first), after[0].narrow(0, first, last - first)));
       // Without the marks the later documents see the change: the test could fail.
-      if (first == 3)
+      if (first == 3) {
         EXPECT_FALSE(
             torch::equal(decoder->hidden(p.ids)[0].narrow(0, last, 4), decoder->hidden(ids)[0].narrow(0, last, 4)));
+      }
     }
   }
 }
