@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """What a third of the parameters costs, and what comes back: the tiny teacher loses about 30 % of its parameters by
 width, by depth and by both, chosen by what is measured, by weight norms and at random, with and without the refit; then
-the best cut learns from the teacher, and the same shape is trained from scratch on as many tokens.
+every measured and refitted cut learns from the teacher, as does the best shape's random one, and the best shape is
+trained from scratch on as many tokens. "Regained" counts from what the best cut loses.
 
   tests/bench/structure.py PARE TEACHER TEXTS OUT.json [--work DIR] [--tokens N] [--windows N] [--seeds N]
 
 TEXTS: the folder that examples/teacher/make_text.sh writes. Without --tokens nothing is trained. Every figure is
 written to OUT.json as soon as it is known and not measured again (remove OUT.json to start over); a training that was
-stopped goes on where it was when DIR is given and the same command runs again. Held-out loss: mean over the manual's
-and the novels' windows of 512 tokens, nats a token.
+stopped goes on where it was when DIR is given and the same command runs again, and a finished one is not run again.
+Held-out loss: mean over the manual's and the novels' windows of 512 tokens, nats a token.
 """
 import argparse
 import json
@@ -94,24 +95,25 @@ class Bench:
 
         def learn(key, verb):
             out = self.work / key.replace(" ", "-").replace(",", "")
-            shutil.rmtree(out, ignore_errors=True)
-            result = self.pare(*verb, "--out", out, *self.text(), "--tokens", tokens, *LEARN)
-            found = {"tokens": tokens, "steps": result["result"].get("steps"), "held_out": self.held_out(out)}
+            if not out.exists():  # a folder under its final name is a finished one
+                self.pare(*verb, "--out", out, *self.text(), "--tokens", tokens, *LEARN)
+            found = {"tokens": tokens, "held_out": self.held_out(out)}
             found["regained"] = (start - found["held_out"]["mean"]) / (start - teacher["held_out"]["mean"])
             return found
 
-        for way in ("measured + refit", "random"):
-            folder = self.work / f"start-{way.replace(' ', '')}"
-            key = f"{best}, {way}, distilled on {tokens} tokens"
+        starts = [(name, "measured + refit") for name in sorted(SHAPES, key=lambda name: name != best)]
+        for name, way in [*starts, (best, "random")]:
+            folder = self.work / f"start-{name}-{way.replace(' ', '')}"
+            key = f"{name}, {way}, distilled on {tokens} tokens"
             if key not in self.runs:
                 if not folder.exists():
-                    self.cut(best, way, 1, folder)
+                    self.cut(name, way, 1, folder)
                 verb = ["distill", "--teacher", self.a.teacher, "--model", folder, "--lr", self.a.lr,
                         "--weight-decay", "0", "--precision", "bf16"]
                 self.once(key, lambda: learn(key, verb))
         key = f"{best}, from scratch on {tokens} tokens"
         if key not in self.runs:
-            path = self.work / f"start-{'measured + refit'.replace(' ', '')}" / "config.json"
+            path = self.work / f"start-{best}-measured+refit" / "config.json"
             if not path.exists():
                 self.cut(best, "measured + refit", 1, path.parent)
             verb = ["train", "--config", path, "--tokenizer", self.a.teacher, "--lr", "3e-3", "--weight-decay", "0.1",
