@@ -7,6 +7,11 @@
 #include "distill/on_policy.h"
 
 namespace pare {
+namespace {
+
+constexpr std::uint64_t kAttentionSeed = 0xa77e;  // its projections begin at other numbers than those of hidden states
+
+}  // namespace
 
 std::vector<OptionDecl> lesson_options() {
   using enum OptionType;
@@ -15,6 +20,11 @@ std::vector<OptionDecl> lesson_options() {
       {.name = "hidden-weight",
        .type = kNumber,
        .help = "weight of matching hidden states through learned projections; 0: predictions alone",
+       .default_value = 0.0,
+       .minimum = 0},
+      {.name = "attention-weight",
+       .type = kNumber,
+       .help = "weight of matching what attention adds to the hidden states, likewise",
        .default_value = 0.0,
        .minimum = 0},
       {.name = "hidden-layers",
@@ -54,8 +64,8 @@ std::vector<OptionDecl> lesson_options() {
 void check_lesson(const Options& o) {
   const DivergenceLoss loss = read_objective(o);
   const bool samples = o.get<std::int64_t>("cache-samples") > 0;
-  if (o.get<double>("hidden-weight") == 0)
-    refuse_unused(o, {"hidden-layers"}, "without --hidden-weight", "pare distill");
+  if (o.get<double>("hidden-weight") == 0 && o.get<double>("attention-weight") == 0)
+    refuse_unused(o, {"hidden-layers"}, "without --hidden-weight or --attention-weight", "pare distill");
   if (o.get<double>("on-policy") == 0)
     refuse_unused(o, {"on-policy-tokens"}, "without --on-policy", "pare distill");
   else if (o.get<std::int64_t>("on-policy-tokens") >= o.get<std::int64_t>("context"))
@@ -72,8 +82,8 @@ void check_lesson(const Options& o) {
   if (loss.kind != Divergence::kForwardKl)
     throw usage_error("--cache", "--loss forward-kl: of the other losses a cache knows too little",
                       "--loss " + o.get<std::string>("loss"));
-  refuse_unused(o, {"hidden-weight", "on-policy"}, "with --cache, which knows neither hidden states nor other texts",
-                "pare distill");
+  refuse_unused(o, {"hidden-weight", "attention-weight", "on-policy"},
+                "with --cache, which knows neither hidden states nor other texts", "pare distill");
   if (loss.weights.tau != 1 && !samples)
     throw usage_error("--cache",
                       "--tau 1, or --cache-samples: without them a cache knows too little of other temperatures",
@@ -93,15 +103,20 @@ Lesson::Lesson(const Options& o, Decoder teacher, Decoder student, std::int64_t 
       device_(parse_device(settings.device)),
       objective_(read_objective(o)),
       hidden_weight_(o.get<double>("hidden-weight")),
+      attention_weight_(o.get<double>("attention-weight")),
       on_policy_(o.get<double>("on-policy")),
       continuation_(o.get<std::int64_t>("on-policy-tokens")) {
   teacher_->to(device_);
   student_->to(device_);
   for (torch::Tensor& parameter : teacher_->parameters()) parameter.set_requires_grad(false);
   const ModelConfig &own = student_->config(), &taught = teacher_->config();
-  if (hidden_weight_ > 0)
-    match_.emplace(parse_layer_pairs(o.get<std::string>("hidden-layers"), own.num_layers, taught.num_layers),
-                   own.hidden_size, taught.hidden_size, seed, device_);
+  if (hidden_weight_ > 0 || attention_weight_ > 0) {
+    const LayerPairs pairs =
+        parse_layer_pairs(o.get<std::string>("hidden-layers"), own.num_layers, taught.num_layers);
+    if (hidden_weight_ > 0) match_.emplace(pairs, own.hidden_size, taught.hidden_size, seed, device_);
+    if (attention_weight_ > 0)
+      attention_match_.emplace(pairs, own.hidden_size, taught.hidden_size, seed ^ kAttentionSeed, device_);
+  }
 }
 
 std::vector<TokenSource> Lesson::sources(const fs::path& teacher_folder, const std::vector<TextSpec>& specs,
@@ -127,7 +142,9 @@ OutputHead Lesson::head(Decoder& decoder) const {
 }
 
 void Lesson::give(TrainingJob& job) {
-  if (match_) job.companions = match_->projections();
+  for (const auto* match : {&match_, &attention_match_})
+    if (*match)
+      job.companions.insert(job.companions.end(), (*match)->projections().begin(), (*match)->projections().end());
   if (on_policy_ > 0)
     job.prepare = [this](Batch& batch, std::int64_t step, std::int64_t first, std::int64_t of) {
       sampled_ = on_policy_step(on_policy_, step);
@@ -141,23 +158,27 @@ void Lesson::give(TrainingJob& job) {
 }
 
 torch::Tensor Lesson::loss(const Batch& micro, double scale, LossSums& sums) {
-  const HiddenStates own = hidden_states(student_, micro.ids, match_ ? match_->student_layers() : std::vector<int>(),
-                                         micro.starts);
+  const auto none = [] { return std::vector<int>(); };
+  const HiddenStates own = hidden_states(student_, micro.ids, match_ ? match_->student_layers() : none(), micro.starts,
+                                         attention_match_ ? attention_match_->student_layers() : none());
   const torch::Tensor rows = own.last.view({-1, own.last.size(-1)}), targets = micro.targets.view(-1);
   if (cache_) return cache_->loss(rows, head(student_), micro, objective_.weights, scale, &sums);
-  if (objective_.weights.kl_weight == 0 && !match_)  // nothing to ask the teacher
+  if (objective_.weights.kl_weight == 0 && !match_ && !attention_match_)  // nothing to ask the teacher
     return cross_entropy_loss(rows, head(student_), targets, scale * objective_.weights.ce_weight, &sums);
   HiddenStates taught;
   {
     const torch::NoGradGuard no_grad;
     teacher_->set_matmul_dtype(settings_.precision == "bf16" ? torch::kBFloat16 : torch::kFloat);
-    taught = hidden_states(teacher_, micro.ids, match_ ? match_->teacher_layers() : std::vector<int>(), micro.starts);
+    taught = hidden_states(teacher_, micro.ids, match_ ? match_->teacher_layers() : none(), micro.starts,
+                           attention_match_ ? attention_match_->teacher_layers() : none());
   }
   DivergenceLoss objective = objective_;
   if (sampled_) objective.weights.ce_weight = 0;  // the next token is the student's own
   torch::Tensor total = divergence_loss(rows, head(student_), taught.last.view({-1, taught.last.size(-1)}),
                                         head(teacher_), targets, objective, scale, &sums);
   if (match_) total = total + match_->loss(own.blocks, taught.blocks, targets, scale * hidden_weight_);
+  if (attention_match_)
+    total = total + attention_match_->loss(own.attention, taught.attention, targets, scale * attention_weight_);
   return total;
 }
 

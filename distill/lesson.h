@@ -15,7 +15,7 @@
 
 namespace pare {
 
-std::vector<OptionDecl> lesson_options();  // the objective's, --hidden-*, --on-policy*, --cache*
+std::vector<OptionDecl> lesson_options();  // the objective's, --hidden-*, --attention-weight, --on-policy*, --cache*
 // Combinations that cannot work, found before any weight is read. Errors: exit 2.
 void check_lesson(const Options& options);
 
@@ -45,8 +45,8 @@ class Lesson {
   const torch::Device device_;
   const DivergenceLoss objective_;
   std::unique_ptr<CachedTeacher> cache_;
-  std::optional<HiddenMatch> match_;
-  double hidden_weight_ = 0, on_policy_ = 0;
+  std::optional<HiddenMatch> match_, attention_match_;
+  double hidden_weight_ = 0, attention_weight_ = 0, on_policy_ = 0;
   std::int64_t continuation_ = 0;  // ids sampled after each prompt
   bool sampled_ = false;           // this step learns from continuations
 };

@@ -40,13 +40,22 @@ LayerPairs parse_layer_pairs(const std::string& text, std::int64_t student_layer
   return pairs;
 }
 
-HiddenStates hidden_states(Decoder& decoder, const Tensor& ids, const std::vector<int>& layers, const Tensor& starts) {
+HiddenStates hidden_states(Decoder& decoder, const Tensor& ids, const std::vector<int>& layers, const Tensor& starts,
+                           const std::vector<int>& attention_layers) {
   HiddenStates states;
   states.blocks.resize(layers.size());
+  states.attention.resize(attention_layers.size());
   const RopeTables tables = decoder->rope(ids.size(1), starts);
   Tensor x = decoder->embed(ids, starts);
   for (int l = 0; l < decoder->config().num_layers; ++l) {
-    x = decoder->block(l)->forward(x, tables);
+    const bool heard = std::find(attention_layers.begin(), attention_layers.end(), l) != attention_layers.end();
+    if (heard)
+      decoder->block(l)->set_observer([&, l](BlockStage stage, const Tensor& output) {
+        for (std::size_t i = 0; i < attention_layers.size(); ++i)
+          if (stage == BlockStage::kO && attention_layers[i] == l) states.attention[i] = output;
+      });
+    x = decoder->through_block(l, x, tables);
+    if (heard) decoder->block(l)->set_observer({});
     for (std::size_t i = 0; i < layers.size(); ++i)
       if (layers[i] == l) states.blocks[i] = x;
   }

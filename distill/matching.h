@@ -1,5 +1,5 @@
-// Hidden states of the student matched with the teacher's through learned projections (Romero et al. 2015; Jiao et al.
-// 2020). Include only from .cpp files (LibTorch).
+// Hidden states of the student, and what its attention gives, matched with the teacher's through learned projections
+// (Romero et al. 2015; Jiao et al. 2020). Include only from .cpp files (LibTorch).
 #pragma once
 
 #include <cstdint>
@@ -17,13 +17,14 @@ using LayerPairs = std::vector<std::pair<int, int>>;  // student layer, teacher 
 // "0:1,2:5": exactly these. Error: exit 2.
 LayerPairs parse_layer_pairs(const std::string& text, std::int64_t student_layers, std::int64_t teacher_layers);
 
-// What comes out of the final norm, and of some of the blocks before it.
+// What comes out of the final norm, and out of some of the blocks before it and of their attention.
 struct HiddenStates {
-  torch::Tensor last;                 // as Decoder::hidden
-  std::vector<torch::Tensor> blocks;  // [batch, n, width], in the order of `layers`
+  torch::Tensor last;                    // as Decoder::hidden
+  std::vector<torch::Tensor> blocks;     // [batch, n, width], in the order of `layers`
+  std::vector<torch::Tensor> attention;  // the same of o_proj, before it is added
 };
 HiddenStates hidden_states(Decoder& decoder, const torch::Tensor& ids, const std::vector<int>& layers,
-                           const torch::Tensor& starts = {});
+                           const torch::Tensor& starts = {}, const std::vector<int>& attention_layers = {});
 
 class HiddenMatch {
  public:
@@ -34,7 +35,7 @@ class HiddenMatch {
   std::vector<int> teacher_layers() const;
   const std::vector<torch::Tensor>& projections() const { return projections_; }  // trained, never written
   // scale * sum over rows with a target, mean over pairs, of |P s - t|^2 / |t|^2: the part of the teacher's state that
-  // is missed.
+  // is missed. student, teacher: HiddenStates::blocks or ::attention of the layers below.
   torch::Tensor loss(const std::vector<torch::Tensor>& student, const std::vector<torch::Tensor>& teacher,
                      const torch::Tensor& targets, double scale) const;
 

@@ -45,6 +45,32 @@ void fill_tables(const ModelConfig& config, RopeKind kind, std::int64_t position
   sine = s.to(device);
 }
 
+// A function of x and of leaves, whose inside is not kept: backward computes it again. Gradients of the leaves are added
+// to theirs by the inner backward, as LibTorch does for any leaf.
+struct Recomputed : torch::autograd::Function<Recomputed> {
+  using Inside = std::function<Tensor(const Tensor&)>;
+  static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& x, const Inside& inside) {
+    context->save_for_backward({x});
+    context->saved_data["inside"] = c10::IValue::make_capsule(c10::make_intrusive<Kept>(inside));
+    const torch::AutoGradMode enabled(true);  // products go other ways without it: the bits would differ
+    return inside(x.detach().requires_grad_()).detach();
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 const torch::autograd::variable_list& gradients) {
+    const torch::AutoGradMode enabled(true);
+    const Tensor x = context->get_saved_variables()[0].detach().requires_grad_();
+    const auto kept = context->saved_data["inside"].toCapsule();
+    static_cast<const Kept&>(*kept).inside(x).backward(gradients[0]);
+    return {x.grad(), Tensor()};
+  }
+
+ private:
+  struct Kept : torch::CustomClassHolder {
+    explicit Kept(Inside inside) : inside(std::move(inside)) {}
+    Inside inside;
+  };
+};
+
 }  // namespace
 
 Tensor round_tokens(const Tensor& x) {
@@ -369,8 +395,16 @@ RopeTables DecoderImpl::rope(std::int64_t positions, const Tensor& starts) {
 Tensor DecoderImpl::hidden(const Tensor& ids, const Tensor& starts) {
   const RopeTables tables = rope(ids.size(1), starts);
   Tensor x = embed(ids, starts);
-  for (auto& block : blocks_) x = block->forward(x, tables);
+  for (int l = 0; l < config_.num_layers; ++l) x = through_block(l, x, tables);
   return final_norm(x);
+}
+
+Tensor DecoderImpl::through_block(int layer, const Tensor& hidden, const RopeTables& rope) {
+  const std::shared_ptr<DecoderBlockImpl> block = blocks_[static_cast<std::size_t>(layer)].ptr();
+  // An observer wants nodes of the graph that training goes back through.
+  if (!recompute_ || block->is_observed() || !torch::GradMode::is_enabled()) return block->forward(hidden, rope);
+  return Recomputed::apply(hidden.requires_grad() ? hidden : hidden.detach().requires_grad_(),
+                           [block, rope](const Tensor& x) { return block->forward(x, rope); });
 }
 
 Tensor& DecoderImpl::tensor(const std::string& hf_name) {

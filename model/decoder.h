@@ -66,6 +66,7 @@ class DecoderBlockImpl : public torch::nn::Module {
   // on the thread that runs forward.
   using Observer = std::function<void(BlockStage stage, const torch::Tensor& output)>;
   void set_observer(Observer observer) { observer_ = std::move(observer); }
+  bool is_observed() const { return static_cast<bool>(observer_); }
   // From now on this linear multiplies with inputs rounded to int8, one scale per token (codecs with int8_inputs).
   void round_inputs(const std::string& module) { rounded_.insert(module); }
   // From now on this linear adds scale * (x A^T) B^T: a [rank, in], b [out, rank]. Undefined ones take it away again.
@@ -129,6 +130,11 @@ class DecoderImpl : public torch::nn::Module {
   torch::Tensor head_weight() const;                           // embedding when tied
   OutputHead output_head() const { return {head_weight(), config_.final_softcap}; }
   DecoderBlock block(int layer) const { return blocks_[static_cast<std::size_t>(layer)]; }
+  // The block's forward, in which only its input is kept for the gradient where recompute_blocks says so.
+  torch::Tensor through_block(int layer, const torch::Tensor& hidden, const RopeTables& rope);
+  // Activation checkpointing (Chen et al. 2016): where gradients are taken, what lies inside a block is computed again on
+  // the way back; the same gradients, bit for bit. Such a gradient can be taken once, by Tensor::backward.
+  void recompute_blocks(bool on) { recompute_ = on; }
   torch::Tensor& tensor(const std::string& hf_name);           // a parameter by its checkpoint name
   void round_head_inputs() { round_head_ = true; }             // see DecoderBlockImpl::round_inputs; not if tied
   void set_matmul_dtype(torch::ScalarType dtype);              // see DecoderBlockImpl; hidden() returns this dtype
@@ -138,7 +144,7 @@ class DecoderImpl : public torch::nn::Module {
  private:
   ModelConfig config_;
   torch::ScalarType matmul_dtype_ = torch::kFloat;
-  bool round_head_ = false;
+  bool round_head_ = false, recompute_ = false;
   RopeTables rope_;
   bool rope_beyond_ = false;  // which side of LongRoPE's switch rope_ is for
   std::map<std::string, torch::Tensor> by_name_;

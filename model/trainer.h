@@ -29,6 +29,7 @@ struct TrainerSettings {
   double checkpoint_minutes = 5;
   std::string precision = "f32";   // "f32" | "bf16": inputs of products
   std::string keep_zeros = "auto"; // "auto" | "on" | "off"
+  bool recompute = false;          // Decoder::recompute_blocks
   std::string device = "cpu";
 };
 double learning_rate(const TrainerSettings& settings, std::int64_t step);  // step counts from 0

@@ -59,6 +59,15 @@ TEST(Matching, StatesAreThoseOfTheDecoder) {
   EXPECT_TRUE(torch::equal(states.last, decoder->hidden(ids)));
   EXPECT_TRUE(torch::equal(decoder->final_norm(states.blocks[0]), states.last));
   EXPECT_TRUE(torch::equal(states.blocks[1], decoder->block(0)->forward(decoder->embed(ids), decoder->rope(9))));
+
+  const HiddenStates heard = hidden_states(decoder, ids, {0}, {}, {1, 0});
+  EXPECT_TRUE(torch::equal(heard.last, states.last));
+  DecoderBlock second = decoder->block(1);
+  const Tensor x = heard.blocks[0];
+  const Tensor mix = second->attention_mix(second->attention_input(x), decoder->rope(9));
+  EXPECT_TRUE(torch::allclose(second->attention_output(x, mix) - x, heard.attention[0], 1e-5, 1e-6));
+  EXPECT_EQ(heard.attention[1].sizes(), x.sizes());
+  EXPECT_FALSE(decoder->block(0)->is_observed());
 }
 
 TEST(Matching, BringsHiddenStatesNearerAndWritesNoProjection) {
@@ -100,6 +109,36 @@ TEST(Matching, BringsHiddenStatesNearerAndWritesNoProjection) {
   given["hidden-weight"] = 0.0;
   w.run(given);
   EXPECT_LT(unexplained(w.folder / "matched"), 0.9 * unexplained(w.folder / "plain"));
+}
+
+TEST(Matching, BringsWhatAttentionAddsNearer) {
+  const Workplace w("attention");
+  Json given = w.base("matched");
+  given["model"] = w.student({0, 2});
+  given["steps"] = 40;
+  given["attention-weight"] = 3.0;
+  given["hidden-layers"] = "0:0,1:2";
+  w.run(given);
+  given["out"] = (w.folder / "again").string();
+  given["activation-checkpointing"] = true;
+  w.run(given);
+  EXPECT_EQ(testing::bytes_of(w.folder / "matched" / "model.safetensors"),
+            testing::bytes_of(w.folder / "again" / "model.safetensors"));
+  given["out"] = (w.folder / "plain").string();
+  given["attention-weight"] = 0.0;
+  given.erase("hidden-layers");
+  w.run(given);
+  const auto missed = [&](const fs::path& folder) {
+    const torch::NoGradGuard no_grad;
+    Decoder own = load_decoder(Checkpoint(folder), torch::kCPU),
+            teacher = load_decoder(Checkpoint(w.folder / "teacher"), torch::kCPU);
+    torch::manual_seed(5);
+    const Tensor ids = torch::randint(0, 300, {8, 32}, torch::kLong);
+    const Tensor a = hidden_states(own, ids, {}, {}, {1}).attention[0],
+                 b = hidden_states(teacher, ids, {}, {}, {2}).attention[0];
+    return ((a - b).square().sum() / b.square().sum()).item<double>();
+  };
+  EXPECT_LT(missed(w.folder / "matched"), 0.9 * missed(w.folder / "plain"));
 }
 
 TEST(OnPolicy, StepsAreSpreadEvenly) {

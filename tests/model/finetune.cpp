@@ -155,6 +155,17 @@ TEST(Finetune, AnInterruptedRunContinuesToTheSameBytes) {
   }
 }
 
+TEST(Finetune, RecomputingWhatLiesInsideBlocksGivesTheSameBytes) {
+  const Workplace w("recompute");  // adapters: the first block's input takes no gradient
+  Json given = w.base("kept");
+  given["lora-rank"] = 4;
+  w.run(given);
+  given["out"] = (w.folder / "again").string();
+  given["activation-checkpointing"] = true;
+  w.run(given);
+  EXPECT_EQ(w.weights("kept"), w.weights("again"));
+}
+
 TEST(Finetune, PatienceStopsAndTheBestWeightsStay) {
   const Workplace w("patience");
   // Learning to say the opposite of what the held-out examples say: their loss can only rise after a while.

@@ -59,6 +59,45 @@ TEST(Train, LearnsAndWritesTheSameBytesAgain) {
   EXPECT_NE(w.weights("a"), w.weights("c"));
 }
 
+TEST(Train, RecomputingWhatLiesInsideBlocksGivesTheSameBytes) {
+  for (const char* precision : {"f32", "bf16"}) {
+    const Workplace w(std::string("recompute-") + precision);
+    Json given = w.base("kept");
+    given["precision"] = precision;
+    given["micro-batch"] = 2;
+    w.run(given);
+    given["out"] = (w.folder / "again").string();
+    given["activation-checkpointing"] = true;
+    w.run(given);
+    EXPECT_EQ(w.weights("kept"), w.weights("again")) << precision;
+    EXPECT_EQ(testing::curve_of(w.folder / "kept"), testing::curve_of(w.folder / "again"));
+  }
+}
+
+TEST(Train, ABlockThatIsRecomputedKeepsItsInputAlone) {
+  Decoder decoder = testing::small_decoder(4);
+  const torch::Tensor ids = torch::randint(0, 300, {2, 9}, torch::kLong);
+  const auto keeps_input_alone = [&](bool recompute) {
+    decoder->recompute_blocks(recompute);
+    decoder->zero_grad();
+    const RopeTables rope = decoder->rope(9);
+    const torch::Tensor out = decoder->through_block(1, decoder->embed(ids), rope);
+    const bool alone = out.grad_fn()->name().find("Recomputed") != std::string::npos;
+    out.square().sum().backward();
+    EXPECT_TRUE(decoder->block(1)->weight("mlp.down_proj").grad().defined());
+    EXPECT_TRUE(decoder->tensor("model.embed_tokens.weight").grad().defined());
+    return alone;
+  };
+  EXPECT_FALSE(keeps_input_alone(false));
+  const torch::Tensor kept = decoder->tensor("model.embed_tokens.weight").grad().clone();
+  EXPECT_TRUE(keeps_input_alone(true));
+  EXPECT_TRUE(torch::equal(kept, decoder->tensor("model.embed_tokens.weight").grad()));
+  {
+    const torch::NoGradGuard no_grad;  // nothing to keep: nothing special
+    EXPECT_FALSE(decoder->through_block(1, decoder->embed(ids), decoder->rope(9)).requires_grad());
+  }
+}
+
 TEST(Train, AnInterruptedRunContinuesToTheSameBytes) {
   for (const char* precision : {"f32", "bf16"}) {
     const Workplace w(std::string("resume-") + precision);
