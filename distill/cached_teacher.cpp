@@ -22,6 +22,10 @@ void make_cache(const fs::path& file, const LogitCacheInfo& info, const std::vec
     writer.emplace(file, info, /*resumable=*/true);
     done = static_cast<std::size_t>(writer->windows_done());
   });
+  if (ranks.any(!fs::exists(LogitCacheReader::partial_path(file))))
+    throw usage_error("--cache", "a path that every rank sees: rank 0 writes the file and all read it",
+                      "ranks that do not see " + LogitCacheReader::partial_path(file).string(),
+                      "put the cache on a disk that the machines share");
   done = std::stoull(ranks.broadcast(std::to_string(done)));
   if (done > 0) run.progress->note("continuing the cache from window " + std::to_string(done));
   run.progress->begin("cache the teacher's logits", static_cast<std::int64_t>(windows.size()));
@@ -56,29 +60,51 @@ void make_cache(const fs::path& file, const LogitCacheInfo& info, const std::vec
 }  // namespace
 
 CachedTeacher::CachedTeacher(const fs::path& file, LogitCacheInfo kept, const fs::path& teacher_folder,
-                             const std::vector<TextSpec>& specs, const std::optional<std::string>& split,
-                             const Tokenizer& tokenizer, Decoder& teacher, const torch::Device& device, Context& run) {
-  std::vector<fs::path> paths;
+                             const std::vector<TextSpec>& specs, const TextForm& form, const Tokenizer& tokenizer,
+                             Decoder& teacher, const torch::Device& device, Context& run) {
+  std::vector<Window> windows;
+  TextForm whole = form;  // an example is a window of its own, of which every id has a row
+  whole.context = kept.context - 1;
   for (const TextSpec& spec : specs) {
     if (spec.weight)
       throw usage_error("--cache", "texts without weights: the windows of a cache are fixed", spec.name());
-    paths.push_back(spec.path);
+    const auto documents = read_documents({spec.path}, form.split, /*conversations=*/true);
+    if (auto examples = read_examples(documents, whole, tokenizer, source_.counts)) {
+      for (Example& example : *examples) {
+        source_.scored.resize(source_.ids.size(), 1);  // of the streams before
+        source_.scored.insert(source_.scored.end(), example.scored.begin(), example.scored.end());
+        add_window({std::move(example.ids), source_.documents++, 1}, windows);
+      }
+      continue;
+    }
+    const std::int64_t first = source_.documents;
+    for (Window& window : make_windows(tokenizer, documents, kept.context, false)) {
+      window.document += first;
+      add_window(std::move(window), windows);
+    }
+    source_.documents += static_cast<std::int64_t>(documents.size());
   }
-  const auto documents = read_documents(paths, split);
-  const auto windows = make_windows(tokenizer, documents, kept.context, false);
+  if (windows.empty()) throw input_error("--text", "something to learn within the context", "nothing", "raise --context");
+  if (!source_.scored.empty()) source_.scored.resize(source_.ids.size(), 1);
   kept.corpus_hash = windows_hash(windows);
   kept.model_hash = Checkpoint(teacher_folder).content_hash();
   if (const auto text = tokenizer_json_text(teacher_folder)) kept.tokenizer_hash = hash_bytes(as_bytes(*text));
+  Ranks& ranks = ranks_of(run);
+  ranks.agree("what the cache is of",
+              Json{{"windows", windows.size()}, {"corpus", kept.corpus_hash}, {"model", kept.model_hash},
+                   {"tokenizer", kept.tokenizer_hash}, {"cache-top-k", kept.top_k}, {"cache-samples", kept.samples},
+                   {"tau", kept.temperature}, {"seed", kept.seed}, {"context", kept.context}});
   file_ = file;
-  written_ = ranks_of(run).broadcast(fs::exists(file) ? "there" : "absent") == "absent";
+  written_ = ranks.broadcast(fs::exists(file) ? "there" : "absent") == "absent";
   if (written_) make_cache(file, kept, windows, teacher, device, run);
   reader_ = std::make_unique<LogitCacheReader>(file, kept);
   source_.name = file.filename();
-  source_.documents = static_cast<std::int64_t>(documents.size());
-  for (const Window& window : windows) {
-    source_.window_begin.push_back(static_cast<std::int64_t>(source_.ids.size()));
-    source_.ids.insert(source_.ids.end(), window.ids.begin(), window.ids.end());
-  }
+}
+
+void CachedTeacher::add_window(Window window, std::vector<Window>& windows) {
+  source_.window_begin.push_back(static_cast<std::int64_t>(source_.ids.size()));
+  source_.ids.insert(source_.ids.end(), window.ids.begin(), window.ids.end());
+  windows.push_back(std::move(window));
 }
 
 Json CachedTeacher::summary() const {

@@ -18,12 +18,13 @@ class CachedTeacher {
  public:
   // What is kept of each row: vocab_size (the ids that teacher and student share), context, top_k, samples,
   // temperature, seed. The hashes are filled in here. Opens the cache of exactly these windows and this teacher, or
-  // makes it (one pass of the teacher over the text; a pass that was cut short goes on). Errors: exit 3 when the file
+  // makes it (one pass of the teacher over the text; a pass that was cut short goes on). Streams have the windows of
+  // `pare eval`; of texts with responses each example is a window, of whose ids the responses alone are learned. Errors: exit 3 when the file
   // is of another text, teacher, tokenizer, temperature or context; exit 2 for weighted texts, which a fixed set of
   // windows cannot follow.
   CachedTeacher(const fs::path& file, LogitCacheInfo kept, const fs::path& teacher_folder,
-                const std::vector<TextSpec>& specs, const std::optional<std::string>& split, const Tokenizer& tokenizer,
-                Decoder& teacher, const torch::Device& device, Context& run);
+                const std::vector<TextSpec>& specs, const TextForm& form, const Tokenizer& tokenizer, Decoder& teacher,
+                const torch::Device& device, Context& run);
 
   Json summary() const;  // {"file", "state": "written" or "reused", "top_k", "samples", "ids", "bytes_per_id"}
   const TokenSource& source() const { return source_; }  // its windows are the cache's windows
@@ -32,6 +33,7 @@ class CachedTeacher {
                      double scale, LossSums* sums);
 
  private:
+  void add_window(Window window, std::vector<Window>& windows);
   SparseTeacher sparse_rows(const Batch& batch);
   std::pair<torch::Tensor, torch::Tensor> listed_rows(const Batch& batch);  // index, log_prob [rows, k]
   fs::path file_;

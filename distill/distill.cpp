@@ -65,6 +65,7 @@ Json run_distill(const Options& o, Context& run) {
 
   TrainingJob job;
   job.settings = trainer_settings(o, pair.student->config());
+  check_patience(job.settings);
   job.settings.device = rank_device(job.settings.device, run);
   if (!ranks.alone()) ranks.agree("--teacher", Checkpoint(o.get<std::string>("teacher")).content_hash());
   const Tokenizer& tokenizer = *pair.tokenizer;
@@ -85,6 +86,7 @@ Json run_distill(const Options& o, Context& run) {
   job.echo = deciding_options(o, run.seed);
   job.work = folder.work();
   lesson.give(job);
+  agree_on_job(job, run);
   folder.claim(o.get<bool>("restart"));
   std::vector<MeanLoss> before;
   for (const HeldOut& held_out : job.held_out) before.push_back(lesson.divergence(held_out, ranks));
@@ -112,6 +114,7 @@ StagePlan plan_distill(const Options& o, const PlannedModel& input) {
   const ModelConfig teacher = Checkpoint(o.get<std::string>("teacher")).config();
   const ModelConfig& student = input.config;
   const TrainerSettings s = trainer_settings(o, student);
+  check_patience(s);
   const double own = static_cast<double>(parameter_count(student)), taught = static_cast<double>(parameter_count(teacher));
   const double tokens = static_cast<double>(s.steps * s.batch * s.context);
   const double per_token =

@@ -130,8 +130,8 @@ std::vector<TokenSource> Lesson::sources(const fs::path& teacher_folder, const s
   kept.top_k = std::min(vocab_, options_.get_or<std::int64_t>("cache-top-k", kept.samples > 0 ? 12 : 64));
   kept.temperature = objective_.weights.tau;
   kept.seed = seed_;
-  cache_ = std::make_unique<CachedTeacher>(options_.get<std::string>("cache"), kept, teacher_folder, specs, form.split,
-                                           tokenizer, teacher_, device_, run);
+  cache_ = std::make_unique<CachedTeacher>(options_.get<std::string>("cache"), kept, teacher_folder, specs, form, tokenizer,
+                                           teacher_, device_, run);
   return {cache_->source()};
 }
 

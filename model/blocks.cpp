@@ -716,7 +716,7 @@ void announce(Ranks& ranks, const CalibrationWindows& windows, const WalkOptions
   Json sizes;
   if (options.token_weights)
     for (const auto& values : options.token_weights->values) sizes.push_back(values.size());
-  ranks.broadcast(Json{{"count", windows.count}, {"length", windows.length}, {"prefixed", windows.prefixed},
+  ranks.broadcast_late(Json{{"count", windows.count}, {"length", windows.length}, {"prefixed", windows.prefixed},
                        {"hessian", options.hessian}, {"cross", options.cross}, {"held_out", options.held_out},
                        {"expert_tokens", options.expert_tokens}, {"original_stream", options.original_stream},
                        {"paired_tokens", options.paired_tokens}, {"spill", !options.spill.empty()},
@@ -731,7 +731,7 @@ void announce(Ranks& ranks, const CalibrationWindows& windows, const WalkOptions
 
 // False: there are no more.
 bool hear(Ranks& ranks, Announced& walk) {
-  const Json told = parse_json(ranks.broadcast(std::string()), "rank 0");
+  const Json told = parse_json(ranks.broadcast_late(std::string()), "rank 0");
   if (told.is_null()) return false;
   CalibrationWindows& windows = walk.windows;
   windows.count = told.at("count").get<std::int64_t>();
@@ -770,9 +770,14 @@ Command calibrated_by_ranks(Command command) {
     const Checkpoint model(options.get<std::string>("model"));
     ranks.agree("the program", Json{{"pare", PARE_VERSION}, {"LibTorch", TORCH_VERSION}});
     ranks.agree("--model", model.content_hash());
+    ranks.wait_long();
     if (ranks.first()) {
       Json result = run(options, context);
-      ranks.broadcast(Json().dump());
+      try {
+        ranks.broadcast_late(Json().dump());
+      } catch (const RankLost& lost) {  // what it was needed for is done and stands
+        context.progress->note(std::string(lost.what()) + "; the result is complete");
+      }
       return result;
     }
     for (;;) {

@@ -143,7 +143,10 @@ std::vector<TokenSource> read_sources(const std::vector<TextSpec>& specs, const 
                          std::to_string(source.window_begin.size()) + " windows, " + std::to_string(counts.learned) +
                          " ids to learn; " + std::to_string(counts.cut) + " longer than the context were cut, " +
                          std::to_string(counts.dropped) + " dropped");
-    source.weight = spec.weight.value_or(static_cast<double>(source.ids.size()));
+    // What one pass draws, so that no source is seen more often than another.
+    source.weight = spec.weight.value_or(
+        static_cast<double>(source.window_begin.empty() ? static_cast<std::int64_t>(source.ids.size())
+                                                        : static_cast<std::int64_t>(source.window_begin.size()) * form.context));
     sources.push_back(std::move(source));
   }
   return sources;

@@ -79,7 +79,7 @@ class BatchStream {
   void restore(const std::vector<std::int64_t>& taken);
   const std::vector<TokenSource>& sources() const { return sources_; }
   std::int64_t tokens() const;  // of all sources together
-  // Sequences after which every source of examples was seen `passes` times where the weights are as the ids are.
+  // Sequences after which every source of examples was seen `passes` times where no weights were given.
   std::int64_t sequences(double passes) const;
 
  private:

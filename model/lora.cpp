@@ -63,15 +63,16 @@ std::int64_t Lora::parameter_count() const {
   return count;
 }
 
-double Lora::zeros() const {
-  std::int64_t zeros = 0, all = 0;
+std::pair<std::string, double> Lora::most_zeros() const {
+  std::pair<std::string, double> most;
   Decoder decoder = decoder_;
   for (const Place& place : places_) {
     const Tensor& weight = decoder->tensor(place.tensor);
-    zeros += (weight == 0).sum().item<std::int64_t>();
-    all += weight.numel();
+    const double share = static_cast<double>((weight == 0).sum().item<std::int64_t>()) /
+                         static_cast<double>(std::max<std::int64_t>(weight.numel(), 1));
+    if (share > most.second || most.first.empty()) most = {place.tensor, share};
   }
-  return static_cast<double>(zeros) / static_cast<double>(std::max<std::int64_t>(all, 1));
+  return most;
 }
 
 void Lora::merge() {

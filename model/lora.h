@@ -28,8 +28,8 @@ class Lora {
   const std::vector<torch::Tensor>& parameters() const { return parameters_; }  // A, B, A, B, .. float32, with gradient
   std::int64_t linears() const { return static_cast<std::int64_t>(places_.size()); }
   std::int64_t parameter_count() const;
-  // Share of exact zeros among the weights of the targets: what merging would fill.
-  double zeros() const;
+  // The target with the largest share of exact zeros, and that share: what merging would fill.
+  std::pair<std::string, double> most_zeros() const;
   // W += alpha / rank * B A in float32, of every target; the adapters are taken off the decoder.
   void merge();
 

@@ -123,7 +123,11 @@ Ranks& ranks_of(const Context& run) {
 
 std::string rank_device(const std::string& name, const Context& run) {
   const Ranks& ranks = ranks_of(run);
-  return name == "cuda" && !ranks.alone() ? "cuda:" + std::to_string(ranks.local()) : name;
+  if (name != "cuda" || ranks.alone()) return name;
+  if (ranks.local() < 0)
+    throw usage_error("LOCAL_RANK", "this rank's number among those of its machine, to choose its GPU", "not set",
+                      "torchrun sets it; or give each rank --device cuda:N");
+  return "cuda:" + std::to_string(ranks.local());
 }
 
 Command ranked(Command command, int timeout) {

@@ -22,7 +22,8 @@ namespace pare {
 // _SIZE, _LOCAL_RANK (mpirun), where the address may be missing if all ranks are on one machine. size 1: one process.
 // Errors: exit 2 for what is incomplete or contradicts itself.
 struct RankPlace {
-  int rank = 0, size = 1, local = 0;
+  int rank = 0, size = 1;
+  int local = -1;  // unknown
   std::string address;
   int port = 0;
 };
@@ -40,7 +41,7 @@ class Ranks {
  public:
   Ranks();
   // Waits for all ranks. timeout: of joining and of every wait for another rank; a process that ends is noticed at
-  // once. Errors: exit 1 naming the address and the time; exit 5 where this build has no c10d.
+  // once by those that wait for it. Errors: exit 1 naming the address and the time; exit 5 where this build has no c10d.
   Ranks(const RankPlace& place, std::chrono::seconds timeout);
   ~Ranks();
   Ranks(const Ranks&) = delete;
@@ -48,7 +49,7 @@ class Ranks {
 
   int rank() const { return place_.rank; }
   int size() const { return place_.size; }
-  int local() const { return place_.local; }
+  int local() const { return place_.local; }  // -1: unknown
   bool first() const { return place_.rank == 0; }
   bool alone() const { return place_.size == 1; }
 
@@ -58,6 +59,10 @@ class Ranks {
   // From one rank to another; the others do nothing.
   void move(const at::Tensor& values, int from, int to);
   std::string broadcast(const std::string& text);      // rank 0's
+  // The same, but the others wait as long as rank 0 lives (at most a week): it may work alone for hours before. Call
+  // wait_long on all ranks first.
+  void wait_long();
+  std::string broadcast_late(const std::string& text);
   std::vector<std::string> gather(const std::string& text);  // of every rank, on every rank
   bool any(bool flag);
 
@@ -74,7 +79,7 @@ class Ranks {
  private:
   struct Group;
   template <class Talk>
-  void talk(const Talk& work);
+  void talk(const Talk& work, bool late = false);
   RankPlace place_;
   std::chrono::seconds timeout_{0};
   std::unique_ptr<Group> group_;
@@ -83,7 +88,8 @@ class Ranks {
 // Those of the run; one process alone where it has none.
 Ranks& ranks_of(const Context& run);
 
-// "cuda" becomes the device of this rank on its machine; other names stay.
+// "cuda" becomes the device of this rank on its machine; other names stay. Error: exit 2 for "cuda" where the place of
+// this rank on its machine is not known.
 std::string rank_device(const std::string& name, const Context& run);
 
 // The command with the option --rank-timeout, which joins the ranks of the environment around its run. Ranks other

@@ -5,6 +5,7 @@
 #ifndef USE_C10D_GLOO
 #define USE_C10D_GLOO  // the package files of LibTorch may not say so
 #endif
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 #endif
@@ -28,6 +29,7 @@ namespace pare {
 namespace {
 
 using std::chrono::milliseconds;
+constexpr std::chrono::hours kLongWait{7 * 24};
 constexpr milliseconds kLastWords{3000};  // how long ranks listen to each other when something went wrong
 
 // The first line of what LibTorch says, without its stack.
@@ -67,7 +69,8 @@ std::string ended_key(int rank) { return "pare/ended/" + std::to_string(rank); }
 
 struct Ranks::Group {
   c10::intrusive_ptr<c10d::TCPStore> store;
-  c10::intrusive_ptr<c10d::ProcessGroupGloo> gloo;
+  c10::intrusive_ptr<c10d::ProcessGroupGloo> gloo, patient;  // the second for broadcast_late
+  std::function<c10::intrusive_ptr<c10d::ProcessGroupGloo>(const char* name, milliseconds timeout)> connect;
 
   // What is known of the ranks that ended, after one of them was missed. `mine`: this rank's key says so too.
   std::string reason(int rank, int size, const std::string& mine) {
@@ -130,13 +133,18 @@ Ranks::Ranks(const RankPlace& place, std::chrono::seconds timeout) : place_(plac
   }
   const auto interface = std::getenv("GLOO_SOCKET_IFNAME");
   const std::string address = own_address(place_.address, place_.port);
-  try {
-    auto options = c10d::ProcessGroupGloo::Options::create(timeout_);
-    options->devices.push_back(interface != nullptr ? c10d::ProcessGroupGloo::createDeviceForInterface(interface)
-                               : !address.empty()   ? c10d::ProcessGroupGloo::createDeviceForHostname(address)
-                                                    : c10d::ProcessGroupGloo::createDefaultDevice());
+  const std::string name = interface != nullptr ? interface : "";
+  group_->connect = [this, name, address](const char* prefix, milliseconds longest) {
+    auto options = c10d::ProcessGroupGloo::Options::create(longest);
+    options->devices.push_back(!name.empty()      ? c10d::ProcessGroupGloo::createDeviceForInterface(name)
+                               : !address.empty() ? c10d::ProcessGroupGloo::createDeviceForHostname(address)
+                                                  : c10d::ProcessGroupGloo::createDefaultDevice());
     options->threads = 1;  // one collective at a time
-    group_->gloo = c10::make_intrusive<c10d::ProcessGroupGloo>(group_->store, rank(), size(), options);
+    const auto store = c10::make_intrusive<c10d::PrefixStore>(prefix, group_->store);
+    return c10::make_intrusive<c10d::ProcessGroupGloo>(store, rank(), size(), options);
+  };
+  try {
+    group_->gloo = group_->connect("pare/now", timeout_);
   } catch (const std::exception& error) {
     throw failure(where,
                   fmt::format("connections between the {} ranks of {} within {} s", size(), at, timeout_.count()),
@@ -149,6 +157,7 @@ Ranks::Ranks(const RankPlace& place, std::chrono::seconds timeout) : place_(plac
 Ranks::~Ranks() {
   if (!group_) return;
   try {
+    group_->patient.reset();
     group_->gloo.reset();
     group_->store->add("pare/gone", 1);
     const auto until = std::chrono::steady_clock::now() + kLastWords;
@@ -184,9 +193,9 @@ void in_buckets(const at::Tensor& values, bool written, const Work& work) {
 }  // namespace
 
 template <class Talk>
-void Ranks::talk(const Talk& work) {
+void Ranks::talk(const Talk& work, bool late) {
   try {
-    work(*group_->gloo);
+    work(late ? *group_->patient : *group_->gloo);
   } catch (const std::exception& error) {
     const std::string own = first_line(error);
     throw RankLost(ExitCode::kFailure, fmt::format("rank {} of {}", rank(), size()),
@@ -231,6 +240,18 @@ std::string Ranks::broadcast(const std::string& text) {
   return {reinterpret_cast<const char*>(all.data_ptr<std::uint8_t>()), static_cast<std::size_t>(all.numel())};
 }
 
+void Ranks::wait_long() {
+  if (alone() || group_->patient) return;
+  talk([&](c10d::ProcessGroupGloo&) { group_->patient = group_->connect("pare/late", kLongWait); });
+}
+
+std::string Ranks::broadcast_late(const std::string& text) {
+  if (alone()) return text;
+  std::vector<at::Tensor> word{torch::zeros({1}, torch::kByte)};
+  talk([&](c10d::ProcessGroupGloo& gloo) { gloo.broadcast(word)->wait(); }, true);
+  return broadcast(text);
+}
+
 std::vector<std::string> Ranks::gather(const std::string& text) {
   if (alone()) return {text};
   at::Tensor sizes = torch::zeros({size()}, torch::kLong);
@@ -267,6 +288,8 @@ void Ranks::sum(const at::Tensor&) {}
 void Ranks::broadcast(const at::Tensor&, int) {}
 void Ranks::move(const at::Tensor&, int, int) {}
 std::string Ranks::broadcast(const std::string& text) { return text; }
+void Ranks::wait_long() {}
+std::string Ranks::broadcast_late(const std::string& text) { return text; }
 std::vector<std::string> Ranks::gather(const std::string& text) { return {text}; }
 std::string rank_backend() { return "none: more than one rank is refused"; }
 

@@ -1,5 +1,7 @@
 #include "model/train.h"
 
+#include <fmt/format.h>
+
 #include <optional>
 
 #include "core/checkpoint.h"
@@ -129,6 +131,10 @@ struct Training {
     form.context = job.settings.context;
     form.chat_folder = source.like;
     job.held_out = read_held_out(o.get_or<std::vector<std::string>>("held-out", {}), form, tokenizer);
+    for (const HeldOut& text : job.held_out)
+      if (text.counts.cut > 0 || text.counts.dropped > 0)
+        run.progress->note(text.name + ", held out: " + std::to_string(text.counts.cut) +
+                           " examples longer than the context were cut, " + std::to_string(text.counts.dropped) + " dropped");
     return {read_sources(specs, form, tokenizer, run), form.context, run.seed};
   }
 
@@ -215,9 +221,11 @@ Json run_finetune(const Options& o, Context& run) {
   std::optional<Lora> lora;
   if (o.get<std::int64_t>("lora-rank") > 0) {
     lora.emplace(source.decoder, lora_settings(o), run.seed, parse_device(s.device));
-    if (o.get<std::string>("keep-zeros") != "off" && lora->zeros() > kPrunedShare)
-      throw usage_error("--lora-rank", "a model that is not pruned: merging adapters fills its zeros",
-                        std::to_string(static_cast<int>(100 * lora->zeros())) + " % zeros",
+    const std::string keep = o.get<std::string>("keep-zeros");
+    if (const auto [module, share] = lora->most_zeros();
+        (keep == "auto" && share > kPrunedShare) || (keep == "on" && share > 0))
+      throw usage_error("--lora-rank", "linears that are not pruned: merging adapters fills their zeros",
+                        fmt::format("{:.3g} % zeros in {}", 100 * share, module),
                         "train all weights (zeros are kept), or add --keep-zeros off");
     job.companions = lora->parameters();
     job.frozen = true;
@@ -238,7 +246,8 @@ Json run_finetune(const Options& o, Context& run) {
   result["trained_parameters"] = static_cast<std::int64_t>(trained);
   Json examples = Json::object();
   for (const TokenSource& text : data.sources())
-    examples[text.name] = {{"examples", text.counts.documents},
+    examples[examples.contains(text.name) ? text.name + " (" + std::to_string(examples.size() + 1) + ")" : text.name] =
+                          {{"examples", text.counts.documents},
                            {"cut", text.counts.cut},
                            {"dropped", text.counts.dropped},
                            {"windows", text.window_begin.size()},

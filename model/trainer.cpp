@@ -78,26 +78,54 @@ std::int64_t summed(Ranks& ranks, std::int64_t value) {
   return total.item<std::int64_t>();
 }
 
+// Every list with its length, so that none runs into the next.
+template <class T>
+void add_list(Hasher& hash, const std::vector<T>& list) {
+  hash.update(std::to_string(list.size()) + " ");
+  hash.update(std::as_bytes(std::span(list)));
+}
+
+// What is learned and what is measured: ids, where windows and documents begin, which ids count.
+std::string text_hash(const std::vector<TokenSource>& sources) {
+  Hasher hash;
+  for (const TokenSource& source : sources) {
+    add_list(hash, source.ids);
+    add_list(hash, source.scored);
+    add_list(hash, source.document_begin);
+    add_list(hash, source.window_begin);
+  }
+  return hash.hex();
+}
+
+std::string held_out_hash(const std::vector<HeldOut>& texts) {
+  Hasher hash;
+  for (const HeldOut& text : texts) {
+    hash.update(text.name);
+    for (const Window& window : text.windows) {
+      add_list(hash, window.ids);
+      hash.update(std::to_string(window.first_scored));
+    }
+    for (const auto& scored : text.scored) add_list(hash, scored);
+  }
+  return hash.hex();
+}
+
+}  // namespace
+
 // Paths may differ from machine to machine; what lies behind them may not.
-void agree_on_job(Ranks& ranks, const TrainingJob& job, const Json& contents) {
+void agree_on_job(const TrainingJob& job, Context& run) {
+  Ranks& ranks = ranks_of(run);
   if (ranks.alone()) return;
   Json options = job.echo;
   for (const char* path : {"model", "teacher", "config", "tokenizer", "out", "text", "held-out", "cache", "device"})
     options.erase(path);
-  Hasher held_out;
-  for (const HeldOut& text : job.held_out) {
-    held_out.update(text.name);
-    for (const Window& window : text.windows) held_out.update(std::as_bytes(std::span(window.ids)));
-  }
   Json weights = Json::array();
   for (const TokenSource& source : job.data->sources()) weights.push_back(source.weight);
   ranks.agree("the program", Json{{"pare", PARE_VERSION}, {"LibTorch", TORCH_VERSION}});
   ranks.agree("the options", options);
-  ranks.agree("what the ranks read", Json{{"model", contents.at("model")}, {"text", contents.at("text")},
-                                          {"text weights", weights}, {"held-out text", held_out.hex()}});
+  ranks.agree("what the ranks read", Json{{"text", text_hash(job.data->sources())}, {"text weights", weights},
+                                          {"held-out text", held_out_hash(job.held_out)}});
 }
-
-}  // namespace
 
 double learning_rate(const TrainerSettings& s, std::int64_t step) {
   const double warm = std::max(1.0, s.warmup * static_cast<double>(s.steps));
@@ -203,9 +231,11 @@ std::vector<HeldOut> read_held_out(const std::vector<std::string>& paths, const 
       if (other.name == spec.name())
         throw usage_error("--held-out", "texts of different names: each has its own report row", spec.name() + " twice");
     const auto documents = read_documents({spec.path}, form.split, /*conversations=*/true);
-    ExampleCounts counts;
     HeldOut source{spec.name(), {}};
-    if (auto examples = read_examples(documents, form, tokenizer, counts)) {
+    if (auto examples = read_examples(documents, form, tokenizer, source.counts)) {
+      if (examples->empty())
+        throw input_error(spec.path.string(), "an example with something to learn within the context", "none",
+                          "raise --context");
       for (Example& example : *examples) {
         const auto first = std::find(example.scored.begin(), example.scored.end(), std::uint8_t{1});
         source.windows.push_back({std::move(example.ids), static_cast<std::int64_t>(source.windows.size()),
@@ -251,7 +281,7 @@ MeanLoss held_out_mean(const HeldOut& held_out, std::int64_t tokens, const torch
     std::size_t last = first;
     std::int64_t width = 0;
     while (last < chosen.size() && last - first < kAtOnce) {
-      width = std::max(width, static_cast<std::int64_t>(chosen[last]->ids.size()));
+      width = std::max(width, static_cast<std::int64_t>(chosen[last]->ids.size()) - 1);  // the last is only predicted
       ++last;
     }
     const auto count = static_cast<std::int64_t>(last - first);
@@ -260,7 +290,7 @@ MeanLoss held_out_mean(const HeldOut& held_out, std::int64_t tokens, const torch
       const Window& window = *chosen[first + static_cast<std::size_t>(i)];
       const auto size = static_cast<std::int64_t>(window.ids.size());
       for (std::int64_t t = 0; t < size; ++t) {
-        ids.data_ptr<std::int64_t>()[i * width + t] = window.ids[static_cast<std::size_t>(t)];
+        if (t < width) ids.data_ptr<std::int64_t>()[i * width + t] = window.ids[static_cast<std::size_t>(t)];
         if (counts(window, t))
           targets.data_ptr<std::int64_t>()[i * width + t - 1] = window.ids[static_cast<std::size_t>(t)];
       }
@@ -326,6 +356,7 @@ Json deciding_options(const Options& options, std::uint64_t seed) {
 Json run_training(TrainingJob& job, const std::string& output_dtype, Context& run) {
   TrainerSettings& s = job.settings;
   Ranks& ranks = ranks_of(run);
+  check_patience(s);
   if (s.batch < ranks.size())
     throw usage_error("--batch", "at least one sequence for each of " + std::to_string(ranks.size()) + " ranks",
                       std::to_string(s.batch));
@@ -338,26 +369,29 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
     run.progress->note("keeping " + std::to_string(flat.kept_zeros()) + " pruned zeros at zero");
   const auto matmul = s.precision == "bf16" ? torch::kBFloat16 : torch::kFloat;
   const fs::path state_file = job.work / kStateFile;
+  const std::string kept_in = ranks.first() ? job.work.string() : "the unfinished output of rank 0";
   const std::string resume_hint = "run the same command again to continue, or add --restart to begin anew";
 
-  // What paths cannot tell: the weights before the first step and the ids of the texts.
-  Hasher ids;
-  for (const TokenSource& source : job.data->sources()) ids.update(std::as_bytes(std::span(source.ids)));
+  // What paths cannot tell: the weights before the first step and the texts.
   const Json contents{{"model", flat.hash() + (job.frozen ? "+" + weights_hash(job.decoder) : "")},
-                      {"text", ids.hex()}};
-  agree_on_job(ranks, job, contents);
+                      {"text", text_hash(job.data->sources())},
+                      {"held-out text", held_out_hash(job.held_out)}};
+  agree_on_job(job, run);
+  ranks.agree("what the ranks read", Json{{"model", contents.at("model")}});
   Json curve = Json::array(), before = Json::object();
   std::int64_t step = 0, tokens = 0;
   double smoothed = 0;
   Best best;
-  Json meta;
+  Json meta, pending;  // the point of the curve of a step that is done, until its held-out losses are known
   ranks.first_does([&] {
     if (!fs::exists(state_file)) return;
     meta = flat.read(state_file);
     if (meta.at("options") != job.echo) {
+      Json both = meta.at("options");
+      both.update(job.echo);
       std::string differ;
-      for (const auto& [key, value] : job.echo.items())
-        if (!meta.at("options").contains(key) || meta.at("options").at(key) != value) differ += (differ.empty() ? "" : ", ") + key;
+      for (const auto& [key, value] : both.items())
+        if (meta.at("options").value(key, Json()) != job.echo.value(key, Json())) differ += (differ.empty() ? "" : ", ") + key;
       throw usage_error(state_file.string(), "the options of the interrupted run", "other values of: " + differ,
                         "repeat the command with the same options, or add --restart to begin anew");
     }
@@ -373,6 +407,7 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
     smoothed = meta.at("smoothed_loss").get<double>();
     curve = meta.at("curve");
     before = meta.at("before");
+    pending = meta.value("pending", Json());
     if (meta.contains("best"))
       best = {meta.at("best").at("step").get<std::int64_t>(), meta.at("best").at("loss").get<double>(),
               meta.at("best").at("since").get<std::int64_t>()};
@@ -385,7 +420,7 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
     flat.write(state_file,
                Json{{"options", job.echo}, {"contents", contents}, {"step", step}, {"tokens", tokens},
                     {"smoothed_loss", smoothed}, {"taken", taken}, {"before", before}, {"curve", curve},
-                    {"best", Json{{"step", best.step}, {"loss", best.loss}, {"since", best.since}}}});
+                    {"pending", pending}, {"best", Json{{"step", best.step}, {"loss", best.loss}, {"since", best.since}}}});
     write_curve(job.work, curve);
   };
   const auto evaluate = [&](std::int64_t limit, bool stoppable) {
@@ -433,6 +468,28 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
                          "; " + resume_hint);
     }
   };
+  const auto measure = [&] {  // seconds: a saved state lacks this point only where a rank was lost on the way
+    Json losses;
+    with_others([&] { losses = evaluate(s.eval_tokens, false); });
+    Json means = Json::object();
+    latest.clear();
+    for (const auto& [name, value] : losses.items()) {
+      means[name] = value.at("loss");
+      latest += ", " + name + format(" %.4f", value.at("loss").get<double>());
+    }
+    pending["held_out"] = means;
+    if (s.patience == 0) return;
+    const double mean = mean_of(losses);
+    ++best.since;
+    if (mean < best.loss) {
+      best = {step, mean, 0};
+      flat.keep_best();
+    }
+  };
+  if (!pending.is_null()) {
+    measure();
+    curve.push_back(std::exchange(pending, Json()));
+  }
   while (step < s.steps && patient()) {
     if (stop || (ranks.alone() && interrupt_requested())) {
       save_state();
@@ -480,13 +537,13 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
     if (!std::isfinite(loss) || !std::isfinite(norm))
       throw failure(job.stage + " at step " + std::to_string(step + 1), "a finite loss",
                     std::isfinite(loss) ? "a gradient that is not finite" : "loss " + format("%g", loss),
-                    "lower --lr or lengthen --warmup; the last saved state is kept in " + job.work.string());
+                    "lower --lr or lengthen --warmup; the last saved state is kept in " + kept_in);
     // Single bad batches are clipped and forgotten; what stays this far above the mean of the last 50 steps is lost.
     spikes = step >= kSpikesFrom && loss > 3 * smoothed + 2 ? spikes + 1 : 0;
     if (spikes == kSpikes)
       throw failure(job.stage + " at step " + std::to_string(step + 1), "a loss near " + format("%.3g", smoothed),
                     format("%.3g", loss) + ", and far above it for " + std::to_string(kSpikes) + " steps: it diverges",
-                    "lower --lr or lengthen --warmup; the last saved state is kept in " + job.work.string());
+                    "lower --lr or lengthen --warmup; the last saved state is kept in " + kept_in);
     const double lr = learning_rate(s, step);
     const double clip = s.clip > 0 && norm > s.clip ? s.clip / norm : 1.0;
     flat.step(lr, s.beta1, s.beta2, s.weight_decay, clip, step + 1);
@@ -508,25 +565,9 @@ Json run_training(TrainingJob& job, const std::string& output_dtype, Context& ru
       Json point{{"step", step}, {"tokens", tokens}, {"lr", lr}, {"loss", loss}, {"gradient_norm", norm}};
       if (rate > 0) point["tokens_per_second"] = std::round(rate);
       point["resident_bytes"] = resident_bytes();
-      if (eval_now) {
-        const Json losses = evaluate(s.eval_tokens, false);  // seconds: a saved state never lacks this point
-        Json means = Json::object();
-        latest.clear();
-        for (const auto& [name, value] : losses.items()) {
-          means[name] = value.at("loss");
-          latest += ", " + name + format(" %.4f", value.at("loss").get<double>());
-        }
-        point["held_out"] = means;
-        if (s.patience > 0) {
-          const double mean = mean_of(losses);
-          ++best.since;
-          if (mean < best.loss) {
-            best = {step, mean, 0};
-            flat.keep_best();
-          }
-        }
-      }
-      curve.push_back(std::move(point));
+      pending = std::move(point);
+      if (eval_now) measure();
+      curve.push_back(std::exchange(pending, Json()));
     }
     if (step < s.steps && save_now) {
       with_others([&] { flat.share(ranks); });  // ranks on unlike processors round apart
@@ -595,12 +636,19 @@ void TrainingFolder::claim(bool restart) {
 }
 
 void TrainingFolder::finish(const std::function<void()>& write) {
-  ranks_of(run_).first_does([&] {
-    write();
-    if (run_.before_commit) run_.before_commit();
-    transaction_->commit();
-    fs::remove(out_ / kStateFile);  // only now: killed before, a run has lost nothing
-  });
+  bool committed = false;
+  try {
+    ranks_of(run_).first_does([&] {
+      write();
+      if (run_.before_commit) run_.before_commit();
+      transaction_->commit();
+      committed = true;
+      fs::remove(out_ / kStateFile);  // only now: killed before, a run has lost nothing
+    });
+  } catch (const RankLost& lost) {
+    if (!committed) throw;
+    run_.progress->note(std::string(lost.what()) + "; the result is complete");
+  }
 }
 
 }  // namespace pare

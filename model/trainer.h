@@ -46,6 +46,7 @@ struct HeldOut {
   std::string name;
   std::vector<Window> windows;
   std::vector<std::vector<std::uint8_t>> scored = {};  // of examples, of each window: the ids that count
+  ExampleCounts counts = {};                           // of examples
 };
 // Streams in windows of the context; examples each in a window of its own, where what is learned of them counts.
 std::vector<HeldOut> read_held_out(const std::vector<std::string>& paths, const TextForm& form,
@@ -87,13 +88,18 @@ struct TrainingJob {
   fs::path work;                    // state file, curve
 };
 
+// Refuses (exit 2 on every rank) programs, options and texts that differ between ranks; run_training asks too. For what
+// talks before that.
+void agree_on_job(const TrainingJob& job, Context& run);
+
 // Trains job.decoder in place and adds the rows held_out_loss[name] (before, after), train_loss, tokens. Continues from
 // work/training_state.safetensors when it is there: the same bytes as an uninterrupted run at the same thread count.
 // Ranks share each batch, hold equal weights and read their own copies of model and texts; rank 0 alone writes. Where
 // one is lost, rank 0 saves the last whole step before it ends with RankLost.
 // `output_dtype`: weights are rounded to it before the last held-out loss, which is thus of what is written.
 // Errors: exit 130 after an interrupt with the state saved; exit 1 when the loss is not finite, or from step 50 on
-// three times in a row above 3 times its mean plus 2; exit 2 when the state belongs to other options. Returns
+// three times in a row above 3 times its mean plus 2; exit 2 when the state belongs to other options, and for patience
+// without held-out losses in between. Returns
 // {"steps", "tokens", "train_loss", "held_out": {..}, "seconds", "tokens_per_second"}, with patience "best_step" too.
 Json run_training(TrainingJob& job, const std::string& output_dtype, Context& run);
 

@@ -236,6 +236,28 @@ TEST(Distill, TokenizersAreComparedByMeaning) {
   EXPECT_EQ(w.code_of(with_tokenizer("larger", larger.dump())), 3);  // an id that the models lack
 }
 
+TEST(Distill, ACacheLearnsResponsesAlone) {
+  const Workplace w("responses");
+  std::string lines;
+  for (int i = 0; i < 12; ++i)
+    lines += "{\"prompt\": \"the compiler reads " + std::to_string(i) + ", \", \"response\": \"it keeps this folder\"}\n";
+  testing::write_file(w.folder / "pairs.jsonl", lines);
+  Json given = w.base("live");
+  given["model"] = w.student({0, 2});
+  given["text"] = Json::array({(w.folder / "pairs.jsonl").string()});
+  given["held-out"] = given["text"];
+  given["steps"] = 1;
+  given["batch"] = 12;  // every example, once
+  given["lr"] = 0.0;
+  given["ce-weight"] = 1.0;
+  given["kl-weight"] = 1e-9;
+  const auto loss = [&](const Json& options) { return w.run(options).at("train_loss").get<double>(); };
+  const double live = loss(given);
+  given["out"] = (w.folder / "cached").string();
+  given["cache"] = (w.folder / "c.h5").string();
+  EXPECT_NEAR(loss(given), live, 2e-2 * live);
+}
+
 TEST(Distill, BadUseIsRefused) {
   const Workplace w("bad");
   EXPECT_EQ(w.code_of(w.base("x")), 2);  // no student named
@@ -259,7 +281,8 @@ TEST(Distill, BadUseIsRefused) {
                            Json{{"on-policy", 1.0}, {"ce-weight", 0.5}},
                            Json{{"on-policy", 0.5}, {"on-policy-tokens", 32}}, Json{{"on-policy", 1.5}},
                            Json{{"on-policy", 0.5}, {"on-policy-tokens", 8}, {"kl-weight", 0.0}, {"ce-weight", 1.0}},
-                           Json{{"hidden-layers", "0:1"}}, Json{{"hidden-weight", 1.0}, {"hidden-layers", "0:3"}}}) {
+                           Json{{"hidden-layers", "0:1"}}, Json{{"hidden-weight", 1.0}, {"hidden-layers", "0:3"}},
+                           Json{{"patience", 2}}, Json{{"cache", "c.h5"}, {"attention-weight", 1.0}}}) {
     given = w.base("x");
     given["model"] = student;
     given.update(more);

@@ -12,6 +12,17 @@ namespace {
 using testing::Folder;
 using testing::QuietRun;
 
+using torch::Tensor;
+
+std::vector<float> weights_of(Decoder& decoder) {
+  std::vector<float> all;
+  for (const Tensor& weight : decoder->parameters()) {
+    const Tensor flat = weight.detach().contiguous().view({-1});
+    all.insert(all.end(), flat.data_ptr<float>(), flat.data_ptr<float>() + flat.numel());
+  }
+  return all;
+}
+
 struct Workplace {
   Folder folder;
   explicit Workplace(const std::string& name) : folder("finetune-" + name) {
@@ -251,6 +262,163 @@ TEST(Finetune, AdaptersDoNotFillPrunedZeros) {
   EXPECT_EQ(w.code_of(given), 2);
   given["keep-zeros"] = "off";
   EXPECT_EQ(w.code_of(given), 0);
+}
+
+TEST(Finetune, OnePrunedLinearAmongManyIsNotFilledEither) {
+  const Workplace w("one-pruned");
+  Decoder decoder = load_decoder(Checkpoint(w.folder / "base"), torch::kCPU);
+  {
+    const torch::NoGradGuard no_grad;
+    Tensor weight = decoder->block(1)->weight("self_attn.k_proj");
+    weight.masked_fill_(torch::rand(weight.sizes()) < 0.3, 0);
+  }
+  save_decoder(decoder, "float32", w.folder / "like", w.folder / "pruned");
+  Json given = w.base("x");
+  given["model"] = (w.folder / "pruned").string();
+  given["lora-rank"] = 2;
+  std::string message;
+  EXPECT_EQ(w.code_of(given, &message), 2);
+  EXPECT_NE(message.find("model.layers.1.self_attn.k_proj"), std::string::npos) << message;
+  {
+    const torch::NoGradGuard no_grad;  // a single zero: no pruning, but --keep-zeros on is a promise
+    Decoder one = load_decoder(Checkpoint(w.folder / "base"), torch::kCPU);
+    one->block(1)->weight("self_attn.k_proj")[0][0] = 0;
+    save_decoder(one, "float32", w.folder / "like", w.folder / "one-zero");
+  }
+  given["model"] = (w.folder / "one-zero").string();
+  given["keep-zeros"] = "on";
+  EXPECT_EQ(w.code_of(given), 2);
+  given["keep-zeros"] = "auto";
+  EXPECT_EQ(w.code_of(given), 0);
+}
+
+TEST(Finetune, APassDrawsEverySourceOnce) {
+  const Workplace w("passes");
+  const auto lines = [](const char* reply) {
+    std::string all;
+    for (int i = 0; i < 6; ++i) all += std::string("{\"prompt\": \"a\", \"response\": \"") + reply + "\"}\n";
+    return all;
+  };
+  std::string longer;
+  for (int i = 0; i < 12; ++i) longer += "the compiler ";
+  testing::write_file(w.folder / "short.jsonl", lines("the linker reads the linker"));
+  testing::write_file(w.folder / "long.jsonl", lines(longer.c_str()));
+  QuietRun r;
+  const Tokenizer tokenizer = Tokenizer::from_file(w.folder / "base" / "tokenizer.json");
+  TextForm form{.context = 48, .always_examples = true};
+  auto sources = read_sources({{w.folder / "short.jsonl", std::nullopt}, {w.folder / "long.jsonl", std::nullopt}}, form,
+                              tokenizer, r.context);
+  const std::vector<std::int64_t> windows{static_cast<std::int64_t>(sources[0].window_begin.size()),
+                                          static_cast<std::int64_t>(sources[1].window_begin.size())};
+  ASSERT_LT(windows[0], windows[1]);
+  BatchStream data(std::move(sources), 48, 7);
+  data.next(data.sequences(1));
+  EXPECT_EQ(data.taken(), windows);
+}
+
+TEST(Finetune, HeldOutExamplesFitWhereTrainingFits) {
+  std::vector<std::int32_t> ids(9, 5);
+  const HeldOut held_out{"h", {{ids, 0, 1}}, {std::vector<std::uint8_t>(9, 1)}};
+  const MeanLoss loss = held_out_mean(held_out, 0, torch::kCPU, [](const Tensor& batch, const Tensor& targets) {
+    EXPECT_EQ(batch.sizes(), (std::vector<std::int64_t>{1, 8}));  // the last id is only predicted
+    EXPECT_EQ(targets.numel(), 8);
+    return torch::ones({8});
+  });
+  EXPECT_EQ(loss.tokens, 8);
+}
+
+TEST(Finetune, AnUnfinishedRunGoesOnWithTheSameMasksAndHeldOutTextsAlone) {
+  const Workplace w("other-texts");
+  Json given = w.base("out");
+  given["checkpoint-minutes"] = 0.0;
+  given["eval-every"] = 4;
+  const std::string train = Workplace::lines(0, 40);
+  std::string moved = train;  // the same ids, another mask
+  for (std::size_t at; (at = moved.find(". \", \"response\": \"it ")) != std::string::npos;)
+    moved.replace(at, 21, ". it \", \"response\": \"");
+  ASSERT_NE(moved, train);
+  Decoder decoder = load_decoder(Checkpoint(w.folder / "base"), torch::kCPU);
+  const Tokenizer tokenizer = Tokenizer::from_file(w.folder / "base" / "tokenizer.json");
+  const fs::path work = w.folder / "out.partial";
+  fs::create_directories(work);
+  QuietRun r;
+  const Command command = finetune_command();
+  const Options options(command.options, given, "test");
+  TextForm form{.context = 48, .always_examples = true, .chat_folder = w.folder / "base"};
+  const auto run = [&](bool fails) {
+    TrainingJob job;
+    job.settings = trainer_settings(options, decoder->config());
+    job.settings.lr = 0.01;
+    job.settings.steps = 12;
+    job.stage = "finetune";
+    job.decoder = load_decoder(Checkpoint(w.folder / "base"), torch::kCPU);
+    BatchStream data(read_sources({{w.folder / "train.jsonl", std::nullopt}}, form, tokenizer, r.context), 48, 7);
+    job.data = &data;
+    job.held_out = read_held_out({(w.folder / "held.jsonl").string()}, form, tokenizer);
+    job.echo = Json::object();
+    job.work = work;
+    int calls = 0;
+    job.loss = [&](const Batch& micro, double scale, LossSums& sums) {
+      if (fails && ++calls == 6) throw std::runtime_error("power cut");
+      const auto hidden = job.decoder->hidden(micro.ids, micro.starts);
+      return cross_entropy_loss(hidden.view({-1, 32}), job.decoder->output_head(), micro.targets.view(-1), scale, &sums);
+    };
+    return run_training(job, "bfloat16", r.context);
+  };
+  EXPECT_THROW(run(true), std::runtime_error);
+  testing::write_file(w.folder / "train.jsonl", moved);
+  EXPECT_THROW(run(false), Error);
+  testing::write_file(w.folder / "train.jsonl", train);
+  testing::write_file(w.folder / "held.jsonl", Workplace::lines(41, 53));
+  EXPECT_THROW(run(false), Error);
+  testing::write_file(w.folder / "held.jsonl", Workplace::lines(40, 52));
+  EXPECT_EQ(run(false).at("steps"), 12);
+}
+
+// Where another rank is lost while the held-out losses are measured, the step before stays and its point follows.
+TEST(Finetune, AStepWhoseHeldOutLossesWereCutShortIsMeasuredAgain) {
+  const Workplace w("cut-short");
+  const Tokenizer tokenizer = Tokenizer::from_file(w.folder / "base" / "tokenizer.json");
+  TextForm form{.context = 48, .always_examples = true, .chat_folder = w.folder / "base"};
+  QuietRun r;
+  const Command command = finetune_command();
+  const auto run = [&](const std::string& name, int lost_at) {
+    Json given = w.base(name);
+    given["checkpoint-minutes"] = 60.0;
+    given["eval-every"] = 3;
+    given["patience"] = 9;
+    const Options options(command.options, given, "test");
+    TrainingJob job;
+    job.settings = trainer_settings(options, load_decoder(Checkpoint(w.folder / "base"), torch::kCPU)->config());
+    job.settings.lr = 0.01;
+    job.settings.steps = 12;
+    job.settings.eval_every = 3;
+    job.stage = "finetune";
+    job.decoder = load_decoder(Checkpoint(w.folder / "base"), torch::kCPU);
+    int measured = 0;
+    job.decoder->block(0)->set_observer([&](BlockStage stage, const Tensor&) {
+      if (stage != BlockStage::kO || torch::GradMode::is_enabled()) return;
+      if (++measured == lost_at) throw RankLost(ExitCode::kFailure, "rank 0 of 2", "", "rank 1 ended", "");
+    });
+    BatchStream data(read_sources({{w.folder / "train.jsonl", std::nullopt}}, form, tokenizer, r.context), 48, 7);
+    job.data = &data;
+    job.held_out = read_held_out({(w.folder / "held.jsonl").string()}, form, tokenizer);
+    job.echo = Json::object();
+    job.work = w.folder / name;
+    fs::create_directories(job.work);
+    job.loss = [&](const Batch& micro, double scale, LossSums& sums) {
+      const auto hidden = job.decoder->hidden(micro.ids, micro.starts);
+      return cross_entropy_loss(hidden.view({-1, 32}), job.decoder->output_head(), micro.targets.view(-1), scale, &sums);
+    };
+    const Json result = run_training(job, "bfloat16", r.context);
+    return std::pair(weights_of(job.decoder), result.at("best_step"));
+  };
+  const auto whole = run("whole", 0);
+  // 12 examples are two batches of held-out text; before the run, at step 0 for the best weights, then at step 3.
+  EXPECT_THROW(run("lost", 6), RankLost);
+  ASSERT_TRUE(fs::exists(w.folder / "lost" / "training_state.safetensors"));
+  EXPECT_EQ(run("lost", 0), whole);
+  EXPECT_EQ(testing::curve_of(w.folder / "lost"), testing::curve_of(w.folder / "whole"));
 }
 
 }  // namespace

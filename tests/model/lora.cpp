@@ -15,7 +15,7 @@ using testing::Folder;
 using torch::Tensor;
 
 Tensor formula(const std::string& name, const Tensor& like, double divisor) {
-  const TensorSpec spec{name, like.sizes().vec(), TensorRole::kLinear};
+  const TensorSpec spec{name, like.sizes().vec(), TensorRole::kLinear, -1, {}};
   StoredTensor stored{name, like.sizes().vec(), false, {&spec}, {}};
   return torch::tensor(testing::formula_values(stored, false)).view(like.sizes()) / divisor;
 }

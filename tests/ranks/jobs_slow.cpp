@@ -35,6 +35,20 @@ TEST_F(Ranks, FinetunePackedExamplesAsOneRank) {
   }
 }
 
+TEST_F(Ranks, FinetuneResponsesAndStopEarlyAsOneRank) {
+  std::string lines;
+  for (int i = 0; i < 40; ++i)
+    lines += "{\"prompt\": \"" + tiny_text(static_cast<unsigned>(i), 1).substr(0, 20 + i % 7) + "\", \"response\": \"" +
+             tiny_text(static_cast<unsigned>(100 + i), 1).substr(0, 10 + i % 11) + "\"}\n";
+  write_text(scratch_ / "pairs.jsonl", lines);
+  const auto tuned = [&](const std::string& out) {
+    return Arguments{"finetune", "--model", path("model"), "--text", path("pairs.jsonl"), "--held-out", path("text.txt"),
+                     "--split", "<|endoftext|>", "--context", "32", "--batch", "3", "--steps", "24", "--lr", "0.05",
+                     "--eval-every", "2", "--patience", "2", "--json", "--quiet", "--out", path(out)};
+  };
+  two_equal_one(tuned("a"), "a", tuned("b"), "b", 2);
+}
+
 TEST_F(Ranks, DistillAsOneRank) {
   two_equal_one(distill("a"), "a", distill("b"), "b", 2);
 }
@@ -163,6 +177,33 @@ TEST_F(Ranks, RefuseWhatTheyDoNotAgreeOn) {
     EXPECT_FALSE(fs::exists(scratch_ / "out"));
     EXPECT_FALSE(fs::exists(scratch_ / "out.partial"));
   }
+}
+
+TEST_F(Ranks, RefuseToDistillWhatTheyDoNotAgreeOn) {
+  write_text(scratch_ / "other.txt", tiny_text(9, 120));
+  struct Case {
+    Arguments all, more;
+    const char* named;
+  };
+  const Arguments cache{"--cache", path("c.h5"), "--cache-top-k", "4"};
+  for (const Case& c : {Case{{}, {"--held-out", path("other.txt")}, "held-out"},
+                        Case{cache, {"--text", path("other.txt")}, "what the cache is of"}}) {
+    Job job(scratch_ / "mismatch", 2, distill("out", c.all), c.more);
+    EXPECT_EQ(job.wait(), std::vector<int>(2, 2)) << c.named << job.errors();
+    for (const auto& rank : job.ranks) EXPECT_NE(rank->errors().find(c.named), std::string::npos) << rank->errors();
+    EXPECT_FALSE(fs::exists(scratch_ / "out"));
+    EXPECT_FALSE(fs::exists(scratch_ / "c.h5"));
+  }
+}
+
+// Rank 0 tunes alone for longer than ranks wait for each other's answers.
+TEST_F(Ranks, WaitWhileRankZeroWorksAlone) {
+  const Arguments stage{"quantize", "--model", path("model"), "--text", path("text.txt"), "--split", "<|endoftext|>",
+                        "--samples", "16", "--context", "32", "--method", "gptq", "--tune", "400", "--rank-timeout", "1"};
+  alone(with(stage, {"--out", path("one")}));
+  Job job(scratch_ / "rank", 2, with(stage, {"--out", path("two")}));
+  ASSERT_EQ(job.wait(), std::vector<int>(2, 0)) << job.errors();
+  EXPECT_EQ(hash_file(scratch_ / "one" / "model.safetensors"), hash_file(scratch_ / "two" / "model.safetensors"));
 }
 
 TEST_F(Ranks, EndTogetherWhereOneCannotBegin) {
