@@ -30,7 +30,8 @@ ARMS = {"next-token loss": ["--kl-weight", "0", "--ce-weight", "1"],
         "reverse-kl": ["--loss", "reverse-kl"],
         "jsd, beta 0.5": ["--loss", "jsd"], "skew-kl, alpha 0.1": ["--loss", "skew-kl"],
         "skew-reverse-kl, alpha 0.1": ["--loss", "skew-reverse-kl"], "adaptive-kl": ["--loss", "adaptive-kl"],
-        "forward-kl, hidden states": ["--hidden-weight", "1"], **CACHES}
+        "forward-kl, hidden states": ["--hidden-weight", "1"], "forward-kl, attention": ["--attention-weight", "1"],
+        "forward-kl, both": ["--hidden-weight", "1", "--attention-weight", "1"], **CACHES}
 
 COMPARED = ("next-token loss", "forward-kl")  # with the caches: what the claims are about
 
@@ -73,7 +74,7 @@ def main():
     for name in ("pare", "teacher", "text", "held_out", "out"):
         parser.add_argument(name)
     parser.add_argument("--part", choices=["all", "losses", "cost"], default="all")
-    parser.add_argument("--student", default="--layers 3 --no-correction", help="options of prune --method shape")
+    parser.add_argument("--student", default="--layers 2", help="options of prune --method shape")
     parser.add_argument("--tokens", type=int, default=300000)
     parser.add_argument("--lr", default="1e-3")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])

@@ -104,16 +104,6 @@ class Bench:
             found["regained"] = (start - found["held_out"]["mean"]) / (start - teacher["held_out"]["mean"])
             return found
 
-        starts = [(name, "measured + refit") for name in sorted(SHAPES, key=lambda name: name != best)]
-        for name, way in [*starts, (best, "random")]:
-            folder = self.work / f"start-{name}-{way.replace(' ', '')}"
-            key = f"{name}, {way}, distilled on {tokens} tokens"
-            if key not in self.runs:
-                if not folder.exists():
-                    self.cut(name, way, 1, folder)
-                verb = ["distill", "--teacher", self.a.teacher, "--model", folder, "--lr", self.a.lr,
-                        "--weight-decay", "0"]
-                self.once(key, lambda: learn(key, verb))
         student = self.runs[f"{best}, measured + refit, seed 1"]
         taught = student["parameters"] / (1 - student["removed"])
         more = round(tokens * (1 + taught / (3 * student["parameters"])))
@@ -124,6 +114,16 @@ class Bench:
                 self.cut(best, "measured + refit", 1, path.parent)
             verb = ["train", "--config", path, "--tokenizer", self.a.teacher, "--lr", "3e-3", "--weight-decay", "0.1"]
             self.once(key, lambda: learn(key, verb, more))
+        others = [(name, "measured + refit") for name in SHAPES if name != best]
+        for name, way in [(best, "measured + refit"), (best, "random"), *others]:
+            folder = self.work / f"start-{name}-{way.replace(' ', '')}"
+            key = f"{name}, {way}, distilled on {tokens} tokens"
+            if key not in self.runs:
+                if not folder.exists():
+                    self.cut(name, way, 1, folder)
+                verb = ["distill", "--teacher", self.a.teacher, "--model", folder, "--lr", self.a.lr,
+                        "--weight-decay", "0"]
+                self.once(key, lambda: learn(key, verb))
 
     def write(self):
         root = pathlib.Path(__file__).resolve().parents[2]

@@ -42,11 +42,12 @@ TEST_F(Ranks, FinetuneResponsesAndStopEarlyAsOneRank) {
              tiny_text(static_cast<unsigned>(100 + i), 1).substr(0, 10 + i % 11) + "\"}\n";
   write_text(scratch_ / "pairs.jsonl", lines);
   const auto tuned = [&](const std::string& out) {
-    return Arguments{"finetune", "--model", path("model"), "--text", path("pairs.jsonl"), "--held-out", path("text.txt"),
-                     "--split", "<|endoftext|>", "--context", "32", "--batch", "3", "--steps", "24", "--lr", "0.05",
-                     "--eval-every", "2", "--patience", "2", "--json", "--quiet", "--out", path(out)};
+    return Arguments{"finetune", "--model", path("model"), "--text", path("pairs.jsonl"), "--held-out", path("held.txt"),
+                     "--split", "<|endoftext|>", "--context", "32", "--batch", "3", "--steps", "60", "--lr", "0.01",
+                     "--eval-every", "3", "--patience", "1", "--json", "--quiet", "--out", path(out)};
   };
   two_equal_one(tuned("a"), "a", tuned("b"), "b", 2);
+  EXPECT_LT(curve_of(scratch_ / "b").back().at("step").get<int>(), 60);
 }
 
 TEST_F(Ranks, DistillAsOneRank) {
