@@ -6,6 +6,8 @@
  teacher      the same for examples/teacher and for codes of it; perplexity by llama-perplexity against `pare eval` on
               the same text and windows
  tokenizers   1,000 texts: ids of llama.cpp, of the folder's tokenizer and of the one that pare rebuilds from the file
+ k_quants     a small Llama and a small Gemma with rows of 256 in Q2_K to Q6_K, with llama-imatrix's importances too:
+              llama.cpp's tokens are those of the runtime on the same file and on the folder made of it
  foreign      files that llama-quantize made, K-quants too, in `pare eval`
 
 usage: llama_cpp.py BUILD_DIR [--llama DIR] [--only NAME ...] [--text FILE] [--json FILE]
@@ -157,7 +159,7 @@ def plain_tokenizer(name):
     return tokenizer
 
 
-def make_model(pare, name, folder):
+def make_model(pare, name, folder, deviation=1.0 / 64 ** 0.5):
     """Random weights in F32, of a size that spreads the logits."""
     tokenizer, config = FAMILIES[name]
     source = folder.parent / f"{name}.json"
@@ -176,7 +178,7 @@ def make_model(pare, name, folder):
             count *= size
         norm = "norm" in key or ".ln_" in key
         middle = 0.0 if not norm or name.startswith("gemma") or key.endswith("bias") else 1.0
-        spread = 0.1 if norm or len(about["shape"]) == 1 else 1.0 / 64 ** 0.5
+        spread = 0.1 if norm or len(about["shape"]) == 1 else deviation
         values = array.array("f", (middle + spread * rng.gauss(0, 1) for _ in range(count)))
         payload.append(values.tobytes())
         tensors[key] = {"dtype": "F32", "shape": about["shape"], "data_offsets": [at, at + 4 * count]}
@@ -253,6 +255,34 @@ class Check:
 
                 self.guarded(f"{name} {codec}", one)
 
+    def k_quants(self):
+        wide = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, head_dim=64)
+        for name, source in (("wide_llama", "llama"), ("wide_gemma", "gemma")):
+            tokenizer, config = FAMILIES[source]
+            FAMILIES[name] = (tokenizer, {**config, **wide})
+            folder = self.work / name
+            make_model(self.pare, name, folder, 1.0 / 256 ** 0.5)
+            base = self.export(folder, f"{name}-f32", "--codec", "f32")
+            matrix = self.work / f"{name}-imatrix.gguf"
+            run(self.llama.bin / "llama-imatrix", "-m", base, "-f", self.text, "-o", matrix, "-c", 128, "--chunks", 4,
+                "-t", 2, "-ngl", 0, "--no-ppl")
+            for codec in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"):
+                for more in ((), ("--imatrix", matrix)):
+                    def one(label, codec=codec, more=more):
+                        file = self.export(folder, label.replace(" ", "-"), "--codec", codec, *more)
+                        if gguf is not None:
+                            kinds = {t.tensor_type.name for t in gguf.GGUFReader(file).tensors}
+                            if kinds != {"F32", codec.upper()}:
+                                raise Difference(f"tensors of types {kinds}")
+                        self.compare(label, file, "q4", 512)
+                        back = self.work / "k-folder"
+                        shutil.rmtree(back, ignore_errors=True)
+                        run(self.pare, "export", file, "--to", "folder", "--out", back, "--quiet")
+                        again = self.export(back, f"{label.replace(' ', '-')}-again", "--codec", "f32")
+                        self.compare(f"{label}, its folder in F32", again, "f32" if source == "llama" else "gelu f32", 512)
+
+                    self.guarded(f"{name} {codec}{' imatrix' if more else ''}", one)
+
     def ours(self, file, *more):
         done = run(self.pare, "eval", file, "--text", self.text, "--ctx", 256, "--score", "second-half", "--json",
                    "--no-speed", "--quiet", *more)
@@ -267,10 +297,10 @@ class Check:
 
     def teacher(self):
         teacher = ROOT / "examples/teacher"
-        for codec in ("f32", "f16", "bf16", "q8", "q4"):
+        for codec in ("f32", "f16", "bf16", "q8", "q4", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"):
             def one(label, codec=codec):
                 file = self.export(teacher, f"teacher-{codec}", "--codec", codec)
-                self.compare(label, file, codec, 2048)
+                self.compare(label, file, "q4" if codec.endswith("_k") else codec, 2048)
                 self.perplexities(label, file)
 
             self.guarded(f"teacher {codec}", one)
@@ -377,7 +407,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("build", type=pathlib.Path)
     parser.add_argument("--llama", type=pathlib.Path, default=os.environ.get("PARE_LLAMA_CPP"))
-    parser.add_argument("--only", nargs="*", default=["families", "teacher", "tokenizers", "foreign"])
+    parser.add_argument("--only", nargs="*", default=["families", "teacher", "k_quants", "tokenizers", "foreign"])
     parser.add_argument("--text", type=pathlib.Path)
     parser.add_argument("--json", type=pathlib.Path)
     given = parser.parse_args()
