@@ -1,6 +1,7 @@
 // GGUF version 3, the container of llama.cpp (ggml docs/gguf.md), little endian, written as its reader demands.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <utility>
@@ -16,7 +17,7 @@ namespace pare {
 using GgufValue = std::variant<std::uint32_t, std::int32_t, float, bool, std::string, std::vector<std::string>,
                                std::vector<std::int32_t>, std::vector<float>>;
 
-// The numbers of ggml.h. Written are floats, Q4_0, Q4_1 and Q8_0; read are all.
+// The numbers of ggml.h. Written are all but Q5_0 and IQ4_NL; read are all.
 enum class GgmlType : std::uint32_t {
   kF32 = 0, kF16 = 1, kQ4_0 = 2, kQ4_1 = 3, kQ5_0 = 6, kQ5_1 = 7, kQ8_0 = 8, kQ2_K = 10, kQ3_K = 11, kQ4_K = 12,
   kQ5_K = 13, kQ6_K = 14, kIQ4_NL = 20, kBF16 = 30
@@ -28,6 +29,18 @@ std::int64_t ggml_block_values(GgmlType type);  // values of a block: 1, 32 or 2
 std::uint64_t ggml_bytes(GgmlType type, std::int64_t values);
 // Values of whole blocks, by the formulas of ggml-quants.c, in single precision.
 void ggml_to_f32(GgmlType type, const std::byte* blocks, std::int64_t values, float* out);
+
+// A block of 256 as numbers. Sub-blocks of 16 (Q2_K, Q3_K, Q6_K) or 32: value = d * scale * code - m * minimum, d and m
+// halves. Ranges of scale, minimum, code: Q2_K 0-15, 0-15, 0-3; Q3_K -32-31, -, -4-3; Q4_K 0-63, 0-63, 0-15;
+// Q5_K 0-63, 0-63, 0-31; Q6_K -128-127, -, -32-31.
+struct KBlock {
+  std::uint16_t d = 0, m = 0;
+  std::array<std::int8_t, 16> scales{}, minima{};  // of the sub-blocks
+  std::array<std::int8_t, 256> codes{};
+};
+void pack_k_block(GgmlType type, const KBlock& block, std::byte* out);
+// 32 codes of Q4_1 (0-15) or Q5_1 (0-31): value = code * scale + minimum.
+void pack_pair_block(GgmlType type, std::uint16_t scale, std::uint16_t minimum, const std::int8_t* codes, std::byte* out);
 
 struct GgufTensor {
   std::string name;  // at most 63 bytes

@@ -203,6 +203,80 @@ void ggml_to_f32(GgmlType type, const std::byte* blocks, std::int64_t values, fl
   for (std::int64_t i = 0; i < values; i += row.values, from += row.bytes) row.read(from, out + i);
 }
 
+void pack_k_block(GgmlType type, const KBlock& block, std::byte* to) {
+  auto* out = reinterpret_cast<std::uint8_t*>(to);
+  std::memset(out, 0, row_of(type).bytes);
+  const auto put = [&](std::size_t at, int bits) { out[at] = static_cast<std::uint8_t>(out[at] | bits); };
+  const auto half_at = [&](std::size_t at, std::uint16_t bits) { std::memcpy(out + at, &bits, 2); };
+  for (std::size_t i = 0; i < 256; ++i) {
+    const int code = block.codes[i];
+    const std::size_t quarter = i / 128 * 32 + i % 32;           // byte of four codes, 32 apart
+    const int pair = static_cast<int>(i % 128 / 32 * 2);         // its two bits there
+    const std::size_t halves = i / 64 * 32 + i % 32;             // byte of two codes, 32 apart
+    const int nibble_at = i / 32 % 2 == 0 ? 0 : 4;
+    switch (type) {
+      case GgmlType::kQ2_K:
+        put(16 + quarter, code << pair);
+        break;
+      case GgmlType::kQ3_K:
+        put(32 + quarter, ((code + 4) & 3) << pair);
+        put(i % 32, (code >= 0 ? 1 : 0) << (i / 32));
+        break;
+      case GgmlType::kQ4_K:
+        put(16 + halves, code << nibble_at);
+        break;
+      case GgmlType::kQ5_K:
+        put(48 + halves, (code & 15) << nibble_at);
+        put(16 + i % 32, (code >> 4) << (i / 32));
+        break;
+      case GgmlType::kQ6_K: {
+        const std::size_t part = i % 128 / 32;
+        put(i / 128 * 64 + part % 2 * 32 + i % 32, ((code + 32) & 15) << (part < 2 ? 0 : 4));
+        put(128 + quarter, ((code + 32) >> 4) << pair);
+        break;
+      }
+      default:
+        throw std::logic_error("ggml type");
+    }
+  }
+  for (std::size_t g = 0; g < 16; ++g) {
+    const int scale = block.scales[g], minimum = block.minima[g];
+    if (type == GgmlType::kQ2_K) put(g, scale | minimum << 4);
+    if (type == GgmlType::kQ6_K) put(192 + g, scale & 255);
+    if (type == GgmlType::kQ3_K) {
+      put(96 + g % 8, ((scale + 32) & 15) << (g < 8 ? 0 : 4));
+      put(104 + g % 4, ((scale + 32) >> 4) << (g / 4 * 2));
+    }
+    if (g < 8 && (type == GgmlType::kQ4_K || type == GgmlType::kQ5_K)) {
+      if (g < 4) {
+        put(4 + g, scale);
+        put(8 + g, minimum);
+      } else {
+        put(8 + g, (scale & 15) | (minimum & 15) << 4);
+        put(g, scale >> 4 << 6);
+        put(4 + g, minimum >> 4 << 6);
+      }
+    }
+  }
+  if (type == GgmlType::kQ2_K) half_at(80, block.d), half_at(82, block.m);
+  if (type == GgmlType::kQ3_K) half_at(108, block.d);
+  if (type == GgmlType::kQ4_K || type == GgmlType::kQ5_K) half_at(0, block.d), half_at(2, block.m);
+  if (type == GgmlType::kQ6_K) half_at(208, block.d);
+}
+
+void pack_pair_block(GgmlType type, std::uint16_t scale, std::uint16_t minimum, const std::int8_t* codes,
+                     std::byte* to) {
+  auto* out = reinterpret_cast<std::uint8_t*>(to);
+  std::memset(out, 0, row_of(type).bytes);
+  std::memcpy(out, &scale, 2);
+  std::memcpy(out + 2, &minimum, 2);
+  const std::size_t low = type == GgmlType::kQ5_1 ? 8 : 4;
+  for (std::size_t i = 0; i < 32; ++i) {
+    out[low + i % 16] = static_cast<std::uint8_t>(out[low + i % 16] | (codes[i] & 15) << (i < 16 ? 0 : 4));
+    if (type == GgmlType::kQ5_1) out[4 + i / 8] = static_cast<std::uint8_t>(out[4 + i / 8] | codes[i] >> 4 << (i % 8));
+  }
+}
+
 bool ggml_scales_are_finite(GgmlType type, const std::byte* blocks, std::int64_t values) {
   const Row& row = row_of(type);
   auto block = reinterpret_cast<Bytes>(blocks);

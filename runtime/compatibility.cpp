@@ -99,9 +99,15 @@ class Judge {
       answer.fast = Answer::kNo;
       answer.reasons.push_back(matrices(floats) + " of codes would stand in F32, the first is " + first);
     }
-    if (packed_ == 0 && unpacked_.empty() && config_.hidden_size % kKQuantRow != 0)
-      answer.reasons.push_back("K-quants need rows of multiples of 256, hidden_size is " +
-                               std::to_string(config_.hidden_size) + ": choose q4 or q8, whose blocks are of 32");
+    std::size_t narrow = 0, all = 0;
+    for (const TensorSpec& spec : checkpoint_.tensors()) {
+      if (spec.role != TensorRole::kLinear) continue;
+      ++all;
+      narrow += spec.shape[1] % kKQuantRow != 0;
+    }
+    if (packed_ == 0 && unpacked_.empty() && narrow > 0)
+      answer.reasons.push_back("K-quants (--codec q4_k) need rows of multiples of 256, which " + std::to_string(narrow) +
+                               " of " + linears(all) + " have not: those go into finer blocks of 32; q4 and q8 take all");
     answer.reasons.insert(answer.reasons.end(), plan.notes.begin(), plan.notes.end());
     return answer;
   }

@@ -11,7 +11,9 @@
 #include "core/error.h"
 #include "core/model_card.h"
 #include "core/tensor_store.h"
+#include "runtime/k_quants.h"
 #include "runtime/round_to_nearest.h"
+#include "runtime/team.h"
 
 namespace pare {
 namespace {
@@ -28,12 +30,38 @@ GgmlType block_type(CodecKind kind) {
   return kind == CodecKind::kQ4a || kind == CodecKind::kQ4m ? GgmlType::kQ4_1 : GgmlType::kQ4_0;
 }
 
-// The codec that a float matrix is given, checked once.
-Codec wanted_codec(const std::string& name) {
-  if (name == "keep") return {};
-  const Codec codec = Codec::parse(name, "--codec");
-  if (codec.is_float() || codec == Codec{CodecKind::kQ8, 32} || codec == Codec{CodecKind::kQ4, 32}) return codec;
-  throw usage_error("--codec", "keep, f32, f16, bf16, q8 or q4: what GGUF blocks of 32 can hold", name);
+constexpr std::int64_t kKBlock = 256;
+
+constexpr std::pair<const char*, GgmlType> kTargets[] = {
+    {"f32", GgmlType::kF32},   {"f16", GgmlType::kF16},   {"bf16", GgmlType::kBF16}, {"q8", GgmlType::kQ8_0},
+    {"q4", GgmlType::kQ4_0},   {"q2_k", GgmlType::kQ2_K}, {"q3_k", GgmlType::kQ3_K}, {"q4_k", GgmlType::kQ4_K},
+    {"q5_k", GgmlType::kQ5_K}, {"q6_k", GgmlType::kQ6_K}};
+
+// What a float matrix is stored in; nothing: as it is.
+std::optional<GgmlType> wanted_type(const std::string& name) {
+  if (name == "keep") return std::nullopt;
+  for (const auto& [known, type] : kTargets)
+    if (name == known) return type;
+  if (name == "q4g32") return GgmlType::kQ4_0;
+  throw usage_error("--codec", "keep, f32, f16, bf16, q8, q4 or q2_k to q6_k: what GGUF blocks can hold", name);
+}
+
+// Blocks of 32, of rows that are no whole blocks of 256: the same arithmetic with halves for scales and minima, or more
+// bits, so that no weight is stored more coarsely than was asked.
+GgmlType narrow_type(GgmlType type) {
+  switch (type) {
+    case GgmlType::kQ2_K:
+    case GgmlType::kQ3_K:
+      return GgmlType::kQ4_0;
+    case GgmlType::kQ4_K:
+      return GgmlType::kQ4_1;
+    case GgmlType::kQ5_K:
+      return GgmlType::kQ5_1;
+    case GgmlType::kQ6_K:
+      return GgmlType::kQ8_0;
+    default:
+      return type;
+  }
 }
 
 // llama.cpp: llama_ftype, the type of most matrices.
@@ -49,6 +77,18 @@ std::uint32_t file_type(GgmlType type) {
       return 3;
     case GgmlType::kQ8_0:
       return 7;
+    case GgmlType::kQ5_1:
+      return 9;
+    case GgmlType::kQ2_K:
+      return 10;
+    case GgmlType::kQ3_K:
+      return 11;  // the S of each: all matrices of one type
+    case GgmlType::kQ4_K:
+      return 14;
+    case GgmlType::kQ5_K:
+      return 16;
+    case GgmlType::kQ6_K:
+      return 18;
     case GgmlType::kBF16:
       return 32;
     default:
@@ -69,11 +109,18 @@ std::int64_t columns_of(const TensorSpec& spec) {
 
 class TensorWriter {
  public:
-  TensorWriter(const Checkpoint& checkpoint, bool keep, GgufWriter& out)
-      : checkpoint_(checkpoint), keep_(keep), out_(out) {}
+  TensorWriter(const Checkpoint& checkpoint, bool keep, int threads, const Importances& importances, GgufWriter& out)
+      : checkpoint_(checkpoint),
+        keep_(keep),
+        threads_(threads > 0 ? threads : processors()),
+        importances_(importances),
+        out_(out) {}
 
   void write(const GgufPlacement& source, const GgufTensor& target) {
-    for (const TensorSpec* spec : source.parts) write_part(source, *spec, target);
+    for (std::size_t i = 0; i < source.parts.size(); ++i) {
+      importance_ = importances_.of(source.name, static_cast<std::int64_t>(i), columns_of(*source.parts[i]));
+      write_part(source, *source.parts[i], target);
+    }
   }
   std::int64_t not_finite() const { return not_finite_; }
 
@@ -85,27 +132,56 @@ class TensorWriter {
     };
     row_.resize(static_cast<std::size_t>(std::max<std::uint64_t>(4, ggml_bytes(target.type, columns))));
     values_.resize(static_cast<std::size_t>(columns));
-    if (checkpoint_.is_quantized(spec.name)) {
-      const QuantizedTensor codes = checkpoint_.codes(spec.name);
+    const bool coded = checkpoint_.is_quantized(spec.name);
+    const QuantizedTensor codes = coded ? checkpoint_.codes(spec.name) : QuantizedTensor();
+    if (coded && block_type(codes.codec.kind) == target.type) {
       for (std::int64_t r = 0; r < rows; ++r) {
-        if (ggml_block_values(target.type) > 1) {
-          pack_ggml_row(target.type, codes, order(r), row_.data());
-        } else {
-          codes.unpack_row(order(r), values_.data());
-          std::memcpy(row_.data(), values_.data(), values_.size() * 4);
-        }
+        pack_ggml_row(target.type, codes, order(r), row_.data());
         put(target.type, columns);
       }
+      return checkpoint_.release(spec.name);
+    }
+    const auto read = [&](std::int64_t row, float* to) {
+      if (coded) return codes.unpack_row(order(row), to);
+      checkpoint_.read_rows_f32(spec.name, order(row), 1, to);
+      if (source.adds_one)
+        for (std::int64_t i = 0; i < columns; ++i) to[i] += 1.0f;
+    };
+    if (is_searched_type(target.type)) {
+      search(spec, target.type, read);
     } else {
       for (std::int64_t r = 0; r < rows; ++r) {
-        checkpoint_.read_rows_f32(spec.name, order(r), 1, values_.data());
-        if (source.adds_one)
-          for (float& value : values_) value += 1.0f;
+        read(r, values_.data());
         convert(target, spec);
         put(target.type, columns);
       }
     }
     checkpoint_.release(spec.name);
+  }
+
+  // Rows by themselves, so the bytes do not depend on the number of threads.
+  template <class Read>
+  void search(const TensorSpec& spec, GgmlType type, const Read& read) {
+    constexpr std::int64_t kTogether = std::int64_t{1} << 20;  // values
+    const std::int64_t columns = columns_of(spec), rows = spec.shape[0];
+    const std::int64_t batch = std::clamp<std::int64_t>(kTogether / columns, 1, rows);
+    const auto bytes = static_cast<std::int64_t>(ggml_bytes(type, columns));
+    values_.resize(static_cast<std::size_t>(batch * columns));
+    row_.resize(static_cast<std::size_t>(batch * bytes));
+    for (std::int64_t first = 0; first < rows; first += batch) {
+      throw_if_interrupted(spec.name, "nothing was written; run the same command again");
+      const std::int64_t count = std::min(batch, rows - first);
+      for (std::int64_t r = 0; r < count; ++r) {
+        read(first + r, values_.data() + r * columns);
+        require_blocks(type, values_.data() + r * columns, columns,
+                       "tensor " + spec.name + ", row " + std::to_string(first + r));
+      }
+      run_team(static_cast<int>(std::min<std::int64_t>(threads_, count)), [&](int thread, int threads) {
+        for (std::int64_t r = thread; r < count; r += threads)
+          round_to_blocks(type, values_.data() + r * columns, columns, importance_, row_.data() + r * bytes);
+      });
+      out_.write(std::span(row_).first(static_cast<std::size_t>(count * bytes)));
+    }
   }
 
   void put(GgmlType type, std::int64_t columns) {
@@ -139,6 +215,9 @@ class TensorWriter {
 
   const Checkpoint& checkpoint_;
   bool keep_;
+  int threads_;
+  const Importances& importances_;
+  const float* importance_ = nullptr;  // of the part that is written
   GgufWriter& out_;
   std::vector<std::byte> row_;
   std::vector<float> values_;
@@ -153,10 +232,15 @@ class Planner {
         config_(checkpoint.config()),
         place_(checkpoint.folder().string()),
         arch_(gguf_architecture(config_, place_)),
-        wanted_(wanted_codec(options.codec)),
-        keep_(options.codec == "keep") {}
+        wanted_(wanted_type(options.codec)),
+        keep_(!wanted_) {}
 
   GgufPlan run() {
+    if (!options_.imatrix.empty()) {
+      if (!wanted_ || ggml_block_values(*wanted_) != kKBlock)
+        throw usage_error("--imatrix", "a codec that searches scales with it: q2_k to q6_k", "--codec " + options_.codec);
+      plan_.importances = Importances::read(options_.imatrix);
+    }
     plan_.notes = checkpoint_.notes();
     for (GgufPlacement& source : gguf_placements(config_, arch_, checkpoint_.tensors())) {
       const GgmlType type = source.always_f32 ? GgmlType::kF32 : type_of(source);
@@ -179,20 +263,27 @@ class Planner {
   // The one type of all parts, or F32.
   GgmlType type_of(const GgufPlacement& source) {
     const TensorSpec& first = *source.parts[0];
-    const GgmlType type = type_of(first);
+    const std::int64_t columns = first.shape[1];
+    const GgmlType asked = type_of(first), type = columns % ggml_block_values(asked) == 0 ? asked : narrow_type(asked);
     const bool quantized = checkpoint_.is_quantized(first.name);
     const auto any = [&](const auto& holds) {
       return std::any_of(source.parts.begin(), source.parts.end(),
                          [&](const TensorSpec* part) { return holds(part->name); });
     };
+    const auto as_codes = [&](const std::string& name) {
+      return checkpoint_.is_quantized(name) && block_type(checkpoint_.codec(name).kind) == type;
+    };
     std::string obstacle;
     if (any([&](const std::string& name) {
-          return checkpoint_.is_quantized(name) != quantized || type_of(checkpoint_.spec(name)) != type;
+          return (checkpoint_.is_quantized(name) != quantized && !options_.requantize) ||
+                 type_of(checkpoint_.spec(name)) != asked;
         }))
       obstacle = "its parts are of different types";
-    else if (first.shape[1] % ggml_block_values(type) != 0)
-      obstacle = "rows of " + std::to_string(first.shape[1]) + " are no whole blocks of 32";
-    else if (any([&](const std::string& name) { return !exact_minima(name); })) {
+    else if (columns % ggml_block_values(type) != 0)
+      obstacle = "rows of " + std::to_string(columns) + " are no whole blocks of 32";
+    else if (type != asked && !options_.fallback)
+      obstacle = "rows of " + std::to_string(columns) + " are no whole blocks of 256";
+    else if (any([&](const std::string& name) { return as_codes(name) && !exact_minima(name); })) {
       if (options_.requantize) {
         ++rounded_minima_;
         return type;
@@ -201,23 +292,30 @@ class Planner {
     }
     if (obstacle.empty()) {
       const auto codec = [&](const std::string& name) { return checkpoint_.codec(name); };
-      widened_ += any([&](const std::string& name) { return codec(name).bits() < 4; });
-      rounding_ += any([&](const std::string& name) { return codec(name).int8_inputs; });
+      widened_ += any([&](const std::string& name) { return as_codes(name) && codec(name).bits() < 4; });
+      rounding_ += any([&](const std::string& name) { return as_codes(name) && codec(name).int8_inputs; });
+      again_ += any([&](const std::string& name) { return checkpoint_.is_quantized(name) && !as_codes(name); });
+      codes_stay_ += wanted_ && ggml_block_values(*wanted_) == kKBlock && !options_.requantize && quantized;
       doubles_ += keep_ && any([&](const std::string& name) { return checkpoint_.dtype(name) == DType::kF64; });
+      if (type != asked && narrow_++ == 0) first_narrow_ = source.name;
+      const bool written = is_searched_type(type) && any([&](const std::string& name) { return !as_codes(name); });
+      if (!options_.imatrix.empty() && written)
+        plain_ += !plan_.importances.has(source.name, source.shape.size() == 3 ? source.shape[0] : 1, columns);
       return type;
     }
     if (!options_.fallback)
-      throw input_error(place_, "matrices that GGUF blocks hold exactly", source.name + ": " + obstacle,
-                        "leave out --no-fallback to store such tensors in F32");
+      throw input_error(place_, "matrices that GGUF blocks hold as asked", source.name + ": " + obstacle,
+                        "leave out --no-fallback to store such tensors in " +
+                            std::string(ggml_type_name(columns % ggml_block_values(type) == 0 ? type : GgmlType::kF32)));
     plan_.notes.push_back(source.name + ": " + obstacle + "; stored in F32");
     return GgmlType::kF32;
   }
 
-  // What one part by itself is stored in.
+  // What one part by itself is stored in where its rows allow it.
   GgmlType type_of(const TensorSpec& part) const {
-    if (checkpoint_.is_quantized(part.name)) return block_type(checkpoint_.codec(part.name).kind);
-    if (keep_) return float_type(checkpoint_.codec(part.name).kind);
-    return wanted_.is_float() ? float_type(wanted_.kind) : block_type(wanted_.kind);
+    const Codec codec = checkpoint_.codec(part.name);
+    if (codec.is_float()) return wanted_.value_or(float_type(codec.kind));
+    return options_.requantize && wanted_ ? *wanted_ : block_type(codec.kind);
   }
 
   bool exact_minima(const std::string& name) const {
@@ -235,6 +333,15 @@ class Planner {
     note(rounded_minima_,
          " matrices of q4a: stored in Q4_1 with minima rounded to half precision, as --requantize asks");
     note(doubles_, " matrices of F64: stored in F32");
+    const std::string wanted = wanted_ ? ggml_type_name(*wanted_) : "";
+    note(again_, (" matrices of codes: rounded again, to " + wanted + ", as --requantize asks").c_str());
+    note(codes_stay_, (" matrices of codes: they stay so; --requantize rounds them to " + wanted).c_str());
+    note(plain_, " matrices that --imatrix has no inputs of: all columns cost the same");
+    if (narrow_ > 0)
+      note(narrow_, (" matrices whose rows are no multiples of 256: stored in " +
+                     std::string(ggml_type_name(narrow_type(*wanted_))) + " instead of " + wanted +
+                     ", no weight more coarsely; the first is " + first_narrow_)
+                        .c_str());
   }
 
   void metadata() {
@@ -333,14 +440,25 @@ class Planner {
   const ModelConfig& config_;
   std::string place_;
   const GgufArchitecture& arch_;
-  Codec wanted_;
+  std::optional<GgmlType> wanted_;
   bool keep_;
   GgufPlan plan_;
   std::map<GgmlType, std::uint64_t> matrices_;
-  std::int64_t widened_ = 0, rounding_ = 0, rounded_minima_ = 0, doubles_ = 0;
+  std::int64_t widened_ = 0, rounding_ = 0, rounded_minima_ = 0, doubles_ = 0, again_ = 0, codes_stay_ = 0, narrow_ = 0, plain_ = 0;
+  std::string first_narrow_;
 };
 
 }  // namespace
+
+void check_gguf_codec(const std::string& name) {
+  wanted_type(name);
+}
+
+bool is_k_quant_name(const std::string& name) {
+  return std::any_of(std::begin(kTargets), std::end(kTargets), [&](const auto& target) {
+    return name == target.first && ggml_block_values(target.second) == kKBlock;
+  });
+}
 
 GgufPlan plan_gguf(const Checkpoint& checkpoint, const GgufOptions& options) {
   return Planner(checkpoint, options).run();
@@ -353,7 +471,7 @@ void export_gguf(const Checkpoint& checkpoint, const GgufPlan& plan, const GgufO
     context.progress->begin("export " + path.filename().string(), static_cast<std::int64_t>(plan.tensors.size()));
   }
   GgufWriter out(path, plan.metadata, plan.tensors);
-  TensorWriter tensors(checkpoint, options.codec == "keep", out);
+  TensorWriter tensors(checkpoint, options.codec == "keep", context.threads, plan.importances, out);
   for (std::size_t i = 0; i < plan.tensors.size(); ++i) {
     throw_if_interrupted(path.string(), "nothing was written; run the same command again");
     if (plan.sources[i].parts.empty())

@@ -26,6 +26,7 @@ GgufOptions gguf_options(const Options& options) {
   chosen.codec = options.get<std::string>("codec");
   chosen.fallback = !options.get<bool>("no-fallback");
   chosen.requantize = options.get<bool>("requantize");
+  chosen.imatrix = options.get_or<std::string>("imatrix", "");
   return chosen;
 }
 
@@ -114,13 +115,19 @@ Json run_export(const Options& options, Context& context) {
   if (!dry && !options.has("out")) throw usage_error("--out", "a file or folder to write", "nothing", "or --dry-run");
   const fs::path out = options.get_or<std::string>("out", "");
   const auto to = options.get<std::string>("to"), codec = options.get<std::string>("codec");
-  if (codec != "keep") Codec::parse(codec, "--codec");  // a wrong name before anything is read
+  // A wrong name, before anything is read.
+  if (to == "gguf") check_gguf_codec(codec);
+  else if (is_k_quant_name(codec))
+    throw usage_error("--codec", "a codec of --to " + to, codec, "K-quants are blocks of GGUF: --to gguf");
+  else if (codec != "keep") Codec::parse(codec, "--codec");
   if (is_folder(to) && codec != "keep")
     throw usage_error("--codec", "keep with --to " + to, codec, "pare quantize makes folders of codes");
   if (is_folder(to) && options.get<bool>("no-fallback"))
     throw usage_error("--no-fallback", "--to compact or gguf", "--to " + to, "a folder holds every matrix as it is");
   if (to != "gguf" && options.get<bool>("requantize"))
     throw usage_error("--requantize", "--to gguf", "--to " + to, "only GGUF blocks may not hold codes as they are");
+  if (to != "gguf" && options.has("imatrix"))
+    throw usage_error("--imatrix", "--to gguf", "--to " + to, "it weighs the errors of K-quants");
   if (!out.empty() && fs::exists(fs::symlink_status(out)))
     throw usage_error(out.string(), "an output that does not exist yet", "an existing one",
                       "remove it or choose another --out");
@@ -158,18 +165,22 @@ Command export_command() {
        .type = OptionType::kText,
        .help =
            "storage of float matrices: keep, f32, f16, bf16, q8, q8c, w8a8, q4, q4g64, q4g128, q4a, q4ag64, "
-           "q4ag128, q4m, q4mg64, q4mg128, q3, q3g64, q3g128, q2, q2g64, q2g128 (gguf: keep, f32, f16, bf16, q8, q4; folders: keep); codes "
+           "q4ag128, q4m, q4mg64, q4mg128, q3, q3g64, q3g128, q2, q2g64, q2g128 (gguf: keep, f32, f16, bf16, q8, q4, q2_k, q3_k, q4_k, q5_k, q6_k, the last five "
+           "by searched scales, and where rows are no multiples of 256 in the next finer block of 32; folders: keep); codes "
            "stay codes",
        .default_value = "keep"},
       {.name = "no-fallback",
        .type = OptionType::kFlag,
        .help = "refuse matrices that the target cannot hold as asked instead of storing them as q8c, fused ones as f16, "
-               "(compact) or F32 (gguf)",
+               "(compact), F32 or a block of 32 (gguf)",
        .default_value = false},
       {.name = "requantize",
        .type = OptionType::kFlag,
-       .help = "gguf: round q4a weights to what Q4_1 can hold instead of storing them in F32",
+       .help = "gguf: round codes again, to --codec; with keep q4a weights to what Q4_1 can hold, which else are in F32",
        .default_value = false},
+      {.name = "imatrix",
+       .type = OptionType::kPath,
+       .help = "gguf, q2_k to q6_k: file of llama-imatrix; errors in a column cost what its inputs' squares say"},
       {.name = "dry-run",
        .type = OptionType::kFlag,
        .help = "write nothing; say what headers hold against it, and which programs would load the model and run it fast",

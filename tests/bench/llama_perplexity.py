@@ -187,4 +187,5 @@ def main():
     given.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -293,6 +293,13 @@ refuse "GGUF: requantize for another target" 2 "to gguf" "$EDGE" export "$IN" --
 refuse "folder: a codec" 2 "keep" "$EDGE" export "$T/good.gguf" --to folder --codec q4 --out "$OUT"
 refuse "export: neither an output nor --dry-run" 2 "dry-run" "$EDGE" export "$T/good.gguf"
 refuse "export: dry run of a codec that GGUF has not" 2 "GGUF blocks" "$EDGE" export "$IN" --to gguf --codec q4g128 --dry-run
+refuse "GGUF: K-quants for another target" 2 "to gguf" "$EDGE" export "$IN" --codec q4_k --out "$OUT"
+refuse "GGUF: a K-quant that there is not" 2 "q2_k to q6_k" "$EDGE" export "$IN" --to gguf --codec q4_k_m --out "$OUT"
+refuse "GGUF: rows that K-quants do not take" 3 "whole blocks of 256" "$EDGE" export "$IN" --to gguf --codec q4_k --no-fallback --out "$OUT"
+refuse "GGUF: importances for a codec without a search" 2 "q2_k to q6_k" "$EDGE" export "$IN" --to gguf --codec q8 --imatrix "$T/good.gguf" --out "$OUT"
+refuse "GGUF: importances for another target" 2 "to gguf" "$EDGE" export "$IN" --imatrix "$T/good.gguf" --out "$OUT"
+refuse "GGUF: importances in a model" 3 "llama-imatrix" "$EDGE" export "$IN" --to gguf --codec q4_k --imatrix "$T/good.gguf" --out "$OUT"
+refuse "GGUF: importances, cut off" 3 "cut.gguf: byte" "$EDGE" export "$IN" --to gguf --codec q4_k --imatrix "$T/cut.gguf" --out "$OUT"
 refuse "plan: cut off" 3 "cut.gguf: byte" "$EDGE" plan "$T/cut.gguf"
 refuse "quantize: no size" 2 "max-ram.*4G" "$PARE" quantize --model "$IN" --out "$OUT" --text "$TEXT" --max-ram 4GB
 refuse "prune: no shape" 2 "needs --layers" "$PARE" prune --method shape --model "$IN" --out "$OUT" --text "$TEXT"

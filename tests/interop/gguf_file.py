@@ -53,7 +53,7 @@ def field(reader, key):
     return reader.get_field(key).contents()
 
 
-def check(folder, file, exact):
+def check(folder, file, exact, kind):
     config = json.loads((folder / "config.json").read_text())
     reader = GGUFReader(file)
     weights = weights_of(folder)
@@ -79,6 +79,8 @@ def check(folder, file, exact):
         if codecs.get(name + "." + parts[-1]) == "q4mg32":
             assert tensor.tensor_type == GGMLQuantizationType.Q4_1, f"{tensor.name}: {tensor.tensor_type.name}"
         compared += 1
+    kinds = {tensor.tensor_type.name for tensor in reader.tensors}
+    assert not kind.endswith("_k") or kind.upper() in kinds, (kind, kinds)
     assert compared == len(weights) - (1 if config["tie_word_embeddings"] else 0), (compared, len(weights))
 
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
@@ -101,13 +103,15 @@ def main():
     binary, folders = sys.argv[1], [Path(f) for f in sys.argv[2:]]
     for folder in folders:
         with tempfile.TemporaryDirectory() as scratch:
-            for codec, exact, bound in (("keep", True, 0), ("f32", True, 0), ("q8", False, 0.01), ("q4", False, 0.15)):
-                if codec in ("q8", "q4") and ("quantization_config" in json.loads((folder / "config.json").read_text())
+            for codec, exact, bound in (("keep", True, 0), ("f32", True, 0), ("q8", False, 0.01), ("q4", False, 0.15),
+                                        ("q2_k", False, 0.35), ("q3_k", False, 0.2), ("q4_k", False, 0.1),
+                                        ("q5_k", False, 0.05), ("q6_k", False, 0.025)):
+                if codec.startswith("q") and ("quantization_config" in json.loads((folder / "config.json").read_text())
                                               or (folder / "codes.pare").exists()):
                     continue
                 file = Path(scratch) / f"{codec}.gguf"
                 pare(binary, "export", folder, "--to", "gguf", "--codec", codec, "--out", file, "--quiet")
-                worst = check(folder, file, exact)
+                worst = check(folder, file, exact, codec)
                 assert exact or 0 < worst < bound, (codec, worst)
                 print(f"{folder.name} {codec}: {'equal' if exact else f'largest relative error {worst:.4f}'}")
 

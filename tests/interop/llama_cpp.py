@@ -6,12 +6,14 @@
  teacher      the same for examples/teacher and for codes of it; perplexity by llama-perplexity against `pare eval` on
               the same text and windows
  tokenizers   1,000 texts: ids of llama.cpp, of the folder's tokenizer and of the one that pare rebuilds from the file
+ k_quants     a small Llama and a small Gemma with rows of 256 in Q2_K to Q6_K, with llama-imatrix's importances too:
+              llama.cpp's tokens are those of the runtime on the same file and on the folder made of it
  foreign      files that llama-quantize made, K-quants too, in `pare eval`
 
 usage: llama_cpp.py BUILD_DIR [--llama DIR] [--only NAME ...] [--text FILE] [--json FILE]
 DIR: a checkout of llama.cpp with a build in it (libllama.so, llama-perplexity, llama-quantize), or PARE_LLAMA_CPP.
 Exit code 1 on any difference, 77 (said aloud) where there is no llama.cpp. Standard library only; the package `gguf`
-reads the files too where it is installed."""
+reads the files too where it is installed, and `tokenizers` judges where llama.cpp differs."""
 import argparse
 import array
 import json
@@ -34,14 +36,18 @@ try:
     import gguf
 except ImportError:
     gguf = None
+try:
+    import tokenizers
+except ImportError:
+    tokenizers = None
 
 STEPS = 64
 # Largest difference of a logit, and the margin above which the tokens have to be the same, both relative to the spread
-# of the logits. llama.cpp multiplies F16 with inputs rounded to F16, BF16 with BF16, blocks with int8 in blocks of 32;
-# pare multiplies by floats here. Its GELU comes from a table of halves. Small differences choose other experts: with them,
-# types other than F32 are held to nine of ten clear steps.
+# of the logits. llama.cpp multiplies F16 with inputs rounded to F16, BF16 with BF16, blocks with int8 in blocks of 32,
+# K-quants with int8 in blocks of 256; pare multiplies by floats here. Its GELU comes from a table of halves. Small
+# differences choose other experts: with them, types other than F32 are held to nine of ten clear steps.
 BOUNDS = {"f32": (1e-4, None), "gelu f32": (5e-3, None), "f16": (2e-2, 2e-2), "bf16": (1e-1, 1e-1),
-          "q8": (0.25, 0.15), "q4": (0.25, 0.15)}
+          "q8": (0.25, 0.15), "q4": (0.25, 0.15), "k": (0.6, 0.15)}
 
 
 def small(family, architecture, tokenizer, **keys):
@@ -153,7 +159,7 @@ def plain_tokenizer(name):
     return tokenizer
 
 
-def make_model(pare, name, folder):
+def make_model(pare, name, folder, deviation=1.0 / 64 ** 0.5):
     """Random weights in F32, of a size that spreads the logits."""
     tokenizer, config = FAMILIES[name]
     source = folder.parent / f"{name}.json"
@@ -172,7 +178,7 @@ def make_model(pare, name, folder):
             count *= size
         norm = "norm" in key or ".ln_" in key
         middle = 0.0 if not norm or name.startswith("gemma") or key.endswith("bias") else 1.0
-        spread = 0.1 if norm or len(about["shape"]) == 1 else 1.0 / 64 ** 0.5
+        spread = 0.1 if norm or len(about["shape"]) == 1 else deviation
         values = array.array("f", (middle + spread * rng.gauss(0, 1) for _ in range(count)))
         payload.append(values.tobytes())
         tensors[key] = {"dtype": "F32", "shape": about["shape"], "data_offsets": [at, at + 4 * count]}
@@ -249,6 +255,34 @@ class Check:
 
                 self.guarded(f"{name} {codec}", one)
 
+    def k_quants(self):
+        wide = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, head_dim=64)
+        for name, source in (("wide_llama", "llama"), ("wide_gemma", "gemma")):
+            tokenizer, config = FAMILIES[source]
+            FAMILIES[name] = (tokenizer, {**config, **wide})
+            folder = self.work / name
+            make_model(self.pare, name, folder, 1.0 / 256 ** 0.5)
+            base = self.export(folder, f"{name}-f32", "--codec", "f32")
+            matrix = self.work / f"{name}-imatrix.gguf"
+            run(self.llama.bin / "llama-imatrix", "-m", base, "-f", self.text, "-o", matrix, "-c", 128, "--chunks", 4,
+                "-t", 2, "-ngl", 0, "--no-ppl")
+            for codec in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"):
+                for more in ((), ("--imatrix", matrix)):
+                    def one(label, codec=codec, more=more):
+                        file = self.export(folder, label.replace(" ", "-"), "--codec", codec, *more)
+                        if gguf is not None:
+                            kinds = {t.tensor_type.name for t in gguf.GGUFReader(file).tensors}
+                            if kinds != {"F32", codec.upper()}:
+                                raise Difference(f"tensors of types {kinds}")
+                        self.compare(label, file, "k", 512)
+                        back = self.work / "k-folder"
+                        shutil.rmtree(back, ignore_errors=True)
+                        run(self.pare, "export", file, "--to", "folder", "--out", back, "--quiet")
+                        again = self.export(back, f"{label.replace(' ', '-')}-again", "--codec", "f32")
+                        self.compare(f"{label}, its folder in F32", again, "f32" if source == "llama" else "gelu f32", 512)
+
+                    self.guarded(f"{name} {codec}{' imatrix' if more else ''}", one)
+
     def ours(self, file, *more):
         done = run(self.pare, "eval", file, "--text", self.text, "--ctx", 256, "--score", "second-half", "--json",
                    "--no-speed", "--quiet", *more)
@@ -263,10 +297,10 @@ class Check:
 
     def teacher(self):
         teacher = ROOT / "examples/teacher"
-        for codec in ("f32", "f16", "bf16", "q8", "q4"):
+        for codec in ("f32", "f16", "bf16", "q8", "q4", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"):
             def one(label, codec=codec):
                 file = self.export(teacher, f"teacher-{codec}", "--codec", codec)
-                self.compare(label, file, codec, 2048)
+                self.compare(label, file, "k" if codec.endswith("_k") else codec, 2048)
                 self.perplexities(label, file)
 
             self.guarded(f"teacher {codec}", one)
@@ -313,15 +347,29 @@ class Check:
                     make_model(self.pare, "llama", folder)
                     (folder / "tokenizer.json").write_text(json.dumps(plain_tokenizer(name)))
                 file = self.export(folder, f"tokenizer-{name}")
-                # What GGUF has no words for, and the export says: NFC, and a prefix at the very beginning alone, not
-                # before a space.
+                # What GGUF has no words for, and the export says: NFC, and mistral's prefix. Its Metaspace puts a space
+                # at the very beginning alone, and not before what stands for one already, a blank or a literal U+2581;
+                # llama.cpp always does, behind special tokens too. So `tokenizers` decides, and ours is held to it.
+                special = ("<s>", "</s>", "<|end|>")
                 known = {"qwen2": lambda t: unicodedata.normalize("NFC", t) != t,
-                         "mistral": lambda t: t.startswith(" ") or any(s in t for s in ("<s>", "</s>", "<|end|>"))}
+                         "mistral": lambda t: t.startswith((" ", "\u2581")) or any(s in t for s in special)}
                 beyond = known.get(name, lambda t: False)
                 mine = [json.loads(x) for x in run(self.pare, "tokenize", folder, "--batch", input=requests).splitlines()]
                 again = [json.loads(x) for x in run(self.pare, "tokenize", file, "--batch", input=requests).splitlines()]
                 theirs = self.llama.tokenize(file, texts)
                 wrong = [i for i in range(len(texts)) if mine[i] != theirs[i] and not beyond(texts[i])]
+                if name == "mistral":  # there llama.cpp has to say what ours says of the text with one more blank
+                    first = [i for i in range(len(texts)) if beyond(texts[i]) and not any(s in texts[i] for s in special)]
+                    asked = "".join(json.dumps({"hex": (" " + texts[i]).encode().hex(), "special": False}) + "\n" for i in first)
+                    more = run(self.pare, "tokenize", folder, "--batch", input=asked).splitlines()
+                    wrong += [i for i, line in zip(first, more) if theirs[i] != json.loads(line)]
+                    if not any(texts[i].startswith("\u2581") for i in first):
+                        raise Difference("no text begins with U+2581")
+                    if tokenizers is not None:
+                        judge = tokenizers.Tokenizer.from_str(json.dumps(plain_tokenizer(name)))
+                        for i in first:
+                            if judge.encode(texts[i], add_special_tokens=False).ids != mine[i]:
+                                raise Difference(f"tokenizers says otherwise of {texts[i]!r}")
                 rebuilt = [i for i in range(len(texts)) if mine[i] != again[i]]
                 numbers = {"texts": len(texts), "beyond_gguf": sum(map(beyond, texts)), "llama_cpp_differs": len(wrong), "rebuilt_differs": len(rebuilt)}
                 for kind, list_ in (("first", wrong), ("first_rebuilt", rebuilt)):
@@ -359,7 +407,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("build", type=pathlib.Path)
     parser.add_argument("--llama", type=pathlib.Path, default=os.environ.get("PARE_LLAMA_CPP"))
-    parser.add_argument("--only", nargs="*", default=["families", "teacher", "tokenizers", "foreign"])
+    parser.add_argument("--only", nargs="*", default=["families", "teacher", "k_quants", "tokenizers", "foreign"])
     parser.add_argument("--text", type=pathlib.Path)
     parser.add_argument("--json", type=pathlib.Path)
     given = parser.parse_args()
