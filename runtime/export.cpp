@@ -18,7 +18,8 @@ namespace pare {
 namespace {
 
 constexpr const char* kEmbeddedFiles[] = {"tokenizer.json", "tokenizer_config.json", "generation_config.json",
-                                          "special_tokens_map.json", "chat_template.jinja", "LICENSE", "README.md"};
+                                          "special_tokens_map.json", "chat_template.jinja", "LICENSE", "LICENSE.txt",
+                                          "LICENSE.md", "NOTICE", "README.md"};
 
 std::optional<std::string> tokenizer_or_note(const std::function<std::optional<std::string>()>& read,
                                              std::vector<std::string>* notes) {
@@ -117,6 +118,7 @@ std::unique_ptr<CompactWriter> begin_export(const Checkpoint& checkpoint, const 
     if (auto types = vector_types(checkpoint, plan)) embedded["dtypes"] = std::move(*types);
   embedded["config.json"] = write_config(checkpoint.config(), checkpoint.float_dtype()).dump(2) + "\n";
   if (!options.recipe.empty()) embedded["recipe"] = options.recipe;
+  if (options.origin) embedded[kOriginFile] = origin_record(origin_of(checkpoint.folder()));
 
   auto writer = std::make_unique<CompactWriter>(options.out, plan.tensors, std::move(embedded));
   if (context.progress != nullptr)
@@ -154,6 +156,7 @@ void export_compact(const Checkpoint& checkpoint, const ExportOptions& options, 
 void export_temporary(const Checkpoint& checkpoint, const fs::path& out, Context context) {
   ExportOptions options;
   options.out = out;
+  options.origin = false;
   const std::uint64_t bytes = plan_export(checkpoint, options).payload_bytes;
   std::error_code problem;
   const fs::space_info space = fs::space(out.parent_path(), problem);
