@@ -56,7 +56,7 @@ class GptqExport : public ::testing::Test {
     const ModelConfig config = parse_config(json, nullptr, "");
     CheckpointWriter writer(path, config, "float32");
     for (const TensorSpec& spec : expected_tensors(config)) {
-      if (spec.role == TensorRole::kLinear && std::find(floats.begin(), floats.end(), spec.module) == floats.end())
+      if (spec.role == TensorRole::kLinear && std::find(floats.begin(), floats.end(), spec.name) == floats.end())
         writer.put_codes(spec.name, random_codes(Codec::parse("q4g32", ""), spec.shape[0], spec.shape[1], 5));
       else
         writer.put(spec.name, values_of(spec).data());
@@ -167,9 +167,9 @@ TEST_F(GptqExport, WhatItCannotHoldIsRefusedWithTheReason) {
 TEST_F(GptqExport, CodesOfAFusedTensorAreNotLost) {
   EXPECT_TRUE(plan_folder(Checkpoint(fused({})), FolderForm::kGptq).empty());
   const std::string block = "model.layers.0.";
-  for (const char* part : {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"})
-    EXPECT_TRUE(contains(refusal(fused({block + part})), "floats among codes in " + block)) << part;
-  const fs::path whole = fused({block + "mlp.gate_proj", block + "mlp.up_proj"});
+  for (const char* part : {"self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"})
+    EXPECT_TRUE(contains(refusal(fused({block + part + ".weight"})), "floats among codes in " + block)) << part;
+  const fs::path whole = fused({block + "mlp.gate_proj.weight", block + "mlp.up_proj.weight"});
   EXPECT_EQ(plan_folder(Checkpoint(whole), FolderForm::kGptq).size(), 1u);
 }
 

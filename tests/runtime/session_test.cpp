@@ -59,7 +59,7 @@ TEST(SessionMemory, WhatIsMissingIsAnErrorAtEveryPoint) {
     std::ifstream("/proc/self/statm") >> pages;
     int failures = 0;
     bool fed = false;
-    for (std::uint64_t more = 0; !fed && more < std::uint64_t{64} << 20; more += std::uint64_t{96} << 10) {
+    for (std::uint64_t more = 0; !fed && more < std::uint64_t{64} << 20; more += std::uint64_t{192} << 10) {
       rlimit now = before;
       now.rlim_cur = pages * 4096 + more;
       ASSERT_EQ(::setrlimit(RLIMIT_AS, &now), 0);
