@@ -45,14 +45,13 @@ class GptqExport : public ::testing::Test {
     return path;
   }
   fs::path out() { return scratch_ / ("out" + std::to_string(++count_)); }
-  // A Phi-3, whose q, k and v, and gate and up, stand in one tensor each; `floats`: linears that stay so.
+  // A GPT-NeoX, whose q, k and v stand in one tensor; `floats`: linears that stay so.
   fs::path fused(const std::vector<std::string>& floats) {
     const fs::path path = scratch_ / ("m" + std::to_string(++count_));
     fs::create_directories(path);
-    Json json = small_config();
-    json["architectures"] = {"Phi3ForCausalLM"};
-    json["model_type"] = "phi3";
-    json["pad_token_id"] = 0;
+    const Json json = Json::parse(R"({"architectures":["GPTNeoXForCausalLM"],"model_type":"gpt_neox","hidden_size":128,
+      "intermediate_size":96,"num_hidden_layers":2,"num_attention_heads":4,"vocab_size":50,"rotary_pct":0.25,
+      "max_position_embeddings":64,"layer_norm_eps":1e-05,"hidden_act":"gelu","tie_word_embeddings":false})");
     const ModelConfig config = parse_config(json, nullptr, "");
     CheckpointWriter writer(path, config, "float32");
     for (const TensorSpec& spec : expected_tensors(config)) {
@@ -167,9 +166,10 @@ TEST_F(GptqExport, WhatItCannotHoldIsRefusedWithTheReason) {
 TEST_F(GptqExport, CodesOfAFusedTensorAreNotLost) {
   EXPECT_TRUE(plan_folder(Checkpoint(fused({})), FolderForm::kGptq).empty());
   const std::string block = "model.layers.0.";
-  for (const char* part : {"self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"})
-    EXPECT_TRUE(contains(refusal(fused({block + part + ".weight"})), "floats among codes in " + block)) << part;
-  const fs::path whole = fused({block + "mlp.gate_proj.weight", block + "mlp.up_proj.weight"});
+  for (const char* part : {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"})
+    EXPECT_TRUE(contains(refusal(fused({block + part + ".weight"})), "floats among codes in ")) << part;
+  const fs::path whole = fused({block + "self_attn.q_proj.weight", block + "self_attn.k_proj.weight",
+                                block + "self_attn.v_proj.weight"});
   EXPECT_EQ(plan_folder(Checkpoint(whole), FolderForm::kGptq).size(), 1u);
 }
 
