@@ -164,7 +164,9 @@ std::string figures_of(const Report& report) {
 // One word for a shell.
 std::string shell_word(const std::string& text) {
   constexpr std::string_view kSafe = "_@%+=:,./-";
-  const auto safe = [&](unsigned char c) { return std::isalnum(c) != 0 || kSafe.find(static_cast<char>(c)) != kSafe.npos; };
+  const auto safe = [&](unsigned char c) {
+    return std::isalnum(c) != 0 || kSafe.find(static_cast<char>(c)) != kSafe.npos;
+  };
   if (!text.empty() && std::all_of(text.begin(), text.end(), safe)) return text;
   const bool control = std::any_of(text.begin(), text.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; });
   std::string out = control ? "$'" : "'";
@@ -262,8 +264,9 @@ std::string command_of(const std::string& verb, const Options& options) {
   for (const auto& [name, value] : options.resolved().items()) {
     if (!options.changed(name) || std::find(kUnsaid.begin(), kUnsaid.end(), name) != kUnsaid.end()) continue;
     const OptionType type = options.type(name);
+    const bool places = type == OptionType::kPath || type == OptionType::kTextList;
     command += (value == false ? " --no-" : " --") + name;
-    if (!value.is_boolean()) command += " " + words_of(value, type == OptionType::kPath || type == OptionType::kTextList);
+    if (!value.is_boolean()) command += " " + words_of(value, places);
   }
   return line_of(command, kMostCommand);
 }
@@ -296,11 +299,13 @@ void write_model_card(const fs::path& folder, const CardStep& step) {
   }
   if (!step.files.empty()) text += "\n" + step.files + "\n";
   text += "\n## How it was made\n\n";
-  for (std::size_t i = 0; i < origin.steps.size(); ++i) text += fmt::format("{}. {}\n", i + 1, code_span(origin.steps[i]));
+  for (std::size_t i = 0; i < origin.steps.size(); ++i)
+    text += fmt::format("{}. {}\n", i + 1, code_span(origin.steps[i]));
   const std::string figures = figures_of(step.figures);
   text += "\n## Evaluation\n\n";
   text += figures.empty() ? "Nothing was measured in the last step; `pare eval` measures it.\n" : figures;
-  text += fmt::format("\n{}{}{}\n", kOpen, escaped(Json{{"base", origin.base}, {"steps", origin.steps}}.dump()), kClose);
+  const Json own = {{"base", origin.base}, {"steps", origin.steps}};
+  text += fmt::format("\n{}{}{}\n", kOpen, escaped(own.dump()), kClose);
   write_text(folder / kCard, text);
 }
 

@@ -199,8 +199,8 @@ const char* form_name(FolderForm form) {
   return form == FolderForm::kGptq ? "gptq" : form == FolderForm::kGptqV2 ? "gptq_v2" : "folder";
 }
 
-// One codec for all linears of codes, each of them a module that GPTQ knows; other tensors of codes become floats. Reads
-// the zero points where there are any and version 1 is to hold them (`less_one`).
+// One codec for all linears of codes, each of them a module that GPTQ knows; other tensors of codes become floats.
+// Reads the zero points where there are any and version 1 is to hold them (`less_one`).
 void plan_gptq_folder(const Checkpoint& checkpoint, bool less_one, std::vector<std::string>& notes) {
   const std::string place = checkpoint.folder().string();
   const std::vector<StoredTensor> tensors = stored_tensors(checkpoint.config(), checkpoint.tensors());

@@ -252,7 +252,7 @@ const Kernels& choose_kernels(const std::string& name) {
     if (wanted == each->name && permitted(*each)) return *each;
     if (wanted == each->name)
       throw usage_error(place, "leave of the system to use AMX's tiles", "that it refuses it",
-                        "a signal stack (sigaltstack) of this process may be too small for them; avx512vnni needs none");
+                        "a signal stack (sigaltstack) of this process may be too small; avx512vnni does without");
     list += (list.empty() ? "" : ", ") + std::string(each->name);
   }
   throw usage_error(place, "kernels that this machine has: " + list, "\"" + wanted + "\"");

@@ -131,8 +131,8 @@ struct Kernels {
   bool (*reserve)(std::int64_t tokens, std::int64_t group_cols, std::int64_t token_cols) = nullptr;
 };
 
-// Names this machine can run, best last (without asking the system for anything), of "plain", "avx2", "avxvnni", "avx512vnni", "amx" on x86 and "plain", "neon",
-// "dotprod", "i8mm" on aarch64.
+// Names this machine can run, best last (the system is not asked for anything), of "plain", "avx2", "avxvnni",
+// "avx512vnni", "amx" on x86 and "plain", "neon", "dotprod", "i8mm" on aarch64.
 std::vector<std::string> available_kernels();
 // "": PARE_KERNELS if set, else the best. Unknown or not supported here: exit 2 with the list. "amx" asks Linux for the
 // tiles of the whole process, from then on signal stacks have to hold them: by name exit 2 where that is refused, by

@@ -156,7 +156,8 @@ TEST(Examples, RepliesBehindTheContextAreNotRendered) {
   Document document;
   document.place = "chat.jsonl:2";
   for (int i = 0; i < 40; ++i)
-    document.messages.push_back({{"role", i % 2 == 0 ? "user" : "assistant"}, {"content", "number " + std::to_string(i)}});
+    document.messages.push_back(
+        {{"role", i % 2 == 0 ? "user" : "assistant"}, {"content", "number " + std::to_string(i)}});
   ExampleForm f = form(0);
   f.chat = &chat;
   const auto begin = tokenizer().encode("user: number 0\nassistant: number 1\n", false, true);

@@ -126,7 +126,8 @@ TEST_F(ModelCardTest, LicencesAreReadAsTheyAreWritten) {
     EXPECT_EQ(said(text), mit) << text;
   EXPECT_EQ(said("---\nlicense: other\nlicense_name: \"a \\\"b\\\" # c\"\nlicense_link: x#y\n---\n"),
             (Said{{"license", "other"}, {"license_name", "a \"b\" # c"}, {"license_link", "x#y"}}));
-  for (const char* text : {"---\nlicense: |\n  mit\n---\n", "---\nlicense: >-\n  mit\n---\n", "---\nlicense: &a mit\n---\n",
+  for (const char* text : {"---\nlicense: |\n  mit\n---\n", "---\nlicense: >-\n  mit\n---\n",
+                           "---\nlicense: &a mit\n---\n",
                            "---\nlicense: *a\n---\n", "---\nlicense:\n---\n", "---\nlicense: # mit\n---\n",
                            "---\nlicense: \"mit\n---\n", "license: mit\n"})
     EXPECT_TRUE(said(text).empty()) << text;
