@@ -10,6 +10,7 @@
 #include "core/error.h"
 #include "core/gguf_file.h"
 #include "core/gptq_folder.h"
+#include "core/notices.h"
 #include "core/placement.h"
 #include "core/tensor_store.h"
 #include "core/tokenizer.h"
@@ -121,7 +122,8 @@ const std::vector<std::string>& side_file_names() {
   static const std::vector<std::string> kNames = {
       "tokenizer.json",   "tokenizer_config.json",  "special_tokens_map.json", "added_tokens.json",
       "vocab.json",       "merges.txt",             "tokenizer.model",         "chat_template.jinja",
-      "chat_template.json", "generation_config.json", "LICENSE"};
+      "chat_template.json", "generation_config.json", "LICENSE",               "LICENSE.txt",
+      "LICENSE.md",       "NOTICE"};
   return kNames;
 }
 
@@ -365,6 +367,10 @@ std::vector<std::string> Checkpoint::notes() const {
   if (others > 0)
     notes.push_back(std::to_string(others) +
                     " linears of GPTQ that no codec holds: taken as the floats that they stand for");
+  for (const std::string& name : side_file_names())
+    if (is_notice(name))
+      if (const std::string why = notice_obstacle(folder_, name); !why.empty())
+        notes.push_back(name + " is " + why + ": left out");
   return notes;
 }
 
@@ -372,8 +378,13 @@ bool Checkpoint::is_gptq() const {
   return std::any_of(sources_.begin(), sources_.end(), [](const auto& entry) { return entry.second->gptq != nullptr; });
 }
 
+const GptqLinear* Checkpoint::gptq(std::string_view name) const {
+  return store_ ? nullptr : source(name).gptq.get();
+}
+
 std::optional<std::string> Checkpoint::side_file(const std::string& name) const {
   if (store_) return store_->side_file(name);
+  if (is_notice(name)) return read_notice(folder_, name);
   if (!fs::is_regular_file(folder_ / name)) return std::nullopt;
   return read_text(folder_ / name);
 }
@@ -538,7 +549,7 @@ std::string Checkpoint::content_hash() const {
   if (store_) return store_->content_hash();
   Hasher hasher;
   const auto file = [&](const std::string& name) {
-    if (!fs::is_regular_file(folder_ / name)) return;
+    if (!fs::is_regular_file(folder_ / name) || (is_notice(name) && !notice_obstacle(folder_, name).empty())) return;
     const MappedFile mapped(folder_ / name);
     hasher.update(name + '\0' + std::to_string(mapped.bytes().size()) + '\0');
     hasher.update(mapped.bytes());

@@ -14,6 +14,7 @@
 
 namespace pare {
 
+class GptqLinear;
 class TensorStore;
 
 class Checkpoint {
@@ -32,7 +33,8 @@ class Checkpoint {
   bool is_file() const { return store_ != nullptr; }
   std::vector<std::string> notes() const;              // what opening it had to decide
   bool is_gptq() const;                                // a folder with linears of quant_method gptq
-  // The text of one of side_file_names(), or nothing. Of files, what they say in its place.
+  const GptqLinear* gptq(std::string_view name) const;   // what is stored where the folder has it as one, else nullptr
+  // The text of one of side_file_names(), or nothing; of licence files only what notice_obstacle() has nothing against. Of files, what they say in its place.
   std::optional<std::string> side_file(const std::string& name) const;
   // The text of a tokenizer.json, also where the model has another form of it; nothing where it has none. Exit 3.
   std::optional<std::string> tokenizer_text() const;

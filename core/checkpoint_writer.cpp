@@ -9,6 +9,7 @@
 #include "core/compressed_tensors.h"
 #include "core/error.h"
 #include "core/gptq_folder.h"
+#include "core/notices.h"
 #include "core/placement.h"
 #include "core/shards.h"
 #include "core/tensor_store.h"
@@ -351,7 +352,8 @@ void CheckpointWriter::release(std::string_view name) const {
 
 void CheckpointWriter::copy_side_files(const fs::path& from) {
   for (const std::string& name : side_file_names())
-    if (fs::is_regular_file(from / name)) copy_file_durably(from / name, state_->work / name);
+    if (fs::is_regular_file(from / name) && (!is_notice(name) || notice_obstacle(from, name).empty()))
+      copy_file_durably(from / name, state_->work / name);
 }
 
 void CheckpointWriter::put_side_file(const std::string& name, std::string_view text) {

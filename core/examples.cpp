@@ -56,21 +56,30 @@ Example of_conversation(const Document& document, const ExampleForm& form) {
   const Json& messages = document.messages;
   Example example{encoded(messages, false), {}};
   example.scored.assign(example.ids.size(), 0);
+  const auto most = static_cast<std::size_t>(form.most);
+  if (form.too_long != TooLong::kCut && example.ids.size() > most) return example;  // whatever its replies are
   std::size_t first = 0;
   if (form.last_reply_only)
     for (std::size_t i = 0; i < messages.size(); ++i)
       if (messages[i]["role"] == "assistant") first = i;
-  for (std::size_t i = first; i < messages.size(); ++i) {
+  Json so_far(messages.begin(), messages.begin() + static_cast<std::ptrdiff_t>(first));
+  std::size_t reached = 0;  // ids that the last rendering had
+  for (std::size_t i = first; i < messages.size() && reached < most; so_far.push_back(messages[i++])) {
     if (messages[i]["role"] != "assistant") continue;
-    const Json before(messages.begin(), messages.begin() + static_cast<std::ptrdiff_t>(i));
-    const Json with(messages.begin(), messages.begin() + static_cast<std::ptrdiff_t>(i + 1));
-    const Ids prefix = encoded(before, true);
-    const Ids until = i + 1 == messages.size() ? example.ids : encoded(with, false);
+    const Ids prefix = encoded(so_far, true);
     const std::string there = document.place + ": messages[" + std::to_string(i) + "]";
     if (!begins_with(example.ids, prefix))
       throw input_error(there, "a conversation that begins with its own messages before this reply, as ids",
                         "a template that writes them otherwise",
                         "a template may need another form of its generation prompt");
+    reached = prefix.size();
+    if (reached >= most) break;  // cut off
+    const auto until_here = [&] {
+      Json with = so_far;
+      with.push_back(messages[i]);
+      return encoded(with, false);
+    };
+    const Ids until = i + 1 == messages.size() ? example.ids : until_here();
     if (!begins_with(example.ids, until))
       throw input_error(there, "a conversation that begins with its own messages up to this reply, as ids",
                         "a template that writes earlier replies otherwise than the last one",
@@ -78,6 +87,7 @@ Example of_conversation(const Document& document, const ExampleForm& form) {
     if (until.size() <= prefix.size()) throw input_error(there, "a reply of at least one id", "none");
     std::fill(example.scored.begin() + static_cast<std::ptrdiff_t>(prefix.size()),
               example.scored.begin() + static_cast<std::ptrdiff_t>(until.size()), std::uint8_t{1});
+    reached = until.size();
   }
   return example;
 }

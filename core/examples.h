@@ -39,7 +39,7 @@ struct ExampleCounts {
 // Text: every id but the first is learned, and end_id. Response: prompt and response are encoded together where the
 // prompt's own ids begin the result, else apart; the response and end_id are learned. Conversation: the template
 // renders it whole; of each reply, what the whole has beyond the rendered messages before it (with the generation
-// prompt), up to the rendered messages with it. Templates that print the date print 26 Jul 2024, so that a run can be
+// prompt), up to the rendered messages with it; replies behind `most` ids are not looked at. Templates that print the date print 26 Jul 2024, so that a run can be
 // repeated. Errors: exit 3 with the document's place, for a reply whose bounds the ids do not have, and for kRefuse.
 void add_examples(const Document& document, const ExampleForm& form, std::vector<Example>& examples,
                   ExampleCounts& counts);

@@ -9,6 +9,7 @@ namespace pare {
 namespace {
 
 constexpr int kWord = 32;
+constexpr std::int64_t kMostGroup = 1 << 20;  // more inputs than any linear has
 constexpr std::int64_t kMultiple = 32;  // of inputs and outputs: what the kernels of these folders take
 
 std::uint32_t word(const TensorView& view, std::int64_t at) {
@@ -41,6 +42,8 @@ GptqScheme GptqScheme::parse(const Json& config, const std::string& place) {
   const auto whole = [&](const char* key) -> std::int64_t {
     if (!given(key) || !config[key].is_number_integer())
       throw input_error(place + "." + key, "a whole number", given(key) ? config[key].dump() : "none");
+    if (config[key].is_number_unsigned() && config[key].get<std::uint64_t>() > INT64_MAX)
+      throw input_error(place + "." + key, "a whole number of 64 bits", config[key].dump());
     return config[key].get<std::int64_t>();
   };
   const std::int64_t bits = whole("bits");
@@ -48,8 +51,9 @@ GptqScheme GptqScheme::parse(const Json& config, const std::string& place) {
     throw input_error(place + ".bits", "4 or 8", std::to_string(bits), "start from the float model");
   scheme.bits = static_cast<int>(bits);
   scheme.group = whole("group_size");
-  if (scheme.group != Codec::kPerRow && scheme.group < 1)
-    throw input_error(place + ".group_size", "-1 or a number from 1", std::to_string(scheme.group));
+  if (scheme.group != Codec::kPerRow && (scheme.group < 1 || scheme.group > kMostGroup))
+    throw input_error(place + ".group_size", "-1 or a number from 1 to " + std::to_string(kMostGroup),
+                      std::to_string(scheme.group), "-1 is one group for all inputs");
   const Json format = given("checkpoint_format") ? config["checkpoint_format"] : Json("gptq");
   if (format != "gptq" && format != "gptq_v2")
     throw input_error(place + ".checkpoint_format", "gptq or gptq_v2", format.dump(), "start from the float model");

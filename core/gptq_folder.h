@@ -31,7 +31,8 @@ struct GptqScheme {
   std::int64_t group = 128;  // inputs; Codec::kPerRow: all of them
   bool less_one = true;      // version 1
 
-  // Errors: exit 3 for other bits, packings and checkpoint formats, and for modules with bits of their own.
+  // Errors: exit 3 for other bits, packings and checkpoint formats, groups of more than 2^20 inputs, and for modules
+  // with bits of their own.
   static GptqScheme parse(const Json& quantization_config, const std::string& place);
   static bool is_gptq(const Json& quantization_config);
   std::int64_t words(std::int64_t count) const { return count * bits / 32; }  // of packed codes
@@ -59,6 +60,7 @@ class GptqLinear {
   QuantizedTensor codes() const;                            // [outputs, inputs], where codec() is no float
   void read_row(std::int64_t output, float* out) const;     // `inputs` floats, each one exact product
   const GptqViews& views() const { return views_; }
+  const GptqScheme& scheme() const { return scheme_; }
 
  private:
   std::uint32_t code(std::int64_t output, std::int64_t input) const;

@@ -110,6 +110,7 @@ Options::Options(const std::vector<OptionDecl>& decls, const Json& given, const 
     }
     values_[decl.name] = std::move(value);
     defaults_[decl.name] = decl.default_value;
+    types_[decl.name] = decl.type;
   }
   if (problems.empty()) return;
   std::string all;
@@ -119,6 +120,12 @@ Options::Options(const std::vector<OptionDecl>& decls, const Json& given, const 
 
 bool Options::changed(std::string_view name) const {
   return value(name) != defaults_.at(std::string(name));
+}
+
+OptionType Options::type(std::string_view name) const {
+  const auto found = types_.find(name);
+  if (found == types_.end()) throw std::logic_error("option not declared: " + std::string(name));
+  return found->second;
 }
 
 void refuse_unused(const Options& options, const std::vector<std::string>& names, const std::string& when,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <functional>
+#include <map>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -50,10 +51,12 @@ class Options {
   const Json& resolved() const { return values_; }  // every declared option with its value: the echoed recipe
   // True where the value is not the declared default.
   bool changed(std::string_view name) const;
+  OptionType type(std::string_view name) const;
 
  private:
   const Json& value(std::string_view name) const;
   Json values_ = Json::object(), defaults_ = Json::object();
+  std::map<std::string, OptionType, std::less<>> types_;
 };
 
 // An option that would do nothing is refused rather than ignored: throws (exit 2) naming those of `names` that were

@@ -5,6 +5,7 @@
 
 #include "core/arch/arch.h"
 #include "core/error.h"
+#include "core/gptq_folder.h"
 #include "core/placement.h"
 #include "runtime/gguf_export.h"
 
@@ -43,6 +44,16 @@ class Judge {
         ++unpacked_[codec.name()];
         codec = {};  // what others find
       }
+      if (const GptqLinear* stored = checkpoint.gptq(spec.name); stored != nullptr) {
+        const GptqScheme& scheme = stored->scheme();
+        const std::int64_t groups[] = {Codec::kPerRow, 32, 64, 128};  // what GPTQ's kernels are known to take
+        const bool usual = std::find(std::begin(groups), std::end(groups), scheme.group) != std::end(groups);
+        if (codec.is_float()) ++packed_, ++gptq_floats_;  // others find these codes, pare floats
+        if ((codec.is_float() || !usual) && other_gptq_++ == 0)
+          other_form_ = std::to_string(scheme.bits) + " bits, " +
+                        (scheme.group < 0 ? "one group" : "groups of " + std::to_string(scheme.group)) +
+                        (stored->reordered() ? ", inputs in another order (desc_act)" : "");
+      }
       if (!codec.is_float()) {
         ++packed_;
         if (codec.bits() < 4) ++narrow_;
@@ -66,6 +77,7 @@ class Judge {
     out.push_back(marlin());
     out.push_back(vllm_cpu());
     out.push_back({.target = "pare", .how = "pare export --to compact", .reasons = {}});
+    stand_as_floats(out.back());
     return out;
   }
 
@@ -99,6 +111,7 @@ class Judge {
       answer.fast = Answer::kNo;
       answer.reasons.push_back(matrices(floats) + " of codes would stand in F32, the first is " + first);
     }
+    stand_as_floats(answer);
     std::size_t narrow = 0, all = 0;
     for (const TensorSpec& spec : checkpoint_.tensors()) {
       if (spec.role != TensorRole::kLinear) continue;
@@ -140,6 +153,21 @@ class Judge {
     }
   }
 
+  // Forms of GPTQ of which it was not checked who takes them.
+  void add_other_gptq(Compatibility& answer) const {
+    if (other_gptq_ == 0) return;
+    answer.loads = std::min(answer.loads, Answer::kPerhaps);
+    answer.fast = std::min(answer.fast, Answer::kPerhaps);
+    answer.reasons.push_back(linears(other_gptq_) + " of GPTQ, the first of " + other_form_ +
+                             ": which kernels take them was not checked");
+  }
+
+  void stand_as_floats(Compatibility& answer) const {
+    if (gptq_floats_ == 0) return;
+    answer.fast = Answer::kNo;
+    answer.reasons.push_back(linears(gptq_floats_) + " of GPTQ that no codec holds: the same weights as F32");
+  }
+
   // The classes of these families have one number where config.json says a list.
   bool refuse_own_widths(Compatibility& answer) const {
     if (config_.layer_widths.empty()) return false;
@@ -159,6 +187,7 @@ class Judge {
                                std::to_string(config_.hidden_size) + " and " + std::to_string(config_.num_heads));
     }
     add_unpacked(answer);
+    add_other_gptq(answer);
     if (gptq_) answer.reasons.push_back("pip install gptqmodel optimum");
     else if (packed_ > 0) answer.reasons.push_back("pip install compressed-tensors");
     if (narrow_ > 0)
@@ -200,6 +229,7 @@ class Judge {
       answer.fast = misfits > 0 ? Answer::kNo : std::min(answer.fast, Answer::kPerhaps);
       return answer;
     }
+    add_other_gptq(answer);
     if (misfits > 0) {
       answer.loads = Answer::kPerhaps;
       answer.fast = Answer::kNo;
@@ -232,6 +262,7 @@ class Judge {
                                linears(other) + " of another kind, the first is " + first);
     }
     add_unpacked(answer);
+    add_other_gptq(answer);
     return answer;
   }
 
@@ -240,7 +271,8 @@ class Judge {
   const bool gptq_;
   std::vector<Joined> joined_;
   std::map<std::string, std::size_t> unpacked_;
-  std::size_t packed_ = 0, narrow_ = 0, int8_inputs_ = 0;
+  std::size_t packed_ = 0, narrow_ = 0, int8_inputs_ = 0, other_gptq_ = 0, gptq_floats_ = 0;
+  std::string other_form_;
 };
 
 }  // namespace

@@ -18,7 +18,8 @@ namespace pare {
 namespace {
 
 constexpr const char* kEmbeddedFiles[] = {"tokenizer.json", "tokenizer_config.json", "generation_config.json",
-                                          "special_tokens_map.json", "chat_template.jinja", "LICENSE", "README.md"};
+                                          "special_tokens_map.json", "chat_template.jinja", "LICENSE", "LICENSE.txt",
+                                          "LICENSE.md", "NOTICE", "README.md"};
 
 std::optional<std::string> tokenizer_or_note(const std::function<std::optional<std::string>()>& read,
                                              std::vector<std::string>* notes) {
@@ -117,6 +118,10 @@ std::unique_ptr<CompactWriter> begin_export(const Checkpoint& checkpoint, const 
     if (auto types = vector_types(checkpoint, plan)) embedded["dtypes"] = std::move(*types);
   embedded["config.json"] = write_config(checkpoint.config(), checkpoint.float_dtype()).dump(2) + "\n";
   if (!options.recipe.empty()) embedded["recipe"] = options.recipe;
+  // A folder's own name says nothing for sure, and equal models give equal files.
+  if (const ModelOrigin origin = origin_of(checkpoint.folder(), false);
+      options.origin && !(origin.base.empty() && origin.licence.empty()))
+    embedded[kOriginFile] = origin_record(origin);
 
   auto writer = std::make_unique<CompactWriter>(options.out, plan.tensors, std::move(embedded));
   if (context.progress != nullptr)
@@ -154,6 +159,7 @@ void export_compact(const Checkpoint& checkpoint, const ExportOptions& options, 
 void export_temporary(const Checkpoint& checkpoint, const fs::path& out, Context context) {
   ExportOptions options;
   options.out = out;
+  options.origin = false;
   const std::uint64_t bytes = plan_export(checkpoint, options).payload_bytes;
   std::error_code problem;
   const fs::space_info space = fs::space(out.parent_path(), problem);
@@ -197,12 +203,15 @@ const char* form_name(FolderForm form) {
 }
 
 // One codec for all linears of codes, each of them a module that GPTQ knows; other tensors of codes become floats.
-void plan_gptq_folder(const Checkpoint& checkpoint, std::vector<std::string>& notes) {
+// Reads the zero points where there are any and version 1 is to hold them (`less_one`).
+void plan_gptq_folder(const Checkpoint& checkpoint, bool less_one, std::vector<std::string>& notes) {
   const std::string place = checkpoint.folder().string();
   const std::vector<StoredTensor> tensors = stored_tensors(checkpoint.config(), checkpoint.tensors());
   const TensorSpec* first = nullptr;
   std::size_t floats = 0, unpacked = 0;
   for (const StoredTensor& stored : tensors) {
+    const auto of_floats = [&](const TensorSpec* part) { return checkpoint.codec(part->name).is_float(); };
+    const auto floating = std::count_if(stored.parts.begin(), stored.parts.end(), of_floats);
     for (const TensorSpec* part : stored.parts) {
       const Codec codec = checkpoint.codec(part->name);
       if (part->role != TensorRole::kLinear) {
@@ -210,7 +219,7 @@ void plan_gptq_folder(const Checkpoint& checkpoint, std::vector<std::string>& no
                                          codec == checkpoint.codec(first->name)) ? 0 : 1;
         continue;
       }
-      if (codec.is_float() && checkpoint.codec(stored.parts[0]->name).is_float()) {
+      if (floating == static_cast<std::ptrdiff_t>(stored.parts.size())) {
         ++floats;
         continue;
       }
@@ -218,15 +227,22 @@ void plan_gptq_folder(const Checkpoint& checkpoint, std::vector<std::string>& no
         throw input_error(place, expected, part->name + ": " + why,
                           "--to folder writes these codes as compressed-tensors, --to gguf and compact as files");
       };
+      if (codec.is_float())  // the whole would be written as floats
+        refuse("one codec for all linears, as GPTQ says it once", "floats among codes in " + stored.name);
       if (first == nullptr) first = part;
       const Codec wanted = checkpoint.codec(first->name);
       if (!is_module(checkpoint.config(), *part)) refuse("linears that GPTQ knows", "no Linear module in transformers");
       if (codec != wanted)
         refuse("one codec for all linears, as GPTQ says it once",
-               codec.is_float() ? "floats among codes"
-                                : codec.name() + " where " + first->name + " has " + wanted.name());
+               codec.name() + " where " + first->name + " has " + wanted.name());
       if (const std::string why = gptq_obstacle(codec, stored.shape[0], stored.shape[1]); !why.empty())
         refuse("codes that GPTQ holds", why);
+      if (!less_one || codec.kind != CodecKind::kQ4a) continue;
+      const std::vector<std::uint8_t> zeros = checkpoint.codes(part->name).zeros;
+      checkpoint.release(part->name);
+      if (std::find(zeros.begin(), zeros.end(), 0) != zeros.end())
+        throw input_error(place, "zero points from 1 to 15, of which version 1 stores one less",
+                          part->name + ": 0", "--to gptq_v2 stores them as they are");
     }
   }
   if (first == nullptr)
@@ -243,7 +259,7 @@ void plan_gptq_folder(const Checkpoint& checkpoint, std::vector<std::string>& no
 std::vector<std::string> plan_folder(const Checkpoint& checkpoint, FolderForm form) {
   std::vector<std::string> notes = checkpoint.notes();
   note_doubles(checkpoint, notes);
-  if (form != FolderForm::kCompressedTensors) plan_gptq_folder(checkpoint, notes);
+  if (form != FolderForm::kCompressedTensors) plan_gptq_folder(checkpoint, form == FolderForm::kGptq, notes);
   return notes;
 }
 

@@ -19,6 +19,7 @@ struct ExportOptions {
   std::string codec = "keep";
   bool fallback = true;    // a row that the group does not divide: q8c (announced) instead of an error
   std::string recipe = {}; // embedded as "recipe" when not empty
+  bool origin = true;      // embed what the folder says of its base and licence, or its name
 };
 
 struct ExportPlan {

@@ -37,6 +37,13 @@ double seconds_since(std::chrono::steady_clock::time_point begin) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
+// Row blocks an item: about four items a thread; with many tokens few enough that their codes stay in cache while the
+// activation tiles pass by.
+std::int64_t blocks_per_item(std::int64_t blocks, std::int64_t tokens, int threads) {
+  const std::int64_t wanted = (blocks + 4 * threads - 1) / (4 * threads);
+  return std::clamp<std::int64_t>(wanted, 1, tokens > kActTile ? 8 : 64);
+}
+
 }  // namespace
 
 // One stage's activations in the forms its matrices want.
@@ -80,6 +87,20 @@ Forward::Forward(const ModelConfig& config, const Weights& weights, const Kernel
     s.int8.resize(kActTile, widest_);
     s.token_int8.resize(kActTile, widest_, Int8Activations::Form::kToken);
   }
+  const auto meet = [&](const PackedMatrix& w) {
+    if (w.codec.int8_inputs) token_width_ = std::max(token_width_, w.cols);
+    else if (int8_ && !w.codec.is_float()) group_width_ = std::max(group_width_, w.cols);
+  };
+  const auto meet_mlp = [&](const MlpWeights& mlp) {
+    for (const LinearWeights* w : {&mlp.gate, &mlp.up, &mlp.down}) meet(w->matrix);
+    if (config.gated_mlp) most_up_ = std::max(most_up_, mlp.up.matrix.rows);
+  };
+  for (const BlockWeights& b : weights.blocks) {
+    for (const LinearWeights* w : {&b.q, &b.k, &b.v, &b.o}) meet(w->matrix);
+    meet_mlp(b.mlp);
+    for (const MlpWeights& expert : b.experts) meet_mlp(expert);
+  }
+  meet(weights.head);
 }
 
 void Forward::begin(std::int64_t stages, std::int64_t tokens) {
@@ -89,8 +110,30 @@ void Forward::begin(std::int64_t stages, std::int64_t tokens) {
     counters_[static_cast<std::size_t>(i)].next.store(0, std::memory_order_relaxed);
   if (tokens > kActTile) {
     normed_.reserve(tokens * widest_);
-    int8_input_.resize(tokens, widest_);
+    if (group_width_ > 0) int8_input_.resize(tokens, group_width_);
+    if (token_width_ > 0) token_int8_input_.resize(tokens, token_width_, Int8Activations::Form::kToken);
   }
+}
+
+std::int64_t Forward::up_floats(std::int64_t tokens, int threads) const {
+  const std::int64_t blocks = 2 * ((most_up_ + kBlockRows - 1) / kBlockRows);
+  const auto floats = [&](std::int64_t count) {
+    return count * std::min(most_up_, blocks_per_item(blocks, count, threads) * kBlockRows);
+  };
+  return std::max(floats(tokens), floats(std::min(tokens, kActTile)));  // an expert may have fewer
+}
+
+void Forward::run_kernels(int threads, std::int64_t tokens, const std::function<void(int, int)>& work) {
+  item_threads_ = threads;
+  if (kernels_.reserve == nullptr || tokens <= kActTile || group_width_ + token_width_ == 0)
+    return run_team(threads, work);
+  std::atomic<bool> missing{false};
+  run_team(threads, [&](int thread, int team) {
+    if (!kernels_.reserve(tokens, group_width_, token_width_)) missing.store(true, std::memory_order_relaxed);
+    barrier_.wait(team);
+    if (!missing.load(std::memory_order_relaxed)) work(thread, team);
+  });
+  if (missing.load(std::memory_order_relaxed)) throw std::bad_alloc();
 }
 
 // What one thread of the team does. Every thread runs the same stages in the same order; within a stage, items are
@@ -204,18 +247,13 @@ struct Forward::Worker {
     }
   }
 
-  // Row blocks an item: about four items a thread; with many tokens few enough that their codes stay in cache while
-  // the activation tiles pass by.
-  std::int64_t blocks_per_item(std::int64_t blocks) const {
-    const std::int64_t wanted = (blocks + 4 * threads - 1) / (4 * threads);
-    return std::clamp<std::int64_t>(wanted, 1, tokens > kActTile ? 8 : 64);
-  }
+  std::int64_t step(std::int64_t blocks) const { return blocks_per_item(blocks, tokens, f.item_threads_); }
 
   // All outputs share the input. Takes one stage and ends with a barrier.
   void multiply(const Input& input, std::initializer_list<Output> outputs) {
     std::int64_t blocks = 0, items = 0;
     for (const Output& to : outputs) blocks += to.linear->matrix.row_blocks();
-    const std::int64_t step = blocks_per_item(blocks);
+    const std::int64_t step = this->step(blocks);
     for (const Output& to : outputs) items += (to.linear->matrix.row_blocks() + step - 1) / step;
     share(items, [&](std::int64_t i) {
       for (const Output& to : outputs) {
@@ -232,14 +270,13 @@ struct Forward::Worker {
   void gate_up(const Input& input, const MlpWeights& mlp) {
     if (!f.config_.gated_mlp) return up_alone(input, mlp.up);
     const std::int64_t blocks = mlp.gate.matrix.row_blocks(), width = mlp.gate.matrix.rows;
-    const std::int64_t step = blocks_per_item(2 * blocks);
+    const std::int64_t step = this->step(2 * blocks);
     const auto activate = f.config_.activation == Activation::kSilu ? f.kernels_.silu_mul : f.kernels_.gelu_mul;
     share((blocks + step - 1) / step, [&](std::int64_t i) {
       const std::int64_t begin = i * step, end = std::min(blocks, begin + step);
       rows({&mlp.gate, f.gate_.data(), width, false}, input, begin, end);
       const std::int64_t first = begin * kBlockRows, count = std::min(end * kBlockRows, width) - first;
       const LinearWeights up = {rows_from(mlp.up.matrix, begin), mlp.up.bias ? mlp.up.bias + first : nullptr};
-      mine.up.reserve(tokens * count);
       rows({&up, mine.up.data(), count, false}, input, 0, end - begin);
       for (std::int64_t t = 0; t < tokens; ++t)
         activate(f.gate_.data() + t * width + first, mine.up.data() + t * count, count);
@@ -249,7 +286,7 @@ struct Forward::Worker {
 
   void up_alone(const Input& input, const LinearWeights& up) {
     const std::int64_t blocks = up.matrix.row_blocks(), width = up.matrix.rows;
-    const std::int64_t step = blocks_per_item(blocks);
+    const std::int64_t step = this->step(blocks);
     const auto activate = f.config_.activation == Activation::kGelu ? f.kernels_.gelu : f.kernels_.gelu_tanh;
     share((blocks + step - 1) / step, [&](std::int64_t i) {
       const std::int64_t begin = i * step, end = std::min(blocks, begin + step);
@@ -427,22 +464,21 @@ void Forward::route(std::int64_t tokens) {
     route.tokens.clear();
     route.weights.clear();
   }
-  std::vector<std::pair<float, std::int64_t>> order(static_cast<std::size_t>(experts.count));
   for (std::int64_t t = 0; t < tokens; ++t) {
     const float* scores = router_.data() + t * experts.count;
     const float peak = *std::max_element(scores, scores + experts.count);
     float all = 0, chosen = 0;
     for (std::int64_t e = 0; e < experts.count; ++e) {
       const float share = std::exp(scores[e] - peak);
-      order[static_cast<std::size_t>(e)] = {share, e};
+      order_[static_cast<std::size_t>(e)] = {share, e};
       all += share;
     }
-    const auto last = order.begin() + experts.per_token;
-    std::partial_sort(order.begin(), last, order.end(), [](const auto& a, const auto& b) {
+    const auto last = order_.begin() + experts.per_token;
+    std::partial_sort(order_.begin(), last, order_.end(), [](const auto& a, const auto& b) {
       return a.first != b.first ? a.first > b.first : a.second < b.second;
     });
-    for (auto it = order.begin(); it != last; ++it) chosen += it->first;
-    for (auto it = order.begin(); it != last; ++it) {
+    for (auto it = order_.begin(); it != last; ++it) chosen += it->first;
+    for (auto it = order_.begin(); it != last; ++it) {
       Route& route = routes_[static_cast<std::size_t>(it->second)];
       route.tokens.push_back(t);
       route.weights.push_back(it->first / (experts.renormalize ? chosen : all));
@@ -487,6 +523,11 @@ bool Forward::run(std::span<const std::int32_t> ids, std::span<const Part> parts
   if (config_.post_norms || config_.has_experts()) added_.reserve(tokens * config_.hidden_size);
   if (config_.has_experts()) {
     router_.reserve(tokens * experts.count);
+    order_.resize(static_cast<std::size_t>(experts.count));
+    for (Route& route : routes_) {  // any of them may have all tokens
+      route.tokens.reserve(static_cast<std::size_t>(tokens));
+      route.weights.reserve(static_cast<std::size_t>(tokens));
+    }
     expert_in_.reserve(tokens * config_.hidden_size);
   }
   for (const RopeKind kind : rope_kinds_) {
@@ -523,7 +564,9 @@ bool Forward::run(std::span<const std::int32_t> ids, std::span<const Part> parts
   // The block after which the team leaves. One thread decides when it enters a block; the others look when they have
   // passed the barriers of that block, so that all leave after the same one.
   std::atomic<std::int64_t> last{config_.num_layers};
-  run_team(threads, [&](int thread, int team) {
+  if (most_up_ > 0)
+    for (int i = 0; i < threads; ++i) scratch_[static_cast<std::size_t>(i)].up.reserve(up_floats(tokens, threads));
+  run_kernels(threads, tokens, [&](int thread, int team) {
     Worker worker{*this, scratch_[static_cast<std::size_t>(thread)], tokens, thread, team};
     for (std::int64_t i = 0; i < config_.num_layers && i <= last.load(std::memory_order_relaxed); ++i) {
       if (thread == 0 && i < last.load(std::memory_order_relaxed) &&
@@ -546,7 +589,7 @@ void Forward::head(const float* hidden, std::int64_t count, float* out) {
     const std::int64_t products = tokens * config_.hidden_size * config_.vocab_size;
     const int threads = head_team_.threads(products, threads_);
     const auto begun = std::chrono::steady_clock::now();
-    run_team(threads, [&](int thread, int team) {
+    run_kernels(threads, tokens, [&](int thread, int team) {
       Worker worker{*this, scratch_[static_cast<std::size_t>(thread)], tokens, thread, team};
       const Input in = worker.prepare(hidden + first * config_.hidden_size, config_.hidden_size, weights_.final_norm,
                                       worker.forms({&linear}));

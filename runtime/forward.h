@@ -3,8 +3,10 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "core/config.h"
@@ -60,6 +62,9 @@ class Forward {
   };
 
   void begin(std::int64_t stages, std::int64_t tokens);
+  // run_team(), after every thread has what its kernels keep. Error: std::bad_alloc; then no thread did any work.
+  void run_kernels(int threads, std::int64_t tokens, const std::function<void(int thread, int threads)>& work);
+  std::int64_t up_floats(std::int64_t tokens, int threads) const;  // that a thread has of up beside a gate
   void fill_rope(const Part& part, std::int64_t first_row);
   void route(std::int64_t tokens);
 
@@ -69,6 +74,9 @@ class Forward {
   int threads_;
   bool int8_;
   std::int64_t q_width_, kv_width_, widest_;
+  std::int64_t group_width_ = 0, token_width_ = 0;  // widest input that is rounded in groups, by token; 0: none
+  std::int64_t most_up_ = 0;                        // rows of the widest up beside a gate
+  int item_threads_ = 1;                            // asked for in this call: what items are sized for
   float score_scale_;
   std::vector<RopeKind> rope_kinds_;    // those the model has
   std::vector<double> frequencies_[3];  // by RopeKind, [rotated pairs]
@@ -81,7 +89,8 @@ class Forward {
   FloatBuffer cos_[3], sin_[3];  // by RopeKind: [tokens, rotated pairs]
   std::vector<Row> rows_;
   std::vector<std::int64_t> starts_;  // of the sequences in rows_, and the end
-  std::vector<Route> routes_;    // by expert
+  std::vector<Route> routes_;         // by expert
+  std::vector<std::pair<float, std::int64_t>> order_;  // of the experts of a token
   Int8Activations int8_input_, token_int8_input_;
 };
 

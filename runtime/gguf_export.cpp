@@ -359,6 +359,7 @@ class Planner {
     for (const auto& [key, value] : origin.licence) plan_.metadata.emplace_back(gguf_key(key), value);
     plan_.metadata.emplace_back("general.base_model.count", std::uint32_t{1});
     plan_.metadata.emplace_back("general.base_model.0.name", origin.base);
+    plan_.metadata.emplace_back(kOriginKey, origin.base);
     if (blocks) plan_.metadata.emplace_back("general.quantization_version", std::uint32_t{2});
     for (auto& pair : gguf_config_keys(config_, arch_, plan_.notes)) plan_.metadata.push_back(std::move(pair));
     tokenizer();

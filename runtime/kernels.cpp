@@ -8,6 +8,7 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -150,6 +151,7 @@ bool has_avx512vnni() {
   kernels.name = name;
   kernels.matmul_int8 = products.matmul_int8;
   if (products.quantize_tile) kernels.quantize_tile = products.quantize_tile;
+  kernels.reserve = products.reserve;
   return kernels;
 }
 
@@ -166,16 +168,23 @@ const Kernels& amx_kernels() {
   return kernels;
 }
 
-// The processor has AMX for bytes, and the system lets this process keep the state of its tiles.
+constexpr long kTileData = 18;  // XFEATURE_XTILEDATA
+
+// The processor has AMX for bytes, and the system knows it.
 bool has_amx() {
-  static const bool has = [] {
-    constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTile) == 0 || (d & kInt8) == 0) return false;
-    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-  }();
-  return has;
+  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTile) == 0 || (d & kInt8) == 0) return false;
+  constexpr long kSupported = 0x1021;  // ARCH_GET_XCOMP_SUPP
+  std::uint64_t features = 0;
+  return syscall(SYS_arch_prctl, kSupported, &features) == 0 && (features >> kTileData & 1) != 0;
+}
+
+// Lets this process keep the state of the tiles. For good, and every signal stack has to hold it from then on, so only
+// where they are used.
+bool permit_amx() {
+  constexpr long kRequest = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
 #endif
 
@@ -207,6 +216,13 @@ std::vector<const Kernels*> kernels_here() {
   return here;
 }
 
+bool permitted([[maybe_unused]] const Kernels& kernels) {
+#if defined(__x86_64__) && defined(PARE_AMX)
+  if (std::strcmp(kernels.name, "amx") == 0) return permit_amx();
+#endif
+  return true;
+}
+
 }  // namespace
 
 #ifdef PARE_AVXVNNI
@@ -226,13 +242,17 @@ const Kernels& choose_kernels(const std::string& name) {
   std::string wanted = name, place = "kernels";
   if (wanted.empty()) {
     const char* env = std::getenv("PARE_KERNELS");
-    if (env == nullptr || *env == '\0') return *here.back();
+    if (env == nullptr || *env == '\0')
+      return **std::find_if(here.rbegin(), here.rend(), [](const Kernels* each) { return permitted(*each); });
     wanted = env;
     place = "environment variable PARE_KERNELS";
   }
   std::string list;
   for (const Kernels* each : here) {
-    if (wanted == each->name) return *each;
+    if (wanted == each->name && permitted(*each)) return *each;
+    if (wanted == each->name)
+      throw usage_error(place, "leave of the system to use AMX's tiles", "that it refuses it",
+                        "a signal stack (sigaltstack) of this process may be too small; avx512vnni does without");
     list += (list.empty() ? "" : ", ") + std::string(each->name);
   }
   throw usage_error(place, "kernels that this machine has: " + list, "\"" + wanted + "\"");

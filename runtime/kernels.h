@@ -126,12 +126,17 @@ struct Kernels {
   // x[i] = cap * tanh(x[i] / cap)
   void (*soft_cap)(float* x, float cap, std::int64_t n);
   const AttentionKernels* attention;
+  // Takes what the calling thread keeps for products with int8 activations of so many tokens and as many inputs at most
+  // (0: none in that form), as the products themselves would. false: there is no memory. nullptr: they keep nothing.
+  bool (*reserve)(std::int64_t tokens, std::int64_t group_cols, std::int64_t token_cols) = nullptr;
 };
 
-// Names this machine can run, best last, of "plain", "avx2", "avxvnni", "avx512vnni", "amx" on x86 and "plain", "neon",
-// "dotprod", "i8mm" on aarch64.
+// Names this machine can run, best last (the system is not asked for anything), of "plain", "avx2", "avxvnni",
+// "avx512vnni", "amx" on x86 and "plain", "neon", "dotprod", "i8mm" on aarch64.
 std::vector<std::string> available_kernels();
-// "": PARE_KERNELS if set, else the best. Unknown or not supported here: exit 2 with the list.
+// "": PARE_KERNELS if set, else the best. Unknown or not supported here: exit 2 with the list. "amx" asks Linux for the
+// tiles of the whole process, from then on signal stacks have to hold them: by name exit 2 where that is refused, by
+// default the next best is taken.
 const Kernels& choose_kernels(const std::string& name);
 
 extern const Kernels kPlainKernels;
@@ -143,6 +148,7 @@ struct Int8Products {
   decltype(Kernels::quantize_tile) quantize_tile;  // nullptr: as the narrower one has it
   std::int64_t (*peak)(std::int64_t rounds);  // as PeakLoops::int8 (runtime/roofline.h)
   std::int64_t peak_operations;
+  decltype(Kernels::reserve) reserve = nullptr;
 };
 extern const Int8Products kAvxVnniShort, kAvxVnniLong;  // of "avx2", in the two codings of the instruction
 // The coding that this machine knows; only where available_kernels() has "avxvnni".

@@ -7,6 +7,7 @@
 #endif
 #include <algorithm>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "runtime/int8_avx512vnni.h"
@@ -202,6 +203,27 @@ struct alignas(64) TokenWeights {
   std::uint8_t codes[kTokenDepth / 4 * kLine];
 };
 
+GroupWeights* group_weights(std::int64_t panel) { return scratch<GroupWeights>(kBlocks * panel); }
+TotalsTile* group_totals(std::int64_t tokens) {
+  return scratch<TotalsTile>((tokens + 2 * kTileTokens) / kTileTokens * kBlocks);
+}
+std::int64_t token_steps(std::int64_t inputs) { return (inputs + kTokenDepth - 1) / kTokenDepth; }
+TokenWeights* token_weights(std::int64_t steps) { return scratch<TokenWeights>(2 * steps); }
+
+bool reserve(std::int64_t tokens, std::int64_t group_cols, std::int64_t token_cols) {
+  if (tokens <= kActTile) return true;
+  try {
+    if (group_cols > 0) {
+      group_weights(std::min(kPanel, (group_cols + kActGroup - 1) / kActGroup));
+      group_totals(tokens);
+    }
+    if (token_cols > 0) token_weights(token_steps(round_up(token_cols, 4)));
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
+  return true;
+}
+
 // Calls work(token, tokens of its tile from it on that are wanted, tokens of the tile) for the tiles of [first, last).
 template <class Work>
 void each_tile(const Int8Activations& x, std::int64_t first, std::int64_t last, const Work& work) {
@@ -220,8 +242,8 @@ void multiply_groups(const PackedMatrix& w, const Int8Activations& x, std::int64
   const int shift = w.groups == 1 ? 62 : w.group_shift;
   const std::int64_t lines = w.codec.bits() == 8 ? 8 : w.codec.bits();  // of 32 inputs
   const std::int64_t panel = std::min(kPanel, x.groups);
-  GroupWeights* const weights = scratch<GroupWeights>(kBlocks * panel);
-  TotalsTile* const totals = scratch<TotalsTile>((last - first + 2 * kTileTokens) / kTileTokens * kBlocks);
+  GroupWeights* const weights = group_weights(panel);
+  TotalsTile* const totals = group_totals(last - first);
   for (std::int64_t block = block_begin; block < block_end; block += kBlocks) {
     const std::int64_t blocks = std::min(kBlocks, block_end - block);
     for (std::int64_t from = 0; from < x.groups; from += panel) {
@@ -260,8 +282,8 @@ void multiply_rows(const PackedMatrix& w, const Int8Activations& x, std::int64_t
                    std::int64_t block_begin, std::int64_t block_end, float* out, std::int64_t ldo, bool add) {
   Tiles shapes;
   constexpr std::int64_t kSpanSteps = kRowSpan / kTokenDepth;
-  const std::int64_t steps = (w.lines * 4 + kTokenDepth - 1) / kTokenDepth;
-  TokenWeights* const weights = scratch<TokenWeights>(2 * steps);
+  const std::int64_t steps = token_steps(w.lines * 4);
+  TokenWeights* const weights = token_weights(steps);
   alignas(64) Totals totals[4];  // token tile * 2 + row block
   alignas(64) Sums sums[4];
   for (std::int64_t block = block_begin; block < block_end; block += 2) {
@@ -413,7 +435,7 @@ std::int64_t int8(std::int64_t rounds) {
 
 }  // namespace
 
-const Int8Products kAmx = {matmul_int8, quantize_tile, int8, 2 * 4 * 16 * 16 * kTokenDepth};
+const Int8Products kAmx = {matmul_int8, quantize_tile, int8, 2 * 4 * 16 * 16 * kTokenDepth, reserve};
 
 }  // namespace pare
 #endif

@@ -41,7 +41,9 @@ typedef struct pare_options {
   int threads;           /* 0: all cores */
   int float_activations; /* 0: int8 activations with quantized weights; 1: float */
   const char* kernels;   /* "plain", "avx2", "avxvnni", "avx512vnni", "amx", "neon", "dotprod", "i8mm";
-                            NULL: the best here */
+                            NULL: the best here. Where that is "amx", and with it by name, Linux is asked for the tiles'
+                            state of the whole process: later signal stacks (sigaltstack) have to hold it, about 11 KiB
+                            (getauxval(AT_MINSIGSTKSZ)). A name below it asks for nothing. */
   const char* kv;        /* keys and values: "f32", "f16" or "q8"; NULL: f16 with int8 activations, f32 with float */
 } pare_options;
 #define PARE_OPTIONS_INIT {sizeof(pare_options), 0, 0, NULL, NULL}

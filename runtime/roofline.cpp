@@ -94,6 +94,7 @@ const PeakLoops& peak_loops(const std::string& kernels) {
 #endif
 #ifdef PARE_AMX
   if (kernels == "amx") {
+    choose_kernels(kernels);  // asks for the tiles
     static const PeakLoops loops = with_products(kAvx512VnniPeaks, "amx", kAmx);
     return loops;
   }

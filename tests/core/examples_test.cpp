@@ -148,6 +148,39 @@ TEST(Examples, WhatIsTooLongIsCutDroppedOrRefusedAndCounted) {
   }
 }
 
+// What lies behind the context costs nothing: the template refuses to render anything but the beginning and the whole.
+TEST(Examples, RepliesBehindTheContextAreNotRendered) {
+  const ChatTemplate chat = ChatTemplate::parse(
+      "{% if messages | length > 6 and messages | length < 40 %}{{ raise_exception('again') }}{% endif %}"
+      "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}", "t");
+  Document document;
+  document.place = "chat.jsonl:2";
+  for (int i = 0; i < 40; ++i)
+    document.messages.push_back(
+        {{"role", i % 2 == 0 ? "user" : "assistant"}, {"content", "number " + std::to_string(i)}});
+  ExampleForm f = form(0);
+  f.chat = &chat;
+  const auto begin = tokenizer().encode("user: number 0\nassistant: number 1\n", false, true);
+  f.most = static_cast<std::int64_t>(begin.size());
+  ExampleCounts counts;
+  const auto examples = of(document, f, counts);
+  ASSERT_EQ(examples.size(), 1u);
+  EXPECT_EQ(examples[0].ids, begin);
+  EXPECT_EQ(learned(examples[0]), "assistant: number 1\n");
+  EXPECT_EQ(counts.cut, 1);
+  f.too_long = TooLong::kDrop;
+  EXPECT_TRUE(of(document, f, counts).empty());
+  EXPECT_EQ(counts.dropped, 1);
+  f.too_long = TooLong::kRefuse;
+  try {
+    of(document, f, counts);
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_EQ(error.place(), "chat.jsonl:2");
+    EXPECT_NE(error.hint().find("--too-long"), std::string::npos);
+  }
+}
+
 TEST(Examples, LongDocumentsGoOnAndEveryIdIsLearnedOnce) {
   Document document;
   for (int i = 0; i < 40; ++i) document.text += "the target number " + std::to_string(i) + " is built. ";

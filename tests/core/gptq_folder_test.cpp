@@ -261,6 +261,9 @@ TEST_F(GptqFolder, DamageIsNamed) {
   EXPECT_TRUE(contains(with("bits", 3), "4 or 8"));
   EXPECT_TRUE(contains(with("bits", "4"), "a whole number"));
   EXPECT_TRUE(contains(with("group_size", 0), "group_size"));
+  for (const Json& beyond : {Json(1048577), Json(INT64_MAX), Json(UINT64_MAX), Json(UINT64_MAX - 31)})
+    EXPECT_TRUE(contains(with("group_size", beyond), "group_size")) << beyond;
+  EXPECT_TRUE(contains(with("bits", UINT64_MAX - 251), "bits: expected a whole number of 64 bits"));
   EXPECT_TRUE(contains(with("group_size", nullptr), "group_size"));
   EXPECT_TRUE(contains(with("group_size", 64), "instead of"));
   EXPECT_TRUE(contains(with("bits", 8), "instead of"));

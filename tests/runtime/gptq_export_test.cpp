@@ -1,4 +1,5 @@
 // pare export --to gptq and gptq_v2, and back.
+#include <algorithm>
 #include <cstring>
 
 #include "core/gptq_folder.h"
@@ -44,6 +45,24 @@ class GptqExport : public ::testing::Test {
     return path;
   }
   fs::path out() { return scratch_ / ("out" + std::to_string(++count_)); }
+  // A GPT-NeoX, whose q, k and v stand in one tensor; `floats`: linears that stay so.
+  fs::path fused(const std::vector<std::string>& floats) {
+    const fs::path path = scratch_ / ("m" + std::to_string(++count_));
+    fs::create_directories(path);
+    const Json json = Json::parse(R"({"architectures":["GPTNeoXForCausalLM"],"model_type":"gpt_neox","hidden_size":128,
+      "intermediate_size":96,"num_hidden_layers":2,"num_attention_heads":4,"vocab_size":50,"rotary_pct":0.25,
+      "max_position_embeddings":64,"layer_norm_eps":1e-05,"hidden_act":"gelu","tie_word_embeddings":false})");
+    const ModelConfig config = parse_config(json, nullptr, "");
+    CheckpointWriter writer(path, config, "float32");
+    for (const TensorSpec& spec : expected_tensors(config)) {
+      if (spec.role == TensorRole::kLinear && std::find(floats.begin(), floats.end(), spec.name) == floats.end())
+        writer.put_codes(spec.name, random_codes(Codec::parse("q4g32", ""), spec.shape[0], spec.shape[1], 5));
+      else
+        writer.put(spec.name, values_of(spec).data());
+    }
+    writer.finish();
+    return path;
+  }
   std::string refusal(const fs::path& from, FolderForm form = FolderForm::kGptq) {
     const fs::path to = out();
     const std::string said = error_of([&] { export_folder(Checkpoint(from), to, context_, form); });
@@ -126,6 +145,8 @@ TEST_F(GptqExport, WhatItCannotHoldIsRefusedWithTheReason) {
   EXPECT_TRUE(contains(refusal(model("")), "pare quantize"));
   const std::string zero = refusal(model("q4ag32"));
   EXPECT_TRUE(zero.starts_with("3 ") && contains(zero, "--to gptq_v2")) << zero;
+  const std::string planned = error_of([&] { plan_folder(Checkpoint(model("q4ag32")), FolderForm::kGptq); });
+  EXPECT_TRUE(planned.starts_with("3 ") && contains(planned, "--to gptq_v2")) << planned;
   Json narrow = small_config();  // 16 outputs of k and v
   narrow["num_key_value_heads"] = 1;
   narrow["num_attention_heads"] = 8;
@@ -140,6 +161,40 @@ TEST_F(GptqExport, WhatItCannotHoldIsRefusedWithTheReason) {
   }
   writer.finish();
   EXPECT_TRUE(contains(refusal(scratch_ / "narrow"), "multiples of 32"));
+}
+
+TEST_F(GptqExport, CodesOfAFusedTensorAreNotLost) {
+  EXPECT_TRUE(plan_folder(Checkpoint(fused({})), FolderForm::kGptq).empty());
+  const std::string block = "model.layers.0.";
+  for (const char* part : {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"})
+    EXPECT_TRUE(contains(refusal(fused({block + part + ".weight"})), "floats among codes in ")) << part;
+  const fs::path whole = fused({block + "self_attn.q_proj.weight", block + "self_attn.k_proj.weight",
+                                block + "self_attn.v_proj.weight"});
+  EXPECT_EQ(plan_folder(Checkpoint(whole), FolderForm::kGptq).size(), 1u);
+}
+
+// desc_act: others find codes, which pare has as floats.
+TEST_F(GptqExport, ThePlanOfFormsThatNoCodecHolds) {
+  const fs::path to = out();
+  export_folder(Checkpoint(model("q4g32")), to, context_, FolderForm::kGptq);
+  std::string bytes = read_text(to / "model.safetensors");
+  const SafetensorsFile file(to / "model.safetensors");
+  const TensorView* order = file.find("model.layers.0.mlp.down_proj.g_idx");
+  ASSERT_NE(order, nullptr);
+  char* const first = bytes.data() + (order->data.data() - file.file().bytes().data());
+  std::swap_ranges(first, first + 4, first + 4 * 95);
+  testing::write_bytes(to / "model.safetensors", bytes);
+  ASSERT_FALSE(Checkpoint(to).is_quantized("model.layers.0.mlp.down_proj.weight"));
+  for (const Compatibility& row : compatibility(Checkpoint(to))) {
+    std::string reasons;
+    for (const std::string& reason : row.reasons) reasons += reason + "\n";
+    EXPECT_NE(row.fast, Compatibility::Answer::kYes) << row.target;
+    const bool floats = row.target == "llama.cpp" || row.target == "pare";
+    if (row.target == "Ollama") continue;  // as llama.cpp
+    EXPECT_TRUE(contains(reasons, floats ? "1 linear of GPTQ that no codec holds"
+                                         : "4 bits, groups of 32, inputs in another order (desc_act)"))
+        << row.target << ": " << reasons;
+  }
 }
 
 TEST_F(GptqExport, TheVerbSaysItBeforeItWrites) {

@@ -162,6 +162,44 @@ fs::path config_with(const fs::path& folder, const std::string& key, const Json&
   return folder / "m";
 }
 
+// A GPTQ folder of version 1, 4 bits in groups of 32, with another quantization_config or other bytes of a tensor.
+fs::path gptq(const fs::path& folder, const Json& changes, const std::string& tensor = {},
+              const std::string& bytes = {}) {
+  const ModelConfig config = parse_config(testing::small_config(), nullptr, "");
+  fs::create_directories(folder / "codes");
+  CheckpointWriter writer(folder / "codes", config, "float32");
+  for (const TensorSpec& spec : expected_tensors(config)) {
+    if (spec.role == TensorRole::kLinear)
+      writer.put_codes(spec.name, testing::random_codes(Codec::parse("q4g32", ""), spec.shape[0], spec.shape[1], 5));
+    else
+      writer.put(spec.name, testing::values_of(spec).data());
+  }
+  writer.finish();
+  Context context;
+  export_folder(Checkpoint(folder / "codes"), folder / "m", context, FolderForm::kGptq);
+  Json json = read_json(folder / "m" / "config.json");
+  json["quantization_config"].update(changes);
+  write_bytes(folder / "m" / "config.json", json.dump());
+  if (tensor.empty()) return folder / "m";
+  std::string all = read_text(folder / "m" / "model.safetensors");
+  const SafetensorsFile file(folder / "m" / "model.safetensors");
+  const auto at = file.find(tensor)->data.data() - file.file().bytes().data();
+  all.replace(static_cast<std::size_t>(at), bytes.size(), bytes);
+  write_bytes(folder / "m" / "model.safetensors", all);
+  return folder / "m";
+}
+
+// One block, whose widths are lists; shapes as with one number.
+fs::path deci(const fs::path& folder, const std::string& key, const GgufValue& value) {
+  return gguf_model(folder, [&](auto& p) {
+    p.become("deci");
+    p.set("deci.attention.head_count", std::vector<std::int32_t>{4});
+    p.set("deci.attention.head_count_kv", std::vector<std::int32_t>{2});
+    p.set("deci.feed_forward_length", std::vector<std::int32_t>{64});
+    p.set("deci." + key, value);
+  });
+}
+
 fs::path poisoned(const fs::path& folder, float value) {
   testing::write_folder(folder / "m", testing::small_config());
   std::string bytes = read_text(folder / "m" / "model.safetensors");
@@ -329,7 +367,7 @@ const std::vector<Crafted>& crafted() {
                  std::string("{% for c in ().__class__.__base__.__subclasses__() %}{{ c.__init__.__globals__['os']"
                              ".system('touch ") + (f / "ran").string() + "') }}{% endfor %}");
          });
-       }, "chat_template.jinja: line 1", "", talk},
+       }, "chat_template.jinja: line 1", "__class__", talk},
       {"GgufTemplateWithoutEnd", "the same, to keep the machine busy",
        [](F f) {
          return gguf_model(f, [](auto& p) {
@@ -351,13 +389,68 @@ const std::vector<Crafted>& crafted() {
       {"CompactOfAnotherShape", "a config inside that disagrees with the tensors",
        [](F f) {
          return compact(f, [](std::string& b) { replace_in(b, "\"hidden_size\":32", "\"hidden_size\":96"); });
-       }, "bad.pare", "", open_in_the_runtime},
+       }, "bad.pare", "model.embed_tokens.weight has another shape than the config", open_in_the_runtime},
       {"ConfigOfAMillionBlocks", "memory asked for by a number in config.json",
-       [](F f) { return config_with(f, "num_hidden_layers", 1000000000000); }, "num_hidden_layers", ""},
+       [](F f) { return config_with(f, "num_hidden_layers", 1000000000000); }, "num_hidden_layers",
+       "1 to 10000"},
       {"ConfigOfNoHeads", "a division by zero", [](F f) { return config_with(f, "num_attention_heads", 0); },
-       "num_attention_heads", ""},
+       "num_attention_heads", "1 to 1048576"},
       {"ConfigOfHugeRows", "sizes whose product wraps",
-       [](F f) { return config_with(f, "vocab_size", 4611686018427387904ll); }, "config.json", ""},
+       [](F f) { return config_with(f, "vocab_size", 4611686018427387904ll); }, "config.json", "1 to 67108864"},
+      // ---- lists with a width for each block
+      {"WidthsOfAnotherCount", "an entry behind the end of a list",
+       [](F f) { return config_with(f, "intermediate_size", Json::array({96})); }, "config.json",
+       "intermediate_size has 1 entries for 2 blocks"},
+      {"WidthsBelowZero", "a size whose sign changes",
+       [](F f) { return config_with(f, "intermediate_size", {96, -96}); }, "config.json", "has an entry -96"},
+      {"WidthsThatWrap", "the same beyond 63 bits",
+       [](F f) { return config_with(f, "num_key_value_heads", {2, UINT64_MAX - 1}); }, "config.json",
+       "num_key_value_heads has an entry 18446744073709551614"},
+      {"WidthsOfNoHeads", "a division by zero in one block",
+       [](F f) { return config_with(f, "num_key_value_heads", {2, 0}); }, "config.json",
+       "num_key_value_heads has an entry 0"},
+      {"WidthsThatDoNotDivide", "heads behind the last head of keys",
+       [](F f) { return config_with(f, "num_key_value_heads", {2, 3}); }, "config.json",
+       "block 1 has 4 heads, no multiple of its 3"},
+      {"WidthsInWidths", "a list where a number is read",
+       [](F f) { return config_with(f, "intermediate_size", Json::parse("[96,[96]]")); }, "config.json",
+       "has an entry [96]"},
+      {"DeciOfAnotherCount", "an entry behind the end of a list",
+       [](F f) { return deci(f, "feed_forward_length", std::vector<std::int32_t>{64, 64}); }, "bad.gguf",
+       "feed_forward_length"},
+      {"DeciBelowZero", "a size whose sign changes",
+       [](F f) { return deci(f, "feed_forward_length", std::vector<std::int32_t>{-64}); }, "bad.gguf",
+       "feed_forward_length"},
+      {"DeciOfNoHeads", "a division by zero",
+       [](F f) { return deci(f, "attention.head_count_kv", std::vector<std::int32_t>{0}); }, "bad.gguf",
+       "attention.head_count_kv"},
+      {"DeciThatDoesNotDivide", "heads behind the last head of keys",
+       [](F f) { return deci(f, "attention.head_count_kv", std::vector<std::int32_t>{3}); }, "bad.gguf", "heads"},
+      // ---- GPTQ
+      {"GptqOfHugeGroups", "the number of groups: inputs plus group wraps",
+       [](F f) { return gptq(f, {{"group_size", INT64_MAX}}); }, "quantization_config.group_size",
+       "a number from 1 to 1048576"},
+      {"GptqOfGroupsThatWrap", "2^64 - 1 read as -1, one group for all",
+       [](F f) { return gptq(f, {{"group_size", UINT64_MAX}}); }, "quantization_config.group_size",
+       "18446744073709551615"},
+      {"GptqOfNoGroups", "a division by zero", [](F f) { return gptq(f, {{"group_size", 0}}); },
+       "quantization_config.group_size", "found 0"},
+      {"GptqOfOtherBits", "a shift by more bits than a word has", [](F f) { return gptq(f, {{"bits", 64}}); },
+       "quantization_config.bits", "4 or 8"},
+      {"GptqOfFewerGroups", "scales read behind their end", [](F f) { return gptq(f, {{"group_size", 16}}); },
+       "qzeros", "instead of"},
+      {"GptqGroupBeyondTheGroups", "scales looked up by a number in the file",
+       [](F f) { return gptq(f, Json::object(), "model.layers.0.mlp.up_proj.g_idx", u32(4)); }, "up_proj.g_idx",
+       "groups from 0 to 3"},
+      {"GptqGroupBelowZero", "the same with a sign",
+       [](F f) { return gptq(f, Json::object(), "model.layers.0.mlp.up_proj.g_idx", u32(~0u)); }, "up_proj.g_idx",
+       "groups from 0 to 3"},
+      {"GptqZeroPointThatWraps", "15 stored for 16 or 0, as readers disagree",
+       [](F f) { return gptq(f, Json::object(), "model.layers.0.mlp.up_proj.qzeros", u32(~0u)); }, "up_proj.qzeros",
+       "a stored 15"},
+      {"GptqScalesNotFinite", "products that are no numbers",
+       [](F f) { return gptq(f, Json::object(), "model.layers.0.mlp.up_proj.scales", std::string("\0\x7e", 2)); },
+       "up_proj.scales", "finite scales"},
       {"ConfigNesting", "recursion of the JSON parser",
        [](F f) {
          testing::write_folder(f / "m", testing::small_config());
@@ -369,6 +462,45 @@ const std::vector<Crafted>& crafted() {
        tokenize, 1},
   };
   return kCases;
+}
+
+// ---- texts that are taken along without being read
+
+// Whether a file or any file of a folder has these bytes in it.
+bool holds(const fs::path& path, const std::string& what) {
+  if (fs::is_regular_file(path)) return contains(read_text(path), what);
+  for (const auto& entry : fs::recursive_directory_iterator(path))
+    if (fs::is_regular_file(entry.path()) && contains(read_text(entry.path()), what)) return true;
+  return false;
+}
+
+// Somebody who is given a model must not publish his own files with it.
+TEST(HostileNotices, WhatIsNotTheModelsIsNotPublished) {
+  const Scratch scratch("notices");
+  testing::write_folder(scratch / "m", testing::small_config());
+  const std::string secret = "license: of-somebody-else";
+  write_bytes(scratch / "secret", "---\n" + secret + "\n---\n");
+  for (const char* name : {"README.md", "LICENSE", "LICENSE.txt"})
+    fs::create_symlink(scratch / "secret", scratch / "m" / name);
+  fs::create_symlink("/dev/zero", scratch / "m" / "LICENSE.md");
+  EXPECT_EQ(::mkfifo((scratch / "m" / "NOTICE").c_str(), 0600), 0);
+  const Checkpoint model(scratch / "m");
+  EXPECT_EQ(plan_folder(model, FolderForm::kCompressedTensors).size(), 4u);  // said; the card is not taken along anyway
+  Context context;
+  convert(scratch / "m", scratch / "m.pare");
+  convert_to_gguf(scratch / "m", scratch / "m.gguf");
+  export_folder(model, scratch / "out", context);
+  for (const char* made : {"m.pare", "m.gguf", "out"}) EXPECT_FALSE(holds(scratch / made, secret)) << made;
+  EXPECT_TRUE(holds(scratch / "out" / "README.md", "LICENSE is a link that leaves the folder"));
+  // A file that says it is long costs nothing.
+  fs::remove(scratch / "m" / "NOTICE");
+  write_bytes(scratch / "m" / "NOTICE", "notice");
+  fs::resize_file(scratch / "m" / "NOTICE", std::uintmax_t{1} << 34);
+  EXPECT_EQ(Checkpoint(scratch / "m").side_file("NOTICE"), std::nullopt);
+  fs::resize_file(scratch / "m" / "NOTICE", 6);
+  EXPECT_EQ(Checkpoint(scratch / "m").side_file("NOTICE"), "notice");
+  convert(scratch / "m", scratch / "again.pare");
+  EXPECT_EQ(CompactFile(scratch / "again.pare").embedded("NOTICE"), "notice");
 }
 
 // At most this much beyond what the process has: what a file of some kilobytes may cost.

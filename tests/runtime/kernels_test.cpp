@@ -2,7 +2,12 @@
 #include "runtime/kernels.h"
 
 #include <gtest/gtest.h>
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -613,6 +618,32 @@ TEST(ChooseKernelsTest, NamesAndEnvironment) {
   EXPECT_EQ(choose_kernels("").name, available_kernels().back());
   if (old != nullptr) setenv("PARE_KERNELS", saved.c_str(), 1);
 }
+
+#if defined(__x86_64__) && defined(__linux__)
+// The permission is the whole process's and makes small signal stacks fail, so only who uses the tiles asks for it. In a
+// process of its own (threadsafe: the program starts again), as other tests here use them.
+TEST(Kernels, TilesAreAskedForOnlyWhereTheyAreUsed) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  const auto permitted = [] {
+    constexpr long kPermissions = 0x1022;  // ARCH_GET_XCOMP_PERM
+    std::uint64_t features = 0;
+    return syscall(SYS_arch_prctl, kPermissions, &features) == 0 && (features >> 18 & 1) != 0;
+  };
+  const auto choose = [&](const char* name) {
+    available_kernels();
+    choose_kernels(name);
+    std::exit(permitted() ? 1 : 0);
+  };
+  EXPECT_EXIT(choose("plain"), ::testing::ExitedWithCode(0), "");
+  const std::vector<std::string> names = available_kernels();
+  if (std::find(names.begin(), names.end(), "avx2") != names.end()) {
+    EXPECT_EXIT(choose("avx2"), ::testing::ExitedWithCode(0), "");
+  }
+  if (names.back() == "amx") {
+    EXPECT_EXIT(choose("amx"), ::testing::ExitedWithCode(1), "");
+  }
+}
+#endif
 
 }  // namespace
 }  // namespace pare

@@ -1,9 +1,11 @@
 // What a session goes through besides feeding: requests to stop, states that come and go, other engines beside it.
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 
 #include <atomic>
 #include <chrono>
 #include <fstream>
+#include <new>
 #include <thread>
 
 #include "core/context.h"
@@ -38,6 +40,45 @@ Bytes state_of(const Session& session) {
   session.save([&](std::span<const std::byte> bytes) { state.insert(state.end(), bytes.begin(), bytes.end()); });
   EXPECT_EQ(state.size(), session.state_bytes());
   return state;
+}
+
+// Wherever a pass finds no memory, it is an error that can be caught: threads of a team take none.
+TEST(SessionMemory, WhatIsMissingIsAnErrorAtEveryPoint) {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  GTEST_SKIP() << "reserves more than there is";
+#endif
+  const testing::Scratch scratch("memory");
+  const std::vector<std::int32_t> ids = random_ids(40, kVocab, 3);
+  for (const char* codec : {"w8a8", "q4"}) {
+    const fs::path file = scratch / (std::string(codec) + ".pare");
+    testing::write_tiny_model(file, testing::tiny_config("llama", 32, 8192, 2, 2, 16, kVocab, false),
+                              Codec::parse(codec, ""), 3);
+    rlimit before{};
+    ::getrlimit(RLIMIT_AS, &before);
+    std::uint64_t pages = 0;
+    std::ifstream("/proc/self/statm") >> pages;
+    int failures = 0;
+    bool fed = false;
+    for (std::uint64_t more = 0; !fed && more < std::uint64_t{64} << 20; more += std::uint64_t{192} << 10) {
+      rlimit now = before;
+      now.rlim_cur = pages * 4096 + more;
+      ASSERT_EQ(::setrlimit(RLIMIT_AS, &now), 0);
+      try {
+        EngineOptions options;
+        options.threads = 1;
+        Session session(Engine::open(file, options));
+        session.feed(ids);
+        fed = true;
+      } catch (const std::bad_alloc&) {
+        ++failures;
+      } catch (const Error&) {  // the file could not be mapped
+        ++failures;
+      }
+      ::setrlimit(RLIMIT_AS, &before);
+    }
+    EXPECT_TRUE(fed) << codec;
+    EXPECT_GT(failures, 3) << codec;
+  }
 }
 
 // Models without a window, with windows in all or some blocks, with LongRoPE (whose switch lies at 24), with experts.
