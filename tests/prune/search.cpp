@@ -315,7 +315,8 @@ TEST(SpeedSearch, TheChosenShapeKeepsTheLimit) {
       EXPECT_FALSE(row.deterministic);
       const bool within = row.after.value() >= 1 / search.budget.limit;
       ++(within ? kept : missed);
-      if (!per_layer && row.metric.find(chosen.shape.in_words()) != std::string::npos) EXPECT_TRUE(within) << row.metric;
+      const bool of_chosen = !per_layer && row.metric.find(chosen.shape.in_words()) != std::string::npos;
+      EXPECT_TRUE(within || !of_chosen) << row.metric;
     }
     EXPECT_GT(kept, 0);
     EXPECT_GT(missed, 0) << "the limit was never tightened";
