@@ -24,7 +24,7 @@ Command compress_command(Toolbox tools) {
       "pare compress --model MODEL --out SMALL   or   pare compress recipe.yaml --model MODEL --out SMALL --dry-run";
   const auto shared = std::make_shared<Toolbox>(std::move(tools));
   command.run = [shared](const Options& options, Context& context) -> Json {
-    refuse_ranks("compress", "its stages run on several ranks: pare train, distill, prune, quantize");
+    refuse_ranks("compress", "its stages run on several ranks: pare train, finetune, distill, prune, quantize");
     Json flags = options.resolved();
     if (context.seed_given) flags["seed"] = context.seed;
     const fs::path file = options.get_or<std::string>("recipe", "");

@@ -6,11 +6,11 @@
 #include <torch/version.h>
 #include <unistd.h>
 
-#include <fstream>
 #include <thread>
 
 #include "compress/compress.h"
 #include "core/file.h"
+#include "core/processor.h"
 #include "core/tokenizer_sentencepiece.h"
 #include "core/version.h"
 #include "model/ranks.h"
@@ -18,13 +18,6 @@
 
 namespace pare {
 namespace {
-
-std::string processor_name() {
-  std::ifstream in("/proc/cpuinfo");
-  for (std::string line; std::getline(in, line);)
-    if (line.starts_with("model name") && line.find(": ") != std::string::npos) return line.substr(line.find(": ") + 2);
-  return "unknown";
-}
 
 Json cpu_features() {
   Json features = Json::array();

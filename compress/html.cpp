@@ -26,7 +26,7 @@ constexpr const char* kStyle =
     ".c5{stroke:var(--s5)}.m{fill:var(--back);stroke-width:1.8}";
 
 constexpr double kWidth = 800, kHeight = 280, kLeft = 70, kRight = 14, kTop = 26, kBottom = 40;
-constexpr int kColours = 6;
+constexpr int kColours = 6, kMostTicks = 20;
 
 std::string fixed(double value) {
   char text[32];
@@ -52,9 +52,14 @@ std::string label(double value) {
 std::vector<double> ticks(double low, double high) {
   const double rough = (high - low) / 5, power = std::pow(10, std::floor(std::log10(rough)));
   const double step = power * (rough / power < 1.5 ? 1 : rough / power < 3.5 ? 2 : rough / power < 7.5 ? 5 : 10);
+  if (!(step > 0)) return {};
+  const double first = std::ceil(low / step - 1e-9), last = std::floor(high / step + 1e-9);
   std::vector<double> at;
-  for (double k = std::ceil(low / step - 1e-9); k <= std::floor(high / step + 1e-9); ++k)
-    at.push_back(k == 0 ? 0 : k * step);
+  // Counted in whole numbers: beyond 2^53 a double plus 1 is itself.
+  for (int i = 0; i < kMostTicks && first + i <= last; ++i) {
+    const double value = (first + i) * step;
+    if (at.empty() || value > at.back()) at.push_back(first + i == 0 ? 0 : value);
+  }
   return at;
 }
 
@@ -157,7 +162,7 @@ std::string line_chart(const std::string& title, const std::string& x_name, cons
                     " " + fixed(kHeight) + "\" role=img aria-label=\"" + escaped(title) + "\">\n";
   std::vector<double> levels;
   if (y.logarithmic) {
-    for (double power = std::pow(10, std::floor(std::log10(y.low))); power <= y.high; power *= 10)
+    for (double power = std::max(1e-300, std::pow(10, std::floor(std::log10(y.low)))); power <= y.high; power *= 10)
       for (const double part : {1.0, 2.0, 5.0})
         if (power * part >= y.low && power * part <= y.high) levels.push_back(power * part);
     if (levels.size() > 9)

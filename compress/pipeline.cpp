@@ -181,7 +181,8 @@ Json Pipeline::keyed_options(const Command& stage, const Json& resolved, bool po
   Json keyed = Json::object();
   for (const auto& d : stage.options) {
     if (d.name == "model" || d.name == "out") continue;
-    if (d.name == "max-ram") continue;  // decides where activations stand, not one byte of the result
+    // These decide where and when something is done, not one byte of the result.
+    if (d.name == "max-ram" || d.name == "rank-timeout" || d.name == "checkpoint-minutes") continue;
     const Json& value = resolved.at(d.name);
     if (!is_path_option(d) || value.is_null()) {
       keyed[d.name] = value;

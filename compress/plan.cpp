@@ -10,6 +10,7 @@
 #include "compress/pipeline.h"
 #include "compress/pipeline_steps.h"
 #include "core/error.h"
+#include "core/transformers.h"
 
 namespace pare {
 namespace {
@@ -338,10 +339,16 @@ void Pipeline::plan_steps(Plan& plan, const std::function<void(const Error&)>& p
       plan.original.planned.quantized || std::any_of(recipe_.stages.begin(), recipe_.stages.end(),
                                                      [](const RecipeStage& s) { return s.name == "quantize"; });
   plan.loaders.push_back("model.pare: pare " + tools_.version + " (LibTorch-free runtime, C API)");
-  if (!recipe_.stages.empty())
-    plan.loaders.push_back(quantized
-                               ? "model/: transformers with compressed-tensors, in float32 for exactly these weights"
-                               : "model/: transformers");
+  if (recipe_.stages.empty()) return;
+  auto obstacle = transformers_obstacle(model.config);
+  // A stage that has not run yet is planned with blocks that are all alike.
+  if (!obstacle && std::any_of(recipe_.stages.begin(), recipe_.stages.end(), [](const RecipeStage& s) {
+        return s.given.contains("per-layer") && s.given.at("per-layer") == true;
+      }))
+    obstacle = "blocks of different widths";
+  plan.loaders.push_back(obstacle    ? "model/: pare; transformers does not load it: " + *obstacle
+                         : quantized ? "model/: transformers with compressed-tensors, in float32 for exactly these weights"
+                                     : "model/: transformers");
 }
 
 }  // namespace pare

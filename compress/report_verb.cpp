@@ -193,7 +193,7 @@ void add_folder(const fs::path& root, const fs::path& folder, int depth, std::st
 }
 
 Json run_report(const Options& options, Context& context) {
-  fs::path run = options.get<std::string>("run");
+  fs::path run = fs::absolute(options.get<std::string>("run")).lexically_normal();  // ".": the page lies beside it
   if (run.filename().empty()) run = run.parent_path();  // "folder/"
   fs::path unfinished = run;
   unfinished += ".partial";

@@ -8,6 +8,7 @@
 #include <fstream>
 #include <set>
 
+#include "core/compact_size.h"
 #include "core/error.h"
 
 namespace pare {
@@ -201,22 +202,52 @@ std::vector<std::string> CompactFile::verify() const {
 
 const fs::path& CompactFile::path() const { return file_->file().path(); }
 
+namespace {
+
+using Plan = CompactWriter::Plan;
+
+std::uint64_t payload_bytes(const Plan& tensor) {
+  return tensor.codec.payload_bytes(rows_of(tensor.shape), cols_of(tensor.shape));
+}
+
+std::vector<TensorDecl> declared(const std::vector<Plan>& plan, const std::map<std::string, std::uint64_t>& embedded) {
+  std::vector<TensorDecl> decls;
+  for (const Plan& tensor : plan)
+    decls.push_back({tensor.name, DType::kU8, {static_cast<std::int64_t>(payload_bytes(tensor))}});
+  for (const auto& [name, bytes] : embedded)
+    decls.push_back({std::string(kEmbeddedPrefix) + name, DType::kU8, {static_cast<std::int64_t>(bytes)}});
+  decls.push_back({std::string(kReportName), DType::kU8, {0}});
+  return decls;
+}
+
+std::map<std::string, std::string> metadata(const std::vector<Plan>& plan, const std::vector<std::string>& hashes,
+                                            const std::string& file_hash, const std::string& report_hash) {
+  nlohmann::json meta = {{"version", kVersion}, {"file_hash", file_hash}, {"report_hash", report_hash}, {"tensors", nlohmann::json::object()}};
+  for (std::size_t i = 0; i < plan.size(); ++i)
+    meta["tensors"][plan[i].name] = {{"codec", plan[i].codec.name()}, {"shape", plan[i].shape}, {"hash", hashes[i]}};
+  return {{"format", "pt"}, {"pare", meta.dump()}};
+}
+
+// Room for the offsets of any report, so that the header keeps its size when the report arrives.
+std::size_t header_room(const std::vector<Plan>& plan, std::vector<TensorDecl> decls) {
+  const std::string none(kHashLength, '0');
+  decls.back().shape = {1'000'000'000'000'000};
+  return safetensors_header(decls, metadata(plan, std::vector<std::string>(plan.size(), none), none, none)).size() - 8;
+}
+
+}  // namespace
+
 struct CompactWriter::State {
   State(const fs::path& file_path, std::vector<Plan> tensors, std::map<std::string, std::string> files)
       : path(file_path), plan(std::move(tensors)), embedded(std::move(files)) {
     if (fs::exists(fs::symlink_status(path)))
       throw usage_error(path.string(), "an output that does not exist yet", "an existing one",
                         "remove it or choose another --out");
-    for (const Plan& tensor : plan)
-      decls.push_back({tensor.name, DType::kU8, {static_cast<std::int64_t>(payload_bytes(tensor))}});
-    for (const auto& [name, text] : embedded)
-      decls.push_back({std::string(kEmbeddedPrefix) + name, DType::kU8, {static_cast<std::int64_t>(text.size())}});
-    decls.push_back({std::string(kReportName), DType::kU8, {0}});
+    std::map<std::string, std::uint64_t> sizes;
+    for (const auto& [name, text] : embedded) sizes[name] = text.size();
+    decls = declared(plan, sizes);
     hashes.assign(plan.size(), std::string(kHashLength, '0'));
-    // Room for the offsets of any report, so that the header keeps its size when the report arrives.
-    std::vector<TensorDecl> largest = decls;
-    largest.back().shape = {1'000'000'000'000'000};
-    reserve = safetensors_header(largest, metadata(std::string(kHashLength, '0'), std::string(kHashLength, '0'))).size() - 8;
+    reserve = header_room(plan, decls);
     file = std::make_unique<AtomicFile>(path);
     write(as_bytes(header(std::string(kHashLength, '0'), std::string(kHashLength, '0'))));
   }
@@ -235,19 +266,8 @@ struct CompactWriter::State {
     pending.clear();
   }
 
-  static std::uint64_t payload_bytes(const Plan& tensor) {
-    return tensor.codec.payload_bytes(rows_of(tensor.shape), cols_of(tensor.shape));
-  }
-
-  std::map<std::string, std::string> metadata(const std::string& file_hash, const std::string& report_hash) const {
-    nlohmann::json meta = {{"version", kVersion}, {"file_hash", file_hash}, {"report_hash", report_hash}, {"tensors", nlohmann::json::object()}};
-    for (std::size_t i = 0; i < plan.size(); ++i)
-      meta["tensors"][plan[i].name] = {{"codec", plan[i].codec.name()}, {"shape", plan[i].shape}, {"hash", hashes[i]}};
-    return {{"format", "pt"}, {"pare", meta.dump()}};
-  }
-
   std::string header(const std::string& file_hash, const std::string& report_hash) const {
-    return safetensors_header(decls, metadata(file_hash, report_hash), reserve);
+    return safetensors_header(decls, metadata(plan, hashes, file_hash, report_hash), reserve);
   }
 
   const Plan& expect(bool quantized) {
@@ -281,6 +301,13 @@ CompactWriter::CompactWriter(fs::path path, std::vector<Plan> plan, std::map<std
     : state_(std::make_unique<State>(path, std::move(plan), std::move(embedded))) {}
 
 CompactWriter::~CompactWriter() = default;
+
+std::uint64_t compact_overhead(const std::vector<CompactWriter::Plan>& plan,
+                               const std::map<std::string, std::uint64_t>& embedded) {
+  std::uint64_t bytes = 8 + header_room(plan, declared(plan, embedded));
+  for (const auto& [name, size] : embedded) bytes += size;
+  return bytes;
+}
 
 void CompactWriter::add(const QuantizedTensor& tensor) {
   State& s = *state_;
@@ -320,7 +347,7 @@ void CompactWriter::add(const float* values, bool as_stored) {
     }
     emit(kind == CodecKind::kF32 ? std::as_bytes(std::span(from, n)) : std::as_bytes(std::span(half)));
   }
-  const std::vector<std::byte> padding(State::payload_bytes(plan) - written);
+  const std::vector<std::byte> padding(payload_bytes(plan) - written);
   emit(padding);
   s.hashes[s.next++] = hasher.hex();
 }

@@ -154,7 +154,7 @@ const GgufArchitecture& gguf_architecture(const ModelConfig& config, const std::
     return row;
   }
   if (!config.layer_widths.empty())
-    throw input_error(place, "blocks that are all as wide, or those of a Llama: llama.cpp's deci has the others",
+    throw input_error(place, "blocks that are all as wide, or those of a Llama or Mistral: llama.cpp's deci has the others",
                       config.family + " with blocks of different widths", "--to compact keeps it as it is");
   throw input_error(place, "a family that can be written as GGUF (" + known + ")", config.family);
 }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cctype>
+#include <iterator>
 #include <optional>
 
 #include "core/compact.h"
@@ -13,6 +14,7 @@
 #include "core/notices.h"
 #include "core/options.h"
 #include "core/tokenizer_text.h"
+#include "core/transformers.h"
 
 namespace pare {
 namespace {
@@ -136,10 +138,12 @@ void read_record(const std::string& text, ModelOrigin& origin) {
     if (const std::string value = said(key); !value.empty()) state_licence(origin, key, value);
 }
 
+// Of the model that is written: what a search tried on the way begins with "trial: ".
 bool describes_a_model(const ReportRow& row) {
   static constexpr std::array kShown = {"perplexity", "mean_kl", "kl", "top1", "accuracy", "bits_per_byte", "held_out",
                                         "tensor_bytes", "file_bytes", "parameters", "bits_per_weight", "tuning_kl",
-                                        "sparsity", "acc"};
+                                        "sparsity", "acc", "calibration ", "blocks", "heads", "neurons", "channels",
+                                        "experts"};
   return row.deterministic && std::any_of(kShown.begin(), kShown.end(), [&](const char* shown) {
     return row.metric.starts_with(shown);
   });
@@ -150,15 +154,26 @@ std::string number(const std::optional<double>& value) {
 }
 
 std::string figures_of(const Report& report) {
-  std::string text;
-  std::size_t shown = 0;
-  for (const ReportRow& row : report.rows()) {
-    if (!describes_a_model(row) || shown == kMostFigures) continue;
-    if (shown++ == 0) text = "| stage | figure | before | after | standard error | unit |\n|---|---|---|---|---|---|\n";
-    text += fmt::format("| {} | {} | {} | {} | {} | {} |\n", row.stage, row.metric, number(row.before),
-                        number(row.after), number(row.standard_error), row.unit);
-  }
+  std::vector<ReportRow> rows;
+  std::copy_if(report.rows().begin(), report.rows().end(), std::back_inserter(rows), describes_a_model);
+  if (rows.empty()) return "";
+  // Where there are too many, those of the whole model stay.
+  std::stable_partition(rows.begin(), rows.end(), [](const ReportRow& row) {
+    return row.metric.find(" of block ") == std::string::npos;
+  });
+  std::string text = "| stage | figure | before | after | standard error | unit |\n|---|---|---|---|---|---|\n";
+  for (std::size_t i = 0; i < std::min(rows.size(), kMostFigures); ++i)
+    text += fmt::format("| {} | {} | {} | {} | {} | {} |\n", rows[i].stage, rows[i].metric, number(rows[i].before),
+                        number(rows[i].after), number(rows[i].standard_error), rows[i].unit);
+  if (rows.size() > kMostFigures) text += fmt::format("\n{} further rows are left out.\n", rows.size() - kMostFigures);
   return text;
+}
+
+// Why transformers does not load what was written; nullopt too where no config.json lies there.
+std::optional<std::string> loading_obstacle(const fs::path& folder) {
+  for (const fs::path& file : {folder / "config.json", folder / "model" / "config.json"})
+    if (fs::is_regular_file(file)) return transformers_obstacle(parse_config(read_json(file), nullptr, file.string()));
+  return std::nullopt;
 }
 
 // One word for a shell.
@@ -259,7 +274,7 @@ std::string origin_record(const ModelOrigin& origin) {
 
 std::string command_of(const std::string& verb, const Options& options) {
   static constexpr std::array kUnsaid = {"model", "out", "threads", "quiet", "json", "restart", "max-ram", "device",
-                                        "checkpoint-minutes"};
+                                        "checkpoint-minutes", "rank-timeout"};
   std::string command = "pare " + verb;
   for (const auto& [name, value] : options.resolved().items()) {
     if (!options.changed(name) || std::find(kUnsaid.begin(), kUnsaid.end(), name) != kUnsaid.end()) continue;
@@ -283,7 +298,8 @@ void write_model_card(const fs::path& folder, const CardStep& step) {
     text += fmt::format("base_model: {}\n", Json(origin.base).dump());
   if (const bool codes = holds_codes(folder); !origin.base.empty() && (codes || !converted))
     text += fmt::format("base_model_relation: {}\n", codes ? "quantized" : "finetune");
-  text += "library_name: transformers\ntags:\n- pare\n---\n\n";
+  const auto obstacle = loading_obstacle(folder);
+  text += fmt::format("library_name: {}\ntags:\n- pare\n---\n\n", obstacle ? "pare" : "transformers");
   if (origin.base.empty()) {
     text += "# A model made by pare\n\nTrained from nothing but text.\n";
   } else {
@@ -297,6 +313,7 @@ void write_model_card(const fs::path& folder, const CardStep& step) {
     else if (const std::string why = step.from.empty() ? "" : notice_obstacle(step.from, name); !why.empty())
       text += "The original's " + name + " is " + why + ", and was not taken along.\n";
   }
+  if (obstacle) text += fmt::format("\npare loads this model, transformers does not: {}.\n", plain(*obstacle));
   if (!step.files.empty()) text += "\n" + step.files + "\n";
   text += "\n## How it was made\n\n";
   for (std::size_t i = 0; i < origin.steps.size(); ++i)

@@ -32,31 +32,32 @@ std::string number_text(double value) {
   return number.dump();
 }
 
-// Empty when fine, else "expected ..., found ...".
-std::string check_value(const OptionDecl& decl, Json& value) {
-  // Arguments are bytes and need not be UTF-8.
-  const std::string found = ", found " + value.dump(-1, ' ', false, Json::error_handler_t::replace);
+struct Misfit {
+  std::string expected, hint;  // expected: empty when the value is fine
+};
+
+Misfit check_value(const OptionDecl& decl, Json& value) {
   switch (decl.type) {
     case OptionType::kFlag:
-      if (!value.is_boolean()) return "expected true or false" + found;
+      if (!value.is_boolean()) return {"true or false", ""};
       break;
     case OptionType::kInteger:
       if (!value.is_number_integer() || (value.is_number_unsigned() && value.get<std::uint64_t>() > INT64_MAX))
-        return "expected a whole number of 64 bits" + found;
+        return {"a whole number of 64 bits", ""};
       break;
     case OptionType::kNumber:
-      if (!value.is_number() || !std::isfinite(value.get<double>())) return "expected a finite number" + found;
+      if (!value.is_number() || !std::isfinite(value.get<double>())) return {"a finite number", ""};
       break;
     case OptionType::kText:
     case OptionType::kPath:
-      if (!value.is_string()) return "expected a text" + found;
+      if (!value.is_string()) return {"a text", ""};
       if (!decl.choices.empty()) {
         const auto& text = value.get_ref<const std::string&>();
         if (std::find(decl.choices.begin(), decl.choices.end(), text) == decl.choices.end()) {
           std::string all;
           for (const auto& choice : decl.choices) all += (all.empty() ? "" : ", ") + choice;
           const std::string near = nearest_name(text, decl.choices);
-          return "expected one of " + all + found + (near.empty() ? "" : "; did you mean " + near + "?");
+          return {"one of " + all, near.empty() ? "" : "did you mean " + near + "?"};
         }
       }
       break;
@@ -64,13 +65,16 @@ std::string check_value(const OptionDecl& decl, Json& value) {
       if (value.is_string()) value = Json::array({value});
       if (!value.is_array() ||
           !std::all_of(value.begin(), value.end(), [](const Json& item) { return item.is_string(); }))
-        return "expected a list of texts" + found;
+        return {"a list of texts", ""};
       break;
   }
   if (value.is_number()) {
     const auto number = value.get<double>();
-    if (decl.minimum && number < *decl.minimum) return "expected at least " + number_text(*decl.minimum) + found;
-    if (decl.maximum && number > *decl.maximum) return "expected at most " + number_text(*decl.maximum) + found;
+    if ((decl.minimum && number < *decl.minimum) || (decl.maximum && number > *decl.maximum)) {
+      if (!decl.maximum) return {"at least " + number_text(*decl.minimum), ""};
+      if (!decl.minimum) return {"at most " + number_text(*decl.maximum), ""};
+      return {"at least " + number_text(*decl.minimum) + " and at most " + number_text(*decl.maximum), ""};
+    }
   }
   return {};
 }
@@ -91,7 +95,13 @@ std::string nearest_name(std::string_view name, const std::vector<std::string>& 
 }
 
 Options::Options(const std::vector<OptionDecl>& decls, const Json& given, const std::string& place) {
+  const bool flags = place.empty();  // the command line: messages begin with the flag
   std::vector<std::string> problems, names;
+  std::vector<Error> misfits;
+  const auto named = [&](const OptionDecl& decl) {
+    if (flags) return decl.positional ? decl.name : "--" + decl.name;
+    return "option \"" + decl.name + "\"";
+  };
   for (const auto& decl : decls) names.push_back(decl.name);
   if (!given.is_object() && !given.is_null())
     throw usage_error(place, "a mapping of options", given.dump(), "write `name: value` pairs");
@@ -103,19 +113,24 @@ Options::Options(const std::vector<OptionDecl>& decls, const Json& given, const 
   for (const auto& decl : decls) {
     Json value = given.is_object() && given.contains(decl.name) ? given[decl.name] : Json(nullptr);
     if (value.is_null()) {
-      if (decl.required) problems.push_back("option \"" + decl.name + "\" is required (" + decl.help + ")");
+      if (decl.required) problems.push_back(named(decl) + " is required (" + decl.help + ")");
       value = decl.default_value;
-    } else if (const std::string problem = check_value(decl, value); !problem.empty()) {
-      problems.push_back("option \"" + decl.name + "\": " + problem);
+    } else if (const Misfit misfit = check_value(decl, value); !misfit.expected.empty()) {
+      // Arguments are bytes and need not be UTF-8.
+      const std::string found = value.dump(-1, ' ', false, Json::error_handler_t::replace);
+      misfits.push_back(usage_error(flags ? named(decl) : place + ": " + named(decl), misfit.expected, found, misfit.hint));
+      problems.push_back(named(decl) + ": expected " + misfit.expected + ", found " + found +
+                         (misfit.hint.empty() ? "" : "; " + misfit.hint));
     }
     values_[decl.name] = std::move(value);
     defaults_[decl.name] = decl.default_value;
     types_[decl.name] = decl.type;
   }
   if (problems.empty()) return;
+  if (problems.size() == 1 && misfits.size() == 1) throw misfits[0];
   std::string all;
   for (const auto& problem : problems) all += (all.empty() ? "" : "\n  ") + problem;
-  throw usage_error(place, "", all, "see --help for the options");
+  throw usage_error(flags ? "command line" : place, "", all, "see --help for the options");
 }
 
 bool Options::changed(std::string_view name) const {

@@ -92,7 +92,9 @@ double ShapeCosts::outer(std::int64_t hidden) {
   const auto [found, fresh] = outers_.emplace(hidden, 0.0);
   if (fresh) {
     const PartSizes sizes = outer_sizes(config_, hidden, stored());
-    found->second = unit_ == Unit::kSeconds ? times_.fixed + times_.head * sizes.head : sizes.all;
+    found->second = unit_ == Unit::kSeconds ? times_.fixed + times_.head * sizes.head
+                    : unit_ == Unit::kBytes ? sizes.all + stored_.beside
+                                            : sizes.all;
   }
   return found->second;
 }

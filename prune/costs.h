@@ -17,6 +17,7 @@ namespace pare {
 struct StoredAs {
   Codec linear{CodecKind::kBf16, 0};
   Codec other{CodecKind::kBf16, 0};  // float tensors beside codes, such as routers: as in the input
+  double beside = 0;                 // bytes of the file that are no tensors
   Codec of(const TensorSpec& spec) const;
   std::uint64_t bytes(const TensorSpec& spec) const;
   std::string name() const { return linear.name(); }

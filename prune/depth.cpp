@@ -5,6 +5,7 @@
 
 #include "core/error.h"
 #include "prune/measure.h"
+#include "prune/scores.h"
 
 namespace pare {
 namespace {
@@ -88,9 +89,10 @@ class CostMeter {
     job_.context.progress->end();
     Choice choice;
     choice.candidates = alive;
-    for (const WindowFigures& candidate : figures) {
-      const Divergence divergence = candidate.divergence();
-      choice.costs.push_back(divergence.kl);
+    for (std::size_t i = 0; i < figures.size(); ++i) {
+      const Divergence divergence = figures[i].divergence();
+      choice.costs.push_back(
+          finite_divergence(divergence.kl, "the model without block " + std::to_string(alive[i])));
       choice.errors.push_back(divergence.kl_error);
     }
     const auto best = std::min_element(choice.costs.begin(), choice.costs.end());  // of equal ones the first
@@ -133,7 +135,7 @@ std::vector<int> choose_blocks(PruneJob& job, int keep, bool report) {
     std::erase(alive, choice.block);
     for (std::size_t i = 0; report && i < choice.candidates.size(); ++i)
       job.context.report.add({"prune",
-                              "mean_kl without block " + std::to_string(choice.candidates[i]) +
+                              "trial: mean_kl without block " + std::to_string(choice.candidates[i]) +
                                   (choice.candidates[i] == choice.block ? " (removed)" : "") + ", round " +
                                   std::to_string(round + 1),
                               std::nullopt, choice.costs[i], "nats", choice.errors[i]});

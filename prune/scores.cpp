@@ -1,6 +1,7 @@
 #include "prune/scores.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "core/arch/arch.h"
@@ -178,7 +179,12 @@ std::vector<double> Meter::divergences(int layer, DecoderBlock& block, const std
     }
   }
   std::vector<double> out;
-  for (const WindowFigures& candidate : figures) out.push_back(candidate.divergence().kl);
+  for (std::size_t c = 0; c < figures.size(); ++c)
+    out.push_back(finite_divergence(figures[c].divergence().kl,
+                                    "the model " + (candidates[c].module.empty()
+                                                        ? "without block " + std::to_string(layer)
+                                                        : "with less of block " + std::to_string(layer) + "'s " +
+                                                              candidates[c].module)));
   return out;
 }
 
@@ -223,6 +229,12 @@ std::vector<BlockScores> Meter::run(const std::vector<int>& layers) {
 std::vector<BlockScores> measure_scores(PruneJob& job, const CutPlan& plan, const std::vector<int>& layers,
                                         const ScoreLevels& levels) {
   return Meter(job, plan, levels).run(layers);
+}
+
+double finite_divergence(double kl, const std::string& model) {
+  if (std::isfinite(kl)) return kl;
+  throw failure("prune", "finite predictions of " + model, "a divergence of " + std::to_string(kl),
+                "remove less; where every cut ends so, the model's own predictions are not finite");
 }
 
 std::uint64_t scores_peak_bytes(const ModelConfig& config, const ScoreLevels& levels, std::int64_t windows,

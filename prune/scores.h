@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "prune/cutter.h"
@@ -28,6 +29,9 @@ std::vector<BlockScores> measure_scores(PruneJob& job, const CutPlan& plan, cons
 std::uint64_t scores_peak_bytes(const ModelConfig& config, const ScoreLevels& levels, std::int64_t windows,
                                 std::int64_t length, bool refit, const fs::path& spill);
 double scores_passes(const ModelConfig& config, const ScoreLevels& levels, std::int64_t layers);
+
+// The divergence `kl` of `model`, in words. Error: exit 1 where it is not a number.
+double finite_divergence(double kl, const std::string& model);
 
 // `count` levels or fewer, evenly spread below `all`, multiples of `step` and at least `step`, falling.
 std::vector<std::int64_t> even_levels(std::int64_t all, std::int64_t step, int count);

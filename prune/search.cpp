@@ -4,13 +4,13 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <stdexcept>
 
 #include "core/arch/arch.h"
 #include "core/error.h"
 #include "prune/depth.h"
 #include "prune/knapsack.h"
 #include "prune/measure.h"
-#include "prune/speed.h"
 
 namespace pare {
 namespace {
@@ -78,14 +78,28 @@ std::vector<Candidate> within(const std::vector<Candidate>& all, double limit) {
 }
 
 [[noreturn]] void refuse_budget(const Budget& budget, double least, const std::string& hint) {
-  throw usage_error(budget.option(), "at least what the smallest that is searched takes, " + budget.in_words(least),
-                    budget.in_words(budget.limit), hint);
+  const std::string bound = budget.unit == Unit::kSeconds
+                                ? "at most what the fastest that is searched is expected to reach, "
+                                : "at least what the smallest that is searched takes, ";
+  throw usage_error(budget.option(), bound + budget.in_words(least), budget.in_words(budget.limit), hint);
 }
 
 void refuse_large_budget(const Budget& budget, double own) {
   if (own > budget.limit) return;
-  throw usage_error(budget.option(), "less than the model's own " + budget.in_words(own), budget.in_words(budget.limit),
-                    "the model is within this budget as it is");
+  throw usage_error(budget.option(),
+                    (budget.unit == Unit::kSeconds ? "more than the model's own " : "less than the model's own ") +
+                        budget.in_words(own),
+                    budget.in_words(budget.limit), "the model is within this budget as it is");
+}
+
+constexpr const char* kTimesFile = "decode.json";
+constexpr const char* kTimed = "seconds on ";  // keys of search.json
+
+TokenTimer timer_of(const PruneJob& job, const Budget& budget) {
+  if (budget.timer) return budget.timer;
+  return [&](const ModelConfig& config) {
+    return seconds_per_token(config, budget.stored, job.context.threads, job.state / "speed.pare");
+  };
 }
 
 constexpr const char* kSmallerHint = "the search goes down to half of each width and of the blocks: cut twice, or ask "
@@ -123,14 +137,14 @@ class Searcher {
                .kl;
     }
     for (const fs::path& folder : {trial.work, trial.state}) fs::remove_all(folder);
-    known_[key] = kl;
+    known_[key] = finite_divergence(kl, key);
     write_text(file_, known_.dump());
     return kl;
   }
 
   // Seconds of a token of the model that the plan makes.
-  double seconds(const CutPlan& plan, const StoredAs& stored, const std::string& key) {
-    const std::string name = "seconds: " + key;
+  double seconds(const CutPlan& plan, const TokenTimer& timer, const std::string& key) {
+    const std::string name = kTimed + timed_on(job_.context.threads) + ": " + key;
     if (known_.contains(name)) return known_.at(name).get<double>();
     job_.context.progress->note("Measuring the speed of " + key);
     std::vector<int> layers = plan.layers;
@@ -138,11 +152,20 @@ class Searcher {
       layers.resize(static_cast<std::size_t>(plan.shape.layers));
       std::iota(layers.begin(), layers.end(), 0);
     }
-    const ModelConfig config = cut_config(job_.model.config(), plan.shape, layers, plan.widths);
-    const double seconds = seconds_per_token(config, stored, job_.context.threads, job_.state / "speed.pare");
+    const double seconds = timer(cut_config(job_.model.config(), plan.shape, layers, plan.widths));
     known_[name] = seconds;
     write_text(file_, known_.dump());
     return seconds;
+  }
+
+  // Times of a machine that was busy must not decide about the next run too.
+  void forget_times() {
+    Json kept = Json::object();
+    for (const auto& [name, value] : known_.items())
+      if (!name.starts_with(kTimed)) kept[name] = value;
+    known_ = std::move(kept);
+    write_text(file_, known_.dump());
+    fs::remove(job_.state / kTimesFile);
   }
 
  private:
@@ -191,7 +214,9 @@ std::string Budget::option() const {
 
 std::string Budget::in_words(double cost) const {
   if (unit == Unit::kParameters) return std::to_string(std::llround(cost)) + " parameters";
-  if (unit == Unit::kBytes) return std::to_string(std::llround(cost)) + " bytes of tensors as " + stored.name();
+  if (unit == Unit::kBytes)
+    return std::to_string(std::llround(cost)) +
+           (stored.linear.is_float() ? " bytes of tensors as " : " bytes of a compact file in ") + stored.name();
   char text[32];
   std::snprintf(text, sizeof text, "%.4g", 1 / cost);
   return std::string(text) + " tokens a second as " + stored.name();
@@ -220,16 +245,18 @@ namespace {
 bool fast_enough(PruneJob& job, Searcher& searcher, const Budget& budget, const CutPlan& plan, double expected,
                  const std::string& name, double& seconds) {
   if (budget.unit != Unit::kSeconds) return true;
-  seconds = searcher.seconds(plan, budget.stored, name);
+  seconds = searcher.seconds(plan, timer_of(job, budget), name);
   job.context.report.add({"prune", "tokens a second of " + name + ", expected and measured", 1 / expected, 1 / seconds,
                           "tokens/s", std::nullopt, false});
   return seconds <= budget.limit;
 }
 
-[[noreturn]] void too_slow(const Budget& budget, double fastest) {
+[[noreturn]] void too_slow(Searcher& searcher, const Budget& budget, double fastest) {
+  searcher.forget_times();
   throw failure("--min-tokens-per-second", "a shape that decodes as fast as it was expected to",
                 "at best " + budget.in_words(fastest) + " where " + budget.in_words(budget.limit) + " were asked for",
-                "other work on this machine slows it down; or ask for a little less");
+                "other work on this machine slows it down: the same command again measures speeds anew; or ask for a "
+                "little less");
 }
 
 }  // namespace
@@ -249,7 +276,7 @@ void search_shape(PruneJob& job, CutPlan& plan, std::int64_t multiple, const Bud
     kls.emplace_back();
     for (const Shape& shape : axis) {
       kls.back().push_back(searcher.divergence(shape));
-      row("mean_kl of " + shape.in_words(), std::nullopt, kls.back().back());
+      row("trial: mean_kl of " + shape.in_words(), std::nullopt, kls.back().back());
     }
   }
   auto all = possible(config, multiple, costs, combinations(config, axes, kls));
@@ -270,7 +297,7 @@ void search_shape(PruneJob& job, CutPlan& plan, std::int64_t multiple, const Bud
       nearest = std::min(nearest, seconds / candidate.cost);
     }
     if (!fitting.empty()) break;
-    if (tried == 0 || attempt == kTightenings) too_slow(budget, fastest);
+    if (tried == 0 || attempt == kTightenings) too_slow(searcher, budget, fastest);
     limit = std::min(limit * 0.98, budget.limit / nearest);
   }
   std::size_t best = 0;
@@ -280,7 +307,7 @@ void search_shape(PruneJob& job, CutPlan& plan, std::int64_t multiple, const Bud
     if (measured.back() < measured[best]) best = measured.size() - 1;
   }
   for (std::size_t i = 0; i < fitting.size(); ++i)
-    row("mean_kl of " + fitting[i].shape.in_words() + ", sum of its parts before" + (i == best ? " (chosen)" : ""),
+    row("trial: mean_kl of " + fitting[i].shape.in_words() + ", sum of its parts before" + (i == best ? " (chosen)" : ""),
         fitting[i].kl, measured[i]);
   plan.shape = fitting[best].shape;
 }
@@ -328,7 +355,7 @@ void set_widths(CutPlan& plan, const ModelConfig& config, const std::vector<std:
 void report_scores(PruneJob& job, const ModelConfig& config, const std::vector<int>& layers, const ScoreLevels& levels,
                    const std::vector<BlockScores>& scores) {
   const auto row = [&](const std::string& what, double kl) {
-    job.context.report.add({"prune", "mean_kl with " + what, std::nullopt, kl, "nats", std::nullopt});
+    job.context.report.add({"prune", "trial: mean_kl with " + what, std::nullopt, kl, "nats", std::nullopt});
   };
   for (std::size_t i = 0; i < scores.size(); ++i) {
     const std::string block = " of block " + std::to_string(layers[i]);
@@ -426,7 +453,7 @@ void search_widths(PruneJob& job, CutPlan& plan, std::int64_t multiple, const Bu
         continue;
       }
       const double kl = searcher.divergence(trial, name);
-      job.context.report.add({"prune", "mean_kl of " + name, std::nullopt, kl, "nats", std::nullopt});
+      job.context.report.add({"prune", "trial: mean_kl of " + name, std::nullopt, kl, "nats", std::nullopt});
       if (kl < best) {
         best = kl;
         chosen = trial;
@@ -434,8 +461,23 @@ void search_widths(PruneJob& job, CutPlan& plan, std::int64_t multiple, const Bu
       break;
     }
   }
-  if (chosen.layers.empty()) too_slow(budget, fastest);
+  if (chosen.layers.empty()) too_slow(searcher, budget, fastest);
   plan = chosen;
+}
+
+void refuse_means(const ModelConfig& config, const Shape& shape, std::int64_t multiple) {
+  const Shape own = shape_of(config);
+  const bool ffn = shape.ffn < own.ffn, heads = shape.kv_heads < own.kv_heads;
+  const ScoreLevels levels = score_levels(config, multiple, ffn, heads, false);
+  const auto check = [](const char* option, std::int64_t all, const std::vector<std::int64_t>& sizes,
+                        std::int64_t mean) {
+    const std::int64_t least = sizes.empty() ? all : sizes.back();
+    if (mean < least)
+      throw usage_error(option, "with --per-layer a mean of at least " + std::to_string(least) +
+                                    ", the fewest that a block may keep", std::to_string(mean));
+  };
+  if (ffn) check("--ffn", own.ffn, levels.ffn, shape.ffn);
+  if (heads) check("--kv-heads", own.kv_heads, levels.kv_heads, shape.kv_heads);
 }
 
 void spread_widths(PruneJob& job, CutPlan& plan, std::int64_t multiple) {
@@ -456,9 +498,7 @@ void spread_widths(PruneJob& job, CutPlan& plan, std::int64_t multiple) {
         groups.back().push_back({static_cast<double>(size), level_cost(all, known, score(block), size)});
     }
     const auto chosen = cheapest_choices(groups, static_cast<double>(mean) * static_cast<double>(groups.size()));
-    if (chosen.empty())
-      throw usage_error("--per-layer", "a mean above the smallest that is measured, " + std::to_string(sizes.back()),
-                        std::to_string(mean));
+    if (chosen.empty()) throw std::logic_error("spread_widths: a mean that refuse_means refuses");
     for (std::size_t i = 0; i < chosen.size(); ++i) set(plan.widths[i], sizes[chosen[i]]);
   };
   if (ffn)
@@ -487,20 +527,23 @@ void spread_widths(PruneJob& job, CutPlan& plan, std::int64_t multiple) {
 DecodeTimes decode_times(PruneJob& job, const Budget& budget) {
   if (budget.unit != Unit::kSeconds) return {};
   const ModelConfig& config = job.model.config();
-  const fs::path file = job.state / "decode.json";
+  const fs::path file = job.state / kTimesFile;
+  const std::string machine = timed_on(job.context.threads);
+  Json known = fs::exists(file) ? read_json(file) : Json::object();
   std::vector<Timing> timings;
-  if (fs::exists(file)) {
-    for (const Json& entry : read_json(file)) {
+  if (known.contains(machine)) {
+    for (const Json& entry : known.at(machine)) {
       const auto v = entry.get<std::vector<double>>();
       const auto at = [&](std::size_t i) { return static_cast<std::int64_t>(v.at(i)); };
       timings.push_back({{at(0), at(1), at(2), at(3), at(4), at(5)}, v.at(6)});
     }
   } else {
-    timings = measure_shapes(config, budget.stored, job.context, job.state / "speed.pare");
+    timings = measure_shapes(config, timer_of(job, budget), job.context);
     Json json = Json::array();
     for (const auto& [s, seconds] : timings)
       json.push_back({s.layers, s.heads, s.kv_heads, s.ffn, s.hidden, s.experts, seconds});
-    write_text(file, json.dump());
+    known[machine] = std::move(json);
+    write_text(file, known.dump());
   }
   const DecodeTimes times = fit_times(config, budget.stored, timings);
   ShapeCosts costs(config, Unit::kSeconds, budget.stored, times);

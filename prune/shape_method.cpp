@@ -6,6 +6,7 @@
 #include "prune/cutter.h"
 #include "prune/depth.h"
 #include "prune/search.h"
+#include "runtime/export_size.h"
 
 namespace pare {
 namespace {
@@ -21,8 +22,16 @@ constexpr const char* kBudgets[] = {"max-params", "max-bytes", "min-tokens-per-s
 
 bool per_layer(const Options& options) { return options.get<bool>("per-layer"); }
 
+// What the compact file holds beside its tensors. Of the model's own: the file of a smaller one has no more.
+double bytes_beside(const ModelConfig& config, const StoredAs& stored, const fs::path& folder) {
+  if (stored.linear.is_float()) return 0;
+  std::vector<CompactWriter::Plan> tensors;
+  for (const TensorSpec& spec : expected_tensors(config)) tensors.push_back({spec.name, stored.of(spec), spec.shape});
+  return static_cast<double>(compact_bytes_beside(folder, config, tensors));
+}
+
 // dtype: in which the folder is written.
-std::optional<Budget> budget_of(const Options& options, const std::string& dtype) {
+std::optional<Budget> budget_of(const ModelConfig& config, const Options& options, const std::string& dtype) {
   std::string given;
   int budgets = 0;
   for (const char* name : kBudgets)
@@ -48,6 +57,7 @@ std::optional<Budget> budget_of(const Options& options, const std::string& dtype
   } else if (given == "max-bytes") {
     budget.unit = Unit::kBytes;
     budget.limit = static_cast<double>(parse_bytes(options.get<std::string>("max-bytes"), "--max-bytes"));
+    budget.stored.beside = bytes_beside(config, budget.stored, options.get<std::string>("model"));
   } else {
     budget.unit = Unit::kSeconds;
     budget.limit = 1 / options.get<double>("min-tokens-per-second");
@@ -62,10 +72,13 @@ Shape planned_shape(const ModelConfig& config, const Options& options, const std
     throw usage_error("--method shape", "a model whose blocks are all alike",
                       "blocks of different widths (" + width_keys(config) + ")",
                       "cut the original instead, or zero weights with another method");
-  const auto budget = budget_of(options, dtype);
+  const auto budget = budget_of(config, options, dtype);
   if (!budget) {
     const Shape shape = asked_shape(config, options);
-    if (per_layer(options)) check_per_layer(config, shape);
+    if (per_layer(options)) {
+      check_per_layer(config, shape);
+      refuse_means(config, shape, multiple_of(options));
+    }
     return shape;
   }
   if (budget->unit == Unit::kSeconds) return shape_of(config);
@@ -81,10 +94,22 @@ ModelConfig result(const ModelConfig& config, const Options& options, const std:
   return cut_config(config, planned_shape(config, options, dtype));
 }
 
-// A config.json that no other program reads is announced.
-void report_widths(PruneJob& job, const CutPlan& plan) {
+// What was chosen; a config.json that no other program reads is announced.
+void report_shape(PruneJob& job, const CutPlan& plan) {
   const Checkpoint written(job.work);
   const ModelConfig& config = written.config();
+  const Shape own = shape_of(job.model.config()), made = shape_of(config);
+  for (const auto& [what, part] : {std::pair{"blocks", &Shape::layers},
+                                   {"heads", &Shape::heads},
+                                   {"heads of keys and values", &Shape::kv_heads},
+                                   {"neurons", &Shape::ffn},
+                                   {"channels", &Shape::hidden},
+                                   {"experts", &Shape::experts}}) {
+    const bool of_each_block = !plan.widths.empty() && part != &Shape::layers && part != &Shape::hidden;
+    if (own.*part == made.*part || of_each_block) continue;
+    job.context.report.add({"prune", what, static_cast<double>(own.*part), static_cast<double>(made.*part), "",
+                            std::nullopt});
+  }
   for (int layer = 0; layer < config.num_layers && !plan.widths.empty(); ++layer) {
     const BlockWidths widths = config.widths(layer);
     const std::string block = " of block " + std::to_string(plan.layers[static_cast<std::size_t>(layer)]);
@@ -109,7 +134,7 @@ void run(PruneJob& job) {
   plan.refit = refits(job.options);
   plan.damping = job.options.get_or<double>("damping", kDefaultDamping);
   const std::int64_t multiple = multiple_of(job.options);
-  if (const auto budget = budget_of(job.options, job.dtype)) {
+  if (const auto budget = budget_of(config, job.options, job.dtype)) {
     const DecodeTimes times = decode_times(job, *budget);
     if (per_layer(job.options)) search_widths(job, plan, multiple, *budget, times);
     else search_shape(job, plan, multiple, *budget, times);
@@ -119,7 +144,7 @@ void run(PruneJob& job) {
   choose_globals(job, plan);
   if (per_layer(job.options) && plan.widths.empty()) spread_widths(job, plan, multiple);
   write_cut(job, plan);
-  report_widths(job, plan);
+  report_shape(job, plan);
 }
 
 bool searches(const Options& options) {
@@ -145,7 +170,7 @@ std::uint64_t peak(const ModelConfig& config, const Options& options, const std:
     bytes = std::max(bytes, scores_peak_bytes(config, planned_levels(config, options, shape), samples, length,
                                               refits(options), spill));
   if (options.has("min-tokens-per-second")) {  // a file of the model as stored, mapped, and its largest tensor in floats
-    ShapeCosts costs(config, Unit::kBytes, budget_of(options, dtype)->stored);
+    ShapeCosts costs(config, Unit::kBytes, budget_of(config, options, dtype)->stored);
     bytes = std::max(bytes, static_cast<std::uint64_t>(costs.of(config)) +
                                 8 * static_cast<std::uint64_t>(config.vocab_size * config.hidden_size));
   }

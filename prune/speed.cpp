@@ -6,12 +6,15 @@
 #include <array>
 #include <chrono>
 #include <limits>
+#include <thread>
 
 #include "core/arch/arch.h"
 #include "core/compact.h"
 #include "core/error.h"
+#include "core/processor.h"
 #include "core/random_weights.h"
 #include "runtime/engine.h"
+#include "runtime/kernels.h"
 #include "runtime/round_to_nearest.h"
 
 namespace pare {
@@ -87,8 +90,13 @@ double seconds_per_token(const ModelConfig& config, const StoredAs& stored, int 
   return seconds[seconds.size() / 2];
 }
 
-std::vector<Timing> measure_shapes(const ModelConfig& config, const StoredAs& stored, Context& context,
-                                   const fs::path& scratch) {
+std::string timed_on(int threads) {
+  const unsigned all = std::thread::hardware_concurrency();
+  return processor_name() + ", " + choose_kernels("").name + ", " +
+         std::to_string(threads > 0 ? static_cast<unsigned>(threads) : all) + " threads";
+}
+
+std::vector<Timing> measure_shapes(const ModelConfig& config, const TokenTimer& timer, Context& context) {
   const Shape own = shape_of(config);
   const bool tied = find_family(config.family)->heads_share_width;
   std::vector<Shape> shapes = {own};
@@ -114,7 +122,7 @@ std::vector<Timing> measure_shapes(const ModelConfig& config, const StoredAs& st
   std::vector<Timing> timings;
   context.progress->begin("decoding speed", static_cast<std::int64_t>(shapes.size()));
   for (const Shape& shape : shapes) {
-    timings.push_back({shape, seconds_per_token(cut_config(config, shape), stored, context.threads, scratch)});
+    timings.push_back({shape, timer(cut_config(config, shape))});
     context.progress->update(static_cast<std::int64_t>(timings.size()));
   }
   context.progress->end();

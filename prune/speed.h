@@ -1,6 +1,7 @@
 // How fast a shape decodes on this machine, measured with the runtime on files of random weights.
 #pragma once
 
+#include <functional>
 #include <vector>
 
 #include "core/context.h"
@@ -14,13 +15,16 @@ namespace pare {
 // Errors: exit 5 where the disk is too small for it.
 double seconds_per_token(const ModelConfig& config, const StoredAs& stored, int threads, const fs::path& scratch);
 
+using TokenTimer = std::function<double(const ModelConfig&)>;  // seconds of a token
+
 struct Timing {
   Shape shape;
   double seconds = 0;
 };
 // Times of the model's own shape and of shapes with half of one thing each.
-std::vector<Timing> measure_shapes(const ModelConfig& config, const StoredAs& stored, Context& context,
-                                   const fs::path& scratch);
+std::vector<Timing> measure_shapes(const ModelConfig& config, const TokenTimer& timer, Context& context);
+// What a time holds for: the processor, its kernels and the threads (0: all cores).
+std::string timed_on(int threads);
 // The times, none below 0, that say these timings best (relative least squares).
 DecodeTimes fit_times(const ModelConfig& config, const StoredAs& stored, const std::vector<Timing>& timings);
 

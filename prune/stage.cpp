@@ -79,7 +79,8 @@ std::vector<OptionDecl> option_table() {
                "heads, neurons, channels and experts down to half of each, and takes the cheapest combination",
        .minimum = 1},
       {.name = "max-bytes",
-       .help = "shape: the same for the bytes of all tensors as --codec stores them, such as 300M"},
+       .help = "shape: the same for bytes, such as 300M: of all tensors where --codec is f32, f16 or bf16; else of the "
+               "compact file that quantize and export make of it, with tokenizer, header and card"},
       {.name = "min-tokens-per-second",
        .type = OptionType::kNumber,
        .help = "shape: the same for the speed at which pare decodes on this machine with these --threads, measured on "
@@ -95,7 +96,7 @@ std::vector<OptionDecl> option_table() {
        .type = OptionType::kFlag,
        .help = "shape: blocks may differ: --ffn and --kv-heads are means, given out by what each block loses; with a "
                "budget blocks, heads and neurons are chosen together. pare reads the result, and llama.cpp that of a "
-               "Llama; transformers does not",
+               "Llama or Mistral; transformers does not",
        .default_value = false},
       {.name = "multiple-of",
        .type = OptionType::kInteger,
@@ -226,7 +227,8 @@ void check_text(const Options& options, const ModelConfig& config) {
 // The work folder belongs to one set of options, one input and one choice of windows.
 void claim_work_folder(const PruneJob& job) {
   Json options = job.options.resolved();
-  for (const char* key : {"model", "out", "text", "split", "max-ram"}) options.erase(key);  // by content below
+  // Paths by content below; the last two decide no byte.
+  for (const char* key : {"model", "out", "text", "split", "max-ram", "rank-timeout"}) options.erase(key);
   const Json manifest = {{"version", kManifestVersion},
                          {"options", options},
                          {"seed", job.context.seed},
@@ -432,8 +434,8 @@ StagePlan plan(const Options& options, const PlannedModel& input) {
   if (options.has("min-tokens-per-second"))
     notes.push_back("the shape is searched, and what is fast enough measured, when it runs: the size is the model's own");
   if (options.get<bool>("per-layer"))
-    notes.push_back("blocks will differ in width: pare reads the result, llama.cpp that of a Llama, transformers does "
-                    "not");
+    notes.push_back("blocks will differ in width: pare reads the result, llama.cpp that of a Llama or Mistral, "
+                    "transformers does not");
   memory.add_note(notes);
   return {flop / (2e10 * cores) + static_cast<double>(parameters) * 1e-8, memory.peak,
           static_cast<std::uint64_t>(parameter_count(result)) * dtype_bytes(input.dtype), std::move(notes),

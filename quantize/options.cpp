@@ -3,6 +3,7 @@
 #include <string>
 
 #include "model/blocks.h"
+#include "quantize/quantize.h"
 
 namespace pare {
 namespace {
@@ -19,7 +20,7 @@ std::vector<OptionDecl> quantize_options() {
     {.name = "out", .type = OptionType::kPath, .help = "output model folder", .required = true},
     {.name = "preset",
      .help = "fast: searched scales; balanced: GPTQ, re-targeted; best: that, token weights and tuning on the whole model. On "
-             "the tiny teacher, int4, they remove 25, 65 and 84 % of Q4_0's KL in 5, 9 and 1,100 to 1,400 CPU seconds",
+             "the tiny teacher, int4, they remove 25, 64 and 84 % of Q4_0's KL in 5, 9 and 1,100 to 1,400 CPU seconds",
      .choices = {"fast", "balanced", "best"}},
     {.name = "codec",
      .help = "codec of the linears inside the blocks: q4 q4g64 q4g128 q4a q4ag64 q4ag128 q4m q4mg64 q4mg128 q3 "
@@ -178,7 +179,7 @@ Options with_preset(const Options& given, const ModelConfig& config) {
     }
     if (codes) add("tune-code-lr", kBestCodeRate);
   }
-  return Options(quantize_options(), chosen, "pare quantize --preset " + preset);
+  return Options(quantize_command().options, chosen, "pare quantize --preset " + preset);  // --rank-timeout too
 }
 
 }  // namespace pare

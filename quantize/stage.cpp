@@ -539,8 +539,8 @@ Json run(const Options& given, Context& context) {
     for (const std::string& note : fallback_notes(tensors)) context.progress->note(note);
     CalibrationWindows windows = calibration(options, original, context.seed);
     Json said = options.resolved();
-    for (const char* key : {"model", "out", "text", "tune-text", "split", "max-ram"})
-      said.erase(key);  // by content: input and windows
+    for (const char* key : {"model", "out", "text", "tune-text", "split", "max-ram", "rank-timeout"})
+      said.erase(key);  // by content: input and windows; the last two decide no byte
     Json manifest = {{"stage", "quantize"}, {"version", kManifestVersion}, {"input", original.content_hash()},
                      {"dtype", dtype},      {"windows", windows.hash()},   {"options", said}};
     const bool tunes = tuning_steps(options) > 0;

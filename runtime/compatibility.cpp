@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <map>
 
-#include "core/arch/arch.h"
 #include "core/error.h"
 #include "core/gptq_folder.h"
 #include "core/placement.h"
+#include "core/transformers.h"
 #include "runtime/gguf_export.h"
 
 namespace pare {
@@ -168,23 +168,20 @@ class Judge {
     answer.reasons.push_back(linears(gptq_floats_) + " of GPTQ that no codec holds: the same weights as F32");
   }
 
-  // The classes of these families have one number where config.json says a list.
   bool refuse_own_widths(Compatibility& answer) const {
-    if (config_.layer_widths.empty()) return false;
+    const auto why = own_widths_obstacle(config_);
+    if (!why) return false;
     answer.loads = answer.fast = Answer::kNo;
-    answer.reasons.push_back("blocks of different widths: " + width_keys(config_) + " of config.json " +
-                             "has a number for each block, which its " + config_.family + " does not read");
+    answer.reasons.push_back(*why);
     return true;
   }
 
   Compatibility transformers() const {
     Compatibility answer{.target = "transformers", .how = folder_first(), .reasons = {}};
     if (refuse_own_widths(answer)) return answer;
-    if (find_family(config_.family)->heads_divide_width && config_.hidden_size % config_.num_heads != 0) {
-      answer.loads = Answer::kNo;
-      answer.fast = Answer::kNo;
-      answer.reasons.push_back("version 5 wants hidden_size to be a multiple of the heads: " +
-                               std::to_string(config_.hidden_size) + " and " + std::to_string(config_.num_heads));
+    if (const auto why = transformers_obstacle(config_)) {
+      answer.loads = answer.fast = Answer::kNo;
+      answer.reasons.push_back(*why);
     }
     add_unpacked(answer);
     add_other_gptq(answer);

@@ -5,6 +5,7 @@
 #include <functional>
 #include <map>
 
+#include "core/compact_size.h"
 #include "core/error.h"
 #include "core/fused_rows.h"
 #include "core/gptq_folder.h"
@@ -12,6 +13,7 @@
 #include "core/placement.h"
 #include "core/tensor_store.h"
 #include "core/tokenizer.h"
+#include "runtime/export_size.h"
 #include "runtime/round_to_nearest.h"
 
 namespace pare {
@@ -63,6 +65,18 @@ std::optional<std::string> embedded_tokenizer(const fs::path& folder, std::vecto
 
 std::optional<std::string> embedded_tokenizer(const Checkpoint& checkpoint, std::vector<std::string>* notes) {
   return tokenizer_or_note([&] { return checkpoint.tokenizer_text(); }, notes);
+}
+
+std::uint64_t compact_bytes_beside(const fs::path& folder, const ModelConfig& config,
+                                   const std::vector<CompactWriter::Plan>& tensors) {
+  constexpr std::uint64_t kCardAndReport = std::uint64_t{16} << 10;
+  std::map<std::string, std::uint64_t> embedded = {
+      {"config.json", write_config(config, "float32").dump(2).size() + 1}, {"README.md", kCardAndReport}};
+  for (const char* name : kEmbeddedFiles)
+    if (!embedded.contains(name) && fs::is_regular_file(folder / name)) embedded[name] = fs::file_size(folder / name);
+  if (!embedded.contains("tokenizer.json"))
+    if (const auto text = embedded_tokenizer(folder)) embedded["tokenizer.json"] = text->size();
+  return compact_overhead(tensors, embedded);
 }
 
 ExportPlan plan_export(const Checkpoint& checkpoint, const ExportOptions& options) {

@@ -169,7 +169,7 @@ int execute(const Given& given, const Globals& globals) {
     return static_cast<int>(error.code());
   };
   try {
-    const Options options(command.options, collect(given), "pare " + command.name);
+    const Options options(command.options, collect(given), "");
     Progress progress(globals.quiet);
     context.json = globals.json;
     context.quiet = globals.quiet;

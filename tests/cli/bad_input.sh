@@ -306,9 +306,18 @@ refuse "prune: no shape" 2 "needs --layers" "$PARE" prune --method shape --model
 refuse "prune: more blocks than there are" 2 "where the model has" "$PARE" prune --method shape --layers 99 --model "$IN" --out "$OUT" --text "$TEXT"
 refuse "prune: a budget beside a shape" 2 "max-params and --layers" "$PARE" prune --method shape --layers 1 --max-params 9 --model "$IN" --out "$OUT" --text "$TEXT"
 refuse "prune: a budget out of reach" 2 "searched takes, [0-9]+ parameters" "$PARE" prune --method shape --max-params 9 --model "$IN" --out "$OUT" --text "$TEXT"
+refuse "prune: a speed beyond the range" 2 "^pare prune: --min-tokens-per-second: expected at least 0.001 and at most 1000000, found" "$PARE" prune --method shape --min-tokens-per-second 1e9 --model "$IN" --out "$OUT" --text "$TEXT"
 refuse "prune: experts of a model without" 2 "the model has none" "$PARE" prune --method shape --experts 1 --model "$IN" --out "$OUT" --text "$TEXT"
 refuse "prune: too little memory" 5 "max-ram" "$PARE" prune --method wanda --sparsity 0.5 --model "$IN" --out "$OUT" --text "$TEXT" --max-ram 100M
 refuse "quantize: too little memory" 5 "max-ram" "$PARE" quantize --model "$IN" --out "$OUT" --text "$TEXT" --max-ram 100M
+
+accept "quantize: a preset whose ranks wait" "$PARE" quantize --preset fast --rank-timeout 5 --model "$IN" --out "$T/waits"
+accept "dry run of such a recipe" "$PARE" compress --dry-run --set quantize.preset=balanced --set quantize.rank-timeout=5 --model "$IN" --out "$OUT" --text "$TEXT"
+for verb in "new Llama-3.2-1B --layers 1" "export $IN" "train-tokenizer --text $TEXT" "compress --model $IN --text $TEXT"; do
+  refuse "two ranks: ${verb%% *}" 2 "hint: .*pare train, finetune, distill" env WORLD_SIZE=2 RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29511 "$PARE" $verb --out "$OUT"
+done
+refuse "two ranks: report" 2 "WORLD_SIZE: expected 1" env WORLD_SIZE=2 RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29511 "$PARE" report "$IN"
+accept "two ranks: what only reads" env WORLD_SIZE=2 RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29511 "$PARE" plan "$IN"
 
 echo "--- compact files"
 fresh
@@ -373,6 +382,8 @@ refuse "report of a broken curve" 3 "train.jsonl:2" "$PARE" report "$IN" --out "
 fresh
 accept "finetune with adapters" "$PARE" finetune --model "$IN" --out "$T/tuned" --text "$TEXT" --held-out "$TEXT" --lora-rank 2 --steps 2 --batch 1 --context 64 --adapter
 accept "report of it" "$PARE" report "$T/tuned"
+accept "report from inside" bash -c "cd '$T/tuned' && '$PARE' report ."
+[ ! -e "$T/tuned/..html" ] || { echo "FAILED a hidden page inside the run"; FAILED=$((FAILED + 1)); }
 grep -q '<svg' "$T/tuned.html" || { echo "FAILED the page has no curves"; FAILED=$((FAILED + 1)); }
 
 echo "--- one JSON object"

@@ -65,7 +65,9 @@ struct FakeTools {
                  option("group-size", OptionType::kInteger, 32),
                  option("codec", OptionType::kText, "q4"),
                  option("sparsity", OptionType::kNumber, 0.5),
-                 option("seed", OptionType::kInteger)};
+                 option("seed", OptionType::kInteger),
+                 option("per-layer", OptionType::kFlag, false),
+                 option("rank-timeout", OptionType::kInteger, 600)};
     c.options[0].required = c.options[1].required = true;
     c.options[4].minimum = 1;
     c.options[5].choices = {"q4", "q8", "q4a"};

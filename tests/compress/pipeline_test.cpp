@@ -369,6 +369,33 @@ TEST_F(PipelineTest, AStageThatWouldFailLaterIsRefusedNow) {
   EXPECT_EQ(fake.counts.stages, 0);
 }
 
+// How long ranks wait decides nothing about a stage's result.
+TEST_F(PipelineTest, AFinishedStageStandsWhateverItsRanksWaitFor) {
+  fake.fail_stage = "quantize";
+  EXPECT_EQ(code("stages: [{prune: {rank-timeout: 5}}, quantize]"), ExitCode::kFailure);
+  EXPECT_EQ(fake.counts.stages, 2);
+  fake.fail_stage.clear();
+  const Json result = run("stages: [{prune: {rank-timeout: 9}}, {quantize: {rank-timeout: 9}}]");
+  EXPECT_EQ(fake.counts.stages, 3) << message;
+  EXPECT_EQ(result["skipped"].back(), "prune");
+}
+
+TEST_F(PipelineTest, ThePlanSaysWhatTransformersDoesNotLoad) {
+  const auto loader = [&](const std::string& yaml) {
+    return Pipeline(recipe(yaml), tools).plan().loaders.back();
+  };
+  EXPECT_EQ(loader("stages: [prune]"), "model/: transformers");
+  EXPECT_EQ(loader("stages: [{prune: {per-layer: true}}, quantize]"),
+            "model/: pare; transformers does not load it: blocks of different widths");
+  ModelConfig& config = fake.stage_plan.result.config;
+  config.family = "llama";
+  config.num_layers = 2;
+  config.num_heads = config.num_kv_heads = 2;
+  config.layer_widths = {{2, 2, 32}, {2, 2, 16}};
+  EXPECT_NE(loader("stages: [prune]").find("transformers does not load it: blocks of different widths: intermediate"),
+            std::string::npos) << loader("stages: [prune]");
+}
+
 TEST_F(PipelineTest, KeysThatNothingReadsAreRefused) {
   const std::string text = scratch.write("t.txt", "one").string();
   const auto refused = [&](const std::string& yaml, const Json& flags, const std::string& key) {

@@ -61,6 +61,20 @@ TEST(ReportPage, ShowsCurvesAndRowsAndEscapesEverything) {
   EXPECT_EQ(count(run_page(run / "train.jsonl"), "<svg"), 5u);  // one file alone
 }
 
+// Neighbouring doubles, the largest and the smallest: a chart has few ticks and is drawn at once.
+TEST(ReportPage, AnyFiniteValuesHaveFewTicks) {
+  const std::vector<std::pair<double, double>> ranges = {
+      {1e17, 1e17 + 16}, {-1e17 - 16, -1e17}, {9007199254740992.0, 9007199254740994.0}, {1, std::nextafter(1, 2)},
+      {-1e299, 1e299}, {5e-324, 1e-323}, {5e-324, 1}};
+  for (const auto& [low, high] : ranges)
+    for (const bool logarithmic : {false, true}) {
+      const std::string chart = line_chart("t", "x", "y", {{"s", {low, high}, {low, high}, false}}, logarithmic);
+      EXPECT_EQ(count(chart, "<polyline"), 1u) << low;
+      EXPECT_LE(count(chart, "<line class=g"), 20u + (logarithmic ? 1000u : 20u)) << low << " to " << high;
+    }
+  EXPECT_EQ(count(line_chart("t", "x", "y", {{"s", {0, 10}, {0, 10}, false}}, false), "<line class=g"), 12u);
+}
+
 TEST(ReportPage, WhatCannotBeReadIsNamed) {
   const testing::Scratch scratch;
   const auto place_of = [&](const fs::path& run) -> std::string {
@@ -102,6 +116,9 @@ TEST(ReportPage, WritesBesideTheRunAndOverItsOwnPagesAlone) {
   fs::rename(scratch.path() / "a.partial", scratch.path() / "a");
   EXPECT_EQ(run({{"run", (scratch.path() / "a/").string()}}), (scratch.path() / "a.html").string());
   EXPECT_EQ(run({{"run", (scratch.path() / "a").string()}}), (scratch.path() / "a.html").string());
+  EXPECT_EQ(run({{"run", (scratch.path() / "a/.").string()}}), (scratch.path() / "a.html").string());
+  EXPECT_EQ(run({{"run", (scratch.path() / "a/../a").string()}}), (scratch.path() / "a.html").string());
+  EXPECT_FALSE(fs::exists(scratch.path() / "a" / "..html"));
   write_text(scratch.path() / "mine.html", "my own");
   EXPECT_THROW(run({{"run", (scratch.path() / "a").string()}, {"out", (scratch.path() / "mine.html").string()}}),
                Error);

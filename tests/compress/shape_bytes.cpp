@@ -42,5 +42,30 @@ TEST(ShapeCosts, BytesAreThoseOfTheExportedFile) {
   }
 }
 
+// With a codec of codes the budget is the file's, tokenizer and header included; the room for card and report is small.
+TEST(ShapeCosts, ABudgetOfBytesHoldsForTheExportedFile) {
+  const Folder folder("file");
+  make_model(folder / "m", {.hidden = 256, .intermediate = 768, .layers = 3, .heads = 8, .kv_heads = 4});
+  Progress progress(true);
+  Context context;
+  context.progress = &progress;
+  context.quiet = context.json = true;
+  const Command quantize = quantize_command();
+  for (const bool per_layer : {false, true}) {
+    constexpr std::uint64_t kBudget = 900'000;
+    const std::string name = per_layer ? "widths" : "uniform";
+    Json given = testing::with_text(testing::base(folder / "m", folder / name, "shape"), folder / "text.txt");
+    given.update({{"max-bytes", std::to_string(kBudget)}, {"codec", "q4"}, {"samples", 2}, {"rank-by", "weights"},
+                  {"no-correction", true}, {"per-layer", per_layer}});
+    testing::run_prune(given, 2);
+    const fs::path out = folder / (name + "-q4");
+    quantize.run(Options(quantize.options, {{"model", (folder / name).string()}, {"out", out.string()},
+                                            {"method", "rtn"}}, "test"), context);
+    export_compact(Checkpoint(out), {.out = out.string() + ".pare"}, context);
+    EXPECT_LE(fs::file_size(out.string() + ".pare"), kBudget) << name;
+    EXPECT_GE(fs::file_size(out.string() + ".pare"), 6 * kBudget / 10) << name;
+  }
+}
+
 }  // namespace
 }  // namespace pare

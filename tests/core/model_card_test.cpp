@@ -61,6 +61,46 @@ TEST_F(ModelCardTest, BaseLicenceStepsAndFigures) {
   EXPECT_TRUE(contains(next, "Nothing was measured")) << next;
 }
 
+// A search tries more than it writes: what it chose and how close that is, before rows of single blocks.
+TEST_F(ModelCardTest, TrialsOfASearchAreNoFigures) {
+  Report figures;
+  for (int block = 0; block < 60; ++block) {
+    const std::string of = " of block " + std::to_string(block);
+    figures.add({"prune", "trial: mean_kl with nothing" + of, {}, 1, "nats", {}});
+    figures.add({"prune", "neurons" + of, 96, 64, "", {}});
+  }
+  figures.add({"prune", "blocks", 62, 60, "", {}});
+  figures.add({"prune", "parameters", 1000, 900, "parameters", {}});
+  figures.add({"prune", "calibration loss", 2, 2.25, "nats/token", 0.125});
+  figures.add({"prune", "calibration mean_kl", {}, 0.5, "nats/token", 0.125});
+  const std::string text = card(original(""), "pare prune --method shape", figures);
+  EXPECT_FALSE(contains(text, "trial") || contains(text, "nothing")) << text;
+  EXPECT_TRUE(contains(text, "|---|\n| prune | blocks | 62 | 60 |  |  |\n| prune | parameters | 1000 | 900 |")) << text;
+  EXPECT_TRUE(contains(text, "| prune | calibration loss | 2 | 2.25 | 0.125 | nats/token |\n")) << text;
+  EXPECT_TRUE(contains(text, "| prune | calibration mean_kl |  | 0.5 | 0.125 | nats/token |\n")) << text;
+  EXPECT_TRUE(contains(text, "| prune | neurons of block 0 | 96 | 64 |  |  |\n")) << text;
+  EXPECT_TRUE(contains(text, "\n24 further rows are left out.\n")) << text;
+}
+
+TEST_F(ModelCardTest, WhatTransformersDoesNotLoadIsSaidSo) {
+  Json config = {{"architectures", {"LlamaForCausalLM"}}, {"model_type", "llama"}, {"vocab_size", 64},
+                 {"hidden_size", 32}, {"intermediate_size", {96, 64}}, {"num_hidden_layers", 2},
+                 {"num_attention_heads", 4}, {"num_key_value_heads", 2}, {"head_dim", 8},
+                 {"max_position_embeddings", 64}, {"hidden_act", "silu"}};
+  for (const bool own : {true, false})
+    for (const char* inside : {"", "model"}) {  // a folder of pare compress has the model in one of its own
+      if (!own) config["intermediate_size"] = 96;
+      const fs::path folder = scratch_ / ("widths" + std::to_string(own) + inside);
+      fs::create_directories(folder / inside);
+      write_bytes((folder / inside / "config.json").string(), config.dump());
+      write_model_card(folder, {original(""), "pare prune --per-layer", {}, {}});
+      const std::string text = read_text(folder / "README.md");
+      EXPECT_EQ(contains(text, "library_name: transformers\n"), !own) << text;
+      EXPECT_EQ(contains(text, "library_name: pare\n"), own) << text;
+      EXPECT_EQ(contains(text, "transformers does not: blocks of different widths: intermediate_size"), own) << text;
+    }
+}
+
 TEST_F(ModelCardTest, WhatIsNotKnownIsNotMadeUp) {
   const std::string text = card(original(""), "pare prune --method wanda");
   EXPECT_TRUE(contains(text, "base_model: \"Small-Model\"\nbase_model_relation: finetune\n")) << text;

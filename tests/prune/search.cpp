@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <random>
 
 #include "prune/knapsack.h"
@@ -244,6 +245,183 @@ TEST(Scores, AreDivergencesOfModelsWithOneBlockCut) {
   EXPECT_EQ(measure_scores(job, plan, {2}, levels)[0].ffn, refitted[0].ffn);
 }
 
+// A search on a machine whose decoding is a function.
+struct TimedSearch {
+  explicit TimedSearch(const std::string& name) : folder(name) {
+    make_model(folder / "m", {.hidden = 64, .intermediate = 256, .layers = 4});
+    model.emplace(folder / "m");
+    fs::create_directories(folder / "state");
+    context.progress = &progress;
+    context.threads = 1;
+    plan.rank = RankBy::kWeights;
+    plan.refit = false;
+    own = costs().of(config());
+    budget.unit = Unit::kSeconds;
+    budget.stored = stored_as("q4", "float32");
+    budget.limit = own / 1.5;
+    // What differs in several things, or between blocks, takes `slower` times what the sum of its parts says.
+    budget.timer = [this](const ModelConfig& cut) {
+      ++timed;
+      const Shape a = shape_of(config()), b = shape_of(cut);
+      const int changed = (a.layers != b.layers) + (a.heads != b.heads) + (a.ffn != b.ffn) + (a.hidden != b.hidden);
+      return costs().of(cut) * (changed > 1 || !cut.layer_widths.empty() ? slower : 1) * load;
+    };
+  }
+  const ModelConfig& config() const { return model->config(); }
+  ShapeCosts costs() const {
+    return ShapeCosts(config(), Unit::kSeconds, stored_as("q4", "float32"), {1e-5, 3e-10, 2e-6, 5e-10, 4e-10});
+  }
+  PruneJob job() {
+    return {*model,           none,      context, random_windows(config().vocab_size, 2, 16, 3), folder / "work",
+            folder / "state", "float32", {}};
+  }
+  CutPlan search(bool per_layer) {
+    PruneJob here = job();
+    CutPlan chosen = plan;
+    load = 1;
+    const DecodeTimes times = decode_times(here, budget);
+    load = load_then;
+    (per_layer ? search_widths : search_shape)(here, chosen, 32, budget, times);
+    return chosen;
+  }
+  double seconds(const CutPlan& chosen) {
+    std::vector<int> layers = chosen.layers;
+    for (int i = 0; layers.size() < static_cast<std::size_t>(chosen.shape.layers); ++i) layers.push_back(i);
+    return budget.timer(cut_config(config(), chosen.shape, layers, chosen.widths));
+  }
+
+  Folder folder;
+  std::optional<Checkpoint> model;
+  Options none{prune_command().options, {{"model", "m"}, {"out", "o"}, {"method", "shape"}}, "test"};
+  Progress progress{true};
+  Context context;
+  CutPlan plan;
+  Budget budget;
+  double own = 0, slower = 1, load = 1, load_then = 1;
+  int timed = 0;
+};
+
+// What is chosen was measured to keep the limit, though every combination is slower than it was expected to be.
+TEST(SpeedSearch, TheChosenShapeKeepsTheLimit) {
+  for (const bool per_layer : {false, true}) {
+    TimedSearch search(per_layer ? "speed-widths" : "speed");
+    search.slower = 1.15;
+    const CutPlan chosen = search.search(per_layer);
+    EXPECT_LE(search.seconds(chosen), search.budget.limit) << per_layer;
+    EXPECT_LT(search.costs().of(search.config()) / 3, search.seconds(chosen)) << "no more than needed goes";
+    int missed = 0, kept = 0;
+    for (const ReportRow& row : search.context.report.rows()) {
+      if (!row.metric.ends_with("expected and measured")) continue;
+      EXPECT_FALSE(row.deterministic);
+      const bool within = row.after.value() >= 1 / search.budget.limit;
+      ++(within ? kept : missed);
+      const bool of_chosen = !per_layer && row.metric.find(chosen.shape.in_words()) != std::string::npos;
+      EXPECT_TRUE(within || !of_chosen) << row.metric;
+    }
+    EXPECT_GT(kept, 0);
+    EXPECT_GT(missed, 0) << "the limit was never tightened";
+  }
+}
+
+// Other work on the machine made every choice slow: no time of that hour is kept, divergences are.
+TEST(SpeedSearch, TimesOfABusyMachineAreForgotten) {
+  for (const bool per_layer : {false, true}) {
+    TimedSearch search(per_layer ? "busy-widths" : "busy");
+    search.load_then = 20;
+    try {
+      search.search(per_layer);
+      ADD_FAILURE() << "found a shape";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ExitCode::kFailure);
+      EXPECT_NE(error.hint().find("same command again"), std::string::npos) << error.what();
+    }
+    EXPECT_FALSE(fs::exists(search.folder / "state" / "decode.json"));
+    EXPECT_EQ(read_text(search.folder / "state" / "search.json").find("seconds"), std::string::npos);
+    search.load_then = 1;
+    EXPECT_LE(search.seconds(search.search(per_layer)), search.budget.limit) << per_layer;
+  }
+}
+
+TEST(SpeedSearch, TimesHoldForOneNumberOfThreads) {
+  TimedSearch search("threads");
+  search.search(false);
+  const int first = search.timed;
+  EXPECT_GT(first, 3);
+  search.search(false);
+  EXPECT_EQ(search.timed, first);
+  search.context.threads = 2;
+  search.search(false);
+  EXPECT_EQ(search.timed, 2 * first);
+  search.context.threads = 1;
+  search.search(false);
+  EXPECT_EQ(search.timed, 2 * first);
+}
+
+TEST(SpeedSearch, RefusalsNameTheSpeedsThatCanBeReached) {
+  TimedSearch search("words");
+  ShapeCosts costs = search.costs();
+  const auto refusal = [&](double seconds) -> std::string {
+    Budget budget = search.budget;
+    budget.limit = seconds;
+    try {
+      shapes_within(search.config(), 32, budget, costs);
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ExitCode::kUsage);
+      return error.what();
+    }
+    return "";
+  };
+  EXPECT_NE(refusal(1e-9).find("expected at most what the fastest"), std::string::npos) << refusal(1e-9);
+  EXPECT_NE(refusal(1e-9).find("found 1e+09 tokens a second"), std::string::npos) << refusal(1e-9);
+  EXPECT_NE(refusal(1).find("expected more than the model's own"), std::string::npos) << refusal(1);
+}
+
+// Weights are finite, predictions are not: every way to a shape says so.
+TEST(Scores, APredictionThatIsNoNumberIsNamed) {
+  const Folder folder("overflow");
+  make_model(folder / "m", {}, [](const TensorSpec& spec, std::vector<float>& values) {
+    if (spec.module == "norm") std::fill(values.begin(), values.end(), 3e38f);
+  });
+  const std::int64_t most = parameter_count(Checkpoint(folder / "m").config()) * 9 / 10;
+  for (const Json& asked : {Json{{"max-params", most}}, Json{{"max-params", most}, {"per-layer", true}},
+                            Json{{"ffn", 64}, {"per-layer", true}}, Json{{"layers", 3}}, Json{{"ffn", 64}}}) {
+    Json given = shape(folder, "out", asked);
+    given["samples"] = 2;
+    for (const int again : {0, 1}) {  // what was measured stands in the work folder
+      try {
+        run_prune(given);
+        ADD_FAILURE() << asked;
+      } catch (const Error& error) {
+        EXPECT_EQ(error.code(), ExitCode::kFailure) << asked << again << error.what();
+        EXPECT_NE(std::string(error.what()).find("finite predictions of the "), std::string::npos) << error.what();
+      }
+    }
+    fs::remove_all(folder / "out.partial");
+  }
+}
+
+TEST(PerLayer, MeansThatNoBlockCanHaveAreRefusedAtOnce) {
+  const Folder folder("means");
+  make_model(folder / "m", {.hidden = 64, .intermediate = 768, .heads = 16, .kv_heads = 16});
+  const Command command = prune_command();
+  const auto refusal = [&](const Json& asked) -> std::string {
+    Json given = shape(folder, "out", asked);
+    given.update({{"per-layer", true}, {"multiple-of", 4}});
+    try {
+      command.plan(Options(command.options, given, "test"), planned_model(Checkpoint(folder / "m")));
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ExitCode::kUsage);
+      return error.what();
+    }
+    return "";
+  };
+  EXPECT_NE(refusal({{"ffn", 92}}).find("--ffn: expected with --per-layer a mean of at least 96"), std::string::npos);
+  EXPECT_EQ(refusal({{"ffn", 96}}), "");
+  EXPECT_NE(refusal({{"kv-heads", 1}}).find("--kv-heads: expected with --per-layer a mean of at least 2"),
+            std::string::npos);
+  EXPECT_EQ(refusal({{"kv-heads", 2}}), "");
+}
+
 // Dead neurons stand in one block alone: the mean is met by taking them there and nowhere else.
 TEST(PerLayer, NeuronsGoWhereTheyDoNothing) {
   const Folder folder("spread");
@@ -258,6 +436,9 @@ TEST(PerLayer, NeuronsGoWhereTheyDoNothing) {
   EXPECT_EQ(config.layer_widths, (std::vector<BlockWidths>{{4, 2, 32}, {4, 2, 96}, {4, 2, 64}}));
   EXPECT_NEAR(outcome.after("calibration mean_kl"), 0, 1e-8);
   EXPECT_EQ(outcome.after("neurons of block 0"), 32);
+  const std::string card = read_text(folder / "out" / "README.md");
+  EXPECT_NE(card.find("library_name: pare\n"), std::string::npos) << card;
+  EXPECT_NE(card.find("| prune | neurons of block 0 | 96 | 32 |"), std::string::npos) << card;
   EXPECT_EQ(width_keys(config), "intermediate_size");
   // As many parameters as the uniform model, and the same plan.
   run_prune(shape(folder, "uniform", {{"ffn", 64}}), 2);

@@ -53,8 +53,12 @@ TEST(PruneShape, DepthRemovesThePlantedIdentityBlock) {
   const auto outcome = run_prune(options, 2);
   const Checkpoint before(folder / "m"), after(folder / "out");
   ASSERT_EQ(after.config().num_layers, 3);
-  EXPECT_EQ(outcome.after("mean_kl without block 2 (removed), round 1"), 0.0);
-  EXPECT_GT(outcome.after("mean_kl without block 1, round 1"), 1e-6);
+  EXPECT_EQ(outcome.after("blocks"), 3.0);
+  const std::string card = read_text(folder / "out" / "README.md");
+  EXPECT_EQ(card.find("without block"), std::string::npos) << card;
+  EXPECT_NE(card.find("| prune | calibration mean_kl |"), std::string::npos) << card;
+  EXPECT_EQ(outcome.after("trial: mean_kl without block 2 (removed), round 1"), 0.0);
+  EXPECT_GT(outcome.after("trial: mean_kl without block 1, round 1"), 1e-6);
   EXPECT_EQ(outcome.after("calibration mean_kl"), 0.0);
   EXPECT_LT(outcome.after("parameters"), static_cast<double>(parameter_count(before.config())));
   const int from[] = {0, 1, 3};
@@ -79,7 +83,7 @@ TEST(PruneShape, DepthMeasuresAgainAfterEachRemoval) {
   int rows[2] = {0, 0};
   double chosen[2] = {-1, -1}, least[2] = {1e9, 1e9};
   for (const ReportRow& row : outcome.report.rows()) {
-    if (!row.metric.starts_with("mean_kl without block")) continue;
+    if (!row.metric.starts_with("trial: mean_kl without block")) continue;
     const int round = row.metric.back() - '1';
     ASSERT_TRUE(round == 0 || round == 1);
     ++rows[round];

@@ -83,8 +83,8 @@ TEST(PruneSearch, FindsTheCutThatCostsNothing) {
   EXPECT_FALSE(fs::exists(folder / "out" / "prune.state"));
 }
 
-// A speed: what is chosen was measured to be fast enough, and expectation and measurement stand in the report. Other
-// work on the machine may slow down a shape that was fast, which is an error and no model.
+// A speed, measured with the runtime. Other work on the machine may slow down a shape that was fast, which is an error
+// and no model: the same command then measures anew. What is chosen, on timings that stay, tests/prune/search.cpp tests.
 TEST(PruneSearch, ASpeedIsMeasured) {
   const Folder folder("speed");
   make_model(folder / "m", {.hidden = 256, .intermediate = 768, .layers = 6, .heads = 8, .kv_heads = 4});
@@ -98,21 +98,26 @@ TEST(PruneSearch, ASpeedIsMeasured) {
     Json given = shape(folder, out, {{"min-tokens-per-second", 1.2 / own}, {"codec", "q4"}, {"samples", 4}});
     given["per-layer"] = per_layer;
     testing::Outcome outcome;
-    try {
-      outcome = run_prune(given);
-    } catch (const Error& error) {
-      ASSERT_EQ(error.code(), ExitCode::kFailure) << error.what();
-      EXPECT_FALSE(fs::exists(folder / out));
-      continue;
-    }
-    EXPECT_LT(parameter_count(Checkpoint(folder / out).config()), parameter_count(config));
-    double fastest = 0;
-    for (const ReportRow& row : outcome.report.rows())
-      if (row.metric.ends_with("expected and measured")) {
-        EXPECT_FALSE(row.deterministic);
-        fastest = std::max(fastest, row.after.value());
+    for (int tries = 1; !fs::exists(folder / out); ++tries) {
+      try {
+        outcome = run_prune(given);
+      } catch (const Error& error) {
+        ASSERT_TRUE(error.code() == ExitCode::kFailure || error.code() == ExitCode::kUsage) << error.what();
+        ASSERT_FALSE(fs::exists(folder / out));
+        ASSERT_LT(tries, 5) << error.what();
       }
-    EXPECT_GE(fastest, 1.2 / own) << out;
+    }
+    const ModelConfig made = Checkpoint(folder / out).config();
+    EXPECT_LT(parameter_count(made), parameter_count(config));
+    const std::string chosen = shape_of(made).in_words();
+    double fastest = 0, own_row = 0;
+    for (const ReportRow& row : outcome.report.rows()) {
+      if (!row.metric.ends_with("expected and measured")) continue;
+      EXPECT_FALSE(row.deterministic);
+      fastest = std::max(fastest, row.after.value());
+      if (row.metric.find(chosen) != std::string::npos) own_row = row.after.value();
+    }
+    EXPECT_GE(per_layer ? fastest : own_row, 1.2 / own) << out;
   }
 }
 

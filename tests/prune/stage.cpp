@@ -125,6 +125,30 @@ TEST(PruneStage, RefusesWhatItCannotDo) {
   EXPECT_TRUE(fs::is_empty(folder / "out"));
 }
 
+// How long ranks wait, and how much memory they may take, decides nothing about the result.
+TEST(PruneStage, ARunThatWasKilledMayWaitLongerForItsRanks) {
+  const Folder folder("waits");
+  make_model(folder / "m");
+  const Command command = prune_command();
+  const auto run = [&](Json more, bool dies) {
+    Json given = base(folder / "m", folder / "out", "magnitude");
+    given["sparsity"] = 0.5;
+    given.update(more);
+    Progress progress(true);
+    Context context;
+    context.json = context.quiet = true;
+    context.progress = &progress;
+    if (dies) context.before_commit = [] { throw failure("test", "", "killed"); };
+    command.run(Options(command.options, given, "test"), context);
+  };
+  EXPECT_THROW(run({{"rank-timeout", 5}}, true), Error);
+  ASSERT_TRUE(fs::exists(folder / "out.partial"));
+  EXPECT_THROW(run({{"rank-timeout", 5}, {"sparsity", 0.25}}, false), Error);
+  run({{"rank-timeout", 7}}, false);
+  EXPECT_TRUE(fs::exists(folder / "out"));
+  EXPECT_EQ(read_text(folder / "out" / "README.md").find("rank-timeout"), std::string::npos);
+}
+
 TEST(PruneStage, LeavesTheUnfinishedWorkOfAnotherCommandAlone) {
   const Folder folder("foreign");
   make_model(folder / "m");

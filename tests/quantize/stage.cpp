@@ -6,6 +6,7 @@
 
 #include "core/error.h"
 #include "core/random_weights.h"
+#include "quantize/options.h"
 #include "quantize/q4_0.h"
 #include "quantize/scales.h"
 #include "tests/quantize/tiny_model.h"
@@ -42,6 +43,37 @@ Error refused(const Json& given) {
     return error;
   }
   return failure("test", "a refusal", "success");
+}
+
+// --rank-timeout is declared around the options of quantize itself.
+TEST(QuantizeStage, PresetsCarryEveryOptionOfTheCommand) {
+  const std::vector<OptionDecl> decls = quantize_command().options;
+  for (const char* preset : {"fast", "balanced", "best"}) {
+    const Options given(decls, {{"model", "m"}, {"out", "o"}, {"preset", preset}, {"rank-timeout", 7}}, "test");
+    EXPECT_EQ(with_preset(given, tiny_config()).get<int>("rank-timeout"), 7) << preset;
+  }
+}
+
+// How long ranks wait decides nothing about the result.
+TEST(QuantizeStage, ARunThatWasKilledMayWaitLongerForItsRanks) {
+  const ScratchFolder scratch;
+  write_tiny(scratch / "m", tiny_config());
+  const Command command = quantize_command();
+  const auto run = [&](int timeout, const char* codec, bool dies) {
+    Progress progress(true);
+    Context context;
+    context.json = true;
+    context.progress = &progress;
+    if (dies) context.before_commit = [] { throw failure("test", "", "killed"); };
+    command.run(Options(command.options,
+                        {{"model", (scratch / "m").string()}, {"out", (scratch / "out").string()}, {"preset", "fast"},
+                         {"codec", codec}, {"rank-timeout", timeout}}, "test"), context);
+  };
+  EXPECT_THROW(run(5, "q4", true), Error);
+  ASSERT_TRUE(fs::exists(scratch / "out.partial"));
+  EXPECT_THROW(run(5, "q8", false), Error);
+  run(7, "q4", false);
+  EXPECT_TRUE(fs::exists(scratch / "out"));
 }
 
 TEST(QuantizeStage, StoriesGptqBeatsNearestOnEveryLinear) {
