@@ -216,9 +216,24 @@ void DecoderBlockImpl::adapt(const std::string& module, const Tensor& a, const T
 // The rows of several projections as one product; the gradient is split again by cat's own backward.
 Tensor DecoderBlockImpl::project_packed(const Tensor& x, const std::vector<Linear>& parts) {
   if (parts.size() == 1) return multiply(x, parts[0]);
-  // Without gradients joining the results costs less than joining the weights.
   const bool adapted = std::any_of(parts.begin(), parts.end(), [](const Linear& part) { return part.a.defined(); });
-  if (!torch::GradMode::is_enabled() || !rounded_.empty() || adapted) {
+  if (!torch::GradMode::is_enabled() && rounded_.empty() && !adapted) {  // each into its place
+    std::int64_t width = 0;
+    for (const Linear& part : parts) width += part.weight.size(0);
+    const Tensor rows = x.reshape({-1, x.size(-1)}).contiguous();
+    Tensor joined = torch::empty({rows.size(0), width}, x.options());
+    std::int64_t begin = 0;
+    for (const Linear& part : parts) {
+      Tensor result = joined.narrow(1, begin, part.weight.size(0));
+      torch::mm_out(result, rows, part.weight.detach().to(x.scalar_type()).t());
+      if (part.bias.defined()) result.add_(part.bias.detach().to(x.scalar_type()));
+      begin += part.weight.size(0);
+    }
+    auto shape = x.sizes().vec();
+    shape.back() = width;
+    return joined.view(shape);
+  }
+  if (!rounded_.empty() || adapted) {
     std::vector<Tensor> results;
     for (const Linear& part : parts) results.push_back(multiply(x, part));
     return torch::cat(results, -1);

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <numeric>
 
 #include "core/error.h"
@@ -19,34 +20,48 @@ namespace {
 
 typedef float Float16 __attribute__((vector_size(64)));
 typedef double Double8 __attribute__((vector_size(64)));
-constexpr std::int64_t kPanel = 32;      // columns per packed panel of the Gram product
-constexpr std::int64_t kGramRows = 512;  // float32 accumulation length
+constexpr std::int64_t kPanel = 32;       // columns per packed panel of the Gram product
+constexpr std::int64_t kGramRows = 512;   // float32 accumulation length
+constexpr std::int64_t kGramDepth = 128;  // rows of two panels that stand in the nearest cache together
+constexpr std::int64_t kGramPanels = 4;   // that stand in the second cache while others pass by,
+constexpr std::int64_t kGramPassing = 12;  // so many
 constexpr std::int64_t kLanes = 4;  // x 8 rows at a time in registers
 
-// tile[32][32] += sum over t of a[t][i] * b[t][j].
+struct alignas(64) Line {  // a load never spans two
+  float at[16];
+};
+
+// tile[32][32] += sum over t of a[t][i] * b[t][j], rows at most kGramRows.
 template <class T>
 PARE_INLINE void gram_tile_body(const float* a, const float* b, std::int64_t rows, T* out, std::int64_t stride,
                                 std::int64_t height, std::int64_t width) {
   constexpr int kHeight = 8;
-  for (std::int64_t i = 0; i < kPanel; i += kHeight) {
-    Float16 sum[kHeight][2] = {};
-    for (std::int64_t t = 0; t < rows; ++t) {
-      Float16 low, high;
-      std::memcpy(&low, b + t * kPanel, sizeof low);
-      std::memcpy(&high, b + t * kPanel + 16, sizeof high);
-      const float* left = a + t * kPanel + i;
+  alignas(64) float product[kPanel * kPanel] = {};
+  for (std::int64_t top = 0; top < rows; top += kGramDepth) {
+    const std::int64_t depth = std::min(kGramDepth, rows - top);
+    for (std::int64_t i = 0; i < kPanel; i += kHeight) {
+      Float16 sum[kHeight][2];
+      std::memcpy(sum, product + i * kPanel, sizeof sum);
+      const float *left = a + top * kPanel + i, *right = b + top * kPanel;
+      const float* next = b + (top + depth) * kPanel + i / kHeight * depth * 8;  // a quarter in each pass
+      for (std::int64_t t = 0; t < depth; ++t, left += kPanel, right += kPanel, next += 8) {
+        __builtin_prefetch(next);
+        Float16 low, high;
+        std::memcpy(&low, right, sizeof low);
+        std::memcpy(&high, right + 16, sizeof high);
 #pragma GCC unroll 8
-      for (int k = 0; k < kHeight; ++k) {
-        sum[k][0] += left[k] * low;
-        sum[k][1] += left[k] * high;
+        for (int k = 0; k < kHeight; ++k) {
+          sum[k][0] += left[k] * low;
+          sum[k][1] += left[k] * high;
+        }
       }
+      std::memcpy(product + i * kPanel, sum, sizeof sum);
     }
-    float product[kHeight][kPanel];
-    std::memcpy(product, sum, sizeof product);
-    for (int k = 0; k < kHeight && i + k < height; ++k) {
-      T* line = out + (i + k) * stride;
-      for (std::int64_t j = 0; j < width; ++j) line[j] += static_cast<T>(product[k][j]);
-    }
+  }
+  for (std::int64_t k = 0; k < height; ++k) {
+    T* line = out + k * stride;
+#pragma omp simd
+    for (std::int64_t j = 0; j < width; ++j) line[j] += static_cast<T>(product[k * kPanel + j]);
   }
 }
 // Clones are made of functions, not of templates.
@@ -181,23 +196,32 @@ void add_gram(const float* a, const float* b, std::int64_t rows, std::int64_t co
               int parts) {
   static_assert(kPanel == kGramPanel);
   const std::int64_t panels = (cols + kPanel - 1) / kPanel;
-  std::vector<float> left(static_cast<std::size_t>(panels * std::min(kGramRows, rows) * kPanel));
-  std::vector<float> right(a == b ? 0 : left.size());
-  const float* other = a == b ? left.data() : right.data();
+  const std::int64_t blocks = ((panels - part + parts - 1) / parts + kGramPanels - 1) / kGramPanels;
+  // And what tiles fetch ahead of themselves.
+  const auto lines = static_cast<std::size_t>((panels * std::min(kGramRows, rows) + kGramDepth) * kPanel / 16);
+  const auto left_lines = std::make_unique_for_overwrite<Line[]>(lines);
+  const auto right_lines = std::make_unique_for_overwrite<Line[]>(a == b ? 0 : lines);
+  float *left = reinterpret_cast<float*>(left_lines.get()), *right = reinterpret_cast<float*>(right_lines.get());
+  const float* other = a == b ? left : right;
 #pragma omp parallel num_threads(resolve_threads(threads))
   for (std::int64_t start = 0; start < rows; start += kGramRows) {
     const std::int64_t count = std::min(kGramRows, rows - start);
 #pragma omp for
     for (std::int64_t p = 0; p < panels; ++p) {
-      pack_panel(a + start * cols, count, cols, p, left.data());
-      if (a != b) pack_panel(b + start * cols, count, cols, p, right.data());
+      pack_panel(a + start * cols, count, cols, p, left);
+      if (a != b) pack_panel(b + start * cols, count, cols, p, right);
     }
-#pragma omp for schedule(dynamic)
-    for (std::int64_t i = part; i < panels; i += parts) {
-      for (std::int64_t j = a == b ? i : 0; j < panels; ++j) {
-        gram_tile(left.data() + i * count * kPanel, other + j * count * kPanel, count,
-                  sum + i * kPanel * cols + j * kPanel, cols, std::min(kPanel, cols - i * kPanel),
-                  std::min(kPanel, cols - j * kPanel));
+#pragma omp for schedule(dynamic) collapse(2)
+    for (std::int64_t block = 0; block < blocks; ++block) {
+      for (std::int64_t passing = 0; passing < panels; passing += kGramPassing) {
+        const std::int64_t begin = part + block * kGramPanels * parts;
+        const std::int64_t end = std::min(begin + kGramPanels * parts, panels);
+        for (std::int64_t j = passing; j < std::min(passing + kGramPassing, panels); ++j) {
+          for (std::int64_t i = begin; i < end && (a != b || i <= j); i += parts)
+            gram_tile(left + i * count * kPanel, other + j * count * kPanel, count,
+                      sum + i * kPanel * cols + j * kPanel, cols, std::min(kPanel, cols - i * kPanel),
+                      std::min(kPanel, cols - j * kPanel));
+        }
       }
     }
   }
