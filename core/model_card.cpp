@@ -169,10 +169,14 @@ std::string figures_of(const Report& report) {
   return text;
 }
 
-// Why transformers does not load what was written; nullopt too where no config.json lies there.
+// Why transformers does not load what was written; nullopt too where no config.json that names its family lies there.
 std::optional<std::string> loading_obstacle(const fs::path& folder) {
-  for (const fs::path& file : {folder / "config.json", folder / "model" / "config.json"})
-    if (fs::is_regular_file(file)) return transformers_obstacle(parse_config(read_json(file), nullptr, file.string()));
+  for (const fs::path& file : {folder / "config.json", folder / "model" / "config.json"}) {
+    if (!fs::is_regular_file(file)) continue;
+    const Json config = read_json(file);
+    if (!config.contains("architectures") && !config.contains("model_type")) return std::nullopt;
+    return transformers_obstacle(parse_config(config, nullptr, file.string()));
+  }
   return std::nullopt;
 }
 
