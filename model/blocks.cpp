@@ -11,6 +11,7 @@
 #include "model/decoder.h"
 #include "model/fused.h"
 #include "model/ranks.h"
+#include "model/split_products.h"
 #include "model/threads.h"
 
 namespace pare {
@@ -171,6 +172,7 @@ class Walk {
     for (std::int64_t w = first; w < last; ++w) {
       try {
         const torch::NoGradGuard no_grad;
+        const SplitProductsScope split;
         work(w);
       } catch (...) {
 #pragma omp critical
@@ -352,6 +354,7 @@ torch::Tensor Walk::reference_input(BlockStage stage, std::int64_t window) {
 
 void Walk::add_grams(std::int64_t first, std::span<const WindowRows> windows, const std::vector<float>& inputs,
                      const std::vector<float>& differences, InputStatistics& result) {
+  const SplitProductsScope split;
   const auto add = [&](const float* left, const float* right, std::int64_t rows, SquareMatrix& sum) {
     sum.visit([&](auto* values) {
       add_gram(left, right, rows, result.columns, values, sum_threads_, ranks_.rank(), ranks_.size());
@@ -768,7 +771,8 @@ Command calibrated_by_ranks(Command command) {
     Ranks& ranks = ranks_of(context);
     if (ranks.alone()) return run(options, context);
     const Checkpoint model(options.get<std::string>("model"));
-    ranks.agree("the program", Json{{"pare", PARE_VERSION}, {"LibTorch", TORCH_VERSION}});
+    ranks.agree("the program", Json{{"pare", PARE_VERSION}, {"LibTorch", TORCH_VERSION},
+                                      {"split products", has_split_products()}});
     ranks.agree("--model", model.content_hash());
     ranks.wait_long();
     if (ranks.first()) {

@@ -109,8 +109,8 @@ struct WalkOptions {
   std::int64_t widest_double = kWidestDouble;  // statistics of wider inputs are kept in float32
 };
 
-// Statistics are float32 products over fixed shards of windows, added in double in a fixed order: the same bits at any
-// thread count. The weight of a window's first token is capped at kFirstTokenEnergy times the mean energy of the
+// Statistics are float32 or split products (split_products.h) over fixed shards of windows, added in double in a fixed
+// order: the same bits at any thread count. The weight of a window's first token is capped at kFirstTokenEnergy times the mean energy of the
 // others.
 inline constexpr double kFirstTokenEnergy = 4.0;
 void walk_blocks(const Checkpoint& checkpoint, const CalibrationWindows& windows, const WalkOptions& options,
@@ -139,7 +139,7 @@ MemoryPlan plan_memory(const Options& options, const std::function<std::uint64_t
 // What a block computes with for `rows` positions, in bytes beside its weights.
 std::uint64_t block_work_bytes(const ModelConfig& config, std::int64_t rows);
 // Peak anonymous memory of a walk: activations unless they are spilled, one block, the originals and the statistics of
-// one input, in bytes; from the config alone.
+// one input, in bytes; from the config and the kind of products that this machine has.
 std::uint64_t walk_peak_bytes(const ModelConfig& config, std::int64_t windows, std::int64_t length,
                               const WalkOptions& options);
 

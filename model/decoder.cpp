@@ -225,7 +225,7 @@ Tensor DecoderBlockImpl::project_packed(const Tensor& x, const std::vector<Linea
     std::int64_t begin = 0;
     for (const Linear& part : parts) {
       Tensor result = joined.narrow(1, begin, part.weight.size(0));
-      torch::mm_out(result, rows, part.weight.detach().to(x.scalar_type()).t());
+      project_into(result, rows, part.weight);
       if (part.bias.defined()) result.add_(part.bias.detach().to(x.scalar_type()));
       begin += part.weight.size(0);
     }

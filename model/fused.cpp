@@ -9,6 +9,7 @@
 
 #include "model/fused_kernels.h"
 #include "model/threads.h"
+#include "model/split_products.h"
 
 namespace pare {
 namespace {
@@ -256,8 +257,28 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, MatmulDtype o
 }
 
 Tensor project(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  Tensor y = LinearFunction::apply(x, weight);
+  Tensor y;
+  if (split_products_wanted() && !torch::GradMode::is_enabled()) {
+    const Tensor rows = x.reshape({-1, x.size(-1)}).contiguous();
+    auto shape = x.sizes().vec();
+    shape.back() = weight.size(0);
+    y = torch::empty(shape, x.options());
+    project_into(y.view({-1, weight.size(0)}), rows, weight);
+  } else {
+    y = LinearFunction::apply(x, weight);
+  }
   return bias.defined() ? y + bias.to(y.scalar_type()) : y;
+}
+
+void project_into(Tensor out, const Tensor& x, const Tensor& weight) {
+  const Tensor w = weight.detach().to(x.scalar_type());
+  if (split_products_wanted() && x.device().is_cpu() && x.scalar_type() == torch::kFloat) {
+    const Tensor rows = x.contiguous(), columns = w.contiguous();
+    split_product(rows.data_ptr<float>(), rows.size(0), rows.size(1), columns.data_ptr<float>(), columns.size(0),
+                  out.data_ptr<float>(), out.stride(0));
+  } else {
+    torch::mm_out(out, x, w.t());
+  }
 }
 
 Tensor swiglu(const Tensor& gate_up) {

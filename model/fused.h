@@ -17,6 +17,9 @@ torch::Tensor rms_norm(const torch::Tensor& x, const torch::Tensor& weight, doub
 // x [.., in] (already in the product's dtype) times weight [out, in]^T plus bias (may be undefined).
 torch::Tensor project(const torch::Tensor& x, const torch::Tensor& weight, const torch::Tensor& bias);
 
+// out [rows, outputs], whose lines may stand apart, becomes x [rows, in] times weight [out, in]^T, without gradients.
+void project_into(torch::Tensor out, const torch::Tensor& x, const torch::Tensor& weight);
+
 // gate_up [.., 2 width], gate first -> silu(gate) * up [.., width].
 torch::Tensor swiglu(const torch::Tensor& gate_up);
 // The same with the tanh form of GELU.

@@ -6,12 +6,14 @@
 #include <Eigen/Core>
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstring>
 #include <memory>
 #include <numeric>
 
 #include "core/error.h"
 #include "model/clones.h"
+#include "model/split_products.h"
 
 #define PARE_INLINE __attribute__((always_inline)) inline
 
@@ -30,6 +32,16 @@ constexpr std::int64_t kLanes = 4;  // x 8 rows at a time in registers
 struct alignas(64) Line {  // a load never spans two
   float at[16];
 };
+
+// out[height][width], lines `stride` apart, += product[32][32].
+template <class T>
+PARE_INLINE void add_tile(const float* product, T* out, std::int64_t stride, std::int64_t height, std::int64_t width) {
+  for (std::int64_t k = 0; k < height; ++k) {
+    T* line = out + k * stride;
+#pragma omp simd
+    for (std::int64_t j = 0; j < width; ++j) line[j] += static_cast<T>(product[k * kPanel + j]);
+  }
+}
 
 // tile[32][32] += sum over t of a[t][i] * b[t][j], rows at most kGramRows.
 template <class T>
@@ -58,11 +70,7 @@ PARE_INLINE void gram_tile_body(const float* a, const float* b, std::int64_t row
       std::memcpy(product + i * kPanel, sum, sizeof sum);
     }
   }
-  for (std::int64_t k = 0; k < height; ++k) {
-    T* line = out + k * stride;
-#pragma omp simd
-    for (std::int64_t j = 0; j < width; ++j) line[j] += static_cast<T>(product[k * kPanel + j]);
-  }
+  add_tile(product, out, stride, height, width);
 }
 // Clones are made of functions, not of templates.
 PARE_CLONES void gram_tile(const float* a, const float* b, std::int64_t rows, double* out, std::int64_t stride,
@@ -74,10 +82,18 @@ PARE_CLONES void gram_tile(const float* a, const float* b, std::int64_t rows, fl
   gram_tile_body(a, b, rows, out, stride, height, width);
 }
 
-// Panel p of [panel][row][32], zero padded.
-void pack_panel(const float* x, std::int64_t rows, std::int64_t cols, std::int64_t p, float* packed) {
+PARE_CLONES void add_product(const float* product, double* out, std::int64_t stride, std::int64_t height,
+                             std::int64_t width) {
+  add_tile(product, out, stride, height, width);
+}
+PARE_CLONES void add_product(const float* product, float* out, std::int64_t stride, std::int64_t height,
+                             std::int64_t width) {
+  add_tile(product, out, stride, height, width);
+}
+
+// Panel p as [row][32], zero padded.
+void pack_panel(const float* x, std::int64_t rows, std::int64_t cols, std::int64_t p, float* out) {
   const std::int64_t width = std::min(kPanel, cols - p * kPanel);
-  float* out = packed + p * rows * kPanel;
   for (std::int64_t t = 0; t < rows; ++t, out += kPanel) {
     std::memcpy(out, x + t * cols + p * kPanel, static_cast<std::size_t>(width) * sizeof(float));
     std::fill(out + width, out + kPanel, 0.0f);
@@ -197,19 +213,29 @@ void add_gram(const float* a, const float* b, std::int64_t rows, std::int64_t co
   static_assert(kPanel == kGramPanel);
   const std::int64_t panels = (cols + kPanel - 1) / kPanel;
   const std::int64_t blocks = ((panels - part + parts - 1) / parts + kGramPanels - 1) / kGramPanels;
-  // And what tiles fetch ahead of themselves.
-  const auto lines = static_cast<std::size_t>((panels * std::min(kGramRows, rows) + kGramDepth) * kPanel / 16);
+  const bool split = split_products_wanted();
+  const std::int64_t bytes =  // of a panel, in each of its forms
+      split ? split_panel_bytes(std::min(kGramRows, rows)) : std::min(kGramRows, rows) * kPanel * 4;
+  const std::int64_t ahead = split ? 0 : kGramDepth * kPanel * 4;  // what tiles fetch ahead of themselves
+  const auto lines = static_cast<std::size_t>((panels * bytes + ahead) / 64);
+  const bool apart = a != b || split;  // the two sides are packed differently
   const auto left_lines = std::make_unique_for_overwrite<Line[]>(lines);
-  const auto right_lines = std::make_unique_for_overwrite<Line[]>(a == b ? 0 : lines);
-  float *left = reinterpret_cast<float*>(left_lines.get()), *right = reinterpret_cast<float*>(right_lines.get());
-  const float* other = a == b ? left : right;
+  const auto right_lines = std::make_unique_for_overwrite<Line[]>(apart ? lines : 0);
+  auto *left = reinterpret_cast<std::byte*>(left_lines.get()), *right = reinterpret_cast<std::byte*>(right_lines.get());
+  const std::byte* other = apart ? right : left;
 #pragma omp parallel num_threads(resolve_threads(threads))
   for (std::int64_t start = 0; start < rows; start += kGramRows) {
     const std::int64_t count = std::min(kGramRows, rows - start);
 #pragma omp for
     for (std::int64_t p = 0; p < panels; ++p) {
-      pack_panel(a + start * cols, count, cols, p, left);
-      if (a != b) pack_panel(b + start * cols, count, cols, p, right);
+      std::byte *to_left = left + p * bytes, *to_right = right + p * bytes;
+      if (split) {
+        split_panel(b + start * cols, count, cols, p * kPanel, a == b ? to_left : nullptr, to_right);
+        if (a != b) split_panel(a + start * cols, count, cols, p * kPanel, to_left, nullptr);
+      } else {
+        pack_panel(a + start * cols, count, cols, p, reinterpret_cast<float*>(to_left));
+        if (a != b) pack_panel(b + start * cols, count, cols, p, reinterpret_cast<float*>(to_right));
+      }
     }
 #pragma omp for schedule(dynamic) collapse(2)
     for (std::int64_t block = 0; block < blocks; ++block) {
@@ -217,10 +243,18 @@ void add_gram(const float* a, const float* b, std::int64_t rows, std::int64_t co
         const std::int64_t begin = part + block * kGramPanels * parts;
         const std::int64_t end = std::min(begin + kGramPanels * parts, panels);
         for (std::int64_t j = passing; j < std::min(passing + kGramPassing, panels); ++j) {
-          for (std::int64_t i = begin; i < end && (a != b || i <= j); i += parts)
-            gram_tile(left + i * count * kPanel, other + j * count * kPanel, count,
-                      sum + i * kPanel * cols + j * kPanel, cols, std::min(kPanel, cols - i * kPanel),
-                      std::min(kPanel, cols - j * kPanel));
+          for (std::int64_t i = begin; i < end && (a != b || i <= j); i += parts) {
+            T* to = sum + i * kPanel * cols + j * kPanel;
+            const std::int64_t height = std::min(kPanel, cols - i * kPanel), width = std::min(kPanel, cols - j * kPanel);
+            if (split) {
+              alignas(64) float product[kPanel * kPanel];
+              split_panel_product(left + i * bytes, other + j * bytes, count, product);
+              add_product(product, to, cols, height, width);
+            } else {
+              gram_tile(reinterpret_cast<const float*>(left + i * bytes), reinterpret_cast<const float*>(other + j * bytes),
+                        count, to, cols, height, width);
+            }
+          }
         }
       }
     }

@@ -13,8 +13,8 @@
 
 namespace pare {
 
-// sum [cols * cols] += a^T b for float a, b [rows, cols] (row-major): products in float32 over at most 512 rows, added
-// to the sums. With a == b only entries (i, j) with i / 32 <= j / 32 are written: call mirror_upper at the end.
+// sum [cols * cols] += a^T b for float a, b [rows, cols] (row-major): products in float32, or split ones, over at most
+// 512 rows, added to the sums. With a == b only entries (i, j) with i / 32 <= j / 32 are written: call mirror_upper at the end.
 // T: double or float, here and below. Of `parts` that share the work each adds the rows of every parts-th panel of
 // kGramPanel rows of the sum, from the part-th on.
 inline constexpr std::int64_t kGramPanel = 32;

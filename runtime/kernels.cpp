@@ -2,16 +2,13 @@
 
 #if defined(__aarch64__)
 #include <sys/auxv.h>
-#elif defined(PARE_AMX)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
+#include "core/amx.h"
 #include "core/error.h"
 
 namespace pare {
@@ -167,25 +164,6 @@ const Kernels& amx_kernels() {
   static const Kernels kernels = with_products(kAvx512VnniKernels, "amx", kAmx);
   return kernels;
 }
-
-constexpr long kTileData = 18;  // XFEATURE_XTILEDATA
-
-// The processor has AMX for bytes, and the system knows it.
-bool has_amx() {
-  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTile) == 0 || (d & kInt8) == 0) return false;
-  constexpr long kSupported = 0x1021;  // ARCH_GET_XCOMP_SUPP
-  std::uint64_t features = 0;
-  return syscall(SYS_arch_prctl, kSupported, &features) == 0 && (features >> kTileData & 1) != 0;
-}
-
-// Lets this process keep the state of the tiles. For good, and every signal stack has to hold it from then on, so only
-// where they are used.
-bool permit_amx() {
-  constexpr long kRequest = 0x1023;  // ARCH_REQ_XCOMP_PERM
-  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-}
 #endif
 
 #endif
@@ -203,7 +181,7 @@ std::vector<const Kernels*> kernels_here() {
 #endif
     if (wide) here.push_back(&kAvx512VnniKernels);
 #ifdef PARE_AMX
-    if (wide && has_amx()) here.push_back(&amx_kernels());
+    if (wide && has_amx_int8()) here.push_back(&amx_kernels());
 #endif
   }
 #elif defined(__aarch64__)

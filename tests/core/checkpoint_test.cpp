@@ -129,7 +129,7 @@ TEST(Checkpoint, PackedWordsFollowTheSpecification) {
     const QuantizedTensor tensor = random_codes(Codec::parse(name, ""), 3, 96, 4);
     const int bits = tensor.codec.bits();
     const std::vector<std::int32_t> words = pack_weight(tensor);
-    QuantizedTensor back{tensor.codec, 3, 96, {}, tensor.scales, {}};
+    QuantizedTensor back{tensor.codec, 3, 96, {}, tensor.scales, {}, {}};
     unpack_weight({"x", DType::kI32, {3, 3 * bits}, std::as_bytes(std::span(words))}, back);
     EXPECT_TRUE(same(back, tensor)) << name;
     ASSERT_EQ(words.size(), static_cast<std::size_t>(3 * 96 * bits / 32));

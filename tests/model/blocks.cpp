@@ -8,6 +8,7 @@
 
 #include "core/error.h"
 #include "model/decoder.h"
+#include "tests/model/models.h"
 
 namespace pare {
 namespace {
@@ -129,7 +130,8 @@ TEST_F(BlocksTest, StatisticsAreSumsOverTheModelsOwnInputs) {
     const torch::Tensor expected = sums[key] / static_cast<double>(input.tokens);
     const torch::Tensor found =
         torch::tensor(input.hessian.doubles(), torch::kDouble).view({input.columns, input.columns});
-    EXPECT_LT((found - expected).abs().max().item<double>(), 1e-5 * expected.abs().max().item<double>());
+    EXPECT_LT((found - expected).abs().max().item<double>(),
+              testing::statistics_tolerance() * expected.abs().max().item<double>());
     EXPECT_TRUE(torch::equal(found, found.t()));
     for (std::int64_t j = 0; j < input.columns; ++j) {
       EXPECT_EQ(input.mean_square[static_cast<std::size_t>(j)],
@@ -181,8 +183,8 @@ TEST_F(BlocksTest, HeldOutWindowsAndTokenWeights) {
         most = std::max(most, std::fabs(matrix[static_cast<std::size_t>(i)] - expected.view({-1})[i].item<double>()));
       return most / expected.abs().max().item<double>();
     };
-    EXPECT_LT(differs(input.hessian, all[key]), 1e-5);
-    EXPECT_LT(differs(input.held_hessian, held[key]), 1e-5);
+    EXPECT_LT(differs(input.hessian, all[key]), testing::statistics_tolerance());
+    EXPECT_LT(differs(input.held_hessian, held[key]), testing::statistics_tolerance());
     EXPECT_EQ(input.paired_tokens, 11 * 19);
     EXPECT_EQ(input.held_tokens, 2 * 19);
     for (std::size_t i = 0; i < static_cast<std::size_t>(input.columns * input.columns); ++i) {

@@ -125,7 +125,8 @@ TEST_F(ExpertWalk, StatisticsWeighTokensByTheSquareOfTheirShare) {
     EXPECT_EQ(input.tokens, counts[std::get<0>(key)][static_cast<std::size_t>(input.expert)]);
     const torch::Tensor expected = sums.at(key) / static_cast<double>(kWindows * kLength);
     const torch::Tensor hessian = torch::tensor(input.hessian.doubles(), torch::kDouble).view({input.columns, input.columns});
-    EXPECT_LT((hessian - expected).abs().max().item<double>(), 1e-5 * expected.abs().max().item<double>());
+    EXPECT_LT((hessian - expected).abs().max().item<double>(),
+              testing::statistics_tolerance() * expected.abs().max().item<double>());
   }
   const Recorder again = walk(options, Recorder(), 1);
   for (const auto& [key, input] : found.statistics) EXPECT_EQ(input.hessian, again.statistics.at(key).hessian);

@@ -246,7 +246,7 @@ TEST(PruneStage, RefusesAQuantizedFolder) {
         writer.put(spec.name, model.read_f32(spec.name).data());
         continue;
       }
-      QuantizedTensor codes{Codec::parse("q8", "test"), spec.shape[0], spec.shape[1], {}, {}, {}};
+      QuantizedTensor codes{Codec::parse("q8", "test"), spec.shape[0], spec.shape[1], {}, {}, {}, {}};
       codes.codes.assign(static_cast<std::size_t>(codes.rows * codes.cols), 3);
       codes.scales.assign(static_cast<std::size_t>(codes.rows * codes.codec.groups(codes.cols)), f32_to_f16(0.01f));
       writer.put_codes(spec.name, codes);

@@ -22,12 +22,12 @@ class Reader {
   explicit Reader(const fs::path& path) : bytes_(read_text(path)) {
     EXPECT_EQ(number<std::uint32_t>(), 0x46554747u);
     EXPECT_EQ(number<std::uint32_t>(), 3u);
-    const auto tensors = number<std::uint64_t>(), pairs = number<std::uint64_t>();
+    const auto count = number<std::uint64_t>(), pairs = number<std::uint64_t>();
     for (std::uint64_t i = 0; i < pairs; ++i) {
       const std::string key = text();
       values[key] = value(number<std::uint32_t>());
     }
-    for (std::uint64_t i = 0; i < tensors; ++i) {
+    for (std::uint64_t i = 0; i < count; ++i) {
       Tensor tensor;
       const std::string name = text();
       tensor.shape.resize(number<std::uint32_t>());
@@ -35,7 +35,7 @@ class Reader {
       tensor.type = number<std::uint32_t>();
       tensor.offset = number<std::uint64_t>();
       EXPECT_EQ(tensor.offset % 32, 0u) << name;
-      this->tensors[name] = tensor;
+      tensors[name] = tensor;
     }
     data_ = (at_ + 31) / 32 * 32;
   }
