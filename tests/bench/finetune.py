@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """What fine-tuning on instructions gives, in held-out accuracy: all weights against LoRA, several seeds.
 
-The instructions are made of task files: of each, part of the items (every third, by its number) is held out, the others
-become prompt and response. Minimal pairs (BLiMP) ask for a sentence, the good one is the response; the test is a choice
+The instructions are made of task files: of each, part of the items (every third, by its number) is held out to test,
+a twelfth decides when to stop (two passes without a lower loss; the best weights stay), the others become prompt and
+response. Minimal pairs (BLiMP) ask for a sentence, the good one is the response; the test is a choice
 of the two. Multiple choice gives query and the right choice. Accuracy is that of `pare eval --tasks` on the files that
 `pare finetune` wrote; standard errors over items, and of differences between two models over the items that both answered.
 
@@ -20,7 +21,7 @@ import statistics
 import subprocess
 import tempfile
 
-ARMS = {"all weights": ["--lr", "{full}"], "LoRA, rank 16": ["--lora-rank", "16", "--lr", "{lora}"]}
+ARMS = {"all weights": ["--lr", "{full}"], "LoRA": ["--lora-rank", "{rank}", "--lr", "{lora}"]}
 
 
 def instructions(path):
@@ -41,28 +42,29 @@ def main():
         parser.add_argument(name)
     parser.add_argument("tasks", nargs="+")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--epochs", default="4")
+    parser.add_argument("--epochs", default="8", help="at most")
     parser.add_argument("--context", default="256")
     parser.add_argument("--batch", default="8")
     parser.add_argument("--work", help="folder for models and scores, kept")
     parser.add_argument("--full", default="5e-4", help="learning rate of all weights")
+    parser.add_argument("--rank", default="16", help="of LoRA")
     parser.add_argument("--lora", default="2e-3", help="learning rate of LoRA")
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
         work = pathlib.Path(args.work or stack.enter_context(tempfile.TemporaryDirectory()))
         work.mkdir(exist_ok=True)
-        names, train, held = [], [], []
+        names, train, stop = [], [], []
         for path in map(pathlib.Path, args.tasks):
             names.append(path.stem)
             tests = []
             for i, (prompt, choices, gold) in enumerate(instructions(path)):
                 if i % 3 == 0:
                     tests.append({"query": prompt.rstrip("\n"), "choices": choices, "gold": gold})
-                    held.append({"prompt": prompt.rstrip("\n"), "response": " " + choices[gold]})
                 else:
-                    train.append({"prompt": prompt.rstrip("\n"), "response": " " + choices[gold]})
+                    lines = stop if i % 12 == 1 else train
+                    lines.append({"prompt": prompt.rstrip("\n"), "response": " " + choices[gold]})
             (work / path.name).write_text("".join(json.dumps(t) + "\n" for t in tests))
-        for name, lines in (("train", train), ("held", held)):
+        for name, lines in (("train", train), ("stop", stop)):
             (work / f"{name}.jsonl").write_text("".join(json.dumps(l) + "\n" for l in lines))
 
         def pare(*words):
@@ -84,14 +86,14 @@ def main():
 
         def train_one(arm, words, seed, out):
             result = pare("finetune", "--model", args.model, "--text", work / "train.jsonl", "--held-out",
-                          work / "held.jsonl", "--out", out, "--epochs", args.epochs, "--context", args.context, "--batch",
-                          args.batch, "--seed", seed, "--threads", "1",
-                          *[w.format(full=args.full, lora=args.lora) for w in words])
-            losses = result["held_out"]["held.jsonl"]
+                          work / "stop.jsonl", "--patience", "2", "--out", out, "--epochs", args.epochs, "--context",
+                          args.context, "--batch", args.batch, "--seed", seed, "--threads", "1",
+                          *[w.format(full=args.full, lora=args.lora, rank=args.rank) for w in words])
+            losses = result["held_out"]["stop.jsonl"]
             return {"arm": arm, "seed": seed, "steps": result["steps"],
                     "trained_parameters": result["trained_parameters"], "text": result["text"]["train.jsonl"],
-                    "held_out_loss": [losses["before"]["loss"], losses["after"]["loss"]],
-                    "held_out_loss_stderr": losses["after"]["standard_error"]}
+                    "stop_loss": [losses["before"]["loss"], losses["after"]["loss"]],
+                    "stop_loss_stderr": losses["after"]["standard_error"]}
 
         def estimate(values):
             n, mean = len(values), statistics.fmean(values)
@@ -116,7 +118,7 @@ def main():
         picked = lambda by: [v for n in names if name in (n, "all together") for v in by[n]]
         base = picked(before)
         mean = {arm: [statistics.fmean(column) for column in zip(*map(picked, scores[arm]))] for arm in ARMS}
-        full, lora = mean["all weights"], mean["LoRA, rank 16"]
+        full, lora = mean["all weights"], mean["LoRA"]
         cells = [name, len(base), *estimate(base)]
         for arm in (full, lora):
             cells += [statistics.fmean(arm), *estimate([a - b for a, b in zip(arm, base)])]
@@ -131,7 +133,7 @@ def main():
     result = {"benchmark": "finetune", "command": "tests/bench/finetune.py build/pare MODEL OUT.json TASK.jsonl..",
               "commit": git.stdout.strip() or "unknown", "machine": machine, "seeds": args.seeds, "epochs": float(args.epochs),
               "context": int(args.context), "batch": int(args.batch),
-              "learning_rates": {"all weights": float(args.full), "LoRA": float(args.lora)},
+              "learning_rates": {"all weights": float(args.full), "LoRA": float(args.lora)}, "rank": int(args.rank),
               "model": os.path.basename(args.model.rstrip("/")), "trained_on": len(train),
               "columns": columns, "table": table, "runs": runs}
     with open(args.out, "w") as file:
