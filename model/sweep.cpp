@@ -10,6 +10,7 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
+#include <type_traits>
 
 #include "core/error.h"
 #include "model/clones.h"
@@ -27,7 +28,7 @@ constexpr std::int64_t kGramRows = 512;   // float32 accumulation length
 constexpr std::int64_t kGramDepth = 128;  // rows of two panels that stand in the nearest cache together
 constexpr std::int64_t kGramPanels = 4;   // that stand in the second cache while others pass by,
 constexpr std::int64_t kGramPassing = 12;  // so many
-constexpr std::int64_t kLanes = 4;  // x 8 rows at a time in registers
+constexpr std::int64_t kLanes = 4;  // registers of rows at a time
 
 struct alignas(64) Line {  // a load never spans two
   float at[16];
@@ -101,10 +102,11 @@ void pack_panel(const float* x, std::int64_t rows, std::int64_t cols, std::int64
 }
 
 // Strip by strip: `depth` rows of the matrix by kStrip columns stand packed as [column / 4][row][4], so that rows a
-// power of two apart do not fight for the same cache lines, and serve every row of the tile.
+// power of two apart do not fight for the same cache lines, and serve every row of the tile. Products in V: floats over
+// kDepth rows at most, which are then added in double.
 constexpr std::int64_t kStrip = 64, kDepth = 64;
 
-template <bool kTransposed, class T>
+template <class V, bool kTransposed, class T>
 PARE_INLINE void subtract_body(double* out, const double* factors, const T* m, std::int64_t n, std::int64_t first,
                                std::int64_t last, std::int64_t begin, std::int64_t end) {
   if (!kTransposed && last - first == 1) {
@@ -115,51 +117,55 @@ PARE_INLINE void subtract_body(double* out, const double* factors, const T* m, s
     }
     return;
   }
-  alignas(64) double packed[kStrip * kDepth];
+  using S = std::remove_cvref_t<decltype(V{}[0])>;
+  constexpr std::int64_t kLine = 64 / sizeof(T);
+  constexpr std::int64_t kWidth = sizeof(V) / sizeof(S), kRows = kLanes * kWidth;  // at a time
+  static_assert(kSweepRows % kRows == 0);
+  alignas(64) S packed[kStrip * kDepth], rounded[kDepth * kSweepRows], sums[4 * kRows];
   for (std::int64_t top = first; top < last; top += kDepth) {
     const std::int64_t depth = std::min(kDepth, last - top);
+    for (std::int64_t i = 0; i < depth * kSweepRows; ++i)
+      rounded[i] = static_cast<S>(factors[(top - first) * kSweepRows + i]);
     for (std::int64_t left = begin; left < end; left += kStrip) {
       const std::int64_t width = std::min(kStrip, end - left), quads = (width + 3) / 4;
-      if (width % 4 != 0) std::fill(packed + (quads - 1) * depth * 4, packed + quads * depth * 4, 0.0);
+      if (width % 4 != 0) std::fill(packed + (quads - 1) * depth * 4, packed + quads * depth * 4, S{0});
       for (std::int64_t j = 0; kTransposed && j < width; ++j) {
         const T* column = m + (left + j) * n + top;
-        for (std::int64_t k = 0; k < depth; ++k) packed[(j / 4 * depth + k) * 4 + j % 4] = static_cast<double>(column[k]);
+        S* to = packed + j / 4 * depth * 4 + j % 4;
+        for (std::int64_t k = 0; k < depth; ++k) to[k * 4] = static_cast<S>(column[k]);
       }
       for (std::int64_t k = 0; !kTransposed && k < depth; ++k) {
         const T* row = m + (top + k) * n + left;
         std::int64_t j = 0;
         for (; j + 4 <= width; j += 4) {
-          for (std::int64_t c = 0; c < 4; ++c) packed[(j * depth) + k * 4 + c] = static_cast<double>(row[j + c]);
+          for (std::int64_t c = 0; c < 4; ++c) packed[(j * depth) + k * 4 + c] = static_cast<S>(row[j + c]);
         }
-        for (; j < width; ++j) packed[(j / 4 * depth + k) * 4 + j % 4] = static_cast<double>(row[j]);
+        for (; j < width; ++j) packed[(j / 4 * depth + k) * 4 + j % 4] = static_cast<S>(row[j]);
       }
-      for (std::int64_t half = 0; half < kSweepRows; half += kLanes * 8) {
+      for (std::int64_t part = 0; part < kSweepRows; part += kRows) {
         for (std::int64_t quad = 0; quad < quads; ++quad) {
-          Double8 sum[4][kLanes] = {};
-          const double* column = packed + quad * depth * 4;
-          const double* factor = factors + (top - first) * kSweepRows + half;
+          if (part == 0 && left + 2 * kStrip <= end && depth == kDepth) {  // the next strip's, its lines are far apart
+            const T* ahead = kTransposed ? m + (left + kStrip + quad * 4) * n + top
+                                         : m + (top + quad * 4) * n + left + kStrip;
+            for (std::int64_t i = 0; i < 4; ++i)
+              for (std::int64_t k = 0; k < kStrip; k += kLine) __builtin_prefetch(ahead + i * n + k);
+          }
+          V sum[4][kLanes] = {};
+          const S *column = packed + quad * depth * 4, *factor = rounded + part;
           for (std::int64_t k = 0; k < depth; ++k, column += 4, factor += kSweepRows) {
 #pragma GCC unroll 4
             for (int v = 0; v < kLanes; ++v) {
-              Double8 e;
-              std::memcpy(&e, factor + v * 8, sizeof e);
+              V e;
+              std::memcpy(&e, factor + v * kWidth, sizeof e);
 #pragma GCC unroll 4
               for (int c = 0; c < 4; ++c) sum[c][v] += column[c] * e;
             }
           }
+          std::memcpy(sums, sum, sizeof sums);
           const std::int64_t filled = std::min<std::int64_t>(4, width - quad * 4);
-          // Indexed by constants alone, or the sums would live in memory.
-#pragma GCC unroll 4
-          for (int c = 0; c < 4; ++c) {
-            if (c >= filled) break;
-#pragma GCC unroll 4
-            for (int v = 0; v < kLanes; ++v) {
-              double* target = out + (left - begin + quad * 4 + c) * kSweepRows + half + v * 8;
-              Double8 w;
-              std::memcpy(&w, target, sizeof w);
-              w -= sum[c][v];
-              std::memcpy(target, &w, sizeof w);
-            }
+          for (std::int64_t c = 0; c < filled; ++c) {
+            double* target = out + (left - begin + quad * 4 + c) * kSweepRows + part;
+            for (std::int64_t i = 0; i < kRows; ++i) target[i] -= static_cast<double>(sums[c * kRows + i]);
           }
         }
       }
@@ -167,21 +173,29 @@ PARE_INLINE void subtract_body(double* out, const double* factors, const T* m, s
   }
 }
 // Clones are made of functions, not of templates.
+PARE_CLONES void subtract_exact(double* out, const double* factors, const double* m, std::int64_t n, std::int64_t first,
+                                std::int64_t last, std::int64_t begin, std::int64_t end) {
+  subtract_body<Double8, false>(out, factors, m, n, first, last, begin, end);
+}
+PARE_CLONES void subtract_exact(double* out, const double* factors, const float* m, std::int64_t n, std::int64_t first,
+                                std::int64_t last, std::int64_t begin, std::int64_t end) {
+  subtract_body<Double8, false>(out, factors, m, n, first, last, begin, end);
+}
 PARE_CLONES void subtract(double* out, const double* factors, const double* m, std::int64_t n, std::int64_t first,
                           std::int64_t last, std::int64_t begin, std::int64_t end) {
-  subtract_body<false>(out, factors, m, n, first, last, begin, end);
+  subtract_body<Float16, false>(out, factors, m, n, first, last, begin, end);
 }
 PARE_CLONES void subtract(double* out, const double* factors, const float* m, std::int64_t n, std::int64_t first,
                           std::int64_t last, std::int64_t begin, std::int64_t end) {
-  subtract_body<false>(out, factors, m, n, first, last, begin, end);
+  subtract_body<Float16, false>(out, factors, m, n, first, last, begin, end);
 }
 PARE_CLONES void subtract_transposed(double* out, const double* factors, const double* m, std::int64_t n,
                                      std::int64_t first, std::int64_t last, std::int64_t begin, std::int64_t end) {
-  subtract_body<true>(out, factors, m, n, first, last, begin, end);
+  subtract_body<Float16, true>(out, factors, m, n, first, last, begin, end);
 }
 PARE_CLONES void subtract_transposed(double* out, const double* factors, const float* m, std::int64_t n,
                                      std::int64_t first, std::int64_t last, std::int64_t begin, std::int64_t end) {
-  subtract_body<true>(out, factors, m, n, first, last, begin, end);
+  subtract_body<Float16, true>(out, factors, m, n, first, last, begin, end);
 }
 
 // total[r] += d H d^T for d [n][kSweepRows]: twice what lies above the diagonal strips, and the strips.
@@ -428,9 +442,9 @@ void sweep_typed(const float* weight, std::int64_t rows, const SweepFactor& fact
             error[r] = (here[r] - decided[r]) / static_cast<double>(u[i * n + i]);
             here[r] = decided[r];
           }
-          subtract(current.data() + (i + 1) * kSweepRows, error, u, n, i, i + 1, i + 1, last);
+          subtract_exact(current.data() + (i + 1) * kSweepRows, error, u, n, i, i + 1, i + 1, last);
         }
-        subtract(current.data() + last * kSweepRows, errors.data(), u, n, first, last, last, n);
+        subtract_exact(current.data() + last * kSweepRows, errors.data(), u, n, first, last, last, n);
       }
     }
   }
