@@ -152,9 +152,15 @@ PARE_CLONES void project_single(Group& g, const Lanes& scale, const Lanes& zero,
                                   c);
 }
 
-// What project_single works with, after prepare.
+// What project_single works with, after prepare. Where floats could overflow or vanish, candidates stay doubles.
 void prepare_single(Group& g) {
-  g.single = true;
+  constexpr double kLeastEnergy = 1e-25, kLargestEnergy = 1e30, kLargestSquare = 1e15;  // these bound A w
+  g.single = std::all_of(g.energy.at, g.energy.at + kLanes, [](double energy) {
+    return energy == 0 || (energy > kLeastEnergy && energy < kLargestEnergy);
+  });
+  for (std::int64_t j = 0; g.single && j < g.size; ++j)
+    g.single = (g.block ? g.block[j * g.stride + j] : g.diagonal ? g.diagonal[j] : 1.0) < kLargestSquare;
+  if (!g.single) return;
   g.near.w.assign(g.exact.w.begin(), g.exact.w.end());
   g.near.v.assign(g.exact.v.begin(), g.exact.v.end());
   g.near.offsets.resize(g.near.w.size());

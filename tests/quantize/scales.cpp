@@ -90,6 +90,28 @@ TEST(Scales, SearchIsNeverWorseThanAbsmaxUnderItsObjective) {
   }
 }
 
+// Candidates are compared in floats, but not where those would overflow or vanish.
+TEST(Scales, SearchDoesNotDependOnTheSizeOfTheMetric) {
+  std::mt19937_64 random(12);
+  const std::int64_t rows = 16, cols = 64;
+  const std::vector<float> w = random_weight(random, rows, cols);
+  const std::vector<double> h = random_hessian(random, cols, 200);
+  const auto searched = [&](double factor) {
+    std::vector<double> scaled = h;
+    for (double& value : scaled) value *= factor;
+    const std::vector<double> diag = diagonal(scaled, cols);
+    const QuantizedTensor q = round_to_nearest(w.data(), rows, cols, Codec::parse("q4", "t"), ScaleRule::kSearched,
+                                               {scaled.data(), diag.data()}, "w", 1);
+    double error = 0;
+    for (std::int64_t r = 0; r < rows; ++r)
+      for (std::int64_t begin = 0; begin < cols; begin += 32) error += group_error(w, q, r, begin, begin + 32, h);
+    return error;
+  };
+  const double usual = searched(1);
+  for (const double factor : {0x1p-140, 0x1p-60, 0x1p60, 0x1p126, 0x1p200})
+    EXPECT_NEAR(searched(factor), usual, 1e-3 * usual) << factor;
+}
+
 TEST(Scales, CodesAreTheNearestUnderTheStoredScale) {
   std::mt19937_64 random(3);
   const std::vector<float> w = random_weight(random, 18, 128);
