@@ -25,11 +25,11 @@ HERE = pathlib.Path(__file__).resolve().parent
 PEERS = {"llmcompressor": ("llm-compressor GPTQ", "llmcompressor-gptq"), "gptqmodel": ("GPTQModel GPTQ", "gptqmodel-gptq")}
 
 
-def run(words, environment=None):
+def run(words, environment=None, folder=None):
     """(stdout, seconds, CPU seconds, peak bytes) of a program and all that it starts."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
     child = subprocess.Popen([str(w) for w in words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                             env=dict(os.environ, **(environment or {})))
+                             env=dict(os.environ, **(environment or {})), cwd=folder)
     out, err = child.communicate()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if child.returncode != 0:
@@ -51,9 +51,10 @@ def ours(given, folder, seed):
 
 
 def theirs(given, venv, worker, folder, seed):
-    words = [pathlib.Path(venv) / "bin" / "python", HERE / "peer_worker.py", worker, folder, "random", "none",
-             "--samples", given.samples, "--context", given.context, "--seed", seed]
-    out, seconds, cpu = run(words, {"HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2", "TOKENIZERS_PARALLELISM": "false"})
+    words = [pathlib.Path(venv).absolute() / "bin" / "python", HERE / "peer_worker.py", worker, folder.absolute(),
+             "random", "none", "--samples", given.samples, "--context", given.context, "--seed", seed]
+    out, seconds, cpu = run(words, {"HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2", "TOKENIZERS_PARALLELISM": "false"},
+                            given.work)  # where they leave logs
     found = json.loads(out.strip().splitlines()[-1])
     return {"seconds": found.pop("seconds"), "cpu_seconds": cpu, "program_seconds": seconds,
             "peak_bytes": found.pop("peak_bytes"), "versions": found}
