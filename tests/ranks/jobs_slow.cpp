@@ -200,7 +200,8 @@ TEST_F(Ranks, RefuseToDistillWhatTheyDoNotAgreeOn) {
 // Rank 0 tunes alone for longer than ranks wait for each other's answers.
 TEST_F(Ranks, WaitWhileRankZeroWorksAlone) {
   const Arguments stage{"quantize", "--model", path("model"), "--text", path("text.txt"), "--split", "<|endoftext|>",
-                        "--samples", "16", "--context", "32", "--method", "gptq", "--tune", "400", "--rank-timeout", "1"};
+                        "--samples", "16", "--context", "32", "--method", "gptq", "--tune", "800",
+                        "--rank-timeout", "4"};
   alone(with(stage, {"--out", path("one")}));
   Job job(scratch_ / "rank", 2, with(stage, {"--out", path("two")}));
   ASSERT_EQ(job.wait(), std::vector<int>(2, 0)) << job.errors();
