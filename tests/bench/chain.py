@@ -30,12 +30,14 @@ ARMS = {
     "int3, embedding int4, tuned": ("teacher", "q3", "q4", True),
     "int2": ("teacher", "q2", "q8", False),
     "int2, tuned": ("teacher", "q2", "q8", True),
+    "int2, embedding int4": ("teacher", "q2", "q4", False),
     "pruned, int8": ("student", "q8", "q8", False),
     "pruned, int4": ("student", "q4", "q8", False),
     "pruned, int4, tuned": ("student", "q4", "q8", True),
     "pruned, int4, embedding int4": ("student", "q4", "q4", False),
     "pruned, int4, embedding int4, tuned": ("student", "q4", "q4", True),
     "pruned, int3": ("student", "q3", "q8", False),
+    "pruned, int3, embedding int4": ("student", "q3", "q4", False),
 }
 
 
