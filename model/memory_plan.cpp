@@ -69,8 +69,8 @@ std::uint64_t walk_peak_bytes(const ModelConfig& config, std::int64_t windows, s
   const std::uint64_t square = wide * wide * (static_cast<std::int64_t>(wide) > options.widest_double ? 4 : 8);
   const auto threads = static_cast<std::uint64_t>(
       std::min<std::int64_t>({options.threads > 0 ? options.threads : omp_get_num_procs(), kShardWindows, windows}));
-  const std::uint64_t packed =
-      has_split_products() ? split_product_bytes(length, static_cast<std::int64_t>(wide), static_cast<std::int64_t>(wide)) : 0;
+  const auto columns = static_cast<std::int64_t>(wide);
+  const std::uint64_t packed = has_split_products() ? split_product_bytes(length, columns, columns) : 0;
   const std::uint64_t computing = threads * (block_work_bytes(config, length) + packed);
   const std::uint64_t walking = block * (options.cross ? 2 : 1) +
                                 std::max(originals, 2 * inputs * (options.cross ? 2 : 1) + computing) +

@@ -17,8 +17,9 @@ bool has_split_products() {
   static const bool has = [] {
     const char* kernels = std::getenv("PARE_KERNELS");
     if (kernels && *kernels != '\0' && std::string_view(kernels) != "amx") return false;
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16") && has_amx_bf16() && permit_amx();
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bf16") && has_amx_bf16() && permit_amx();
   }();
   return has;
 #else

@@ -16,8 +16,8 @@
 namespace pare {
 namespace {
 
-// A step: 32 values of depth for 32 rows or columns. [half of the value][16 of the 32][16 lines of 64 bytes]. On the left
-// a line holds the 32 values of one row, on the right those of depth 2 k and 2 k + 1 of 16 columns.
+// A step: 32 values of depth for 32 rows or columns. [half of the value][16 of the 32][16 lines of 64 bytes]. On the
+// left a line holds the 32 values of one row, on the right those of depth 2 k and 2 k + 1 of 16 columns.
 constexpr std::int64_t kStep = 32, kLine = 64, kTile = 16 * kLine, kStepBytes = 4 * kTile;
 constexpr std::int64_t kStripBytes = 1 << 20, kChunkBytes = 1 << 19;  // packed weights and inputs in the second cache
 
@@ -139,7 +139,8 @@ void pack_rows(const float* x, std::int64_t rows, std::int64_t depth, std::int64
   } while (false)
 
 // out[32][32] = left right, lines `stride` floats apart.
-inline void multiply(const std::byte* left, const std::byte* right, std::int64_t steps, float* out, std::int64_t stride) {
+inline void multiply(const std::byte* left, const std::byte* right, std::int64_t steps, float* out,
+                     std::int64_t stride) {
   PARE_IN_MEMORY;
   _tile_zero(0);
   _tile_zero(1);
@@ -193,7 +194,8 @@ void split_product(const float* x, std::int64_t rows, std::int64_t depth, const 
   for (std::int64_t b = 0; b < blocks; ++b) pack_rows<false>(x, rows, depth, 32 * b, inputs + b * bytes);
   for (std::int64_t begin = 0; begin < strips; begin += group) {
     const std::int64_t end = std::min(begin + group, strips);
-    for (std::int64_t s = begin; s < end; ++s) pack_rows<true>(w, outputs, depth, 32 * s, weights + (s - begin) * bytes);
+    for (std::int64_t s = begin; s < end; ++s)
+      pack_rows<true>(w, outputs, depth, 32 * s, weights + (s - begin) * bytes);
     for (std::int64_t first = 0; first < blocks; first += chunk) {
       for (std::int64_t s = begin; s < end; ++s) {
         for (std::int64_t b = first; b < std::min(first + chunk, blocks); ++b) {
@@ -201,7 +203,8 @@ void split_product(const float* x, std::int64_t rows, std::int64_t depth, const 
           const std::int64_t width = std::min<std::int64_t>(32, outputs - 32 * s);
           float* place = out + 32 * b * stride + 32 * s;
           const bool whole = height == 32 && width == 32;
-          multiply(inputs + b * bytes, weights + (s - begin) * bytes, steps, whole ? place : corner, whole ? stride : 32);
+          multiply(inputs + b * bytes, weights + (s - begin) * bytes, steps, whole ? place : corner,
+                   whole ? stride : 32);
           for (std::int64_t i = 0; !whole && i < height; ++i)
             std::memcpy(place + i * stride, corner + 32 * i, static_cast<std::size_t>(width) * sizeof(float));
         }
@@ -255,7 +258,9 @@ namespace {
 
 }  // namespace
 
-void split_product(const float*, std::int64_t, std::int64_t, const float*, std::int64_t, float*, std::int64_t) { missing(); }
+void split_product(const float*, std::int64_t, std::int64_t, const float*, std::int64_t, float*, std::int64_t) {
+  missing();
+}
 std::uint64_t split_product_bytes(std::int64_t, std::int64_t, std::int64_t) { missing(); }
 std::int64_t split_panel_bytes(std::int64_t) { missing(); }
 void split_panel(const float*, std::int64_t, std::int64_t, std::int64_t, void*, void*) { missing(); }

@@ -259,14 +259,15 @@ void add_gram(const float* a, const float* b, std::int64_t rows, std::int64_t co
         for (std::int64_t j = passing; j < std::min(passing + kGramPassing, panels); ++j) {
           for (std::int64_t i = begin; i < end && (a != b || i <= j); i += parts) {
             T* to = sum + i * kPanel * cols + j * kPanel;
-            const std::int64_t height = std::min(kPanel, cols - i * kPanel), width = std::min(kPanel, cols - j * kPanel);
+            const std::int64_t height = std::min(kPanel, cols - i * kPanel);
+            const std::int64_t width = std::min(kPanel, cols - j * kPanel);
             if (split) {
               alignas(64) float product[kPanel * kPanel];
               split_panel_product(left + i * bytes, other + j * bytes, count, product);
               add_product(product, to, cols, height, width);
             } else {
-              gram_tile(reinterpret_cast<const float*>(left + i * bytes), reinterpret_cast<const float*>(other + j * bytes),
-                        count, to, cols, height, width);
+              gram_tile(reinterpret_cast<const float*>(left + i * bytes),
+                        reinterpret_cast<const float*>(other + j * bytes), count, to, cols, height, width);
             }
           }
         }
