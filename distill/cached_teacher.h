@@ -19,9 +19,9 @@ class CachedTeacher {
   // What is kept of each row: vocab_size (the ids that teacher and student share), context, top_k, samples,
   // temperature, seed. The hashes are filled in here. Opens the cache of exactly these windows and this teacher, or
   // makes it (one pass of the teacher over the text; a pass that was cut short goes on). Streams have the windows of
-  // `pare eval`; of texts with responses each example is a window, of whose ids the responses alone are learned. Errors: exit 3 when the file
-  // is of another text, teacher, tokenizer, temperature or context; exit 2 for weighted texts, which a fixed set of
-  // windows cannot follow.
+  // `pare eval`; of texts with responses each example is a window, of whose ids the responses alone are learned.
+  // Errors: exit 3 when the file is of another text, teacher, tokenizer, temperature or context; exit 2 for weighted
+  // texts, which a fixed set of windows cannot follow.
   CachedTeacher(const fs::path& file, LogitCacheInfo kept, const fs::path& teacher_folder,
                 const std::vector<TextSpec>& specs, const TextForm& form, const Tokenizer& tokenizer, Decoder& teacher,
                 const torch::Device& device, Context& run);

@@ -46,8 +46,13 @@ Importances Importances::read(const fs::path& path) {
     for (std::int64_t part = 0; part < matrix.parts; ++part) {
       const float count = counts[static_cast<std::size_t>(part)];
       matrix.seen.push_back(count > 0);
-      for (std::int64_t i = part * matrix.columns; count > 0 && i < (part + 1) * matrix.columns; ++i)
-        matrix.means[static_cast<std::size_t>(i)] /= count;
+      for (std::int64_t i = part * matrix.columns; count > 0 && i < (part + 1) * matrix.columns; ++i) {
+        float& mean = matrix.means[static_cast<std::size_t>(i)];
+        mean /= count;
+        if (!std::isfinite(mean))
+          throw input_error(place, "sums that their counts divide", "a count of " + std::to_string(count),
+                            "compute the importance matrix again");
+      }
     }
     out.matrices_.emplace(name, std::move(matrix));
   }
