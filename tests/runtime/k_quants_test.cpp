@@ -389,6 +389,9 @@ TEST(KQuantsExport, ImportancesAreThoseOfTheFile) {
   };
   write_imatrix(scratch / "short.gguf", name, std::vector<float>(128, 1.0f), 3);
   EXPECT_TRUE(contains(refusal("short.gguf"), "1 x 128")) << refusal("short.gguf");
+  sums[0] = 1e3f;
+  write_imatrix(scratch / "overflows.gguf", name, sums, 1e-38f);
+  EXPECT_TRUE(contains(refusal("overflows.gguf"), "a count of")) << refusal("overflows.gguf");
   sums[7] = NAN;
   write_imatrix(scratch / "nan.gguf", name, sums, 3);
   EXPECT_TRUE(refusal("nan.gguf").starts_with("3 ") && contains(refusal("nan.gguf"), "in_sum2"));
