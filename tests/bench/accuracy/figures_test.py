@@ -8,6 +8,7 @@ import corpora
 import figures
 import harness
 import plots
+import report
 
 
 def run_of(kl, document, loss):
@@ -131,6 +132,49 @@ class Bits(unittest.TestCase):
         everything, linears = harness.bits_per_weight(tensors)
         self.assertAlmostEqual(linears, linear / (1024 * 3 + 64 * 172))
         self.assertAlmostEqual(everything, (linear + 2048 * 8.5 + 64 * 16) / (2048 + 1024 * 3 + 64 * 172 + 64))
+
+
+class Merged(unittest.TestCase):
+    BASE = ("q4g32", "rtn-q4_0")
+
+    def run_of(self, method, seed=0, commit="new"):
+        return {"model": "teacher", "format": "q4g32", "method": method, "seed": seed, "commit": commit}
+
+    def entry(self, method, kl):
+        return {"format": "q4g32", "method": method, "predictions": 10, "units": 2, "metrics": {"kl": {"value": kl}}}
+
+    def published(self):
+        pair = lambda a, b: {"format": "q4g32", "a": a, "b": b}
+        return {"runs": [self.run_of(method, seed, "old") for method in ("gptq", "best") for seed in range(3)]
+                + [self.run_of("rtn-q4_0", commit="old"), self.run_of("AutoRound", commit="old")],
+                "estimates": {"teacher": {"manual": [self.entry("rtn-q4_0", 0.03), self.entry("gptq", 0.015),
+                                                     self.entry("best", 0.005), self.entry("AutoRound", 0.016)]}},
+                "differences": {"teacher": {"manual": [pair("best", "gptq"), pair("best", "rtn-q4_0"),
+                                                       pair("AutoRound", "best")]}}}
+
+    def test_rows_that_were_not_measured_stay(self):
+        runs = [self.run_of("gptq", seed) for seed in range(3)] + [self.run_of("best"), self.run_of("rtn-q4_0")]
+        kept = report.Kept(self.published(), runs, self.BASE)
+        # Of best only one seed of three is new: the published row stays.
+        self.assertEqual([run["method"] for run in kept.new], ["gptq"] * 3 + ["rtn-q4_0"])
+        self.assertEqual([run["method"] for run in kept.runs], ["best"] * 3 + ["AutoRound"])
+        self.assertEqual({run["commit"] for run in kept.runs}, {"old"})
+        entries = kept.entries("teacher", "manual", [self.entry("gptq", 0.014), self.entry("rtn-q4_0", 0.03)])
+        self.assertEqual([(e["method"], e["metrics"]["kl"]["value"]) for e in entries],
+                         [("rtn-q4_0", 0.03), ("gptq", 0.014), ("best", 0.005), ("AutoRound", 0.016)])
+        # Only differences between two kept rows are as they were.
+        self.assertEqual([(p["a"], p["b"]) for p in kept.pairs("teacher", "manual")], [("AutoRound", "best")])
+
+    def test_rows_of_another_baseline_or_text_are_not_mixed(self):
+        kept = report.Kept(self.published(), [self.run_of("rtn-q4_0")], self.BASE)
+        kept.entries("teacher", "manual", [self.entry("rtn-q4_0", 0.0301)])
+        for entry in (self.entry("rtn-q4_0", 0.031), self.entry("rtn-q4_0", 0.03) | {"predictions": 11}):
+            with self.assertRaisesRegex(SystemExit, "rows cannot be kept"):
+                kept.entries("teacher", "manual", [entry])
+
+    def test_nothing_published_is_nothing_kept(self):
+        kept = report.Kept({}, [self.run_of("gptq")], self.BASE)
+        self.assertEqual((len(kept.new), kept.runs, kept.pairs("teacher", "manual")), (1, [], []))
 
 
 class Plots(unittest.TestCase):

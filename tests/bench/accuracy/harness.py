@@ -350,6 +350,8 @@ def options(description):
     parser.add_argument("--any-build", action="store_true", help="accept cached runs of other builds of the program")
     parser.add_argument("--cached", action="store_true", help="tables of the runs that are there; what is not is skipped")
     parser.add_argument("--publish", action="store_true", help="write results and plots to tests/bench/results")
+    parser.add_argument("--merge", action="store_true",
+                        help="published rows that this call does not measure stay as they are")
     parser.add_argument("--teacher-text", help="what make_text.sh made; default: made in the work folder")
     parser.add_argument("--test-bytes", type=int, default=160_000, help="characters of each test text [160000]")
     parser.add_argument("--calibration-bytes", type=int, default=2_000_000, help="characters to draw windows from")
@@ -390,10 +392,11 @@ def main():
     absent_peers = [peer for peer in peers if not peer["tests"]]
     command = "python3 tests/bench/accuracy/harness.py " + " ".join(shown_words(sys.argv[1:]))
     out = RESULTS if given.publish else bench.work / "results"
+    published = json.loads((RESULTS / "accuracy.json").read_text()) if given.merge else None
     report.write(out, runs, models, absent_peers, rows.BASELINE,
                  {"command": command, "commit": bench.program.commit, "machine": machine(), "failures": failures,
                   "not run": skipped,
-                  "resamples": given.resamples, "act": given.act, "samples": given.samples})
+                  "resamples": given.resamples, "act": given.act, "samples": given.samples}, published)
     print(f"results in {out}")
     if failures:
         raise SystemExit(f"{len(failures)} of {len(tasks)} runs failed")

@@ -1,4 +1,5 @@
 """Tables and plots from scored runs: one raw JSON, one table per model and text, differences, SVG files."""
+import collections
 import json
 import math
 
@@ -125,12 +126,58 @@ def provenance(meta, runs):
             "commit": commits[0] if len(commits) == 1 else ", ".join(commits) or meta["commit"]}
 
 
-def write(out, runs, models, absent_peers, baseline, meta):
-    raw = dict(meta)
+def row_of(run):
+    return run["model"], run["format"], run["method"]
+
+
+class Kept:
+    """What is published already of rows that this call did not measure, or with fewer seeds: they stay as they are, each
+    with the commit and machine of its runs. Their units are not published, so that a difference between a kept row and a
+    new one is left out."""
+
+    def __init__(self, published, runs, baseline):
+        self.published, self.baseline = published, baseline
+        seeds, old = collections.Counter(map(row_of, runs)), collections.Counter(map(row_of, published.get("runs", [])))
+        self.measured = {row for row in seeds if seeds[row] >= old[row]}
+        self.new = [run for run in runs if row_of(run) in self.measured]
+        self.runs = [run for run in published.get("runs", []) if self.stays(run["model"], run)]
+
+    def stays(self, model, row):
+        return model in rows.MODELS and (model, row["format"], row["method"]) not in self.measured
+
+    def entries(self, model, text, new):
+        """`new` and what is kept, in the order of the tables."""
+        old = self.published.get("estimates", {}).get(model, {}).get(text, [])
+        kept = [entry for entry in old if self.stays(model, entry)]
+        # The same text, and the same row that gaps are counted from, or the two do not belong into one table.
+        values = lambda entries: next(((e["predictions"], e["units"], e["metrics"]["kl"]["value"]) for e in entries
+                                       if (e["format"], e["method"]) == self.baseline), None)
+        before, now = values(old), values(new)
+        if kept and now and before and (before[:2] != now[:2] or not math.isclose(before[2], now[2], rel_tol=0.005)):
+            raise SystemExit(f"{model}, {text}: {' '.join(self.baseline)} has (predictions, units, KL) {now}, the published "
+                             f"{before}: rows cannot be kept, measure all of them or leave out --merge")
+        place = {key: number for number, key in enumerate((form, method) for form in rows.FORMATS for method in rows.METHODS)}
+        return sorted(kept + new, key=lambda e: place.get((e["format"], e["method"]), len(place)))
+
+    def pairs(self, model, text):
+        old = self.published.get("differences", {}).get(model, {}).get(text, [])
+        is_kept = lambda form, method: self.stays(model, {"format": form, "method": method})
+        return [p for p in old if is_kept(p["format"], p["a"]) and
+                is_kept(p["format"] if p["format"] in rows.FORMATS else self.baseline[0], p["b"])]
+
+
+def write(out, runs, models, absent_peers, baseline, meta, published=None):
+    """`published`: the raw results whose rows stay where `runs` has none of them."""
+    kept = Kept(published or {}, runs, baseline)
+    new, runs = kept.new, kept.new + kept.runs
+    there = {f"{run['model']} {run['format']} {run['method']} seed {run['seed']}" for run in runs}
+    raw = meta | {"not run": [name for name in meta["not run"] if name not in there]}
     raw["note"] = ("intervals: 95 % percentile bootstrap over units (documents, long ones cut into excerpts), "
                    f"{meta['resamples']} resamples, the same for all methods; standard errors over the same units; "
                    "gap closed: share of the distance of " + " ".join(baseline) + " from the original that is gone")
-    raw["models"], raw["absent peers"], raw["estimates"], raw["differences"] = models, absent_peers, {}, {}
+    raw["models"], raw["absent peers"] = kept.published.get("models", {}) | models, absent_peers
+    for part in ("estimates", "differences"):
+        raw[part] = {name: of for name, of in kept.published.get(part, {}).items() if name not in models}
     formats = list(dict.fromkeys(run["format"] for run in runs)) or rows.DEFAULT_FORMATS
     for name, model in models.items():
         own = [run for run in runs if run["model"] == name]
@@ -145,7 +192,8 @@ def write(out, runs, models, absent_peers, baseline, meta):
                 continue
             if not own:
                 continue
-            entries, pairs = estimates(own, name, text, baseline, meta["resamples"])
+            entries, pairs = estimates(new, name, text, baseline, meta["resamples"])
+            entries, pairs = kept.entries(name, text, entries), pairs + kept.pairs(name, text)
             raw["estimates"].setdefault(name, {})[text], raw["differences"].setdefault(name, {})[text] = entries, pairs
             missing = [[p["format"], p["method"]] + ["absent"] * (len(COLUMNS) - 2)
                        for p in absent_peers if p["model"] == name]
