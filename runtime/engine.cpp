@@ -214,8 +214,9 @@ void Session::feed(std::span<const std::int32_t> ids) {
   Session* const self = this;
   Impl::attempt({&self, 1}, [&] {
     s.prepare(count);
-    for (std::int64_t first = 0; first < count; first += Forward::kBatch) {
-      const std::int64_t n = std::min(Forward::kBatch, count - first);
+    const std::int64_t step = Forward::call_size(count);
+    for (std::int64_t first = 0; first < count; first += step) {
+      const std::int64_t n = std::min(step, count - first);
       const Forward::Part part{&s.cache, s.position + first, n, s.position + count, &s.stop};
       float* to = s.hidden.data() + first * s.engine->config().hidden_size;
       if (!s.forward.run(ids.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(n)), {&part, 1}, to))

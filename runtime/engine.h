@@ -62,7 +62,7 @@ class Session {
   static void feed_each(std::span<Session* const> sessions, std::span<const std::int32_t> ids);
   // The same with texts of any length above 0, kMostFedTogether ids in all: sessions[i] gets texts[i].
   static void feed_each(std::span<Session* const> sessions, std::span<const std::span<const std::int32_t>> texts);
-  static constexpr std::int64_t kMostFedTogether = 240;
+  static constexpr std::int64_t kMostFedTogether = 288;
   // The last row of each session's last call: out [sessions, vocab_size].
   static void logits_each(std::span<Session* const> sessions, float* out);
   std::int64_t position() const;

@@ -95,18 +95,26 @@ Forward::Forward(const ModelConfig& config, const Weights& weights, const Kernel
     for (const LinearWeights* w : {&mlp.gate, &mlp.up, &mlp.down}) meet(w->matrix);
     if (config.gated_mlp) most_up_ = std::max(most_up_, mlp.up.matrix.rows);
   };
+  const auto count = [&](const LinearWeights& linear) {
+    const PackedMatrix& w = linear.matrix;
+    weight_bytes_ += w.rows * w.cols * w.codec.bits() / 8;
+    product_floats_ += w.rows + w.cols;
+  };
   for (const BlockWeights& b : weights.blocks) {
     for (const LinearWeights* w : {&b.q, &b.k, &b.v, &b.o}) meet(w->matrix);
     meet_mlp(b.mlp);
     for (const MlpWeights& expert : b.experts) meet_mlp(expert);
+    const MlpWeights& mlp = b.experts.empty() ? b.mlp : b.experts.front();
+    for (const LinearWeights* w : {&b.q, &b.k, &b.v, &b.o, &mlp.gate, &mlp.up, &mlp.down}) count(*w);
   }
   meet(weights.head);
 }
 
 void Forward::begin(std::int64_t stages, std::int64_t tokens) {
-  if (static_cast<std::int64_t>(counters_.size()) < stages)
-    counters_ = std::vector<Counter>(static_cast<std::size_t>(stages));
-  for (std::int64_t i = 0; i < stages; ++i)
+  const std::int64_t counters = stages * threads_;
+  if (static_cast<std::int64_t>(counters_.size()) < counters)
+    counters_ = std::vector<Counter>(static_cast<std::size_t>(counters));
+  for (std::int64_t i = 0; i < counters; ++i)
     counters_[static_cast<std::size_t>(i)].next.store(0, std::memory_order_relaxed);
   if (tokens > kActTile) {
     normed_.reserve(tokens * widest_);
@@ -147,11 +155,40 @@ struct Forward::Worker {
 
   template <class Item>
   void share(std::int64_t items, Item item) {
-    std::atomic<std::int64_t>& next = f.counters_[static_cast<std::size_t>(stage++)].next;
+    claim(0, items, item);
+    ++stage;
+  }
+
+  template <class Item>
+  void claim(std::int64_t part, std::int64_t items, Item item) {
+    std::atomic<std::int64_t>& next = f.counters_[static_cast<std::size_t>(stage * f.threads_ + part)].next;
     for (std::int64_t i = next.fetch_add(1, std::memory_order_relaxed); i < items;
          i = next.fetch_add(1, std::memory_order_relaxed)) {
       item(i);
     }
+  }
+
+  // Many tokens are parted among the threads: a thread takes the items of its own part first, whose activations its
+  // caches hold from the stage before, and then helps with the others. Every thread reads all weights then: not where
+  // these are more than the activations, which else come from another thread's cache.
+  std::int64_t parts() const {
+    if (f.weight_bytes_ > tokens * f.product_floats_ * static_cast<std::int64_t>(sizeof(float))) return 1;
+    return std::clamp<std::int64_t>(tokens / (2 * kTiles), 1, threads);
+  }
+  // [first, last) of a part's tokens: whole tiles.
+  std::pair<std::int64_t, std::int64_t> tokens_of(std::int64_t part) const {
+    const auto begin = [&](std::int64_t p) { return std::min(tokens, round_up(tokens * p / parts(), kTiles)); };
+    return {begin(part), begin(part + 1)};
+  }
+  // item(first token, last token, number) for every number below items(first, last) in every part. Takes one stage.
+  template <class Items, class Item>
+  void share_parts(Items items, Item item) {
+    for (std::int64_t p = 0; p < parts(); ++p) {
+      const auto [first, last] = tokens_of((thread + p) % parts());
+      claim((thread + p) % parts(), items(first, last),
+            [&, first = first, last = last](std::int64_t i) { item(first, last, i); });
+    }
+    ++stage;
   }
 
   void barrier() { f.barrier_.wait(threads); }
@@ -219,7 +256,8 @@ struct Forward::Worker {
         if (thread == 0) resize();
         barrier();
       }
-      share((tokens + kActTile - 1) / kActTile, tile);
+      share_parts([](std::int64_t first, std::int64_t last) { return (last - first + kActTile - 1) / kActTile; },
+                  [&](std::int64_t first, std::int64_t, std::int64_t i) { tile(first / kActTile + i); });
       barrier();
     } else {
       ++stage;
@@ -230,18 +268,21 @@ struct Forward::Worker {
     return input;
   }
 
-  void rows(const Output& to, const Input& input, std::int64_t block_begin, std::int64_t block_end) {
+  // Tokens [first, last), where first begins a tile.
+  void rows(const Output& to, const Input& input, std::int64_t first, std::int64_t last, std::int64_t block_begin,
+            std::int64_t block_end) {
     const PackedMatrix& w = to.linear->matrix;
     const Int8Activations* int8 = w.codec.int8_inputs ? input.token_int8 : input.int8;
     if (w.codec.int8_inputs || (int8 != nullptr && !w.codec.is_float())) {
-      f.kernels_.matmul_int8(w, *int8, 0, int8->tiles(), block_begin, block_end, to.out, to.ldo, to.add);
+      f.kernels_.matmul_int8(w, *int8, first / kActTile, (last + kActTile - 1) / kActTile, block_begin, block_end, to.out,
+                             to.ldo, to.add);
     } else {
-      f.kernels_.matmul_float(w, input.x, input.ldx, tokens, block_begin, block_end, to.out, to.ldo, to.add,
-                              mine.panel.data());
+      f.kernels_.matmul_float(w, input.x + first * input.ldx, input.ldx, last - first, block_begin, block_end,
+                              to.out + first * to.ldo, to.ldo, to.add, mine.panel.data());
     }
     if (const float* bias = to.linear->bias; bias != nullptr) {
       const std::int64_t end = std::min(block_end * kBlockRows, w.rows);
-      for (std::int64_t t = 0; t < tokens; ++t) {
+      for (std::int64_t t = first; t < last; ++t) {
         for (std::int64_t r = block_begin * kBlockRows; r < end; ++r) to.out[t * to.ldo + r] += bias[r];
       }
     }
@@ -255,15 +296,25 @@ struct Forward::Worker {
     for (const Output& to : outputs) blocks += to.linear->matrix.row_blocks();
     const std::int64_t step = this->step(blocks);
     for (const Output& to : outputs) items += (to.linear->matrix.row_blocks() + step - 1) / step;
-    share(items, [&](std::int64_t i) {
-      for (const Output& to : outputs) {
-        const std::int64_t count = to.linear->matrix.row_blocks();
-        const std::int64_t own = (count + step - 1) / step;
-        if (i < own) return rows(to, input, i * step, std::min(count, (i + 1) * step));
-        i -= own;
-      }
-    });
+    share_parts([&](std::int64_t, std::int64_t) { return items; },
+                [&](std::int64_t first, std::int64_t last, std::int64_t i) {
+                  for (const Output& to : outputs) {
+                    const std::int64_t count = to.linear->matrix.row_blocks();
+                    const std::int64_t own = (count + step - 1) / step;
+                    if (i < own) return rows(to, input, first, last, i * step, std::min(count, (i + 1) * step));
+                    i -= own;
+                  }
+                });
     barrier();
+  }
+
+  // work(first token, last token, first row block, last row block). Takes one stage.
+  template <class Work>
+  void each_step(std::int64_t blocks, std::int64_t step, Work work) {
+    share_parts([&](std::int64_t, std::int64_t) { return (blocks + step - 1) / step; },
+                [&](std::int64_t first, std::int64_t last, std::int64_t i) {
+                  work(first, last, i * step, std::min(blocks, (i + 1) * step));
+                });
   }
 
   // The input of down, in gate_.
@@ -272,14 +323,13 @@ struct Forward::Worker {
     const std::int64_t blocks = mlp.gate.matrix.row_blocks(), width = mlp.gate.matrix.rows;
     const std::int64_t step = this->step(2 * blocks);
     const auto activate = f.config_.activation == Activation::kSilu ? f.kernels_.silu_mul : f.kernels_.gelu_mul;
-    share((blocks + step - 1) / step, [&](std::int64_t i) {
-      const std::int64_t begin = i * step, end = std::min(blocks, begin + step);
-      rows({&mlp.gate, f.gate_.data(), width, false}, input, begin, end);
-      const std::int64_t first = begin * kBlockRows, count = std::min(end * kBlockRows, width) - first;
-      const LinearWeights up = {rows_from(mlp.up.matrix, begin), mlp.up.bias ? mlp.up.bias + first : nullptr};
-      rows({&up, mine.up.data(), count, false}, input, 0, end - begin);
-      for (std::int64_t t = 0; t < tokens; ++t)
-        activate(f.gate_.data() + t * width + first, mine.up.data() + t * count, count);
+    each_step(blocks, step, [&](std::int64_t first, std::int64_t last, std::int64_t begin, std::int64_t end) {
+      rows({&mlp.gate, f.gate_.data(), width, false}, input, first, last, begin, end);
+      const std::int64_t row = begin * kBlockRows, count = std::min(end * kBlockRows, width) - row;
+      const LinearWeights up = {rows_from(mlp.up.matrix, begin), mlp.up.bias ? mlp.up.bias + row : nullptr};
+      rows({&up, mine.up.data(), count, false}, input, first, last, 0, end - begin);
+      for (std::int64_t t = first; t < last; ++t)
+        activate(f.gate_.data() + t * width + row, mine.up.data() + t * count, count);
     });
     barrier();
   }
@@ -288,11 +338,10 @@ struct Forward::Worker {
     const std::int64_t blocks = up.matrix.row_blocks(), width = up.matrix.rows;
     const std::int64_t step = this->step(blocks);
     const auto activate = f.config_.activation == Activation::kGelu ? f.kernels_.gelu : f.kernels_.gelu_tanh;
-    share((blocks + step - 1) / step, [&](std::int64_t i) {
-      const std::int64_t begin = i * step, end = std::min(blocks, begin + step);
-      rows({&up, f.gate_.data(), width, false}, input, begin, end);
-      const std::int64_t first = begin * kBlockRows, count = std::min(end * kBlockRows, width) - first;
-      for (std::int64_t t = 0; t < tokens; ++t) activate(f.gate_.data() + t * width + first, count);
+    each_step(blocks, step, [&](std::int64_t first, std::int64_t last, std::int64_t begin, std::int64_t end) {
+      rows({&up, f.gate_.data(), width, false}, input, first, last, begin, end);
+      const std::int64_t row = begin * kBlockRows, count = std::min(end * kBlockRows, width) - row;
+      for (std::int64_t t = first; t < last; ++t) activate(f.gate_.data() + t * width + row, count);
     });
     barrier();
   }

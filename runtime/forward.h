@@ -18,7 +18,13 @@ namespace pare {
 
 class Forward {
  public:
-  static constexpr std::int64_t kBatch = 20 * kActTile;  // tokens a call at most
+  static constexpr std::int64_t kTiles = 48;             // tokens: whole tiles of all instruction sets, of 12 or of 16
+  static constexpr std::int64_t kBatch = 6 * kTiles;     // tokens a call at most
+  // Of each call for `count` tokens, so that all have about as many: the weights are read and unpacked once a call.
+  static std::int64_t call_size(std::int64_t count) {
+    const std::int64_t calls = (count + kBatch - 1) / kBatch;
+    return calls < 2 ? count : round_up((count + calls - 1) / calls, kTiles);
+  }
 
   Forward(const ModelConfig& config, const Weights& weights, const Kernels& kernels, int threads,
           bool int8_activations);
@@ -76,6 +82,8 @@ class Forward {
   std::int64_t q_width_, kv_width_, widest_;
   std::int64_t group_width_ = 0, token_width_ = 0;  // widest input that is rounded in groups, by token; 0: none
   std::int64_t most_up_ = 0;                        // rows of the widest up beside a gate
+  // Of all blocks, with one expert each: bytes of weights; inputs and outputs of the products for a token.
+  std::int64_t weight_bytes_ = 0, product_floats_ = 0;
   int item_threads_ = 1;                            // asked for in this call: what items are sized for
   float score_scale_;
   std::vector<RopeKind> rope_kinds_;    // those the model has

@@ -105,6 +105,27 @@ struct alignas(64) GroupWeights {
 // stay in the first cache while the blocks pass by.
 constexpr std::int64_t kBlocks = 8, kPanel = 32;
 
+// Brings the codes that are unpacked next into the second cache, some lines a call, while tiles are multiplied.
+class Ahead {
+ public:
+  // Lines [line, line + count) of `blocks` row blocks from `block` on, in `calls` calls.
+  Ahead(const PackedMatrix& w, std::int64_t block, std::int64_t blocks, std::int64_t line, std::int64_t count,
+        std::int64_t calls)
+      : begin_(reinterpret_cast<const char*>(w.data) + (block * w.lines + line) * kLine),
+        pitch_(w.lines),
+        count_(count),
+        lines_(blocks * count),
+        a_call_((lines_ + calls - 1) / calls) {}
+  void fetch() {
+    for (const std::int64_t end = std::min(lines_, next_ + a_call_); next_ < end; ++next_)
+      _mm_prefetch(begin_ + (next_ / count_ * pitch_ + next_ % count_) * kLine, _MM_HINT_T1);
+  }
+
+ private:
+  const char* begin_;
+  std::int64_t pitch_, count_, lines_, a_call_, next_ = 0;
+};
+
 // The tokens of one tile: what begins with input group `first` of the panel.
 struct TokenTile {
   const std::int8_t* codes;  // [group][token of tile][32]
@@ -126,9 +147,13 @@ struct TokenTile {
 // totals[token][output] += the products of `groups` groups, one after the other, as the AVX-512 kernel adds them. The
 // tiles of the next group are multiplied while the sums of this one are scaled.
 template <bool kMinima>
-void full_tile(const TokenTile& tokens, const GroupWeights* weights, std::int64_t groups, Totals& totals) {
+void full_tile(const TokenTile& tokens, const GroupWeights* weights, std::int64_t groups, bool from_zero, Totals& totals) {
   __m512 total[kTileTokens];
-  PARE_UNROLL for (int t = 0; t < kTileTokens; ++t) total[t] = _mm512_load_ps(totals[t]);
+  if (from_zero) {
+    PARE_UNROLL for (int t = 0; t < kTileTokens; ++t) total[t] = _mm512_setzero_ps();
+  } else {
+    PARE_UNROLL for (int t = 0; t < kTileTokens; ++t) total[t] = _mm512_load_ps(totals[t]);
+  }
   alignas(64) Sums sums[2];
   const auto scale = [&](const Sums& from, std::int64_t g) __attribute__((always_inline)) {
     const __m512 w = _mm512_load_ps(weights[g].scale);
@@ -160,7 +185,8 @@ void full_tile(const TokenTile& tokens, const GroupWeights* weights, std::int64_
 
 // The same for fewer tokens.
 template <bool kMinima>
-void part_tile(const TokenTile& tokens, const GroupWeights* weights, std::int64_t groups, Totals& totals) {
+void part_tile(const TokenTile& tokens, const GroupWeights* weights, std::int64_t groups, bool from_zero, Totals& totals) {
+  if (from_zero) std::memset(totals, 0, sizeof totals);
   alignas(64) Sums sums;
   for (std::int64_t g = 0; g < groups; ++g) {
     PARE_IN_MEMORY;
@@ -257,6 +283,11 @@ void multiply_groups(const PackedMatrix& w, const Int8Activations& x, std::int64
           if constexpr (kMinima) _mm512_store_ps(to.minimum, load_scales(w.minima + at));
         }
       }
+      // Next come the same blocks' further groups, or the blocks after them: here or in the thread's next item.
+      const bool same = from + panel < x.groups;
+      const std::int64_t after = same ? block : block + blocks, next_from = same ? from + panel : 0;
+      Ahead ahead(w, after, std::min(same ? blocks : kBlocks, w.row_blocks() - after), next_from * lines,
+                  std::min(panel, x.groups - next_from) * lines, (last - first + kTileTokens - 1) / kTileTokens * blocks);
       TotalsTile* total = totals;
       each_tile(x, first, last, [&](std::int64_t t, std::int64_t count, std::int64_t pitch) {
         const std::int64_t tile = t / kTileTokens * kTileTokens, row = t - tile;
@@ -265,9 +296,9 @@ void multiply_groups(const PackedMatrix& w, const Int8Activations& x, std::int64
                                   x.scale.data() + at, x.minus8.data() + at, pitch, count};
         shapes.shape(count, count, kGroupDepth);
         for (std::int64_t b = 0; b < blocks; ++b, ++total) {
-          if (from == 0) std::memset(total->values, 0, sizeof total->values);
           const auto multiply = count == kTileTokens ? full_tile<kMinima> : part_tile<kMinima>;
-          multiply(tokens, weights + b * panel, groups, total->values);
+          multiply(tokens, weights + b * panel, groups, from == 0, total->values);
+          ahead.fetch();
           if (from + panel < x.groups) continue;
           const std::int64_t output = (block + b) * kBlockRows;
           write(total->values, count, w.rows - output, out + t * ldo + output, ldo, add);

@@ -81,7 +81,7 @@ pare_session* pare_session_open(const pare_model* model, int64_t max_positions);
 void pare_session_close(pare_session* session);
 int pare_session_reset(pare_session* session);
 /* Forgets the positions from `position` on; pare_logits() has no rows then. PARE_USAGE beyond the position;
- * PARE_FAILURE where a sliding window no longer keeps what lies so far back (240 positions back it always does). */
+ * PARE_FAILURE where a sliding window no longer keeps what lies so far back (288 positions back it always does). */
 int pare_session_truncate(pare_session* session, int64_t position);
 int64_t pare_session_position(const pare_session* session);
 /* Appends ids. On failure the position is as before, and of the rows before at least the last one is left (as row 0 of
@@ -94,7 +94,7 @@ int pare_logits(pare_session* session, int64_t first, int64_t count, float* out)
 /* Several sequences in one pass, which reads the weights once: appends ids[i] to sessions[i], with the bits that
  * pare_feed() has for each alone. They are different sessions of one model, PARE_MOST_SESSIONS at most. On failure all
  * are as before. */
-#define PARE_MOST_SESSIONS 240
+#define PARE_MOST_SESSIONS 288
 int pare_feed_each(pare_session* const* sessions, const int32_t* ids, int64_t count);
 /* The last row of each: out is [count, vocab size]. */
 int pare_logits_each(pare_session* const* sessions, int64_t count, float* out);

@@ -5,6 +5,7 @@
 
 #include "core/error.h"
 #include "runtime/engine.h"
+#include "runtime/forward.h"
 #include "runtime/kernels.h"
 #include "tests/runtime/tiny_model.h"
 
@@ -146,6 +147,17 @@ TEST(ForwardTest, LongSequencesCrossPagesAndBatches) {
   }
 }
 
+TEST(ForwardTest, CallsForOneTextHaveAboutAsManyTokens) {
+  for (std::int64_t count = 1; count < 5 * Forward::kBatch; ++count) {
+    const std::int64_t size = Forward::call_size(count), calls = (count + size - 1) / size;
+    ASSERT_LE(size, Forward::kBatch) << count;
+    ASSERT_EQ(calls, (count + Forward::kBatch - 1) / Forward::kBatch) << count;
+    ASSERT_TRUE(calls == 1 || size % Forward::kTiles == 0) << count;
+  }
+  EXPECT_EQ(Forward::call_size(512), 288);
+  EXPECT_EQ(Forward::call_size(600), 240);
+}
+
 TEST(ForwardTest, IncrementalDecodingAndAnyThreadCountGiveTheBitsOfOnePrefill) {
   const ScratchFolder scratch;
   int file = 0;
@@ -158,7 +170,7 @@ TEST(ForwardTest, IncrementalDecodingAndAnyThreadCountGiveTheBitsOfOnePrefill) {
       if (!fits(shape.config, codec)) continue;
       const fs::path path = scratch.path / (std::to_string(file++) + ".pare");
       write_tiny_model(path, shape.config, codec, 11);
-      const std::int64_t vocab = shape.config.vocab_size, count = 133;
+      const std::int64_t vocab = shape.config.vocab_size, count = 205;  // parted among threads
       const auto ids = random_ids(count, vocab, 4);
       for (const std::string& kernels : available_kernels()) {
         for (const bool int8 : {false, true}) {
@@ -167,10 +179,12 @@ TEST(ForwardTest, IncrementalDecodingAndAnyThreadCountGiveTheBitsOfOnePrefill) {
           whole.feed(ids);
           const auto want = all_logits(whole, count, vocab);
 
-          Session threads(Engine::open(path, engine_options(kernels, int8, 2)));
-          threads.feed(ids);
-          EXPECT_EQ(want, all_logits(threads, count, vocab))
-              << shape.name << ", " << codec.name() << ", " << kernels << ", 2 threads";
+          for (const int threads : {2, 3}) {
+            Session team(Engine::open(path, engine_options(kernels, int8, threads)));
+            team.feed(ids);
+            EXPECT_EQ(want, all_logits(team, count, vocab))
+                << shape.name << ", " << codec.name() << ", " << kernels << ", " << threads << " threads";
+          }
 
           // Pieces of 1, 2, 3, ... tokens, after a reset that must leave nothing behind.
           Session pieces(engine);

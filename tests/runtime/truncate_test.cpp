@@ -84,7 +84,7 @@ TEST_F(TruncateTest, WindowsKeepABatchAndRefuseMore) {
   Session session(opened);
   session.feed(text);
   EXPECT_TRUE(session.can_truncate(2000));
-  EXPECT_TRUE(session.can_truncate(1760));  // Forward::kBatch back
+  EXPECT_TRUE(session.can_truncate(1712));  // Forward::kBatch back
   EXPECT_FALSE(session.can_truncate(1000));
   EXPECT_TRUE(session.can_truncate(0));
   try {
@@ -95,12 +95,12 @@ TEST_F(TruncateTest, WindowsKeepABatchAndRefuseMore) {
   }
   EXPECT_EQ(session.position(), 2000);
   // Two steps back reach no further than one.
-  session.truncate(1760);
+  session.truncate(1712);
   EXPECT_FALSE(session.can_truncate(1000));
-  session.feed(std::span(text).subspan(1760, 5));
+  session.feed(std::span(text).subspan(1712, 5));
   Session fresh(opened);
-  fresh.feed(std::span(text).first(1765));
-  EXPECT_EQ(rows_of(session, 4, 1, kVocab), rows_of(fresh, 1764, 1, kVocab));
+  fresh.feed(std::span(text).first(1717));
+  EXPECT_EQ(rows_of(session, 4, 1, kVocab), rows_of(fresh, 1716, 1, kVocab));
   // Without windows everything stays.
   Session whole(engine(0, "f16"));
   whole.feed(text);
