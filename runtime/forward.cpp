@@ -37,12 +37,15 @@ double seconds_since(std::chrono::steady_clock::time_point begin) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
-// Row blocks an item: about four items a thread; with many tokens few enough that their codes stay in cache while the
+// Row blocks an item: about four items a thread (of a part of the tokens); with many tokens few enough that their codes stay in cache while the
 // activation tiles pass by.
 std::int64_t blocks_per_item(std::int64_t blocks, std::int64_t tokens, int threads) {
   const std::int64_t wanted = (blocks + 4 * threads - 1) / (4 * threads);
   return std::clamp<std::int64_t>(wanted, 1, tokens > kActTile ? 8 : 64);
 }
+
+constexpr std::int64_t kPartTokens = 2 * Forward::kTiles;  // a thread on average at least, where tokens are parted
+static_assert(Forward::kTiles % kActTile == 0);
 
 }  // namespace
 
@@ -111,7 +114,8 @@ Forward::Forward(const ModelConfig& config, const Weights& weights, const Kernel
 }
 
 void Forward::begin(std::int64_t stages, std::int64_t tokens) {
-  const std::int64_t counters = stages * threads_;
+  stage_counters_ = tokens < kPartTokens ? 1 : tokens / kPartTokens;
+  const std::int64_t counters = stages * stage_counters_;
   if (static_cast<std::int64_t>(counters_.size()) < counters)
     counters_ = std::vector<Counter>(static_cast<std::size_t>(counters));
   for (std::int64_t i = 0; i < counters; ++i)
@@ -151,6 +155,7 @@ struct Forward::Worker {
   Scratch& mine;
   std::int64_t tokens;
   int thread, threads;  // of this team
+  bool may_part;        // whether activations stay with a thread from stage to stage
   std::int64_t stage = 0;
 
   template <class Item>
@@ -161,23 +166,25 @@ struct Forward::Worker {
 
   template <class Item>
   void claim(std::int64_t part, std::int64_t items, Item item) {
-    std::atomic<std::int64_t>& next = f.counters_[static_cast<std::size_t>(stage * f.threads_ + part)].next;
+    std::atomic<std::int64_t>& next = f.counters_[static_cast<std::size_t>(stage * f.stage_counters_ + part)].next;
     for (std::int64_t i = next.fetch_add(1, std::memory_order_relaxed); i < items;
          i = next.fetch_add(1, std::memory_order_relaxed)) {
       item(i);
     }
   }
 
-  // Many tokens are parted among the threads: a thread takes the items of its own part first, whose activations its
+  // Enough tokens are parted among the threads: a thread takes the items of its own part first, whose activations its
   // caches hold from the stage before, and then helps with the others. Every thread reads all weights then: not where
   // these are more than the activations, which else come from another thread's cache.
   std::int64_t parts() const {
-    if (f.weight_bytes_ > tokens * f.product_floats_ * static_cast<std::int64_t>(sizeof(float))) return 1;
-    return std::clamp<std::int64_t>(tokens / (2 * kTiles), 1, threads);
+    const std::int64_t activation_bytes = tokens * f.product_floats_ * static_cast<std::int64_t>(sizeof(float));
+    return may_part && tokens >= threads * kPartTokens && f.weight_bytes_ <= activation_bytes ? threads : 1;
   }
-  // [first, last) of a part's tokens: whole tiles.
+  // [first, last) of a part's tokens: whole tiles, but for the last one.
   std::pair<std::int64_t, std::int64_t> tokens_of(std::int64_t part) const {
-    const auto begin = [&](std::int64_t p) { return std::min(tokens, round_up(tokens * p / parts(), kTiles)); };
+    const auto begin = [&](std::int64_t p) {
+      return p == parts() ? tokens : (tokens * p / parts() + kTiles / 2) / kTiles * kTiles;
+    };
     return {begin(part), begin(part + 1)};
   }
   // item(first token, last token, number) for every number below items(first, last) in every part. Takes one stage.
@@ -488,7 +495,7 @@ struct Forward::Worker {
         barrier();
         x = f.expert_in_.data();
       }
-      Worker part{f, mine, own, thread, threads, stage};
+      Worker part{f, mine, own, thread, threads, may_part, stage};
       Input inputs = part.prepare(x, h, {}, forms({&mlp.gate, &mlp.up}));
       part.gate_up(inputs, mlp);
       inputs = part.prepare(f.gate_.data(), inner, {}, forms({&mlp.down}));
@@ -616,7 +623,7 @@ bool Forward::run(std::span<const std::int32_t> ids, std::span<const Part> parts
   if (most_up_ > 0)
     for (int i = 0; i < threads; ++i) scratch_[static_cast<std::size_t>(i)].up.reserve(up_floats(tokens, threads));
   run_kernels(threads, tokens, [&](int thread, int team) {
-    Worker worker{*this, scratch_[static_cast<std::size_t>(thread)], tokens, thread, team};
+    Worker worker{*this, scratch_[static_cast<std::size_t>(thread)], tokens, thread, team, true};
     for (std::int64_t i = 0; i < config_.num_layers && i <= last.load(std::memory_order_relaxed); ++i) {
       if (thread == 0 && i < last.load(std::memory_order_relaxed) &&
           std::any_of(parts.begin(), parts.end(), [](const Part& part) { return part.stop && part.stop->load(); }))
@@ -639,7 +646,7 @@ void Forward::head(const float* hidden, std::int64_t count, float* out) {
     const int threads = head_team_.threads(products, threads_);
     const auto begun = std::chrono::steady_clock::now();
     run_kernels(threads, tokens, [&](int thread, int team) {
-      Worker worker{*this, scratch_[static_cast<std::size_t>(thread)], tokens, thread, team};
+      Worker worker{*this, scratch_[static_cast<std::size_t>(thread)], tokens, thread, team, false};
       const Input in = worker.prepare(hidden + first * config_.hidden_size, config_.hidden_size, weights_.final_norm,
                                       worker.forms({&linear}));
       worker.multiply(in, {{&linear, to, config_.vocab_size, false}});

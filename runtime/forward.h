@@ -20,7 +20,7 @@ class Forward {
  public:
   static constexpr std::int64_t kTiles = 48;             // tokens: whole tiles of all instruction sets, of 12 or of 16
   static constexpr std::int64_t kBatch = 6 * kTiles;     // tokens a call at most
-  // Of each call for `count` tokens, so that all have about as many: the weights are read and unpacked once a call.
+  // Of each call for `count` tokens but the last one: a short rest would fill no tiles and could not be parted.
   static std::int64_t call_size(std::int64_t count) {
     const std::int64_t calls = (count + kBatch - 1) / kBatch;
     return calls < 2 ? count : round_up((count + calls - 1) / calls, kTiles);
@@ -90,6 +90,7 @@ class Forward {
   std::vector<double> frequencies_[3];  // by RopeKind, [rotated pairs]
   bool frequencies_beyond_ = false;     // for which side of LongRoPE's switch
   std::vector<Counter> counters_;
+  std::int64_t stage_counters_ = 1;  // of each stage in this call
   TeamBarrier barrier_;
   TeamChoice block_team_, head_team_;
   std::vector<Scratch> scratch_;  // one a thread

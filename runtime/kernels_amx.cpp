@@ -105,7 +105,7 @@ struct alignas(64) GroupWeights {
 // stay in the first cache while the blocks pass by.
 constexpr std::int64_t kBlocks = 8, kPanel = 32;
 
-// Brings the codes that are unpacked next into the second cache, some lines a call, while tiles are multiplied.
+// Brings codes that are likely unpacked next into the second cache, some lines a call, while tiles are multiplied.
 class Ahead {
  public:
   // Lines [line, line + count) of `blocks` row blocks from `block` on, in `calls` calls.
@@ -115,7 +115,7 @@ class Ahead {
         pitch_(w.lines),
         count_(count),
         lines_(blocks * count),
-        a_call_((lines_ + calls - 1) / calls) {}
+        a_call_((lines_ + calls - 1) / std::max<std::int64_t>(calls, 1)) {}
   void fetch() {
     for (const std::int64_t end = std::min(lines_, next_ + a_call_); next_ < end; ++next_)
       _mm_prefetch(begin_ + (next_ / count_ * pitch_ + next_ % count_) * kLine, _MM_HINT_T1);
@@ -283,11 +283,13 @@ void multiply_groups(const PackedMatrix& w, const Int8Activations& x, std::int64
           if constexpr (kMinima) _mm512_store_ps(to.minimum, load_scales(w.minima + at));
         }
       }
-      // Next come the same blocks' further groups, or the blocks after them: here or in the thread's next item.
+      // Next come the same blocks' further groups, or the blocks after them: here or, most often, in the thread's next
+      // item, which is about as large.
       const bool same = from + panel < x.groups;
       const std::int64_t after = same ? block : block + blocks, next_from = same ? from + panel : 0;
-      Ahead ahead(w, after, std::min(same ? blocks : kBlocks, w.row_blocks() - after), next_from * lines,
-                  std::min(panel, x.groups - next_from) * lines, (last - first + kTileTokens - 1) / kTileTokens * blocks);
+      Ahead ahead(w, after, std::min(blocks, w.row_blocks() - after), next_from * lines,
+                  std::min(panel * lines, w.lines - next_from * lines),
+                  (last - first + kTileTokens - 1) / kTileTokens * blocks);
       TotalsTile* total = totals;
       each_tile(x, first, last, [&](std::int64_t t, std::int64_t count, std::int64_t pitch) {
         const std::int64_t tile = t / kTileTokens * kTileTokens, row = t - tile;

@@ -400,7 +400,7 @@ Command bench_command() {
        .help = "sequences that are decoded together, each of -n tokens",
        .default_value = 1,
        .minimum = 1,
-       .maximum = 240},
+       .maximum = static_cast<double>(Session::kMostFedTogether)},
       {.name = "roofline",
        .type = OptionType::kFlag,
        .help = "measure the machine first (512 MiB of memory): reading, int8 and float arithmetic; print shares of it",

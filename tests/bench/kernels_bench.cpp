@@ -83,7 +83,7 @@ void register_all() {
               ->Unit(benchmark::kMillisecond);
           benchmark::RegisterBenchmark(
               ("prefill" + tail).c_str(),
-              [=](benchmark::State& s) { multiply(s, kernels, codec, 1536, 768, 240, int8, threads); })
+              [=](benchmark::State& s) { multiply(s, kernels, codec, 1536, 768, 288, int8, threads); })
               ->UseRealTime()
               ->Unit(benchmark::kMillisecond);
         }

@@ -2,12 +2,13 @@
 """What a long context and several sequences do to decoding, and what a session takes in memory.
 
 usage: runtime_context.py --pare PARE --work FOLDER --out FILE.json [--shapes A,B] [--codecs q4,q8] [--threads 2,1]
-                          [--rounds 3] [--depth 4096] [--sequences 8] [--tokens 32]
+                          [--rounds 3] [--depth 4096] [--sequences 8] [--tokens 32] [--most-stolen 0.02]
 
 Random weights in a published shape, as runtime_peers.py makes them; the same work folder may be given. PARE is the full
 program or, if the files are there already, pare-edge, whose memory is the session's alone (LibTorch takes 150 MB).
 Round by round one sequence is decoded behind no context, one behind --depth tokens, and --sequences together behind
-none, one after the other; shares are of the runs of one round, medians over rounds. Memory is the largest resident size
+none, one after the other, every second round the other way round, and disturbed runs made again (runtime_peers.py);
+shares are of the runs of one round, medians over rounds. Memory is the largest resident size
 of a run behind --depth tokens against the file and the computed bytes of its cache.
 """
 import argparse
@@ -39,8 +40,9 @@ def bench(arguments, file, threads, depth=0, sequences=1):
 def case(arguments, shape, codec, threads, file):
     rates, peak, told = {1: [], LONG: [], MANY: []}, 0, None
     for number in range(arguments.rounds):
-        for what, more in ((1, {}), (LONG, {"depth": arguments.depth}), (MANY, {"sequences": arguments.sequences})):
-            result, resident = bench(arguments, file, threads, **more)
+        runs = [(1, {}), (LONG, {"depth": arguments.depth}), (MANY, {"sequences": arguments.sequences})]
+        for what, more in runs if number % 2 == 0 else runs[::-1]:
+            result, resident, _ = runtime_peers.undisturbed(lambda: bench(arguments, file, threads, **more), arguments)
             rates[what].append(result["results"][0]["decode_tokens_per_second"]["median"])
             if what == LONG:
                 peak, told = max(peak, resident), result
@@ -68,6 +70,7 @@ def main():
     parser.add_argument("--depth", type=int, default=4096)
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--most-stolen", type=float, default=0.02)
     a = parser.parse_args()
     a.work.mkdir(parents=True, exist_ok=True)
     cases = []

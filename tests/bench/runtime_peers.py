@@ -3,13 +3,14 @@
 
 usage: runtime_peers.py --pare PARE --work FOLDER --out FILE.json [--llama llama-bench] [--ik llama-bench]
                         [--shapes A,B] [--codecs q4,q8] [--threads 2,1] [--rounds 5] [--prompt 512] [--tokens 64]
-                        [--depth N] [--kernels avx2] [--cpu-time [--repeats 1]]
+                        [--depth N] [--kernels avx2] [--cpu-time [--repeats 1]] [--most-stolen 0.02]
 
 Makes what the work folder lacks: random weights in a published shape (`pare new`), rounded once (q4 or q8 in groups
 of 32, embedding and head q8), written as a compact file and, the same codes, as GGUF, so that all programs read the
 same bytes a token. PARE is the full program. Then, round by round, every program measures prefill and decode once, one
 after the other; medians are over rounds. With --kernels the instruction set is forced, and the peers are expected to
-be built for the same one. All files are dropped from memory first: each program reads its own in its own way.
+be built for the same one. A run in which other guests of the machine took more than --most-stolen of the processors'
+time is made again, up to five times, whichever program it is of; the least disturbed one counts. All files are dropped from memory first: each program reads its own in its own way.
 
 With --cpu-time, for a machine that is busy with other things, a second is one that the program had a processor, and
 only one thread is measured: start, loading and warm-up drop out of the difference between one repetition and
@@ -173,8 +174,8 @@ def share_text(values):
 
 
 def undisturbed(measure, a):
-    """What `measure` gives, and the stolen share of the processors' time meanwhile: measured again, five times at most,
-    where that is above --most-stolen; then the least disturbed one."""
+    """What `measure` gives, a tuple, and the share of the processors' time that was stolen meanwhile: measured again, five
+    times at most, where that is above --most-stolen; then the least disturbed one."""
     tried = []
     while not tried or (tried[-1][-1] > a.most_stolen and len(tried) < 5):
         stolen, began = stolen_seconds(), time.monotonic()
@@ -283,7 +284,7 @@ def main():
                                (" --cpu-time --threads 1" if arguments.cpu_time else ""),
                     "commit": commit_of(root), "machine": f"{os.cpu_count()} cores, {processor()}",
                     "peers": arguments.peers, "prompt": arguments.prompt, "tokens": arguments.tokens,
-                    "depth": arguments.depth, "cpu_time": arguments.cpu_time, "repeats": arguments.repeats,
+                    "depth": arguments.depth, "most_stolen": arguments.most_stolen, "cpu_time": arguments.cpu_time, "repeats": arguments.repeats,
                     "rounds": arguments.rounds, "cases": cases,
                     "columns": columns, "table": rows}, indent=1) + "\n")
 

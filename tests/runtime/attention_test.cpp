@@ -183,7 +183,7 @@ TEST(KvCacheTest, HoldsWhatIsComputedAndNoMore) {
   ModelConfig config = tiny_config("llama", 64, 64, 4, 2, 16, 40, true);
   const auto layers = static_cast<std::uint64_t>(config.num_layers);
   const auto bytes = [&](KvType type, std::int64_t positions) {
-    KvCache cache(config, type, 240);
+    KvCache cache(config, type, 288);
     cache.reserve(positions);
     return cache.bytes();
   };
@@ -194,7 +194,7 @@ TEST(KvCacheTest, HoldsWhatIsComputedAndNoMore) {
   config.sliding_window = 256;
   config.layer_slides.assign(static_cast<std::size_t>(config.num_layers), 0);
   config.layer_slides[0] = 1;
-  EXPECT_EQ(bytes(KvType::kF16, 128 * 100), 2 * (5 + (layers - 1) * 100) * 128 * 2 * 16 * 2);
+  EXPECT_EQ(bytes(KvType::kF16, 128 * 100), 2 * (6 + (layers - 1) * 100) * 128 * 2 * 16 * 2);
   EXPECT_THROW(parse_kv("f64"), Error);
 }
 

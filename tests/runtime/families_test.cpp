@@ -6,7 +6,9 @@
 #include "core/context.h"
 #include "runtime/continuation.h"
 #include "runtime/export.h"
+#include "runtime/forward.h"
 #include "runtime/kernels.h"
+#include "tests/runtime/tiny_model.h"
 #include "tests/scratch.h"
 
 namespace pare {
@@ -53,6 +55,25 @@ TEST_P(RuntimeFamily, LogitsAreThoseOfTransformers) {
     }
   }
   RecordProperty("difference", std::to_string(largest * 1e6));  // read by tests/bench/families_table.py
+}
+
+// Long calls are parted among threads, whichever ingredients a family has: also for an expert that has most tokens.
+TEST_P(RuntimeFamily, AnyThreadCountGivesTheBitsOfOne) {
+  const auto opened = engine();
+  const ModelConfig& config = opened->config();
+  const std::int64_t count = config.learned_positions ? config.max_position_embeddings : Forward::kBatch;
+  for (const bool mostly_one : {false, true}) {
+    auto ids = testing::random_ids(count, config.vocab_size, 3);
+    for (std::size_t i = 0; mostly_one && i < ids.size(); ++i)
+      if (i % 16 != 0) ids[i] = 7;
+    std::vector<float> want(static_cast<std::size_t>(count * config.vocab_size)), got(want.size());
+    for (const int threads : {1, 2, 3}) {
+      Session session(engine("", threads), count);
+      session.feed(ids);
+      session.logits(0, count, threads == 1 ? want.data() : got.data());
+      if (threads > 1) EXPECT_EQ(want, got) << threads << " threads";
+    }
+  }
 }
 
 // Whatever the pieces in which a text is fed, and also where a sliding window or LongRoPE's switch lies inside it.

@@ -55,7 +55,7 @@ TEST_F(TruncateTest, WhatFollowsHasTheBitsOfANewSession) {
         std::mt19937 rng(7);
         int cuts = 0;
         for (std::uint32_t step = 0; step < 16; ++step) {
-          const auto ids = random_ids(1 + static_cast<std::int64_t>(rng() % (step % 6 == 0 ? 270 : 9)), kVocab, step);
+          const auto ids = random_ids(1 + static_cast<std::int64_t>(rng() % (step % 6 == 0 ? 320 : 9)), kVocab, step);
           session.feed(ids);
           text.insert(text.end(), ids.begin(), ids.end());
           const auto count = static_cast<std::int64_t>(ids.size());

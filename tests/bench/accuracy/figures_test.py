@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
 """The harness's statistics against brute force, its cuts of text and its count of bits. Standard library only."""
+import json
 import math
+import pathlib
 import random
+import tempfile
 import unittest
 
 import corpora
@@ -171,6 +174,44 @@ class Merged(unittest.TestCase):
         for entry in (self.entry("rtn-q4_0", 0.031), self.entry("rtn-q4_0", 0.03) | {"predictions": 11}):
             with self.assertRaisesRegex(SystemExit, "rows cannot be kept"):
                 kept.entries("teacher", "manual", [entry])
+
+    def scored(self, method, scale, commit):
+        document = [d for d in range(12) for _ in range(30)]
+        kl = [scale * (1 + (i * 7919 % 101) / 100) for i in range(len(document))]
+        units = run_of(kl, document, [0.1 * k for k in kl])
+        scores = {"mean_kl": {"value": sum(kl) / len(kl)}, "p999_kl": max(kl), "max_kl": max(kl), "units": units,
+                  "perplexity": {"value": 9.0}, "perplexity_original": {"value": 8.0}, "predictions": len(kl)}
+        return self.run_of(method, commit=commit) | {"bits_per_weight": 5.7, "bits_per_block_linear_weight": 4.5,
+                                                     "machine": "M", "tests": {"manual": scores}}
+
+    def test_results_are_written_with_what_is_kept(self):
+        meta = {"command": "C", "commit": "c", "machine": "M", "resamples": 20, "samples": 64, "act": "float", "not run": []}
+        there = {"folder": "F", "domain": ["manual"], "absent": {text: "?" for text in ("novels", "stories", "wikitext")}}
+        gone = {"folder": "F", "domain": ["manual"], "absent": {"model": "?"}}
+        with tempfile.TemporaryDirectory() as folder:
+            out = pathlib.Path(folder)
+            read = lambda name: json.loads((out / name).read_text())
+            write = lambda runs, model, old: report.write(out, runs, {"teacher": model}, [], self.BASE, meta, old)
+            write([self.scored(*row, "old") for row in (("rtn-q4_0", 0.3), ("gptq", 0.2), ("best", 0.1))], there, None)
+            old, old_table = read("accuracy.json"), read("accuracy_teacher_manual.json")
+            # The model is absent on a machine that adds to the results: nothing changes.
+            write([], gone, old)
+            self.assertEqual(read("accuracy.json"), old)
+            self.assertEqual(read("accuracy_teacher_manual.json"), old_table)
+            write([self.scored("rtn-q4_0", 0.3, "new"), self.scored("gptq", 0.15, "new")], there, old)
+            raw, table = read("accuracy.json"), read("accuracy_teacher_manual.json")
+            self.assertEqual(table["table"][0][1:], old_table["table"][0][1:])
+            self.assertEqual(table["table"][2], old_table["table"][2])
+            self.assertNotEqual(table["table"][1], old_table["table"][1])
+            self.assertEqual(table["commit"], "new, old")
+            self.assertEqual({(p["a"], p["b"]) for p in raw["differences"]["teacher"]["manual"]},
+                             {("gptq", "rtn-q4_0"), ("rtn-q4_0", "gptq")})
+            self.assertEqual({run["method"]: run["commit"] for run in raw["runs"]},
+                             {"rtn-q4_0": "new", "gptq": "new", "best": "old"})
+            with self.assertRaisesRegex(SystemExit, "rows cannot be kept"):  # nothing to count gaps from
+                write([self.scored("gptq", 0.15, "new")], there, old)
+        self.assertEqual(report.settings_differ(old, meta | {"samples": 32}), ["samples 64 there, 32 here"])
+        self.assertEqual(report.settings_differ(old, meta), [])
 
     def test_nothing_published_is_nothing_kept(self):
         kept = report.Kept({}, [self.run_of("gptq")], self.BASE)

@@ -364,6 +364,9 @@ def main():
     check_rows(given.formats)
     threads = max(1, (os.cpu_count() or 1) // given.jobs)
     bench = Bench(given, Program(given.pare, threads, given.work))
+    published = json.loads((RESULTS / "accuracy.json").read_text()) if given.merge else None
+    if differ := report.settings_differ(published, vars(given)) if published else []:
+        raise SystemExit(f"--merge: rows of other settings cannot be kept: {'; '.join(differ)}")
     tasks, models = plan(bench, given)
     bench.total = len(tasks)
     for name, model in models.items():
@@ -392,7 +395,6 @@ def main():
     absent_peers = [peer for peer in peers if not peer["tests"]]
     command = "python3 tests/bench/accuracy/harness.py " + " ".join(shown_words(sys.argv[1:]))
     out = RESULTS if given.publish else bench.work / "results"
-    published = json.loads((RESULTS / "accuracy.json").read_text()) if given.merge else None
     report.write(out, runs, models, absent_peers, rows.BASELINE,
                  {"command": command, "commit": bench.program.commit, "machine": machine(), "failures": failures,
                   "not run": skipped,

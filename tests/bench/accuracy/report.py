@@ -135,6 +135,8 @@ class Kept:
     with the commit and machine of its runs. Their units are not published, so that a difference between a kept row and a
     new one is left out."""
 
+    SETTINGS = ("samples", "resamples", "act")
+
     def __init__(self, published, runs, baseline):
         self.published, self.baseline = published, baseline
         seeds, old = collections.Counter(map(row_of, runs)), collections.Counter(map(row_of, published.get("runs", [])))
@@ -153,9 +155,10 @@ class Kept:
         values = lambda entries: next(((e["predictions"], e["units"], e["metrics"]["kl"]["value"]) for e in entries
                                        if (e["format"], e["method"]) == self.baseline), None)
         before, now = values(old), values(new)
-        if kept and now and before and (before[:2] != now[:2] or not math.isclose(before[2], now[2], rel_tol=0.005)):
+        if kept and new and not (before and now and before[:2] == now[:2]
+                                 and math.isclose(before[2], now[2], rel_tol=0.005)):
             raise SystemExit(f"{model}, {text}: {' '.join(self.baseline)} has (predictions, units, KL) {now}, the published "
-                             f"{before}: rows cannot be kept, measure all of them or leave out --merge")
+                             f"{before}: rows cannot be kept; measure it on the same text, or all rows without --merge")
         place = {key: number for number, key in enumerate((form, method) for form in rows.FORMATS for method in rows.METHODS)}
         return sorted(kept + new, key=lambda e: place.get((e["format"], e["method"]), len(place)))
 
@@ -166,8 +169,13 @@ class Kept:
                 is_kept(p["format"] if p["format"] in rows.FORMATS else self.baseline[0], p["b"])]
 
 
+def settings_differ(published, meta):
+    """What of the settings of published rows is not this call's: such rows cannot be kept beside its own."""
+    return [f"{name} {published[name]} there, {meta[name]} here" for name in Kept.SETTINGS if published[name] != meta[name]]
+
+
 def write(out, runs, models, absent_peers, baseline, meta, published=None):
-    """`published`: the raw results whose rows stay where `runs` has none of them."""
+    """`published`: the raw results whose rows stay where `runs` has none of them, be it that something is absent here."""
     kept = Kept(published or {}, runs, baseline)
     new, runs = kept.new, kept.new + kept.runs
     there = {f"{run['model']} {run['format']} {run['method']} seed {run['seed']}" for run in runs}
@@ -175,9 +183,12 @@ def write(out, runs, models, absent_peers, baseline, meta, published=None):
     raw["note"] = ("intervals: 95 % percentile bootstrap over units (documents, long ones cut into excerpts), "
                    f"{meta['resamples']} resamples, the same for all methods; standard errors over the same units; "
                    "gap closed: share of the distance of " + " ".join(baseline) + " from the original that is gone")
-    raw["models"], raw["absent peers"] = kept.published.get("models", {}) | models, absent_peers
+    measured = {run["model"] for run in new}
+    old_models = kept.published.get("models", {})
+    raw["models"] = old_models | {name: m for name, m in models.items() if name in measured or name not in old_models}
+    raw["absent peers"] = absent_peers or kept.published.get("absent peers", [])
     for part in ("estimates", "differences"):
-        raw[part] = {name: of for name, of in kept.published.get(part, {}).items() if name not in models}
+        raw[part] = {name: dict(of) for name, of in kept.published.get(part, {}).items()}
     formats = list(dict.fromkeys(run["format"] for run in runs)) or rows.DEFAULT_FORMATS
     for name, model in models.items():
         own = [run for run in runs if run["model"] == name]
@@ -187,16 +198,21 @@ def write(out, runs, models, absent_peers, baseline, meta, published=None):
             head = {"name": f"{name}, {text}" + (" (in domain)" if text in model["domain"] else " (another domain)")}
             head |= provenance(meta, own) | {"columns": COLUMNS}
             why = model["absent"].get("model") or model["absent"].get("calibration") or model["absent"].get(text)
-            if why:
+            if text in raw["estimates"].get(name, {}) and not any(text in run["tests"] for run in new
+                                                                  if run["model"] == name):
+                entries, pairs = raw["estimates"][name][text], raw["differences"][name][text]
+            elif why:
                 save(file, head | {"absent": why, "table": absent_table(formats)})
                 continue
-            if not own:
+            elif not own:
                 continue
-            entries, pairs = estimates(new, name, text, baseline, meta["resamples"])
-            entries, pairs = kept.entries(name, text, entries), pairs + kept.pairs(name, text)
+            else:
+                entries, pairs = estimates(new, name, text, baseline, meta["resamples"])
+                entries, pairs = kept.entries(name, text, entries), pairs + kept.pairs(name, text)
             raw["estimates"].setdefault(name, {})[text], raw["differences"].setdefault(name, {})[text] = entries, pairs
             missing = [[p["format"], p["method"]] + ["absent"] * (len(COLUMNS) - 2)
-                       for p in absent_peers if p["model"] == name]
+                       for p in absent_peers if p["model"] == name
+                       and (p["format"], p["method"]) not in {(e["format"], e["method"]) for e in entries}]
             save(file, head | {"table": table(entries) + missing})
             all_pairs += pair_table(text, pairs)
             title = head["name"]
