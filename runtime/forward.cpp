@@ -37,8 +37,8 @@ double seconds_since(std::chrono::steady_clock::time_point begin) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
-// Row blocks an item: about four items a thread (of a part of the tokens); with many tokens few enough that their codes stay in cache while the
-// activation tiles pass by.
+// Row blocks an item: about four items a thread, or as many of each part of the tokens; with many tokens few enough that
+// their codes stay in cache while the activation tiles pass by.
 std::int64_t blocks_per_item(std::int64_t blocks, std::int64_t tokens, int threads) {
   const std::int64_t wanted = (blocks + 4 * threads - 1) / (4 * threads);
   return std::clamp<std::int64_t>(wanted, 1, tokens > kActTile ? 8 : 64);
