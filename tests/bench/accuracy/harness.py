@@ -327,7 +327,8 @@ def plan(bench, given, bases=False):
             continue
         for form in given.formats:
             for method in chosen(rows.METHODS, given.rows):
-                if form not in rows.METHODS[method].get("formats", rows.FORMATS):
+                row = rows.METHODS[method]
+                if form not in row.get("formats", rows.FORMATS) or name not in row.get("models", [name]):
                     continue
                 for seed in range(given.seeds if seeded(method) else 1):
                     tasks.append(base | {"format": form, "method": method, "seed": seed})
