@@ -10,7 +10,8 @@ of 32, embedding and head q8), written as a compact file and, the same codes, as
 same bytes a token. PARE is the full program. Then, round by round, every program measures prefill and decode once, one
 after the other; medians are over rounds. With --kernels the instruction set is forced, and the peers are expected to
 be built for the same one. A run in which other guests of the machine took more than --most-stolen of the processors'
-time is made again, up to five times, whichever program it is of; the least disturbed one counts. All files are dropped from memory first: each program reads its own in its own way.
+time is made again, up to five times, whichever program it is of; the least disturbed one counts. All files are dropped
+from memory first: each program reads its own in its own way.
 
 With --cpu-time, for a machine that is busy with other things, a second is one that the program had a processor, and
 only one thread is measured: start, loading and warm-up drop out of the difference between one repetition and
@@ -284,7 +285,8 @@ def main():
                                (" --cpu-time --threads 1" if arguments.cpu_time else ""),
                     "commit": commit_of(root), "machine": f"{os.cpu_count()} cores, {processor()}",
                     "peers": arguments.peers, "prompt": arguments.prompt, "tokens": arguments.tokens,
-                    "depth": arguments.depth, "most_stolen": arguments.most_stolen, "cpu_time": arguments.cpu_time, "repeats": arguments.repeats,
+                    "depth": arguments.depth, "most_stolen": arguments.most_stolen, "cpu_time": arguments.cpu_time,
+                    "repeats": arguments.repeats,
                     "rounds": arguments.rounds, "cases": cases,
                     "columns": columns, "table": rows}, indent=1) + "\n")
 

@@ -159,7 +159,8 @@ class Kept:
                                  and math.isclose(before[2], now[2], rel_tol=0.005)):
             raise SystemExit(f"{model}, {text}: {' '.join(self.baseline)} has (predictions, units, KL) {now}, the published "
                              f"{before}: rows cannot be kept; measure it on the same text, or all rows without --merge")
-        place = {key: number for number, key in enumerate((form, method) for form in rows.FORMATS for method in rows.METHODS)}
+        keys = [(form, method) for form in rows.FORMATS for method in rows.METHODS]
+        place = {key: number for number, key in enumerate(keys)}
         return sorted(kept + new, key=lambda e: place.get((e["format"], e["method"]), len(place)))
 
     def pairs(self, model, text):
