@@ -9,18 +9,37 @@
 namespace pare {
 namespace {
 
+// load<place>(p): 8 columns of a row; of rows in pairs, Type is a pair, the one at that place.
 struct F32 {
   using Type = float;
-  static __m256 load(const float* p) { return _mm256_loadu_ps(p); }
+  static constexpr bool kPairs = false;
+  template <int>
+  static __m256 load(const float* p) {
+    return _mm256_loadu_ps(p);
+  }
+};
+struct Bf16 {
+  using Type = std::uint32_t;
+  static constexpr bool kPairs = true;
+  template <int kPlace>
+  static __m256 load(const std::uint32_t* p) {
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm256_castsi256_ps(kPlace == 0 ? _mm256_slli_epi32(pairs, 16)
+                                           : _mm256_and_si256(pairs, _mm256_set1_epi32(-65536)));
+  }
 };
 struct F16 {
   using Type = std::uint16_t;
+  static constexpr bool kPairs = false;
+  template <int>
   static __m256 load(const std::uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
 };
 struct Q8 {
   using Type = std::int8_t;
+  static constexpr bool kPairs = false;
+  template <int>
   static __m256 load(const std::int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
@@ -43,6 +62,21 @@ void narrow(const float* x, std::int64_t n, KvType type, std::byte* out, float* 
       _mm_store_si128(reinterpret_cast<__m128i*>(halves),
                       _mm256_cvtps_ph(_mm256_maskload_ps(x + i, tail_mask(n - i)), _MM_FROUND_TO_NEAREST_INT));
       std::memcpy(out + 2 * i, halves, static_cast<std::size_t>(std::min<std::int64_t>(8, n - i)) * 2);
+    }
+    return;
+  }
+  if (type == KvType::kBf16) {
+    for (std::int64_t i = 0; i < n; i += 8) {
+      const __m256 v = _mm256_maskload_ps(x + i, tail_mask(n - i));
+      const __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+      const __m256i nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+      const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+      const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+      const __m256 all = _mm256_blendv_ps(_mm256_castsi256_ps(nearest), _mm256_castsi256_ps(quiet), nan);
+      alignas(32) std::uint16_t words[16];
+      _mm256_store_si256(reinterpret_cast<__m256i*>(words), _mm256_castps_si256(all));
+      for (std::int64_t k = 0; k < std::min<std::int64_t>(8, n - i); ++k)
+        std::memcpy(out + 2 * (i + k), words + 2 * k + 1, 2);
     }
     return;
   }
@@ -75,8 +109,8 @@ void scores_rows(const float* q, std::int64_t ldq, const KvPlane& plane, std::in
     __m256 sum[kQueries][2];
     PARE_UNROLL for (int i = 0; i < kQueries; ++i) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
     for (std::int64_t d = 0; d < head_dim; ++d) {
-      const __m256 k0 = Kv::load(keys + d * kPage + p);
-      const __m256 k1 = Kv::load(keys + d * kPage + p + 8);
+      const __m256 k0 = Kv::template load<0>(keys + d * kPage + p);
+      const __m256 k1 = Kv::template load<0>(keys + d * kPage + p + 8);
       PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
         const __m256 value = _mm256_broadcast_ss(q + i * ldq + d);
         sum[i][0] = _mm256_fmadd_ps(value, k0, sum[i][0]);
@@ -116,6 +150,30 @@ float softmax(float* s, std::int64_t n, float* peak, float* shrink) {
   return reduce_add(sum);
 }
 
+bool scale(const float* x, std::int64_t n, float factor, float* out) {
+  const __m256 by = _mm256_set1_ps(factor);
+  __m256 nan = _mm256_setzero_ps();
+  for (std::int64_t i = 0; i < n; i += 8) {
+    const __m256i m = tail_mask(n - i);
+    const __m256 v = _mm256_mul_ps(_mm256_maskload_ps(x + i, m), by);
+    nan = _mm256_or_ps(nan, _mm256_and_ps(_mm256_cmp_ps(v, v, _CMP_UNORD_Q), _mm256_castsi256_ps(m)));
+    _mm256_maskstore_ps(out + i, m, v);
+  }
+  return _mm256_movemask_ps(nan) != 0;
+}
+
+void rotate(float* x, const float* cosine, const float* sine, std::int64_t half, std::int64_t n, float factor) {
+  const __m256 by = _mm256_set1_ps(factor);
+  for (std::int64_t i = 0; i < half; i += 8) {
+    const __m256i m = tail_mask(half - i);
+    const __m256 a = _mm256_maskload_ps(x + i, m), b = _mm256_maskload_ps(x + half + i, m);
+    const __m256 c = _mm256_maskload_ps(cosine + i, m), s = _mm256_maskload_ps(sine + i, m);
+    _mm256_maskstore_ps(x + i, m, _mm256_mul_ps(_mm256_fmsub_ps(a, c, _mm256_mul_ps(b, s)), by));
+    _mm256_maskstore_ps(x + half + i, m, _mm256_mul_ps(_mm256_fmadd_ps(b, c, _mm256_mul_ps(a, s)), by));
+  }
+  scale(x + 2 * half, n - 2 * half, factor, x + 2 * half);
+}
+
 template <class Kv, int kQueries>
 void weigh_rows(const float* probs, std::int64_t ldp, const KvPlane& plane, std::int64_t width, std::int64_t positions,
                 float* acc) {
@@ -126,9 +184,9 @@ void weigh_rows(const float* probs, std::int64_t ldp, const KvPlane& plane, std:
       sum[i][0] = _mm256_loadu_ps(acc + i * width + d);
       sum[i][1] = _mm256_loadu_ps(acc + i * width + d + 8);
     }
-    for (std::int64_t p = 0; p < positions; ++p) {
-      const __m256 v0 = Kv::load(values + p * width + d);
-      const __m256 v1 = Kv::load(values + p * width + d + 8);
+    each_row<Kv>(positions, [&](std::int64_t p, auto place) __attribute__((always_inline)) {
+      const auto* row = values + (Kv::kPairs ? p / 2 : p) * width + d;
+      const __m256 v0 = Kv::template load<place>(row), v1 = Kv::template load<place>(row + 8);
       PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
         float prob = probs[i * ldp + p];
         if constexpr (sizeof(typename Kv::Type) == 1) prob *= plane.scales[p];
@@ -136,7 +194,7 @@ void weigh_rows(const float* probs, std::int64_t ldp, const KvPlane& plane, std:
         sum[i][0] = _mm256_fmadd_ps(weight, v0, sum[i][0]);
         sum[i][1] = _mm256_fmadd_ps(weight, v1, sum[i][1]);
       }
-    }
+    });
     PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
       _mm256_storeu_ps(acc + i * width + d, sum[i][0]);
       _mm256_storeu_ps(acc + i * width + d + 8, sum[i][1]);
@@ -148,6 +206,7 @@ struct Tiles {
   using Float = F32;
   using Half = F16;
   using Byte = Q8;
+  using Pair = Bf16;
   template <class Kv, int kQueries>
   static constexpr auto* scores = scores_rows<Kv, kQueries>;
   template <class Kv, int kQueries>
@@ -156,7 +215,7 @@ struct Tiles {
 
 }  // namespace
 
-const AttentionKernels kAvx2Attention = {narrow, scores<Tiles>, softmax, weigh<Tiles>};
+const AttentionKernels kAvx2Attention = {narrow, scores<Tiles>, softmax, weigh<Tiles>, scale, rotate};
 
 }  // namespace pare
 #endif

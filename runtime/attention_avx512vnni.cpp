@@ -13,18 +13,37 @@
 namespace pare {
 namespace {
 
+// load<place>(p): 16 columns of a row; of rows in pairs, Type is a pair, the one at that place.
 struct F32 {
   using Type = float;
-  static __m512 load(const float* p) { return _mm512_loadu_ps(p); }
+  static constexpr bool kPairs = false;
+  template <int>
+  static __m512 load(const float* p) {
+    return _mm512_loadu_ps(p);
+  }
+};
+struct Bf16 {
+  using Type = std::uint32_t;
+  static constexpr bool kPairs = true;
+  template <int kPlace>
+  static __m512 load(const std::uint32_t* p) {
+    const __m512i pairs = _mm512_loadu_si512(p);
+    return _mm512_castsi512_ps(kPlace == 0 ? _mm512_slli_epi32(pairs, 16)
+                                           : _mm512_and_si512(pairs, _mm512_set1_epi32(-65536)));
+  }
 };
 struct F16 {
   using Type = std::uint16_t;
+  static constexpr bool kPairs = false;
+  template <int>
   static __m512 load(const std::uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
 };
 struct Q8 {
   using Type = std::int8_t;
+  static constexpr bool kPairs = false;
+  template <int>
   static __m512 load(const std::int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
@@ -40,6 +59,18 @@ void narrow(const float* x, std::int64_t n, KvType type, std::byte* out, float* 
       const __mmask16 m = tail_mask(n - i);
       _mm256_mask_storeu_epi16(out + 2 * i, m,
                                _mm512_cvtps_ph(_mm512_maskz_loadu_ps(m, x + i), _MM_FROUND_TO_NEAREST_INT));
+    }
+    return;
+  }
+  if (type == KvType::kBf16) {
+    for (std::int64_t i = 0; i < n; i += 16) {
+      const __mmask16 m = tail_mask(n - i);
+      const __m512 v = _mm512_maskz_loadu_ps(m, x + i);
+      const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+      const __m512i nearest = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+      const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+      const __m512i all = _mm512_mask_or_epi32(nearest, nan, bits, _mm512_set1_epi32(0x400000));
+      _mm256_mask_storeu_epi16(out + 2 * i, m, _mm512_cvtepi32_epi16(_mm512_srli_epi32(all, 16)));
     }
     return;
   }
@@ -84,7 +115,7 @@ void scores_tile(const float* q, std::int64_t ldq, const KvPlane& plane, std::in
     __m512 k[kVectors];
     PARE_UNROLL for (int v = 0; v < kVectors; ++v) {
       ask_ahead(plane, keys + d * kPage + v * 16);
-      k[v] = Kv::load(keys + d * kPage + v * 16);
+      k[v] = Kv::template load<0>(keys + d * kPage + v * 16);
     }
     PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
       const __m512 value = _mm512_set1_ps(q[i * ldq + d]);
@@ -128,6 +159,30 @@ float softmax(float* s, std::int64_t n, float* peak, float* shrink) {
   return _mm512_reduce_add_ps(sum);
 }
 
+bool scale(const float* x, std::int64_t n, float factor, float* out) {
+  const __m512 by = _mm512_set1_ps(factor);
+  __mmask16 nan = 0;
+  for (std::int64_t i = 0; i < n; i += 16) {
+    const __mmask16 m = tail_mask(n - i);
+    const __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(m, x + i), by);
+    nan |= _mm512_mask_cmp_ps_mask(m, v, v, _CMP_UNORD_Q);
+    _mm512_mask_storeu_ps(out + i, m, v);
+  }
+  return nan != 0;
+}
+
+void rotate(float* x, const float* cosine, const float* sine, std::int64_t half, std::int64_t n, float factor) {
+  const __m512 by = _mm512_set1_ps(factor);
+  for (std::int64_t i = 0; i < half; i += 16) {
+    const __mmask16 m = tail_mask(half - i);
+    const __m512 a = _mm512_maskz_loadu_ps(m, x + i), b = _mm512_maskz_loadu_ps(m, x + half + i);
+    const __m512 c = _mm512_maskz_loadu_ps(m, cosine + i), s = _mm512_maskz_loadu_ps(m, sine + i);
+    _mm512_mask_storeu_ps(x + i, m, _mm512_mul_ps(_mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)), by));
+    _mm512_mask_storeu_ps(x + half + i, m, _mm512_mul_ps(_mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)), by));
+  }
+  scale(x + 2 * half, n - 2 * half, factor, x + 2 * half);
+}
+
 template <class Kv, int kQueries, int kVectors>
 void weigh_tile(const float* probs, std::int64_t ldp, const KvPlane& plane, std::int64_t first, std::int64_t width,
                 std::int64_t positions, float* acc) {
@@ -136,11 +191,12 @@ void weigh_tile(const float* probs, std::int64_t ldp, const KvPlane& plane, std:
   PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
     PARE_UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_loadu_ps(acc + i * width + v * 16);
   }
-  for (std::int64_t p = 0; p < positions; ++p) {
+  each_row<Kv>(positions, [&](std::int64_t p, auto place) __attribute__((always_inline)) {
     __m512 row[kVectors];
+    const auto* from = values + (Kv::kPairs ? p / 2 : p) * width;
     PARE_UNROLL for (int v = 0; v < kVectors; ++v) {
-      ask_ahead(plane, values + p * width + v * 16);
-      row[v] = Kv::load(values + p * width + v * 16);
+      if (place == 0) ask_ahead(plane, from + v * 16);
+      row[v] = Kv::template load<place>(from + v * 16);
     }
     PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
       float prob = probs[i * ldp + p];
@@ -148,7 +204,7 @@ void weigh_tile(const float* probs, std::int64_t ldp, const KvPlane& plane, std:
       const __m512 weight = _mm512_set1_ps(prob);
       PARE_UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_fmadd_ps(weight, row[v], sum[i][v]);
     }
-  }
+  });
   PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
     PARE_UNROLL for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(acc + i * width + v * 16, sum[i][v]);
   }
@@ -166,6 +222,7 @@ struct Tiles {
   using Float = F32;
   using Half = F16;
   using Byte = Q8;
+  using Pair = Bf16;
   template <class Kv, int kQueries>
   static constexpr auto* scores = scores_rows<Kv, kQueries>;
   template <class Kv, int kQueries>
@@ -174,7 +231,7 @@ struct Tiles {
 
 }  // namespace
 
-const AttentionKernels kAvx512VnniAttention = {narrow, scores<Tiles>, softmax, weigh<Tiles>};
+const AttentionKernels kAvx512VnniAttention = {narrow, scores<Tiles>, softmax, weigh<Tiles>, scale, rotate};
 
 }  // namespace pare
 #endif

@@ -8,20 +8,38 @@
 namespace pare {
 namespace {
 
+// load<place>(p): 16 columns of a row; of rows in pairs, Type is a pair, the one at that place.
 struct F32 {
   using Type = float;
+  static constexpr bool kPairs = false;
+  template <int>
   static void load(const float* p, float32x4_t* to) {
     PARE_UNROLL for (int k = 0; k < 4; ++k) to[k] = vld1q_f32(p + k * 4);
   }
 };
+struct Bf16 {
+  using Type = std::uint32_t;
+  static constexpr bool kPairs = true;
+  template <int kPlace>
+  static void load(const std::uint32_t* p, float32x4_t* to) {
+    PARE_UNROLL for (int k = 0; k < 4; ++k) {
+      const uint32x4_t pairs = vld1q_u32(p + k * 4);
+      to[k] = vreinterpretq_f32_u32(kPlace == 0 ? vshlq_n_u32(pairs, 16) : vandq_u32(pairs, vdupq_n_u32(0xffff0000u)));
+    }
+  }
+};
 struct F16 {
   using Type = std::uint16_t;
+  static constexpr bool kPairs = false;
+  template <int>
   static void load(const std::uint16_t* p, float32x4_t* to) {
     PARE_UNROLL for (int k = 0; k < 4; ++k) to[k] = load_halves(p + k * 4);
   }
 };
 struct Q8 {
   using Type = std::int8_t;
+  static constexpr bool kPairs = false;
+  template <int>
   static void load(const std::int8_t* p, float32x4_t* to) {
     const int8x16_t bytes = vld1q_s8(p);
     const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
@@ -44,6 +62,17 @@ void narrow(const float* x, std::int64_t n, KvType type, std::byte* out, float* 
     for (std::int64_t i = 0; i < n; i += 4) {
       const float16x4_t halves = vcvt_f16_f32(load_first(x + i, n - i));
       std::memcpy(out + 2 * i, &halves, bytes(i, 2));
+    }
+    return;
+  }
+  if (type == KvType::kBf16) {
+    for (std::int64_t i = 0; i < n; i += 4) {
+      const float32x4_t v = load_first(x + i, n - i);
+      const uint32x4_t bits = vreinterpretq_u32_f32(v), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+      const uint32x4_t nearest = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+      const uint32x4_t all = vbslq_u32(vceqq_f32(v, v), nearest, vorrq_u32(bits, vdupq_n_u32(0x400000)));
+      const uint16x4_t words = vshrn_n_u32(all, 16);
+      std::memcpy(out + 2 * i, &words, bytes(i, 2));
     }
     return;
   }
@@ -77,7 +106,7 @@ void scores_tile(const float* q, std::int64_t ldq, const KvPlane& plane, std::in
     float32x4_t k[kVectors];
     PARE_UNROLL for (int v = 0; v < kVectors; v += 4) {
       ask_ahead(plane, keys + d * kPage + v * 4);
-      Kv::load(keys + d * kPage + v * 4, k + v);
+      Kv::template load<0>(keys + d * kPage + v * 4, k + v);
     }
     PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
       PARE_UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = vfmaq_n_f32(sum[i][v], k[v], q[i * ldq + d]);
@@ -118,6 +147,26 @@ float softmax(float* s, std::int64_t n, float* peak, float* shrink) {
   return vaddvq_f32(sum);
 }
 
+bool scale(const float* x, std::int64_t n, float factor, float* out) {
+  uint32x4_t numbers = vdupq_n_u32(~0u);
+  for (std::int64_t i = 0; i < n; i += 4) {
+    const float32x4_t v = vmulq_n_f32(load_first(x + i, n - i), factor);
+    numbers = vandq_u32(numbers, vceqq_f32(v, v));
+    store_first(out + i, v, n - i);
+  }
+  return vminvq_u32(numbers) == 0;
+}
+
+void rotate(float* x, const float* cosine, const float* sine, std::int64_t half, std::int64_t n, float factor) {
+  for (std::int64_t i = 0; i < half; i += 4) {
+    const float32x4_t a = load_first(x + i, half - i), b = load_first(x + half + i, half - i);
+    const float32x4_t c = load_first(cosine + i, half - i), s = load_first(sine + i, half - i);
+    store_first(x + i, vmulq_n_f32(vfmsq_f32(vmulq_f32(a, c), b, s), factor), half - i);
+    store_first(x + half + i, vmulq_n_f32(vfmaq_f32(vmulq_f32(b, c), a, s), factor), half - i);
+  }
+  scale(x + 2 * half, n - 2 * half, factor, x + 2 * half);
+}
+
 // kVectors * 4 dimensions from d on.
 template <class Kv, int kQueries, int kVectors>
 void weigh_tile(const float* probs, std::int64_t ldp, const KvPlane& plane, std::int64_t d, std::int64_t width,
@@ -128,18 +177,19 @@ void weigh_tile(const float* probs, std::int64_t ldp, const KvPlane& plane, std:
   PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
     PARE_UNROLL for (int k = 0; k < kVectors; ++k) sum[i][k] = vld1q_f32(acc + i * width + k * 4);
   }
-  for (std::int64_t p = 0; p < positions; ++p) {
+  each_row<Kv>(positions, [&](std::int64_t p, auto place) __attribute__((always_inline)) {
     float32x4_t v[kVectors];
+    const auto* from = values + (Kv::kPairs ? p / 2 : p) * width;
     PARE_UNROLL for (int k = 0; k < kVectors; k += 4) {
-      ask_ahead(plane, values + p * width + k * 4);
-      Kv::load(values + p * width + k * 4, v + k);
+      if (place == 0) ask_ahead(plane, from + k * 4);
+      Kv::template load<place>(from + k * 4, v + k);
     }
     PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
       float prob = probs[i * ldp + p];
       if constexpr (sizeof(typename Kv::Type) == 1) prob *= plane.scales[p];
       PARE_UNROLL for (int k = 0; k < kVectors; ++k) sum[i][k] = vfmaq_n_f32(sum[i][k], v[k], prob);
     }
-  }
+  });
   PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
     PARE_UNROLL for (int k = 0; k < kVectors; ++k) vst1q_f32(acc + i * width + k * 4, sum[i][k]);
   }
@@ -159,6 +209,7 @@ struct Tiles {
   using Float = F32;
   using Half = F16;
   using Byte = Q8;
+  using Pair = Bf16;
   template <class Kv, int kQueries>
   static constexpr auto* scores = scores_rows<Kv, kQueries>;
   template <class Kv, int kQueries>
@@ -167,7 +218,7 @@ struct Tiles {
 
 }  // namespace
 
-const AttentionKernels kNeonAttention = {narrow, scores<Tiles>, softmax, weigh<Tiles>};
+const AttentionKernels kNeonAttention = {narrow, scores<Tiles>, softmax, weigh<Tiles>, scale, rotate};
 
 }  // namespace pare
 #endif

@@ -11,18 +11,21 @@
 namespace pare {
 
 const char* kv_name(KvType type) {
-  return type == KvType::kF32 ? "f32" : type == KvType::kF16 ? "f16" : "q8";
+  return type == KvType::kF32 ? "f32" : type == KvType::kF16 ? "f16" : type == KvType::kQ8 ? "q8" : "mixed";
 }
 
 KvType parse_kv(const std::string& name) {
-  for (const KvType type : {KvType::kF32, KvType::kF16, KvType::kQ8})
+  for (const KvType type : {KvType::kF32, KvType::kF16, KvType::kMixed, KvType::kQ8})
     if (name == kv_name(type)) return type;
-  throw usage_error("key/value cache", "f32, f16 or q8", "\"" + name + "\"");
+  throw usage_error("key/value cache", "f32, f16, mixed or q8", "\"" + name + "\"");
 }
 
 namespace {
 
-float value_at(const KvPlane& plane, std::int64_t i) {
+float value_at(const KvPlane& plane, std::int64_t row, std::int64_t column, std::int64_t pitch) {
+  if (plane.type == KvType::kBf16)
+    return bf16_to_f32(reinterpret_cast<const std::uint16_t*>(plane.data)[(row / 2 * pitch + column) * 2 + row % 2]);
+  const std::int64_t i = row * pitch + column;
   if (plane.type == KvType::kF32) return reinterpret_cast<const float*>(plane.data)[i];
   if (plane.type == KvType::kF16) return f16_to_f32(reinterpret_cast<const std::uint16_t*>(plane.data)[i]);
   return static_cast<float>(reinterpret_cast<const std::int8_t*>(plane.data)[i]);
@@ -33,9 +36,9 @@ void narrow(const float* x, std::int64_t n, KvType type, std::byte* out, float* 
     std::memcpy(out, x, static_cast<std::size_t>(n) * 4);
     return;
   }
-  if (type == KvType::kF16) {
+  if (type == KvType::kF16 || type == KvType::kBf16) {
     for (std::int64_t i = 0; i < n; ++i) {
-      const std::uint16_t half = f32_to_f16(x[i]);
+      const std::uint16_t half = type == KvType::kF16 ? f32_to_f16(x[i]) : f32_to_bf16(x[i]);
       std::memcpy(out + 2 * i, &half, 2);
     }
     return;
@@ -58,7 +61,7 @@ void scores(const float* q, std::int64_t ldq, std::int64_t count, const KvPlane&
     std::fill(to, to + n, 0.0f);
     for (std::int64_t d = 0; d < head_dim; ++d) {
       const float value = q[i * ldq + d];
-      for (std::int64_t p = 0; p < n; ++p) to[p] += value * value_at(keys, d * kPage + p);
+      for (std::int64_t p = 0; p < n; ++p) to[p] += value * value_at(keys, d, p, kPage);
     }
     if (keys.type != KvType::kQ8) continue;
     for (std::int64_t p = 0; p < n; ++p) to[p] *= keys.scales[p];
@@ -83,13 +86,31 @@ void weigh(const float* probs, std::int64_t ldp, std::int64_t count, const KvPla
     for (std::int64_t p = 0; p < positions; ++p) {
       float value = probs[i * ldp + p];
       if (values.type == KvType::kQ8) value *= values.scales[p];
-      for (std::int64_t d = 0; d < width; ++d) acc[i * width + d] += value * value_at(values, p * width + d);
+      for (std::int64_t d = 0; d < width; ++d) acc[i * width + d] += value * value_at(values, p, d, width);
     }
   }
 }
 
+bool scale(const float* x, std::int64_t n, float factor, float* out) {
+  bool nan = false;
+  for (std::int64_t i = 0; i < n; ++i) {
+    out[i] = x[i] * factor;
+    nan |= std::isnan(out[i]);
+  }
+  return nan;
+}
+
+void rotate(float* x, const float* cosine, const float* sine, std::int64_t half, std::int64_t n, float factor) {
+  for (std::int64_t i = 0; i < half; ++i) {
+    const float a = x[i], b = x[i + half];
+    x[i] = (a * cosine[i] - b * sine[i]) * factor;
+    x[i + half] = (b * cosine[i] + a * sine[i]) * factor;
+  }
+  for (std::int64_t i = 2 * half; i < n; ++i) x[i] *= factor;
+}
+
 }  // namespace
 
-const AttentionKernels kPlainAttention = {narrow, scores, softmax, weigh};
+const AttentionKernels kPlainAttention = {narrow, scores, softmax, weigh, scale, rotate};
 
 }  // namespace pare

@@ -1,12 +1,27 @@
 // How an instruction set's tiles cover the query rows of one page: four at a time, then the rest at once. `Tiles` names
-// the kinds of keys and values (Float, Half, Byte) and the functions scores<Kv, rows> and weigh<Kv, rows>. Included by
-// the attention sources alone.
+// the kinds of keys and values (Float, Half, Byte; Pair of values alone) and the functions scores<Kv, rows> and
+// weigh<Kv, rows>. Included by the attention sources alone.
 #pragma once
+
+#include <type_traits>
 
 #include "runtime/attention_kernels.h"
 
 namespace pare {
 namespace {
+
+// Calls step(row, its place in the pair) for rows [0, n) of values: the place is 0 where rows are not kept in pairs.
+template <class Kv, class Step>
+inline __attribute__((always_inline)) void each_row(std::int64_t n, const Step& step) {
+  std::int64_t row = 0;
+  if constexpr (Kv::kPairs) {
+    for (; row + 1 < n; row += 2) {
+      step(row, std::integral_constant<int, 0>());
+      step(row + 1, std::integral_constant<int, 1>());
+    }
+  }
+  for (; row < n; ++row) step(row, std::integral_constant<int, 0>());
+}
 
 template <class Tiles, class Kv>
 void scores_of(const float* q, std::int64_t ldq, std::int64_t count, const KvPlane& keys, std::int64_t head_dim,
@@ -40,9 +55,10 @@ void weigh_of(const float* probs, std::int64_t ldp, std::int64_t count, const Kv
 template <class Tiles>
 void weigh(const float* probs, std::int64_t ldp, std::int64_t count, const KvPlane& values, std::int64_t width,
            std::int64_t positions, float* acc) {
-  const auto run = values.type == KvType::kF32   ? weigh_of<Tiles, typename Tiles::Float>
-                   : values.type == KvType::kF16 ? weigh_of<Tiles, typename Tiles::Half>
-                                                 : weigh_of<Tiles, typename Tiles::Byte>;
+  const auto run = values.type == KvType::kF32    ? weigh_of<Tiles, typename Tiles::Float>
+                   : values.type == KvType::kF16  ? weigh_of<Tiles, typename Tiles::Half>
+                   : values.type == KvType::kBf16 ? weigh_of<Tiles, typename Tiles::Pair>
+                                                  : weigh_of<Tiles, typename Tiles::Byte>;
   run(probs, ldp, count, values, width, positions, acc);
 }
 

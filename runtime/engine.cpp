@@ -34,7 +34,7 @@ class MappedEngine : public Engine {
     // A file of floats meets no int8 activations: it stays exact.
     const bool rounds = options_.int8_activations && std::any_of(file_.tensors().begin(), file_.tensors().end(),
                                                                  [](const auto& t) { return !t.codec.is_float(); });
-    if (options_.kv.empty()) options_.kv = kv_name(rounds ? KvType::kF16 : KvType::kF32);
+    if (options_.kv.empty()) options_.kv = kv_name(rounds ? KvType::kMixed : KvType::kF32);
     kv_ = parse_kv(options_.kv);
   }
 

@@ -19,8 +19,8 @@ struct EngineOptions {
   int threads = 0;                 // 0: all cores
   std::string kernels;             // "" = best of this machine, or one of available_kernels(); PARE_KERNELS overrides ""
   bool int8_activations = true;    // false: float activations (exact against the unpacked weights to rounding)
-  // Keys and values: "f32", "f16" or "q8" (int8, one scale per position and head); "" = f16 beside int8 activations,
-  // f32 beside float ones.
+  // Keys and values: "f32", "f16", "mixed" (keys f16, values bf16) or "q8" (int8, one scale per position and head);
+  // "" = mixed beside int8 activations, f32 beside float ones.
   std::string kv = {};
 };
 

@@ -353,17 +353,6 @@ struct Forward::Worker {
     barrier();
   }
 
-  // One head at one position: the leading 2 * half dimensions turn, all are scaled.
-  static void turn(const float* x, const float* cosine, const float* sine, std::int64_t half, std::int64_t d,
-                   float scale, float* out) {
-    for (std::int64_t i = 0; i < half; ++i) {
-      const float a = x[i], b = x[i + half];
-      out[i] = (a * cosine[i] - b * sine[i]) * scale;
-      out[i + half] = (b * cosine[i] + a * sine[i]) * scale;
-    }
-    for (std::int64_t i = 2 * half; i < d; ++i) out[i] = x[i] * scale;
-  }
-
   // Normalizes q and k of rows [first, end) where the model does, rotates them in place (q times the factor of the
   // scores) and stores k and v in the cache: of one kv head and the heads that read it.
   void rotate_and_store(std::int64_t block, std::int64_t kv_head, std::int64_t first, std::int64_t end) {
@@ -379,11 +368,11 @@ struct Forward::Worker {
       for (std::int64_t head = kv_head * repeat; head < (kv_head + 1) * repeat; ++head) {
         float* q = f.q_.data() + t * q_width + head * d;
         if (b.q_norm != nullptr) f.kernels_.rms_norm(q, b.q_norm, eps, d, q);
-        turn(q, cosine, sine, half, d, f.score_scale_, q);
+        f.kernels_.attention->rotate(q, cosine, sine, half, d, f.score_scale_);
       }
       float* k = f.k_.data() + t * kv_width + kv_head * d;
       if (b.k_norm != nullptr) f.kernels_.rms_norm(k, b.k_norm, eps, d, k);
-      turn(k, cosine, sine, half, d, 1.0f, k);
+      f.kernels_.attention->rotate(k, cosine, sine, half, d, 1.0f);
       const Row& row = f.rows_[static_cast<std::size_t>(t)];
       const float* v = f.v_.data() + t * kv_width + kv_head * d;
       row.cache->store(*f.kernels_.attention, block, row.position, kv_head, k, v);
@@ -419,7 +408,7 @@ struct Forward::Worker {
         rotate_and_store(block, kv_head, 0, tokens);
         for (std::int64_t t = 0; t < tokens; ++t) attend_heads(block, t, kv_head);
       });
-    } else {  // rows of a call: consecutive tokens of one head; the longest first
+    } else {  // an item: consecutive tokens of some heads that read one kv head; those that see most first
       constexpr std::int64_t kChunk = 32;  // positions whose halves share a cache line of keys
       share((tokens + kChunk - 1) / kChunk * kv_heads, [&](std::int64_t item) {
         const std::int64_t first = item / kv_heads * kChunk;
@@ -427,13 +416,21 @@ struct Forward::Worker {
       });
       barrier();
       const Row& begin = f.rows_.front();
-      const std::int64_t chunks = (tokens + kMaxQueries - 1) / kMaxQueries, repeat = widths.heads / kv_heads;
-      share(chunks * widths.heads, [&](std::int64_t item) {
-        const std::int64_t t = (chunks - 1 - item / widths.heads) * kMaxQueries;
-        const std::int64_t head = item % widths.heads, at = t * width + head * d;
-        const std::int64_t count = std::min(kMaxQueries, tokens - t);
-        const QueryRows rows{f.q_.data() + at, f.mixed_.data() + at, width, count, begin.position + t + 1, 1};
-        attend_rows(f.kernels_, f.config_, *begin.cache, block, head / repeat, rows, mine.attention);
+      const std::int64_t repeat = widths.heads / kv_heads;
+      const auto pieces = [](std::int64_t all, std::int64_t each) { return (all + each - 1) / each; };
+      // Large items read keys and values less often; enough of them keep all threads busy.
+      std::int64_t together = kMostRowTokens, heads = std::min(kRowHeads, repeat);
+      const auto items = [&] { return pieces(tokens, together) * pieces(repeat, heads) * kv_heads; };
+      while (together > kRowTokens && items() < 4 * f.item_threads_) together -= kRowTokens;
+      while (heads > 1 && items() < 4 * f.item_threads_) --heads;
+      const std::int64_t chunks = pieces(tokens, together), parts = pieces(repeat, heads);
+      share(items(), [&](std::int64_t item) {
+        const std::int64_t kv_head = item / parts % kv_heads, head = item % parts * heads;
+        const std::int64_t t = (chunks - 1 - item / parts / kv_heads) * together;
+        const std::int64_t at = t * width + (kv_head * repeat + head) * d;
+        const QueryRows rows{f.q_.data() + at, f.mixed_.data() + at, width, std::min(together, tokens - t),
+                             begin.position + t + 1, 1, std::min(heads, repeat - head), d};
+        attend_rows(f.kernels_, f.config_, *begin.cache, block, kv_head, rows, mine.attention);
       });
     }
     barrier();

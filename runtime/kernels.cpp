@@ -161,7 +161,11 @@ const Kernels& avxvnni_kernels() {
 
 #ifdef PARE_AMX
 const Kernels& amx_kernels() {
-  static const Kernels kernels = with_products(kAvx512VnniKernels, "amx", kAmx);
+  static const Kernels kernels = [] {
+    Kernels all = with_products(kAvx512VnniKernels, "amx", kAmx);
+    if (__builtin_cpu_supports("avx512bf16") && has_amx_bf16()) all.attention = &amx_attention();
+    return all;
+  }();
   return kernels;
 }
 #endif

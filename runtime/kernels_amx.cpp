@@ -10,58 +10,17 @@
 #include <new>
 #include <vector>
 
+#include "runtime/amx_tiles.h"
 #include "runtime/int8_avx512vnni.h"
 
 namespace pare {
 namespace {
 
-constexpr std::int64_t kTileTokens = 16;
+constexpr std::int64_t kTileTokens = kTileRows;
 // Of more than kActTile tokens Int8Activations has, instead of the tiles of the other kernels,
 //   codes          [tile of 16 tokens][kDepth inputs][token of tile][kDepth]     kDepth: 32, with kToken 64
 //   scale, minus8  [tile][group][token of tile]
 constexpr std::int64_t kGroupDepth = kActGroup, kTokenDepth = 64;
-constexpr std::int64_t kLine = 64;  // bytes; of weights: 4 inputs of 16 outputs
-
-// GCC 12 does not know what memory the instructions below read.
-#define PARE_IN_MEMORY asm volatile("" ::: "memory")
-
-struct alignas(64) TileShapes {
-  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  std::uint16_t row_bytes[16] = {};
-  std::uint8_t rows[16] = {};
-};
-static_assert(sizeof(TileShapes) == 64);
-
-// Sums in tiles 0 to 3, tokens in 4 and 5, weights in 6 and 7.
-class Tiles {
- public:
-  Tiles() = default;
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-  ~Tiles() { _tile_release(); }
-  // Tokens of tiles 0, 1 and 4, of tiles 2, 3 and 5, and inputs of 4 to 7.
-  void shape(std::int64_t first, std::int64_t second, std::int64_t depth) {
-    if (first == first_ && second == second_ && depth == depth_) return;
-    first_ = first;
-    second_ = second;
-    depth_ = depth;
-    TileShapes shapes;
-    const auto set = [&](int tile, std::int64_t rows, std::int64_t bytes) {
-      shapes.rows[tile] = static_cast<std::uint8_t>(rows);
-      shapes.row_bytes[tile] = static_cast<std::uint16_t>(bytes);
-    };
-    for (const int tile : {0, 1}) set(tile, first, kLine);
-    for (const int tile : {2, 3}) set(tile, second, kLine);
-    set(4, first, depth);
-    set(5, second, depth);
-    for (const int tile : {6, 7}) set(tile, depth / 4, kLine);
-    PARE_IN_MEMORY;
-    _tile_loadconfig(&shapes);
-  }
-
- private:
-  std::int64_t first_ = 0, second_ = 0, depth_ = 0;
-};
 
 using Sums = std::int32_t[kTileTokens][kBlockRows];
 using Totals = float[kTileTokens][kBlockRows];
@@ -112,18 +71,24 @@ class Ahead {
   Ahead(const PackedMatrix& w, std::int64_t block, std::int64_t blocks, std::int64_t line, std::int64_t count,
         std::int64_t calls)
       : begin_(reinterpret_cast<const char*>(w.data) + (block * w.lines + line) * kLine),
-        pitch_(w.lines),
+        pitch_(w.lines * kLine),
         count_(count),
-        lines_(blocks * count),
-        a_call_((lines_ + calls - 1) / std::max<std::int64_t>(calls, 1)) {}
+        left_(blocks * count),
+        a_call_((left_ + calls - 1) / std::max<std::int64_t>(calls, 1)) {}
   void fetch() {
-    for (const std::int64_t end = std::min(lines_, next_ + a_call_); next_ < end; ++next_)
-      _mm_prefetch(begin_ + (next_ / count_ * pitch_ + next_ % count_) * kLine, _MM_HINT_T1);
+    const std::int64_t n = std::min(left_, a_call_);
+    left_ -= n;
+    for (std::int64_t i = 0; i < n; ++i) {
+      _mm_prefetch(begin_ + line_ * kLine, _MM_HINT_T1);
+      if (++line_ < count_) continue;
+      line_ = 0;
+      begin_ += pitch_;
+    }
   }
 
  private:
   const char* begin_;
-  std::int64_t pitch_, count_, lines_, a_call_, next_ = 0;
+  std::int64_t pitch_, count_, left_, a_call_, line_ = 0;
 };
 
 // The tokens of one tile: what begins with input group `first` of the panel.

@@ -11,8 +11,8 @@
 namespace pare {
 
 // Pages of kPage positions that are never moved or copied. Page of one block: for every kv head [head_dim][kPage] keys,
-// then [kPage][value_width()] values; behind all heads, with kQ8, [kv head][2][kPage] scales. A block with a window
-// keeps a ring of pages: as many as the window and one call may touch.
+// then [kPage][value_width()] values, with kMixed in pairs of rows (KvPlane); behind all heads, with kQ8,
+// [kv head][2][kPage] scales. A block with a window keeps a ring of pages: as many as the window and one call may touch.
 class KvCache {
  public:
   // most_tokens: positions of one call at most.
@@ -57,16 +57,20 @@ class KvCache {
   std::vector<std::vector<float*>> pages_;    // [block][page of the ring]
 };
 
-// Query rows that read the same kv head: row i is q + i * stride, scaled already, and sees the last `window` (0: all)
-// of seen + i * step positions.
+// Query rows that read the same kv head, of `heads` heads (kRowHeads at most) and `count` tokens (kMostRowTokens): that
+// of token i is q + i * stride, of the next head head_stride further, scaled already, and sees the last `window` (0: all)
+// of seen + i * step positions. With step 0 what is counted are heads of one token.
 struct QueryRows {
   const float* q = nullptr;
   float* out = nullptr;
-  std::int64_t stride = 0, count = 0;  // count <= kMaxQueries
+  std::int64_t stride = 0, count = 0;
   std::int64_t seen = 0, step = 0;
+  std::int64_t heads = 1, head_stride = 0;
 };
+// Tokens and heads whose rows are multiplied together, and tokens of a call of attend_rows().
+constexpr std::int64_t kRowTokens = 16, kRowHeads = kMaxQueries / kRowTokens, kMostRowTokens = 64;
 struct AttentionScratch {
-  FloatBuffer scores, accumulator;
+  FloatBuffer queries, scores, accumulator;
   void reserve(std::int64_t head_dim);
 };
 // out = softmax(q keys) values, page by page with a running softmax: no more than one page of scores exists. Pages that

@@ -44,7 +44,8 @@ typedef struct pare_options {
                             NULL: the best here. Where that is "amx", and with it by name, Linux is asked for the tiles'
                             state of the whole process: later signal stacks (sigaltstack) have to hold it, about 11 KiB
                             (getauxval(AT_MINSIGSTKSZ)). A name below it asks for nothing. */
-  const char* kv;        /* keys and values: "f32", "f16" or "q8"; NULL: f16 with int8 activations, f32 with float */
+  const char* kv;        /* keys and values: "f32", "f16", "mixed" (keys f16, values bf16) or "q8"; NULL: mixed with int8
+                            activations, f32 with float */
 } pare_options;
 #define PARE_OPTIONS_INIT {sizeof(pare_options), 0, 0, NULL, NULL}
 
@@ -107,7 +108,7 @@ void pare_cancel(pare_session* session);
 void pare_cancel_clear(pare_session* session);
 
 /* State of a session: its ids, keys and values, and the last row of logits, so that a session of the same file with the
- * same kind of cache goes on with the same bits. Anything else is refused (PARE_INPUT): states of other models, caches
+ * same kind of cache (pare_options.kv) goes on with the same bits. Anything else is refused (PARE_INPUT): states of other models, caches
  * or versions, more positions than the session may have, bytes that are missing or changed. A session that could not
  * load is as before.
  * pare_session_save() replaces the file as a whole or not at all. */

@@ -49,7 +49,7 @@ std::string shape_text(const Header& h) {
 }
 
 std::string kv_text(std::uint32_t kv) {
-  if (kv > static_cast<std::uint32_t>(KvType::kQ8)) return "kind " + std::to_string(kv);
+  if (kv > static_cast<std::uint32_t>(KvType::kMixed)) return "kind " + std::to_string(kv);
   return kv_name(static_cast<KvType>(kv));
 }
 

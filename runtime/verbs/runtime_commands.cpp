@@ -5,9 +5,9 @@ namespace pare {
 OptionDecl kv_option() {
   return {.name = "kv",
           .type = OptionType::kText,
-          .help = "keys and values of past tokens: f32, f16, q8 (int8, a scale per position and head); default: f16 "
-                  "beside int8 activations, f32 beside float ones and in a file of floats",
-          .choices = {"f32", "f16", "q8"}};
+          .help = "keys and values of past tokens: f32, f16, mixed (keys f16, values bf16), q8 (int8, a scale per position "
+                  "and head); default: mixed beside int8 activations, f32 beside float ones and in a file of floats",
+          .choices = {"f32", "f16", "mixed", "q8"}};
 }
 
 std::vector<Command> runtime_commands() {

@@ -230,7 +230,7 @@ refuse "run: look-up and fallback" 2 "one of --lookup and --fallback" "$EDGE" ru
 refuse "run: look-up of no tokens" 2 "lookup" "$EDGE" run "$T/none.pare" -p x --lookup 0
 refuse "run: too many guesses" 2 "draft-tokens.*64" "$EDGE" run "$T/none.pare" -p x --draft x --draft-tokens 65
 refuse "run: threshold that is no probability" 2 "threshold" "$EDGE" run "$T/none.pare" -p x --fallback x --threshold nan
-refuse "run: unknown cache" 2 "f32.*f16.*q8" "$PARE" run "$T/none.pare" -p x --kv f8
+refuse "run: unknown cache" 2 "f32.*f16.*mixed.*q8" "$PARE" run "$T/none.pare" -p x --kv f8
 unused "eval: cache of a folder" "--kv" "$PARE" eval "$IN" --text "$TEXT" --kv q8
 
 echo "--- no space left"

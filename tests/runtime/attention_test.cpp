@@ -16,7 +16,7 @@ namespace {
 
 using namespace pare::testing;
 
-constexpr KvType kTypes[] = {KvType::kF32, KvType::kF16, KvType::kQ8};
+constexpr KvType kTypes[] = {KvType::kF32, KvType::kF16, KvType::kQ8, KvType::kMixed};
 
 std::vector<float> random_floats(std::int64_t count, std::uint32_t seed, float scale = 1.0f) {
   std::mt19937 rng(seed);
@@ -28,6 +28,7 @@ std::vector<float> random_floats(std::int64_t count, std::uint32_t seed, float s
 
 // What a number becomes in a cache of that type; scale: of its position, kQ8.
 double stored(float x, KvType type, float scale) {
+  if (type == KvType::kBf16) return static_cast<double>(bf16_to_f32(f32_to_bf16(x)));
   if (type == KvType::kF16) return static_cast<double>(f16_to_f32(f32_to_f16(x)));
   if (type == KvType::kQ8)
     return scale > 0 ? std::nearbyint(x / static_cast<double>(scale)) * static_cast<double>(scale) : 0.0;
@@ -44,7 +45,7 @@ TEST_P(AttentionTest, NarrowedNumbersAreTheNearest) {
   for (const std::int64_t n : {1, 7, 8, 15, 16, 17, 64, 80, 129}) {
     std::vector<float> x = random_floats(n, static_cast<std::uint32_t>(n), 3.0f);
     if (n > 8) x[3] = 1e-6f, x[7] = 0.0f, x[8] = -60000.0f;
-    for (const KvType type : kTypes) {
+    for (const KvType type : {KvType::kF32, KvType::kF16, KvType::kQ8, KvType::kBf16}) {
       std::vector<std::byte> out(static_cast<std::size_t>(n * 4 + 16), std::byte{0x5a}), plain = out;
       float scale = -1, plain_scale = -1;
       attention().narrow(x.data(), n, type, out.data(), &scale);
@@ -57,6 +58,10 @@ TEST_P(AttentionTest, NarrowedNumbersAreTheNearest) {
           std::uint16_t half;
           std::memcpy(&half, out.data() + 2 * i, 2);
           EXPECT_EQ(half, f32_to_f16(value));
+        } else if (type == KvType::kBf16) {
+          std::uint16_t half;
+          std::memcpy(&half, out.data() + 2 * i, 2);
+          EXPECT_EQ(half, f32_to_bf16(value));
         } else if (type == KvType::kQ8) {
           EXPECT_NEAR(static_cast<std::int8_t>(out[static_cast<std::size_t>(i)]) * scale, value, 0.5001f * scale);
         }
@@ -69,6 +74,49 @@ TEST_P(AttentionTest, NarrowedNumbersAreTheNearest) {
   float scale = 0;
   attention().narrow(x.data(), 20, KvType::kQ8, codes, &scale);
   EXPECT_TRUE(std::isnan(scale));
+  std::uint16_t halves[20];
+  for (const KvType type : {KvType::kF16, KvType::kBf16}) {
+    attention().narrow(x.data(), 20, type, reinterpret_cast<std::byte*>(halves), nullptr);
+    EXPECT_TRUE(std::isnan(type == KvType::kF16 ? f16_to_f32(halves[17]) : bf16_to_f32(halves[17])));
+    EXPECT_EQ(type == KvType::kF16 ? f16_to_f32(halves[18]) : bf16_to_f32(halves[18]), 1.0f);
+  }
+}
+
+TEST_P(AttentionTest, ScaledNumbersAndTheirNaN) {
+  for (const std::int64_t n : {1, 4, 7, 8, 15, 16, 17, 40}) {
+    std::vector<float> x = random_floats(n + 1, static_cast<std::uint32_t>(n)), out(x.size(), 7.0f);
+    x.back() = std::numeric_limits<float>::quiet_NaN();  // behind the end
+    EXPECT_FALSE(attention().scale(x.data(), n, 0.3f, out.data())) << n;
+    for (std::int64_t i = 0; i < n; ++i)
+      EXPECT_EQ(out[static_cast<std::size_t>(i)], x[static_cast<std::size_t>(i)] * 0.3f);
+    EXPECT_EQ(out.back(), 7.0f);
+    for (std::int64_t i = 0; i < n; ++i) {
+      std::vector<float> some = x;
+      some[static_cast<std::size_t>(i)] = std::numeric_limits<float>::infinity();
+      EXPECT_FALSE(attention().scale(some.data(), n, 2.0f, some.data())) << n;
+      EXPECT_TRUE(attention().scale(some.data(), n, 0.0f, some.data())) << i << " of " << n;
+    }
+  }
+}
+
+TEST_P(AttentionTest, HeadsTurnLikeDoubles) {
+  for (const std::int64_t n : {8, 10, 24, 64, 80, 128}) {
+    for (const std::int64_t half : {n / 2, n / 4, std::int64_t{1}}) {
+      const std::vector<float> before = random_floats(n, 5), angles = random_floats(half, 6, 3.0f);
+      std::vector<float> x = before, cosine, sine;
+      x.push_back(7.0f);
+      for (const float angle : angles) cosine.push_back(std::cos(angle)), sine.push_back(std::sin(angle));
+      attention().rotate(x.data(), cosine.data(), sine.data(), half, n, 0.25f);
+      for (std::int64_t i = 0; i < n; ++i) {
+        const auto at = [&](std::int64_t k) { return static_cast<double>(before[static_cast<std::size_t>(k)]); };
+        const auto j = static_cast<std::size_t>(i % half);
+        const double c = static_cast<double>(cosine[j]), s = static_cast<double>(sine[j]);
+        const double want = i >= 2 * half ? at(i) : i < half ? at(i) * c - at(i + half) * s : at(i) * c + at(i - half) * s;
+        EXPECT_NEAR(x[static_cast<std::size_t>(i)], want * 0.25, 3e-7) << i << " of " << n << ", " << half;
+      }
+      EXPECT_EQ(x.back(), 7.0f);
+    }
+  }
 }
 
 TEST_P(AttentionTest, RunningSoftmaxMatchesDoubles) {
@@ -98,30 +146,40 @@ TEST_P(AttentionTest, RunningSoftmaxMatchesDoubles) {
 
 // All positions of a cache of several pages, windows and caps, many rows and one, against the definition.
 TEST_P(AttentionTest, RowsOverPagesMatchDoubles) {
+  const std::int64_t every = GetParam() == "plain" ? 35 : 7;  // of the rows; the slow set sees fewer
   for (const KvType type : kTypes) {
-    for (const std::int64_t d : {8, 24, 64}) {
+    const KvType key_type = type == KvType::kMixed ? KvType::kF16 : type;
+    const KvType value_type = type == KvType::kMixed ? KvType::kBf16 : type;
+    for (const auto& [d, heads] : std::vector<std::pair<std::int64_t, std::int64_t>>{
+             {8, 2}, {24, 3}, {64, 4}, {48, 2}, {80, 1}}) {
       for (const std::int64_t window : {0, 50, 200}) {
         ModelConfig config = tiny_config("llama", 4 * d, 64, 4, 2, d, 40, true);
         config.attention_softcap = window == 50 ? 7.0 : 0.0;
         config.sliding_window = window;
         config.layer_slides.assign(static_cast<std::size_t>(config.num_layers), window > 0 ? 1 : 0);
-        constexpr std::int64_t kPositions = 700, kCall = 30;
+        constexpr std::int64_t kPositions = 705, kCall = 64;
         KvCache cache(config, type, kCall);
         const auto keys = random_floats(kPositions * d, 1), values = random_floats(kPositions * d, 2);
         const auto at = [&](const std::vector<float>& from, std::int64_t p) { return from.data() + p * d; };
-        const auto q = random_floats(kMaxQueries * d, 3, 0.5f);
+        const auto q = random_floats(heads * kMostRowTokens * d, 3, 0.5f);  // [token][head][d]
         AttentionScratch scratch;
         scratch.reserve(d);
         std::int64_t done = 0;
-        for (const std::int64_t end : {1, 20, 128, 140, 300, 511, 700}) {
+        for (const std::int64_t end : {1, 20, 128, 140, 177, 300, 511, 705}) {
           cache.reserve(end);
           for (; done < end; ++done) cache.store(attention(), 1, done, 1, at(keys, done), at(values, done));
-          const std::int64_t count = std::min<std::int64_t>({kMaxQueries, end, window > 0 ? kCall : end});
-          std::vector<float> out(static_cast<std::size_t>(count * d)), alone(static_cast<std::size_t>(d));
-          attend_rows(kernels(), config, cache, 1, 1, {q.data(), out.data(), d, count, end - count + 1, 1}, scratch);
-          for (std::int64_t i = 0; i < count; ++i) {
-            const std::int64_t seen = end - count + 1 + i;
+          const std::int64_t count = std::min(kMostRowTokens, end);
+          std::vector<float> out(static_cast<std::size_t>(heads * count * d)), alone(static_cast<std::size_t>(d));
+          attend_rows(kernels(), config, cache, 1, 1,
+                      {q.data(), out.data(), heads * d, count, end - count + 1, 1, heads, d}, scratch);
+          for (std::int64_t i = 0; i < heads * count; ++i) {
+            if (i % every != 0 && i + 1 < heads * count) continue;
+            const std::int64_t seen = end - count + 1 + i / heads;
             attend_rows(kernels(), config, cache, 1, 1, {q.data() + i * d, alone.data(), d, 1, seen, 0}, scratch);
+            for (std::int64_t c = 0; c < d; ++c)
+              ASSERT_EQ(out[static_cast<std::size_t>(i * d + c)], alone[static_cast<std::size_t>(c)])
+                  << "a row's bits depend on its batch: " << kv_name(type) << ", row " << i << " of " << end;
+            if (i % (2 * every) != 0 && i + 1 < heads * count) continue;
             std::vector<double> want(static_cast<std::size_t>(d));
             double sum = 0;
             for (std::int64_t p = window > 0 ? std::max<std::int64_t>(0, seen - window) : 0; p < seen; ++p) {
@@ -133,19 +191,18 @@ TEST_P(AttentionTest, RowsOverPagesMatchDoubles) {
               double score = 0;
               for (std::int64_t c = 0; c < d; ++c)
                 score += static_cast<double>(q[static_cast<std::size_t>(i * d + c)]) *
-                         stored(at(keys, p)[c], type, peaks[0] / 127);
+                         stored(at(keys, p)[c], key_type, peaks[0] / 127);
               if (config.attention_softcap > 0)
                 score = config.attention_softcap * std::tanh(score / config.attention_softcap);
               const double e = std::exp(score);
               sum += e;
               for (std::int64_t c = 0; c < d; ++c)
-                want[static_cast<std::size_t>(c)] += e * stored(at(values, p)[c], type, peaks[1] / 127);
+                want[static_cast<std::size_t>(c)] += e * stored(at(values, p)[c], value_type, peaks[1] / 127);
             }
             for (std::int64_t c = 0; c < d; ++c) {
               const float got = out[static_cast<std::size_t>(i * d + c)];
               ASSERT_NEAR(got, want[static_cast<std::size_t>(c)] / sum, 2e-5)
                   << kv_name(type) << ", row " << i << " of " << end;
-              ASSERT_EQ(got, alone[static_cast<std::size_t>(c)]) << "a row's bits depend on its batch";
             }
           }
         }
@@ -154,25 +211,44 @@ TEST_P(AttentionTest, RowsOverPagesMatchDoubles) {
   }
 }
 
-// A value that no half holds reaches the rows that see it, and no others.
+// A value that 16 bits do not hold reaches the rows that see it, and no others: one beside the last that a row of an odd
+// number of positions sees, one that lies before the windows of later tokens of the call.
 TEST_P(AttentionTest, RowsDoNotMeetWhatTheyDoNotSee) {
-  const std::int64_t d = 24;
-  const ModelConfig config = tiny_config("llama", 4 * d, 64, 4, 2, d, 40, true);
-  KvCache cache(config, KvType::kF16, 30);
-  cache.reserve(30);
-  const auto keys = random_floats(30 * d, 1), q = random_floats(kMaxQueries * d, 3, 0.5f);
-  auto values = random_floats(30 * d, 2);
-  values[20 * d + 5] = 1e6f;
-  for (std::int64_t p = 0; p < 30; ++p) cache.store(attention(), 1, p, 1, keys.data() + p * d, values.data() + p * d);
-  AttentionScratch scratch;
-  scratch.reserve(d);
-  std::vector<float> out(static_cast<std::size_t>(kMaxQueries * d)), alone(static_cast<std::size_t>(d));
-  attend_rows(kernels(), config, cache, 1, 1, {q.data(), out.data(), d, kMaxQueries, 15, 1}, scratch);
-  for (std::int64_t i = 0; i < kMaxQueries; ++i) {
-    const bool sees = 15 + i > 20;
-    attend_rows(kernels(), config, cache, 1, 1, {q.data() + i * d, alone.data(), d, 1, 15 + i, 0}, scratch);
-    EXPECT_EQ(std::memcmp(alone.data(), out.data() + i * d, alone.size() * 4), 0) << i;
-    EXPECT_EQ(std::isfinite(alone[5]), !sees) << i;
+  constexpr std::int64_t kHeads = 3, kCount = 60, kPositions = 178;
+  for (const KvType type : {KvType::kF16, KvType::kMixed}) {
+    for (const std::int64_t window : {0, 50}) {
+      for (const std::int64_t bad : {141, 127}) {
+        const std::int64_t d = 24;
+        ModelConfig config = tiny_config("llama", 4 * d, 64, 4, 2, d, 40, true);
+        config.sliding_window = window;
+        config.layer_slides.assign(static_cast<std::size_t>(config.num_layers), window > 0 ? 1 : 0);
+        KvCache cache(config, type, kCount);
+        cache.reserve(kPositions);
+        const auto keys = random_floats(kPositions * d, 1), q = random_floats(kHeads * kCount * d, 3, 0.5f);
+        auto values = random_floats(kPositions * d, 2);
+        values[static_cast<std::size_t>(bad * d + 5)] = 3.4e38f;
+        for (std::int64_t p = 0; p < kPositions; ++p)
+          cache.store(attention(), 1, p, 1, keys.data() + p * d, values.data() + p * d);
+        AttentionScratch scratch;
+        scratch.reserve(d);
+        std::vector<float> out(q.size()), alone(static_cast<std::size_t>(d));
+        const std::int64_t begin = kPositions - kCount + 1;
+        attend_rows(kernels(), config, cache, 1, 1,
+                    {q.data(), out.data(), kHeads * d, kCount, begin, 1, kHeads, d}, scratch);
+        int finite = 0;
+        for (std::int64_t i = 0; i < kHeads * kCount; ++i) {
+          const std::int64_t seen = begin + i / kHeads;
+          attend_rows(kernels(), config, cache, 1, 1, {q.data() + i * d, alone.data(), d, 1, seen, 0}, scratch);
+          EXPECT_EQ(std::memcmp(alone.data(), out.data() + i * d, alone.size() * 4), 0) << i;
+          // Its page is read, and what lies before the window multiplied by 0, as long as one position is seen.
+          const bool meets = seen > bad && (window == 0 || (seen - window) / kPage * kPage <= bad);
+          EXPECT_EQ(std::isfinite(alone[5]), !meets) << i;
+          EXPECT_TRUE(std::isfinite(alone[4]));
+          finite += !meets;
+        }
+        EXPECT_GT(finite, 0);
+      }
+    }
   }
 }
 
@@ -190,6 +266,7 @@ TEST(KvCacheTest, HoldsWhatIsComputedAndNoMore) {
   // layers x heads x positions in whole pages x (keys and values x width, and two scales of q8)
   EXPECT_EQ(bytes(KvType::kF32, 300), layers * 2 * 384 * 2 * 16 * 4);
   EXPECT_EQ(bytes(KvType::kF16, 300), layers * 2 * 384 * 2 * 16 * 2);
+  EXPECT_EQ(bytes(KvType::kMixed, 300), bytes(KvType::kF16, 300));
   EXPECT_EQ(bytes(KvType::kQ8, 300), layers * 2 * 384 * (2 * 16 + 2 * 4));
   config.sliding_window = 256;
   config.layer_slides.assign(static_cast<std::size_t>(config.num_layers), 0);

@@ -42,7 +42,7 @@ static int c_api_more_checks(const char* compact_file, const char* state_file) {
   options.kv = "q8";
   pare_model* model = pare_open(compact_file, &options);
   CHECK(model != NULL);
-  options.kv = "f16";
+  options.kv = "mixed";
   pare_model* halves = pare_open(compact_file, &options);
   CHECK(halves != NULL);
   const size_t vocab = (size_t)pare_vocab_size(model);

@@ -71,7 +71,9 @@ TEST_P(RuntimeFamily, AnyThreadCountGivesTheBitsOfOne) {
       Session session(engine("", threads), count);
       session.feed(ids);
       session.logits(0, count, threads == 1 ? want.data() : got.data());
-      if (threads > 1) EXPECT_EQ(want, got) << threads << " threads";
+      if (threads > 1) {
+        EXPECT_EQ(want, got) << threads << " threads";
+      }
     }
   }
 }

@@ -177,7 +177,7 @@ TEST_P(Sessions, ARequestToStopFailsOneCall) {
 
 TEST_P(Sessions, GoOnFromTheirStateWithTheSameBits) {
   const auto next = random_ids(40, kVocab, 2);
-  for (const char* kv : {"f32", "f16", "q8"}) {
+  for (const char* kv : {"f32", "f16", "q8", "mixed"}) {
     const auto opened = engine(kv);
     for (const std::int64_t length : {0, 1, 23, 150, 530}) {
       Session first(opened, 700);
@@ -215,7 +215,7 @@ class States : public ::testing::Test {
     testing::write_tiny_model(scratch_ / name, testing::tiny_config("llama", 32, 64, 4, 2, 8, kVocab, true),
                               {CodecKind::kQ8, 32}, seed);
   }
-  std::shared_ptr<const Engine> engine(const std::string& name, const std::string& kv = "f16") const {
+  std::shared_ptr<const Engine> engine(const std::string& name, const std::string& kv = "mixed") const {
     EngineOptions options;
     options.threads = 1;
     options.kv = kv;
@@ -247,7 +247,7 @@ TEST_F(States, ForeignOnesAreRefused) {
   session.feed(random_ids(60, kVocab, 1));
   const Bytes state = state_of(session);
   refused(engine("b.pare"), state, "another model");
-  refused(engine("a.pare", "q8"), state, "f16");
+  refused(engine("a.pare", "q8"), state, "mixed");
   refused(engine("a.pare"), state, "at most 50 positions", 50);
   const std::string text = "something else that is long enough to be a state: " + std::string(200, 'x');
   refused(engine("a.pare"), as_bytes(text), "other bytes");

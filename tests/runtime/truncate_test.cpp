@@ -46,8 +46,8 @@ class TruncateTest : public ::testing::Test {
 
 TEST_F(TruncateTest, WhatFollowsHasTheBitsOfANewSession) {
   for (const std::string& kernels : available_kernels()) {
-    for (const char* kv : {"f32", "f16", "q8"}) {
-      if (kernels != available_kernels().back() && kv != std::string("f16")) continue;
+    for (const char* kv : {"f32", "f16", "q8", "mixed"}) {
+      if (kernels != available_kernels().back() && kv != std::string("mixed")) continue;
       for (const std::int64_t window : {0, 50}) {
         const auto opened = engine(window, kv, kernels);
         Session session(opened);
@@ -79,7 +79,7 @@ TEST_F(TruncateTest, WhatFollowsHasTheBitsOfANewSession) {
 }
 
 TEST_F(TruncateTest, WindowsKeepABatchAndRefuseMore) {
-  const auto opened = engine(50, "f16");
+  const auto opened = engine(50, "mixed");
   const auto text = random_ids(2000, kVocab, 3);
   Session session(opened);
   session.feed(text);
@@ -102,7 +102,7 @@ TEST_F(TruncateTest, WindowsKeepABatchAndRefuseMore) {
   fresh.feed(std::span(text).first(1717));
   EXPECT_EQ(rows_of(session, 4, 1, kVocab), rows_of(fresh, 1716, 1, kVocab));
   // Without windows everything stays.
-  Session whole(engine(0, "f16"));
+  Session whole(engine(0, "mixed"));
   whole.feed(text);
   EXPECT_TRUE(whole.can_truncate(1));
 }

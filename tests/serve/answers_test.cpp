@@ -220,11 +220,15 @@ TEST_F(Answers, StreamsAddUpToTheWholeAnswer) {
 TEST_F(Answers, StopStringsEndTheText) {
   const Json body = {{"prompt", "once"}, {"max_tokens", 40}, {"temperature", 1.1}, {"seed", 11}, {"logprobs", 0}};
   const std::string text = choice(server().ask(body)).at("text");
-  std::size_t at = text.size() / 2;
-  while ((static_cast<unsigned char>(text[at]) & 0xC0) == 0x80) ++at;
-  std::size_t end = std::min(at + 4, text.size());
-  while (end < text.size() && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) ++end;
-  const std::string stop = text.substr(at, end - at);
+  // A text that is somewhere behind the beginning; whatever else the numbers of this machine's kernels say.
+  std::string stop;
+  for (std::size_t at = text.size() / 2; at < text.size() && (stop.empty() || text.find(stop) == 0); ++at) {
+    if ((static_cast<unsigned char>(text[at]) & 0xC0) == 0x80) continue;
+    std::size_t end = std::min(at + 4, text.size());
+    while (end < text.size() && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) ++end;
+    stop = text.substr(at, end - at);
+  }
+  ASSERT_GT(text.find(stop), 0u) << text;
   Json with_stop = body;
   with_stop["stop"] = {"never said", stop};
   const Json answer = server().ask(with_stop);
