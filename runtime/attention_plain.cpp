@@ -56,16 +56,18 @@ void narrow(const float* x, std::int64_t n, KvType type, std::byte* out, float* 
 void scores(const float* q, std::int64_t ldq, std::int64_t count, const KvPlane& keys, std::int64_t head_dim,
             std::int64_t positions, float* out, std::int64_t ldo) {
   const std::int64_t n = (positions + 15) / 16 * 16;
-  for (std::int64_t i = 0; i < count; ++i) {
-    float* to = out + i * ldo;
-    std::fill(to, to + n, 0.0f);
-    for (std::int64_t d = 0; d < head_dim; ++d) {
+  for (std::int64_t i = 0; i < count; ++i) std::fill(out + i * ldo, out + i * ldo + n, 0.0f);
+  float row[kPage];
+  for (std::int64_t d = 0; d < head_dim; ++d) {
+    for (std::int64_t p = 0; p < n; ++p) row[p] = value_at(keys, d, p, kPage);
+    for (std::int64_t i = 0; i < count; ++i) {
       const float value = q[i * ldq + d];
-      for (std::int64_t p = 0; p < n; ++p) to[p] += value * value_at(keys, d, p, kPage);
+      for (std::int64_t p = 0; p < n; ++p) out[i * ldo + p] += value * row[p];
     }
-    if (keys.type != KvType::kQ8) continue;
-    for (std::int64_t p = 0; p < n; ++p) to[p] *= keys.scales[p];
   }
+  if (keys.type != KvType::kQ8) return;
+  for (std::int64_t i = 0; i < count; ++i)
+    for (std::int64_t p = 0; p < n; ++p) out[i * ldo + p] *= keys.scales[p];
 }
 
 float softmax(float* s, std::int64_t n, float* peak, float* shrink) {
@@ -82,11 +84,17 @@ float softmax(float* s, std::int64_t n, float* peak, float* shrink) {
 
 void weigh(const float* probs, std::int64_t ldp, std::int64_t count, const KvPlane& values, std::int64_t width,
            std::int64_t positions, float* acc) {
-  for (std::int64_t i = 0; i < count; ++i) {
-    for (std::int64_t p = 0; p < positions; ++p) {
-      float value = probs[i * ldp + p];
-      if (values.type == KvType::kQ8) value *= values.scales[p];
-      for (std::int64_t d = 0; d < width; ++d) acc[i * width + d] += value * value_at(values, p, d, width);
+  constexpr std::int64_t kTogether = 64;
+  float row[kTogether];
+  for (std::int64_t p = 0; p < positions; ++p) {
+    for (std::int64_t first = 0; first < width; first += kTogether) {
+      const std::int64_t n = std::min(kTogether, width - first);
+      for (std::int64_t d = 0; d < n; ++d) row[d] = value_at(values, p, first + d, width);
+      for (std::int64_t i = 0; i < count; ++i) {
+        float value = probs[i * ldp + p];
+        if (values.type == KvType::kQ8) value *= values.scales[p];
+        for (std::int64_t d = 0; d < n; ++d) acc[i * width + first + d] += value * row[d];
+      }
     }
   }
 }
