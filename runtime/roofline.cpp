@@ -113,7 +113,7 @@ const PeakLoops& peak_loops(const std::string& kernels) {
 }
 
 Roofline measure_roofline(const std::string& kernels, int threads, std::int64_t buffer_bytes,
-                          const std::function<void()>& step) {
+                          const std::function<void()>& step, std::span<const std::byte> file) {
   const PeakLoops& loops = peak_loops(kernels);
   Roofline roof;
   roof.threads = threads;
@@ -125,6 +125,11 @@ Roofline measure_roofline(const std::string& kernels, int threads, std::int64_t 
     run_team(threads, [&](int thread, int) { std::memset(share(thread), 1, static_cast<std::size_t>(lines) * 64); });
     roof.read_bytes = measure(threads, static_cast<double>(lines) * 64, step,
                               [&](int thread) { kept += loops.read(share(thread), lines); });
+  }
+  const std::int64_t lines = std::min(buffer_bytes, static_cast<std::int64_t>(file.size())) / 64 / threads;
+  if (lines > 0) {
+    roof.file_bytes = measure(threads, static_cast<double>(lines) * 64, step,
+                              [&](int thread) { kept += loops.read(file.data() + thread * lines * 64, lines); });
   }
   constexpr double kRunSeconds = 0.01;
   const std::int64_t int8 =

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <string>
 
 namespace pare {
@@ -42,15 +43,17 @@ struct Peak {
 struct Roofline {
   int threads = 0;
   Peak read_bytes;   // from a buffer that no cache holds
+  Peak file_bytes;   // from the file that was given, as it lies in the page cache; 0: none, or too small
   Peak int8_ops;     // multiplications and additions
   Peak float_ops;
 };
 constexpr int kRooflineRuns = 9;
 constexpr std::int64_t kRooflineBytes = std::int64_t{1} << 29;
 
-// kernels: a name of available_kernels(). Every thread has a share of one buffer of `buffer_bytes`. `step` is called
-// before every run and may throw. Takes about half a second. Error: exit 5 where the buffer does not fit.
+// kernels: a name of available_kernels(). Every thread has a share of one buffer of `buffer_bytes`, and of as many
+// first bytes of a mapped file. `step` is called before every run and may throw. Takes about a second. Error: exit 5
+// where the buffer does not fit.
 Roofline measure_roofline(const std::string& kernels, int threads, std::int64_t buffer_bytes = kRooflineBytes,
-                          const std::function<void()>& step = {});
+                          const std::function<void()>& step = {}, std::span<const std::byte> file = {});
 
 }  // namespace pare

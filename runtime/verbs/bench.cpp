@@ -92,6 +92,7 @@ Json to_json(const Roofline& roof) {
   const auto json = [](const Peak& peak) { return Json{{"median", peak.median}, {"best", peak.best}}; };
   return Json{{"threads", roof.threads},
               {"read_bytes_per_second", json(roof.read_bytes)},
+              {"file_bytes_per_second", json(roof.file_bytes)},
               {"int8_operations_per_second", json(roof.int8_ops)},
               {"float_operations_per_second", json(roof.float_ops)}};
 }
@@ -103,8 +104,8 @@ struct Plan {
   std::string kv;
 };
 
-// The machine's limits at 1 thread, at all of them and at every number asked.
-Json measure_machine(const std::string& kernels, std::vector<int> counts, Context& context) {
+// The machine's limits at 1 thread, at all of them and at every number asked; `file`: the compact one that is measured.
+Json measure_machine(const std::string& kernels, const MappedFile& file, std::vector<int> counts, Context& context) {
   counts.push_back(1);
   counts.push_back(processors());
   std::sort(counts.begin(), counts.end());
@@ -112,7 +113,8 @@ Json measure_machine(const std::string& kernels, std::vector<int> counts, Contex
   Json roofs = Json::array();
   context.progress->begin("roofline", static_cast<std::int64_t>(counts.size()));
   for (const int threads : counts) {
-    const Roofline roof = measure_roofline(kernels, threads, kRooflineBytes, [] { throw_if_interrupted("bench", ""); });
+    const Roofline roof = measure_roofline(
+        kernels, threads, kRooflineBytes, [] { throw_if_interrupted("bench", ""); }, file.bytes());
     roofs.push_back(to_json(roof));
     context.progress->update(static_cast<std::int64_t>(roofs.size()));
   }
@@ -241,14 +243,16 @@ void add_shares(Json& row, const Json& machine, const std::string& limit) {
     };
     if (row.contains("prefill_operations_per_second"))
       row["prefill_peak_share"] = share("prefill_operations_per_second", limit + "_operations_per_second");
-    if (row.contains("decode_bytes_per_second"))
-      row["decode_read_share"] = share("decode_bytes_per_second", "read_bytes_per_second");
+    if (!row.contains("decode_bytes_per_second")) continue;
+    row["decode_read_share"] = share("decode_bytes_per_second", "read_bytes_per_second");
+    if (roof.at("file_bytes_per_second").at("median").get<double>() > 0)
+      row["decode_file_share"] = share("decode_bytes_per_second", "file_bytes_per_second");
   }
 }
 
 std::string machine_table(const Json& machine) {
-  std::string table = fmt::format("{:>7}  {:>20}  {:>22}  {:>22}   median (best)\n", "threads", "read [GB/s]",
-                                  "int8 [G op/s]", "float [G op/s]");
+  std::string table = fmt::format("{:>7}  {:>18}  {:>18}  {:>22}  {:>18}   median (best)\n", "threads", "read [GB/s]",
+                                  "this file [GB/s]", "int8 [G op/s]", "float [G op/s]");
   for (const Json& roof : machine) {
     const auto cell = [&](const char* key) {
       const Json& peak = roof.at(key);
@@ -256,8 +260,9 @@ std::string machine_table(const Json& machine) {
                          peak.at("best").get<double>() * 1e-9);
     };
     table +=
-        fmt::format("{:>7}  {:>20}  {:>22}  {:>22}\n", roof.at("threads").get<int>(), cell("read_bytes_per_second"),
-                    cell("int8_operations_per_second"), cell("float_operations_per_second"));
+        fmt::format("{:>7}  {:>18}  {:>18}  {:>22}  {:>18}\n", roof.at("threads").get<int>(),
+                    cell("read_bytes_per_second"), cell("file_bytes_per_second"), cell("int8_operations_per_second"),
+                    cell("float_operations_per_second"));
   }
   return table;
 }
@@ -336,7 +341,8 @@ Json bench(const Options& options, Context& context) {
       GgufFile{plan.path};
     else
       CompactFile{plan.path};
-    machine = measure_machine(choose_kernels("").name, thread_counts, context);
+    const bool compact = !GgufFile::is_gguf(plan.path);  // of a GGUF file another one is read
+    machine = measure_machine(choose_kernels("").name, compact ? MappedFile(plan.path) : MappedFile(), thread_counts, context);
     context.print(machine_table(machine));
   }
   Json results = Json::array();
@@ -403,7 +409,7 @@ Command bench_command() {
        .maximum = static_cast<double>(Session::kMostFedTogether)},
       {.name = "roofline",
        .type = OptionType::kFlag,
-       .help = "measure the machine first (512 MiB of memory): reading, int8 and float arithmetic; print shares of it",
+       .help = "measure the machine first (512 MiB of memory): reading, also of this file, int8 and float arithmetic; print shares of it",
        .default_value = false},
       act_option(),
       kv_option(),

@@ -189,7 +189,7 @@ def case(programs, shape, codec, threads, compact, gguf):
     a = programs.arguments
     samples = {name: {"prefill": [], "decode": []} for name in programs.names}
     taken = {name: [] for name in programs.names}
-    shares = {"prefill": [], "decode": []}
+    shares = {"prefill": [], "decode": [], "file": []}
     about = {}
     for round_number in range(a.rounds):
         order = programs.names if round_number % 2 == 0 else programs.names[::-1]
@@ -202,6 +202,8 @@ def case(programs, shape, codec, threads, compact, gguf):
                 about = more
                 shares["prefill"].append(more["row"]["prefill_peak_share"])
                 shares["decode"].append(more["row"]["decode_read_share"])
+                if "decode_file_share" in more["row"]:
+                    shares["file"].append(more["row"]["decode_file_share"])
             print(f"{shape} {codec} {threads} threads, round {round_number + 1}: {name} {prefill:.1f} {decode:.2f}",
                   file=sys.stderr, flush=True)
     result = {"shape": shape, "codec": codec, "threads": threads, "samples": samples, "shares": shares, "stolen": taken,
@@ -219,6 +221,9 @@ def case(programs, shape, codec, threads, compact, gguf):
 def table(cases, names):
     titles = {"llama": "llama.cpp", "ik": "ik_llama.cpp"}
     columns = ["shape", "codec", "threads", "prefill, tokens/s", "of the peak", "decode, tokens/s", "of the bandwidth"]
+    with_file = all(c["shares"].get("file") for c in cases)
+    if with_file:
+        columns.append("of reading the file")
     for name in names[1:]:
         columns += [f"prefill over {titles[name]}", f"decode over {titles[name]}"]
     rows = []
@@ -226,6 +231,8 @@ def table(cases, names):
         prefill, decode = c["pare"]["prefill"]["median"], c["pare"]["decode"]["median"]
         row = [c["shape"], c["codec"], c["threads"], round(prefill), share_text(c["shares"]["prefill"]),
                round(decode, 1), share_text(c["shares"]["decode"])]
+        if with_file:
+            row.append(share_text(c["shares"]["file"]))
         for name in names[1:]:
             row += [f"{c[name]['ratio'][what]:.2f}x" for what in ("prefill", "decode")]
         rows.append(row)

@@ -42,10 +42,12 @@ TEST(RooflineTest, EveryByteIsRead) {
 TEST(RooflineTest, MeasuresAndRefuses) {
   for (const std::string& kernels : available_kernels()) {
     int steps = 0;
-    const Roofline roof = measure_roofline(kernels, 2, 1 << 20, [&] { ++steps; });
-    EXPECT_EQ(steps, 3 * kRooflineRuns);
+    const std::vector<std::byte> file(64 * 64 + 1);
+    const Roofline roof = measure_roofline(kernels, 2, 1 << 20, [&] { ++steps; }, file);
+    EXPECT_EQ(measure_roofline(kernels, 2, 1 << 20, {}, std::span(file).first(100)).file_bytes.best, 0);
+    EXPECT_EQ(steps, 4 * kRooflineRuns);
     EXPECT_EQ(roof.threads, 2);
-    for (const Peak& peak : {roof.read_bytes, roof.int8_ops, roof.float_ops}) {
+    for (const Peak& peak : {roof.read_bytes, roof.file_bytes, roof.int8_ops, roof.float_ops}) {
       EXPECT_GT(peak.median, 1e6);
       EXPECT_LE(peak.median, peak.best);
     }
