@@ -209,19 +209,59 @@ def case(programs, shape, codec, threads, compact, gguf):
     result = {"shape": shape, "codec": codec, "threads": threads, "samples": samples, "shares": shares, "stolen": taken,
               "bytes_per_token": about["bytes_per_token"], "kernels": about["kernels"], "limit": about["limit"],
               "last_run": {"row": about["row"], "roof": about["roof"]}}
-    for name in programs.names:
-        result[name] = {what: spread(values) for what, values in samples[name].items()}
+    return summed_up(result)
+
+
+def summed_up(case):
+    """The case with what follows from its samples."""
+    samples = case["samples"]
+    for name in samples:
+        case[name] = {what: spread(values) for what, values in samples[name].items()}
         if name != "pare":  # of the runs side by side, not of the medians
-            result[name]["ratio"] = {
+            case[name]["ratio"] = {
                 what: statistics.median(a / b for a, b in zip(samples["pare"][what], samples[name][what]))
                 for what in ("prefill", "decode")}
-    return result
+    return case
+
+
+SETTINGS = ("machine", "peers", "prompt", "tokens", "depth", "most_stolen", "cpu_time", "repeats")
+
+
+def pool(files, out):
+    """All rounds of several runs with the same settings, none left out."""
+    runs = [json.loads(pathlib.Path(file).read_text()) for file in files]
+    cases = {}
+    for file, told in zip(files, runs):
+        for setting in SETTINGS:
+            if told[setting] != runs[0][setting]:
+                sys.exit(f"{file}: {setting} is {told[setting]}, in {files[0]} it is {runs[0][setting]}")
+        for case in told["cases"]:
+            have = cases.setdefault((case["shape"], case["codec"], case["threads"]), case)
+            if have is case:
+                continue
+            if (have["kernels"], have["limit"], list(have["samples"])) != (
+                    case["kernels"], case["limit"], list(case["samples"])):
+                sys.exit(f"{file}: {case['shape']}: other kernels or programs than before")
+            for name, samples in case["samples"].items():
+                for what, values in samples.items():
+                    have["samples"][name][what] += values
+                have["stolen"][name] += case["stolen"][name]
+            for what, values in case["shares"].items():
+                have["shares"].setdefault(what, []).extend(values)
+            have["last_run"] = case["last_run"]
+    cases = [summed_up(case) for case in cases.values()]
+    columns, rows = table(cases, list(cases[0]["samples"]))
+    whole = {"command": runs[-1]["command"].split(" --out")[0] + ", runs pooled with --pool", "commit": runs[-1]["commit"],
+             **{setting: runs[0][setting] for setting in SETTINGS},
+             "rounds": max(len(case["samples"]["pare"]["prefill"]) for case in cases), "cases": cases,
+             "columns": columns, "table": rows}
+    out.write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def table(cases, names):
     titles = {"llama": "llama.cpp", "ik": "ik_llama.cpp"}
     columns = ["shape", "codec", "threads", "prefill, tokens/s", "of the peak", "decode, tokens/s", "of the bandwidth"]
-    with_file = all(c["shares"].get("file") for c in cases)
+    with_file = any(c["shares"].get("file") for c in cases)
     if with_file:
         columns.append("of reading the file")
     for name in names[1:]:
@@ -232,7 +272,7 @@ def table(cases, names):
         row = [c["shape"], c["codec"], c["threads"], round(prefill), share_text(c["shares"]["prefill"]),
                round(decode, 1), share_text(c["shares"]["decode"])]
         if with_file:
-            row.append(share_text(c["shares"]["file"]))
+            row.append(share_text(c["shares"]["file"]) if c["shares"].get("file") else "-")
         for name in names[1:]:
             row += [f"{c[name]['ratio'][what]:.2f}x" for what in ("prefill", "decode")]
         rows.append(row)
@@ -253,8 +293,10 @@ def processor():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pare", required=True, type=pathlib.Path)
-    parser.add_argument("--work", required=True, type=pathlib.Path)
+    parser.add_argument("--pare", type=pathlib.Path)
+    parser.add_argument("--work", type=pathlib.Path)
+    parser.add_argument("--pool", nargs="+", metavar="RUN.json",
+                        help="measure nothing: all rounds of these runs, which must have the same settings, in one --out")
     parser.add_argument("--out", required=True, type=pathlib.Path)
     parser.add_argument("--llama", type=pathlib.Path)
     parser.add_argument("--ik", type=pathlib.Path)
@@ -272,6 +314,10 @@ def main():
                         help="share of processor time that other guests of the machine may take in a run [0.02]")
     parser.add_argument("--peers", default="", help="versions of the peers, for the record")
     arguments = parser.parse_args()
+    if arguments.pool:
+        return pool(arguments.pool, arguments.out)
+    if not arguments.pare or not arguments.work:
+        parser.error("--pare and --work, or --pool")
     if arguments.cpu_time and (arguments.threads != "1" or arguments.depth):
         parser.error("--cpu-time goes with --threads 1 and without --depth")
     arguments.work.mkdir(parents=True, exist_ok=True)
