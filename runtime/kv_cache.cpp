@@ -11,6 +11,7 @@ KvCache::KvCache(const ModelConfig& config, KvType type, std::int64_t most_token
     : type_(type),
       head_dim_(config.head_dim),
       value_width_(round_up(config.head_dim, 16)) {
+  assert(type != KvType::kBf16);
   const std::int64_t position = (head_dim_ + value_width_) * kv_bytes(type) + (type == KvType::kQ8 ? 8 : 0);
   for (int block = 0; block < config.num_layers; ++block) {
     kv_heads_.push_back(config.widths(block).kv_heads);
@@ -189,7 +190,7 @@ std::uint64_t KvCache::bytes() const {
 
 void AttentionScratch::reserve(std::int64_t head_dim) {
   constexpr std::int64_t kRows = kRowHeads * kMostRowTokens;
-  static_assert(kRows >= kMaxQueries);
+  static_assert(kRows >= kMaxQueries && kMostRowTokens >= kMaxQueries);  // one token may have as many heads
   queries.reserve(kRows * head_dim);
   scores.reserve(kMaxQueries * kPage);
   accumulator.reserve(kRows * round_up(head_dim, 16));

@@ -108,9 +108,9 @@ void pare_cancel(pare_session* session);
 void pare_cancel_clear(pare_session* session);
 
 /* State of a session: its ids, keys and values, and the last row of logits, so that a session of the same file with the
- * same kind of cache (pare_options.kv) goes on with the same bits. Anything else is refused (PARE_INPUT): states of other models, caches
- * or versions, more positions than the session may have, bytes that are missing or changed. A session that could not
- * load is as before.
+ * same kind of cache (pare_options.kv) goes on with the same bits. Anything else is refused (PARE_INPUT): states of other
+ * models, caches or versions, more positions than the session may have, bytes that are missing or changed. A session that
+ * could not load is as before.
  * pare_session_save() replaces the file as a whole or not at all. */
 int pare_session_save(const pare_session* session, const char* path);
 int pare_session_load(pare_session* session, const char* path);

@@ -256,6 +256,7 @@ std::string machine_table(const Json& machine) {
   for (const Json& roof : machine) {
     const auto cell = [&](const char* key) {
       const Json& peak = roof.at(key);
+      if (peak.at("best") == 0.0) return std::string("-");  // this file: of a GGUF file another one is read
       return fmt::format("{:.1f} ({:.1f})", peak.at("median").get<double>() * 1e-9,
                          peak.at("best").get<double>() * 1e-9);
     };
@@ -341,8 +342,8 @@ Json bench(const Options& options, Context& context) {
       GgufFile{plan.path};
     else
       CompactFile{plan.path};
-    const bool compact = !GgufFile::is_gguf(plan.path);  // of a GGUF file another one is read
-    machine = measure_machine(choose_kernels("").name, compact ? MappedFile(plan.path) : MappedFile(), thread_counts, context);
+    const MappedFile file = GgufFile::is_gguf(plan.path) ? MappedFile() : MappedFile(plan.path);
+    machine = measure_machine(choose_kernels("").name, file, thread_counts, context);
     context.print(machine_table(machine));
   }
   Json results = Json::array();

@@ -233,8 +233,8 @@ def pool(files, out):
     cases = {}
     for file, told in zip(files, runs):
         for setting in SETTINGS:
-            if told[setting] != runs[0][setting]:
-                sys.exit(f"{file}: {setting} is {told[setting]}, in {files[0]} it is {runs[0][setting]}")
+            if told.get(setting) != runs[0].get(setting):
+                sys.exit(f"{file}: {setting} is {told.get(setting)}, in {files[0]} it is {runs[0].get(setting)}")
         for case in told["cases"]:
             have = cases.setdefault((case["shape"], case["codec"], case["threads"]), case)
             if have is case:
@@ -252,7 +252,7 @@ def pool(files, out):
     cases = [summed_up(case) for case in cases.values()]
     columns, rows = table(cases, list(cases[0]["samples"]))
     whole = {"command": runs[-1]["command"].split(" --out")[0] + ", runs pooled with --pool", "commit": runs[-1]["commit"],
-             **{setting: runs[0][setting] for setting in SETTINGS},
+             **{setting: runs[0].get(setting) for setting in SETTINGS},
              "rounds": max(len(case["samples"]["pare"]["prefill"]) for case in cases), "cases": cases,
              "columns": columns, "table": rows}
     out.write_text(json.dumps(whole, indent=1) + "\n")

@@ -81,7 +81,7 @@ TEST(TeacherTest, RoundedActivationsAndCachesCostLittle) {
   check_costs(to.out, read_text(fs::path(PARE_SOURCE_DIR) / "CONTRIBUTING.md"), 1e-3);
 }
 
-TEST(TeacherTest, AndOnStories) {
+TEST(TeacherTest, RoundedActivationsAndCachesCostLittleOnStories) {
   const auto folder = stories_folder();
   if (!folder) GTEST_SKIP() << "SKIPPED: ../shared/models/stories260K is not beside the checkout";
   const ScratchFolder scratch;
