@@ -15,22 +15,26 @@
 namespace pare {
 namespace {
 
-constexpr std::int64_t kStep = 32;  // positions of one instruction
+constexpr std::int64_t kStep = 32;    // positions of one instruction
+constexpr std::int64_t kFewRows = 8;  // at most, for which vectors are faster
 
-// Weights of 16 rows and 32 positions: to the nearest bfloat16, and what that leaves.
-struct alignas(64) Parts {
-  std::uint8_t large[kTileRows * kLine], small[kTileRows * kLine];
+// Weights of 16 rows and 32 positions.
+using Left = std::uint8_t[kMaxQueries / kTileRows][kPage / kStep][kTileRows * kLine];
+
+// Arithmetic as the tiles have it: numbers too small to be normal are zeros, before and after.
+class FlushSubnormals {
+ public:
+  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON); }
+  FlushSubnormals(const FlushSubnormals&) = delete;
+  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+  ~FlushSubnormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
 };
-using Left = Parts[kMaxQueries / kTileRows][kPage / kStep];
 
-inline void put_left(__m512 a, __m512 b, std::int64_t row, Parts& to) {
-  const auto large = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
-  const auto rest = [](__m512 x, __m256i nearest) {
-    return _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(nearest), 16)));
-  };
-  const __m512 rest_a = rest(a, _mm512_castsi512_si256(large)), rest_b = rest(b, _mm512_extracti64x4_epi64(large, 1));
-  _mm512_store_si512(to.large + row * kLine, large);
-  _mm512_store_si512(to.small + row * kLine, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(rest_b, rest_a)));
+inline __m512 load_probs(const float* row, std::int64_t first, std::int64_t positions) {
+  return _mm512_maskz_loadu_ps(tail_mask(std::max<std::int64_t>(0, positions - first)), row + first);
 }
 
 // Values as they lie in the cache, of which the first `positions` count.
@@ -50,12 +54,12 @@ struct Values {
       _mm512_store_si512(to + i * kLine, pairs);
     }
   }
+  // Asks for what is next, in the order of addresses, into the second cache: two columns of a pair of positions each time.
   template <int kColumns>
-  void ask_ahead(std::int64_t first, std::int64_t dim) const {
+  void ask_ahead(std::int64_t first, std::int64_t pair, std::int64_t dim) const {
     if (plane.ahead == nullptr) return;
-    const std::byte* from = plane.ahead + (at(first, dim) - plane.data);
-    for (std::int64_t i = 0; i < kTileRows; ++i)
-      for (int c = 0; c < kColumns; ++c) _mm_prefetch(from + i * width * 4 + c * kLine, _MM_HINT_T0);
+    const std::byte* from = plane.ahead + dim * (kPage * 2) + (first / 2 + pair) * (kColumns * kLine);
+    PARE_UNROLL for (int c = 0; c < kColumns; ++c) _mm_prefetch(from + c * kLine, _MM_HINT_T1);
   }
 };
 
@@ -65,10 +69,6 @@ inline void add_products() {
   if constexpr (kSum == 1) _tile_dpbf16ps(1, 4, 6);
   if constexpr (kSum == 2) _tile_dpbf16ps(2, 4, 6);
   if constexpr (kSum == 3) _tile_dpbf16ps(3, 4, 6);
-  if constexpr (kSum == 0) _tile_dpbf16ps(0, 5, 6);
-  if constexpr (kSum == 1) _tile_dpbf16ps(1, 5, 6);
-  if constexpr (kSum == 2) _tile_dpbf16ps(2, 5, 6);
-  if constexpr (kSum == 3) _tile_dpbf16ps(3, 5, 6);
 }
 template <int kSum>
 inline void load_sum(const float* from, std::int64_t bytes) {
@@ -111,32 +111,99 @@ void multiply(const Left& left, const Values& values, std::int64_t dim, float* a
       if (whole) _tile_loadd(6, values.at(first, dim + c * kTileRows), width * 4);
       else _tile_loadd(6, last[c], kLine);
       each<kTiles>([&](auto t) __attribute__((always_inline)) {
-        if (kTiles > 1 || c == 0) {
-          _tile_loadd(4, left[t][k].large, kLine);
-          _tile_loadd(5, left[t][k].small, kLine);
-        }
+        if (kTiles > 1 || c == 0) _tile_loadd(4, left[t][k], kLine);
         add_products<t * kColumns + c>();
       });
-      if (c == 0) values.ask_ahead<kColumns>(first, dim);
     });
   }
   each<kTiles * kColumns>([&](auto sum) { store_sum<sum>(at(sum), width * 4); });
   PARE_IN_MEMORY;
 }
 
+// What the instruction does, for rows too few to be worth a tile: over 32 positions the products of even ones and those of
+// odd ones are added from zero, each multiplied and added in one rounding, then both sums to each other and that to what
+// there was (Intel's manual, volume 2, TDPBF16PS).
+template <int kRows, int kColumns>
+__attribute__((noinline)) void multiply_few(const float* probs, std::int64_t ldp, const Values& values, std::int64_t dim,
+                                            float* acc) {
+  const std::int64_t width = values.width;
+  alignas(64) std::uint8_t last_values[kColumns][kTileRows * kLine];
+  alignas(64) float last_probs[kRows][kStep];
+  for (std::int64_t first = 0; first < values.positions; first += kStep) {
+    const float* weights = probs + first;
+    const std::byte* from = values.at(first, dim);
+    std::int64_t ldw = ldp, row = width * 4, column = kLine;
+    if (first + kStep > values.positions) {
+      for (std::int64_t i = 0; i < kRows; ++i) {
+        _mm512_store_ps(last_probs[i], load_probs(probs + i * ldp, first, values.positions));
+        _mm512_store_ps(last_probs[i] + 16, load_probs(probs + i * ldp, first + 16, values.positions));
+      }
+      for (int c = 0; c < kColumns; ++c) values.put(first, dim + c * kTileRows, last_values[c]);
+      weights = last_probs[0];
+      from = reinterpret_cast<const std::byte*>(last_values);
+      ldw = kStep;
+      row = kLine;
+      column = sizeof(last_values[0]);
+    }
+    __m512 even[kRows][kColumns], odd[kRows][kColumns];
+    PARE_UNROLL for (int i = 0; i < kRows; ++i) {
+      PARE_UNROLL for (int c = 0; c < kColumns; ++c) even[i][c] = odd[i][c] = _mm512_setzero_ps();
+    }
+    for (std::int64_t pair = 0; pair < kTileRows; ++pair) {
+      values.ask_ahead<kColumns>(first, pair, dim);
+      __m512 first_of[kColumns], second_of[kColumns];
+      PARE_UNROLL for (int c = 0; c < kColumns; ++c) {
+        const __m512i both = _mm512_loadu_si512(from + pair * row + c * column);
+        first_of[c] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+        second_of[c] = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(-65536)));
+      }
+      PARE_UNROLL for (int i = 0; i < kRows; ++i) {
+        const float* weight = weights + i * ldw + 2 * pair;
+        PARE_UNROLL for (int c = 0; c < kColumns; ++c) {
+          even[i][c] = _mm512_fmadd_ps(_mm512_set1_ps(weight[0]), first_of[c], even[i][c]);
+          odd[i][c] = _mm512_fmadd_ps(_mm512_set1_ps(weight[1]), second_of[c], odd[i][c]);
+        }
+      }
+    }
+    PARE_UNROLL for (int i = 0; i < kRows; ++i) {
+      PARE_UNROLL for (int c = 0; c < kColumns; ++c) {
+        float* to = acc + i * width + dim + c * kTileRows;
+        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_add_ps(even[i][c], odd[i][c])));
+      }
+    }
+  }
+}
+
+template <int kRows>
+void weigh_rows(const float* probs, std::int64_t ldp, const Values& values, float* acc) {
+  constexpr int kColumns = kRows > 2 ? 2 : 4;
+  std::int64_t dim = 0;
+  for (; dim + kColumns * kTileRows <= values.width; dim += kColumns * kTileRows)
+    multiply_few<kRows, kColumns>(probs, ldp, values, dim, acc);
+  for (; dim < values.width; dim += kTileRows) multiply_few<kRows, 1>(probs, ldp, values, dim, acc);
+}
+
+void weigh_few(const float* probs, std::int64_t ldp, std::int64_t count, const Values& values, float* acc) {
+  const FlushSubnormals flush;
+  for (; count >= 4; count -= 4, probs += 4 * ldp, acc += 4 * values.width) weigh_rows<4>(probs, ldp, values, acc);
+  if (count == 3) weigh_rows<3>(probs, ldp, values, acc);
+  if (count == 2) weigh_rows<2>(probs, ldp, values, acc);
+  if (count == 1) weigh_rows<1>(probs, ldp, values, acc);
+}
+
 void weigh(const float* probs, std::int64_t ldp, std::int64_t count, const KvPlane& plane, std::int64_t width,
            std::int64_t positions, float* acc) {
   if (plane.type != KvType::kBf16) return kAvx512VnniAttention.weigh(probs, ldp, count, plane, width, positions, acc);
+  const Values values{plane, width, positions};
+  if (count <= kFewRows) return weigh_few(probs, ldp, count, values, acc);
   alignas(64) Left left;
   Tiles shapes;
-  const Values values{plane, width, positions};
   const auto run = [&](std::int64_t begin, std::int64_t rows) {
     for (std::int64_t i = 0; i < rows; ++i) {
-      const auto load = [&](std::int64_t p) {
-        return _mm512_maskz_loadu_ps(tail_mask(std::max<std::int64_t>(0, positions - p)), probs + (begin + i) * ldp + p);
-      };
+      const auto load = [&](std::int64_t at) { return load_probs(probs + (begin + i) * ldp, at, positions); };
       for (std::int64_t p = 0; p < positions; p += kStep)
-        put_left(load(p), load(p + 16), i % kTileRows, left[i / kTileRows][p / kStep]);
+        _mm512_store_si512(left[i / kTileRows][p / kStep] + i % kTileRows * kLine,
+                           reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(load(p + 16), load(p))));
     }
     float* to = acc + begin * width;
     const auto all = [&](auto multiply, std::int64_t columns, std::int64_t dim) {

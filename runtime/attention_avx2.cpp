@@ -51,6 +51,15 @@ float top_of(__m256 v) {
   return _mm_cvtss_f32(_mm_max_ss(top, _mm_movehdup_ps(top)));
 }
 
+inline __m256 nearest_bf16(__m256 v) {
+  const __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+  const __m256 all = _mm256_blendv_ps(_mm256_castsi256_ps(nearest), _mm256_castsi256_ps(quiet), nan);
+  return _mm256_and_ps(all, _mm256_castsi256_ps(_mm256_set1_epi32(-65536)));
+}
+
 void narrow(const float* x, std::int64_t n, KvType type, std::byte* out, float* scale) {
   if (type == KvType::kF32) {
     std::memcpy(out, x, static_cast<std::size_t>(n) * 4);
@@ -67,14 +76,9 @@ void narrow(const float* x, std::int64_t n, KvType type, std::byte* out, float* 
   }
   if (type == KvType::kBf16) {
     for (std::int64_t i = 0; i < n; i += 8) {
-      const __m256 v = _mm256_maskload_ps(x + i, tail_mask(n - i));
-      const __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-      const __m256i nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-      const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-      const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
-      const __m256 all = _mm256_blendv_ps(_mm256_castsi256_ps(nearest), _mm256_castsi256_ps(quiet), nan);
+      const __m256 nearest = nearest_bf16(_mm256_maskload_ps(x + i, tail_mask(n - i)));
       alignas(32) std::uint16_t words[16];
-      _mm256_store_si256(reinterpret_cast<__m256i*>(words), _mm256_castps_si256(all));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(words), _mm256_castps_si256(nearest));
       for (std::int64_t k = 0; k < std::min<std::int64_t>(8, n - i); ++k)
         std::memcpy(out + 2 * (i + k), words + 2 * k + 1, 2);
     }
@@ -128,7 +132,7 @@ void scores_rows(const float* q, std::int64_t ldq, const KvPlane& plane, std::in
   }
 }
 
-float softmax(float* s, std::int64_t n, float* peak, float* shrink) {
+float softmax(float* s, std::int64_t n, bool bf16, float* peak, float* shrink) {
   const __m256 lowest = _mm256_set1_ps(-INFINITY);
   __m256 peaks = _mm256_set1_ps(*peak);
   for (std::int64_t i = 0; i < n; i += 8) {
@@ -143,7 +147,8 @@ float softmax(float* s, std::int64_t n, float* peak, float* shrink) {
   __m256 sum = _mm256_setzero_ps();
   for (std::int64_t i = 0; i < n; i += 8) {
     const __m256i m = tail_mask(n - i);
-    const __m256 e = _mm256_and_ps(exp_ps(_mm256_sub_ps(_mm256_maskload_ps(s + i, m), top)), _mm256_castsi256_ps(m));
+    __m256 e = _mm256_and_ps(exp_ps(_mm256_sub_ps(_mm256_maskload_ps(s + i, m), top)), _mm256_castsi256_ps(m));
+    if (bf16) e = nearest_bf16(e);
     _mm256_maskstore_ps(s + i, m, e);
     sum = _mm256_add_ps(sum, e);
   }

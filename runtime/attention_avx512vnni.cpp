@@ -49,6 +49,14 @@ struct Q8 {
   }
 };
 
+inline __m512 nearest_bf16(__m512 v) {
+  const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i nearest = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  const __m512i all = _mm512_mask_or_epi32(nearest, nan, bits, _mm512_set1_epi32(0x400000));
+  return _mm512_castsi512_ps(_mm512_and_si512(all, _mm512_set1_epi32(-65536)));
+}
+
 void narrow(const float* x, std::int64_t n, KvType type, std::byte* out, float* scale) {
   if (type == KvType::kF32) {
     std::memcpy(out, x, static_cast<std::size_t>(n) * 4);
@@ -66,11 +74,7 @@ void narrow(const float* x, std::int64_t n, KvType type, std::byte* out, float* 
     for (std::int64_t i = 0; i < n; i += 16) {
       const __mmask16 m = tail_mask(n - i);
       const __m512 v = _mm512_maskz_loadu_ps(m, x + i);
-      const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-      const __m512i nearest = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-      const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-      const __m512i all = _mm512_mask_or_epi32(nearest, nan, bits, _mm512_set1_epi32(0x400000));
-      _mm256_mask_storeu_epi16(out + 2 * i, m, _mm512_cvtepi32_epi16(_mm512_srli_epi32(all, 16)));
+      _mm256_mask_storeu_epi16(out + 2 * i, m, _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(nearest_bf16(v)), 16)));
     }
     return;
   }
@@ -94,12 +98,12 @@ void narrow(const float* x, std::int64_t n, KvType type, std::byte* out, float* 
   *scale = finite ? peak / 127.0f : __builtin_nanf("");
 }
 
-// The place in `ahead` that `at` has in the plane.
-template <class T>
-inline void ask_ahead(const KvPlane& plane, const T* at) {
+// Bytes of what is next, in the order of addresses, into the second cache: the first has no room for as many requests as
+// keep memory busy.
+template <std::int64_t kBytes>
+inline void ask_ahead(const KvPlane& plane, std::int64_t offset) {
   if (plane.ahead == nullptr) return;
-  _mm_prefetch(reinterpret_cast<const char*>(plane.ahead) + (reinterpret_cast<const std::byte*>(at) - plane.data),
-               _MM_HINT_T0);
+  PARE_UNROLL for (std::int64_t i = 0; i < kBytes; i += 64) _mm_prefetch(plane.ahead + offset + i, _MM_HINT_T1);
 }
 
 template <class Kv, int kQueries, int kVectors>
@@ -107,16 +111,15 @@ void scores_tile(const float* q, std::int64_t ldq, const KvPlane& plane, std::in
                  float* out, std::int64_t ldo) {
   const auto* keys = reinterpret_cast<const typename Kv::Type*>(plane.data) + first;
   const float* scales = plane.scales + first;
+  constexpr std::int64_t kSize = sizeof(typename Kv::Type), kStep = kVectors * 16 * kSize;
   __m512 sum[kQueries][kVectors];
   PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
     PARE_UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_setzero_ps();
   }
   for (std::int64_t d = 0; d < head_dim; ++d) {
     __m512 k[kVectors];
-    PARE_UNROLL for (int v = 0; v < kVectors; ++v) {
-      ask_ahead(plane, keys + d * kPage + v * 16);
-      k[v] = Kv::template load<0>(keys + d * kPage + v * 16);
-    }
+    ask_ahead<kStep>(plane, first * head_dim * kSize + d * kStep);
+    PARE_UNROLL for (int v = 0; v < kVectors; ++v) k[v] = Kv::template load<0>(keys + d * kPage + v * 16);
     PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
       const __m512 value = _mm512_set1_ps(q[i * ldq + d]);
       PARE_UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_fmadd_ps(value, k[v], sum[i][v]);
@@ -139,7 +142,7 @@ void scores_rows(const float* q, std::int64_t ldq, const KvPlane& plane, std::in
   for (; p < positions; p += 16) scores_tile<Kv, kQueries, 1>(q, ldq, plane, p, head_dim, out + p, ldo);
 }
 
-float softmax(float* s, std::int64_t n, float* peak, float* shrink) {
+float softmax(float* s, std::int64_t n, bool bf16, float* peak, float* shrink) {
   __m512 peaks = _mm512_set1_ps(*peak);
   for (std::int64_t i = 0; i < n; i += 16) {
     const __mmask16 m = tail_mask(n - i);
@@ -152,7 +155,8 @@ float softmax(float* s, std::int64_t n, float* peak, float* shrink) {
   __m512 sum = _mm512_setzero_ps();
   for (std::int64_t i = 0; i < n; i += 16) {
     const __mmask16 m = tail_mask(n - i);
-    const __m512 e = _mm512_maskz_mov_ps(m, exp_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(m, s + i), top)));
+    __m512 e = _mm512_maskz_mov_ps(m, exp_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(m, s + i), top)));
+    if (bf16) e = nearest_bf16(e);
     _mm512_mask_storeu_ps(s + i, m, e);
     sum = _mm512_add_ps(sum, e);
   }
@@ -187,17 +191,16 @@ template <class Kv, int kQueries, int kVectors>
 void weigh_tile(const float* probs, std::int64_t ldp, const KvPlane& plane, std::int64_t first, std::int64_t width,
                 std::int64_t positions, float* acc) {
   const auto* values = reinterpret_cast<const typename Kv::Type*>(plane.data) + first;
+  constexpr std::int64_t kSize = sizeof(typename Kv::Type), kStep = kVectors * 16 * kSize;
   __m512 sum[kQueries][kVectors];
   PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
     PARE_UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_loadu_ps(acc + i * width + v * 16);
   }
   each_row<Kv>(positions, [&](std::int64_t p, auto place) __attribute__((always_inline)) {
     __m512 row[kVectors];
-    const auto* from = values + (Kv::kPairs ? p / 2 : p) * width;
-    PARE_UNROLL for (int v = 0; v < kVectors; ++v) {
-      if (place == 0) ask_ahead(plane, from + v * 16);
-      row[v] = Kv::template load<place>(from + v * 16);
-    }
+    const std::int64_t at = Kv::kPairs ? p / 2 : p;
+    if (place == 0) ask_ahead<kStep>(plane, first * kPage * kSize / (Kv::kPairs ? 2 : 1) + at * kStep);
+    PARE_UNROLL for (int v = 0; v < kVectors; ++v) row[v] = Kv::template load<place>(values + at * width + v * 16);
     PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
       float prob = probs[i * ldp + p];
       if constexpr (sizeof(typename Kv::Type) == 1) prob *= plane.scales[p];

@@ -13,7 +13,7 @@ constexpr std::int64_t kMaxQueries = 64;  // query rows per call of scores() or 
 
 // How keys and values are kept. kQ8: int8 codes with one float scale per position and head, max|x| / 127. kMixed: keys
 // kF16, whose errors the softmax amplifies, values kBf16, whose errors are averaged and which matrix tiles read as they
-// lie. kBf16 is of values alone. Sessions that were saved have these numbers.
+// lie. kBf16 is of values alone; what they are weighed with is bfloat16, too. Sessions that were saved have these numbers.
 enum class KvType : std::uint8_t { kF32, kF16, kQ8, kMixed, kBf16 };
 constexpr std::int64_t kv_bytes(KvType type) {
   return type == KvType::kF32 ? 4 : type == KvType::kQ8 ? 1 : 2;
@@ -37,9 +37,11 @@ struct AttentionKernels {
   void (*scores)(const float* q, std::int64_t ldq, std::int64_t count, const KvPlane& keys, std::int64_t head_dim,
                  std::int64_t positions, float* out, std::int64_t ldo);
   // One page of a running softmax: raises *peak (-infinity before the first) to the largest of s[0..n), replaces each
-  // by exp(s - *peak) and returns their sum. Sums of earlier pages have to be multiplied by *shrink.
-  float (*softmax)(float* s, std::int64_t n, float* peak, float* shrink);
-  // acc[i * width + d] += sum_p probs[i * ldp + p] * values[p][d]; width is a multiple of 16.
+  // by exp(s - *peak), with `bf16` the nearest bfloat16, and returns their sum. Sums of earlier pages have to be
+  // multiplied by *shrink.
+  float (*softmax)(float* s, std::int64_t n, bool bf16, float* peak, float* shrink);
+  // acc[i * width + d] += sum_p probs[i * ldp + p] * values[p][d]; width is a multiple of 16. probs are bfloat16 beside
+  // kBf16 values.
   void (*weigh)(const float* probs, std::int64_t ldp, std::int64_t count, const KvPlane& values, std::int64_t width,
                 std::int64_t positions, float* acc);
   // out[i] = x[i] * factor, out may be x; whether one of them is a NaN.

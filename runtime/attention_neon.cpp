@@ -50,6 +50,13 @@ struct Q8 {
   }
 };
 
+inline float32x4_t nearest_bf16(float32x4_t v) {
+  const uint32x4_t bits = vreinterpretq_u32_f32(v), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  const uint32x4_t nearest = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+  const uint32x4_t all = vbslq_u32(vceqq_f32(v, v), nearest, vorrq_u32(bits, vdupq_n_u32(0x400000)));
+  return vreinterpretq_f32_u32(vandq_u32(all, vdupq_n_u32(0xffff0000u)));
+}
+
 void narrow(const float* x, std::int64_t n, KvType type, std::byte* out, float* scale) {
   if (type == KvType::kF32) {
     std::memcpy(out, x, static_cast<std::size_t>(n) * 4);
@@ -67,11 +74,7 @@ void narrow(const float* x, std::int64_t n, KvType type, std::byte* out, float* 
   }
   if (type == KvType::kBf16) {
     for (std::int64_t i = 0; i < n; i += 4) {
-      const float32x4_t v = load_first(x + i, n - i);
-      const uint32x4_t bits = vreinterpretq_u32_f32(v), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
-      const uint32x4_t nearest = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
-      const uint32x4_t all = vbslq_u32(vceqq_f32(v, v), nearest, vorrq_u32(bits, vdupq_n_u32(0x400000)));
-      const uint16x4_t words = vshrn_n_u32(all, 16);
+      const uint16x4_t words = vshrn_n_u32(vreinterpretq_u32_f32(nearest_bf16(load_first(x + i, n - i))), 16);
       std::memcpy(out + 2 * i, &words, bytes(i, 2));
     }
     return;
@@ -131,7 +134,7 @@ void scores_rows(const float* q, std::int64_t ldq, const KvPlane& plane, std::in
   for (; p < positions; p += 16) scores_tile<Kv, kQueries, 4>(q, ldq, plane, p, head_dim, out + p, ldo);
 }
 
-float softmax(float* s, std::int64_t n, float* peak, float* shrink) {
+float softmax(float* s, std::int64_t n, bool bf16, float* peak, float* shrink) {
   float32x4_t peaks = vdupq_n_f32(*peak);
   std::int64_t i = 0;
   for (; i + 4 <= n; i += 4) peaks = vmaxq_f32(peaks, vld1q_f32(s + i));
@@ -141,7 +144,8 @@ float softmax(float* s, std::int64_t n, float* peak, float* shrink) {
   *peak = next;
   float32x4_t sum = vdupq_n_f32(0);
   for (i = 0; i < n; i += 4) {
-    store_first(s + i, exp_ps(vsubq_f32(load_first(s + i, n - i), vdupq_n_f32(next))), n - i);
+    const float32x4_t e = exp_ps(vsubq_f32(load_first(s + i, n - i), vdupq_n_f32(next)));
+    store_first(s + i, bf16 ? nearest_bf16(e) : e, n - i);
     sum = vaddq_f32(sum, load_first(s + i, n - i));
   }
   return vaddvq_f32(sum);

@@ -70,13 +70,14 @@ void scores(const float* q, std::int64_t ldq, std::int64_t count, const KvPlane&
     for (std::int64_t p = 0; p < n; ++p) out[i * ldo + p] *= keys.scales[p];
 }
 
-float softmax(float* s, std::int64_t n, float* peak, float* shrink) {
+float softmax(float* s, std::int64_t n, bool bf16, float* peak, float* shrink) {
   const float next = std::max(*peak, *std::max_element(s, s + n));
   *shrink = *peak == -INFINITY ? 0.0f : std::exp(*peak - next);
   *peak = next;
   float sum = 0;
   for (std::int64_t i = 0; i < n; ++i) {
     s[i] = std::exp(s[i] - next);
+    if (bf16) s[i] = bf16_to_f32(f32_to_bf16(s[i]));
     sum += s[i];
   }
   return sum;

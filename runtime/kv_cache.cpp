@@ -251,7 +251,7 @@ void attend_rows(const Kernels& kernels, const ModelConfig& config, KvCache& cac
         if (first < end) {
           if (cap > 0) kernels.soft_cap(row + first, cap, end - first);
           float shrink;
-          const float sum = k.softmax(row + first, end - first, peaks + begin + r, &shrink);
+          const float sum = k.softmax(row + first, end - first, values.type == KvType::kBf16, peaks + begin + r, &shrink);
           sums[begin + r] = sums[begin + r] * shrink + sum;
           float* to = acc + (begin + r) * width;
           if (shrink != 1.0f) k.scale(to, width, shrink, to);

@@ -120,26 +120,75 @@ TEST_P(AttentionTest, HeadsTurnLikeDoubles) {
 }
 
 TEST_P(AttentionTest, RunningSoftmaxMatchesDoubles) {
-  for (const std::int64_t n : {2, 9, 16, 17, 40, 128}) {
-    const std::vector<float> raw = random_floats(n, static_cast<std::uint32_t>(n), 4.0f);
-    for (std::int64_t split = 1; split < n; split += 3) {
-      std::vector<float> s = raw;
-      s.push_back(1e9f);  // what lies behind must neither count nor change
-      float peak = -INFINITY, first_shrink = 1, shrink = 1;
-      const float first = attention().softmax(s.data(), split, &peak, &first_shrink);
-      const float second = attention().softmax(s.data() + split, n - split, &peak, &shrink);
-      EXPECT_EQ(first_shrink, 0.0f);
-      EXPECT_EQ(peak, *std::max_element(raw.begin(), raw.end()));
-      double want = 0;
-      for (std::int64_t i = 0; i < n; ++i) {
-        const double e = std::exp(static_cast<double>(raw[static_cast<std::size_t>(i)]) - static_cast<double>(peak));
-        want += e;
-        const double got =
-            static_cast<double>(s[static_cast<std::size_t>(i)]) * (i < split ? static_cast<double>(shrink) : 1.0);
-        ASSERT_NEAR(got, e, 1e-6);
+  for (const bool bf16 : {false, true}) {
+    for (const std::int64_t n : {2, 9, 16, 17, 40, 128}) {
+      const std::vector<float> raw = random_floats(n, static_cast<std::uint32_t>(n), 4.0f);
+      for (std::int64_t split = 1; split < n; split += 3) {
+        std::vector<float> s = raw;
+        s.push_back(1e9f);  // what lies behind must neither count nor change
+        float peak = -INFINITY, first_shrink = 1, shrink = 1;
+        const float first = attention().softmax(s.data(), split, bf16, &peak, &first_shrink);
+        const float second = attention().softmax(s.data() + split, n - split, bf16, &peak, &shrink);
+        EXPECT_EQ(first_shrink, 0.0f);
+        EXPECT_EQ(peak, *std::max_element(raw.begin(), raw.end()));
+        double want = 0;
+        for (std::int64_t i = 0; i < n; ++i) {
+          const float kept = s[static_cast<std::size_t>(i)];
+          const double e = std::exp(static_cast<double>(raw[static_cast<std::size_t>(i)]) - static_cast<double>(peak));
+          const double got = static_cast<double>(kept) * (i < split ? static_cast<double>(shrink) : 1.0);
+          ASSERT_NEAR(got, e, 1e-6 + (bf16 ? e / 256 : 0));
+          if (bf16) {
+            ASSERT_EQ(kept, bf16_to_f32(f32_to_bf16(kept)));
+          }
+          want += got;
+        }
+        ASSERT_NEAR(first * shrink + second, want, 2e-6 * want);
+        ASSERT_EQ(s.back(), 1e9f);
       }
-      ASSERT_NEAR(first * shrink + second, want, 2e-6 * want);
-      ASSERT_EQ(s.back(), 1e9f);
+    }
+  }
+}
+
+// Few rows and many are multiplied in different ways. Products too small to be normal numbers, infinities, columns beyond
+// what is multiplied together.
+TEST_P(AttentionTest, WeighedRowsHaveTheSameBitsInAnyNumber) {
+  constexpr std::int64_t kRows = 19;
+  for (const KvType type : {KvType::kF32, KvType::kF16, KvType::kQ8, KvType::kBf16}) {
+    for (const std::int64_t width : {16, 48, 80}) {
+      for (const std::int64_t positions : {1, 2, 31, 32, 33, 127, 128}) {
+        std::vector<std::byte> data(static_cast<std::size_t>(kPage * width * 4), std::byte{0x7f});
+        std::vector<float> scales(kPage, 0.01f);
+        const KvPlane values{type, data.data(), scales.data(), nullptr};
+        std::vector<float> sizes{1.0f, 1e-20f, 1e-36f, 1e-38f}, probs = random_floats(kRows * kPage, 7);
+        for (std::int64_t p = 0; p < positions; ++p) {
+          std::vector<float> row = random_floats(width, static_cast<std::uint32_t>(p), sizes[p % 4]);
+          if (p == 30) row[3] = INFINITY;
+          std::vector<std::byte> narrow(static_cast<std::size_t>(width * 4));
+          attention().narrow(row.data(), width, type, narrow.data(), &scales[static_cast<std::size_t>(p)]);
+          const bool pairs = type == KvType::kBf16;
+          const std::int64_t size = kv_bytes(type);
+          for (std::int64_t d = 0; d < width; ++d)
+            std::memcpy(data.data() + (pairs ? (p / 2 * width + d) * 2 + p % 2 : p * width + d) * size,
+                        narrow.data() + d * size, static_cast<std::size_t>(size));
+        }
+        for (std::size_t i = 0; i < probs.size(); ++i)
+          probs[i] = bf16_to_f32(f32_to_bf16(std::abs(probs[i]) * sizes[i / kPage % 3]));
+        std::vector<float> all(static_cast<std::size_t>(kRows * width));
+        attention().weigh(probs.data(), kPage, kRows, values, width, positions, all.data());
+        for (const std::int64_t count : {1, 2, 3, 5, 8, 9, 16, 18}) {
+          std::vector<float> some(static_cast<std::size_t>(count * width));
+          for (std::int64_t first = 0; first + count <= kRows; first += count) {
+            std::fill(some.begin(), some.end(), 0.0f);
+            attention().weigh(probs.data() + first * kPage, kPage, count, values, width, positions, some.data());
+            for (std::size_t i = 0; i < some.size(); ++i) {
+              const float want = all[static_cast<std::size_t>(first * width) + i];
+              ASSERT_TRUE(std::memcmp(&some[i], &want, 4) == 0 || (std::isnan(some[i]) && std::isnan(want)))
+                  << kv_name(type) << ", width " << width << ", " << positions << " positions, " << count << " rows: "
+                  << some[i] << " and " << want;
+            }
+          }
+        }
+      }
     }
   }
 }
@@ -161,6 +210,16 @@ TEST_P(AttentionTest, RowsOverPagesMatchDoubles) {
         KvCache cache(config, type, kCall);
         const auto keys = random_floats(kPositions * d, 1), values = random_floats(kPositions * d, 2);
         const auto at = [&](const std::vector<float>& from, std::int64_t p) { return from.data() + p * d; };
+        const auto kept = [&](const std::vector<float>& x, KvType as) {
+          std::vector<double> out;
+          for (std::int64_t p = 0; p < kPositions; ++p) {
+            float peak = 0;
+            for (std::int64_t c = 0; c < d; ++c) peak = std::max(peak, std::abs(at(x, p)[c]));
+            for (std::int64_t c = 0; c < d; ++c) out.push_back(stored(at(x, p)[c], as, peak / 127));
+          }
+          return out;
+        };
+        const std::vector<double> kept_keys = kept(keys, key_type), kept_values = kept(values, value_type);
         const auto q = random_floats(heads * kMostRowTokens * d, 3, 0.5f);  // [token][head][d]
         AttentionScratch scratch;
         scratch.reserve(d);
@@ -180,28 +239,44 @@ TEST_P(AttentionTest, RowsOverPagesMatchDoubles) {
               ASSERT_EQ(out[static_cast<std::size_t>(i * d + c)], alone[static_cast<std::size_t>(c)])
                   << "a row's bits depend on its batch: " << kv_name(type) << ", row " << i << " of " << end;
             if (i % (2 * every) != 0 && i + 1 < heads * count) continue;
+            // Page by page, as bfloat16 weights depend on the largest score so far; one may be rounded the other way.
             std::vector<double> want(static_cast<std::size_t>(d));
-            double sum = 0;
-            for (std::int64_t p = window > 0 ? std::max<std::int64_t>(0, seen - window) : 0; p < seen; ++p) {
-              float peaks[2] = {};
-              for (std::int64_t c = 0; c < d; ++c) {
-                peaks[0] = std::max(peaks[0], std::abs(at(keys, p)[c]));
-                peaks[1] = std::max(peaks[1], std::abs(at(values, p)[c]));
+            double sum = 0, top = -INFINITY, largest = 0;
+            const std::int64_t begin = window > 0 ? std::max<std::int64_t>(0, seen - window) : 0;
+            for (std::int64_t first = begin; first < seen;) {
+              const std::int64_t next = std::min(seen, (first / kPage + 1) * kPage);
+              std::vector<double> scores;
+              for (std::int64_t p = first; p < next; ++p) {
+                double score = 0;
+                for (std::int64_t c = 0; c < d; ++c)
+                  score += static_cast<double>(q[static_cast<std::size_t>(i * d + c)]) *
+                           kept_keys[static_cast<std::size_t>(p * d + c)];
+                if (config.attention_softcap > 0)
+                  score = config.attention_softcap * std::tanh(score / config.attention_softcap);
+                scores.push_back(score);
               }
-              double score = 0;
-              for (std::int64_t c = 0; c < d; ++c)
-                score += static_cast<double>(q[static_cast<std::size_t>(i * d + c)]) *
-                         stored(at(keys, p)[c], key_type, peaks[0] / 127);
-              if (config.attention_softcap > 0)
-                score = config.attention_softcap * std::tanh(score / config.attention_softcap);
-              const double e = std::exp(score);
-              sum += e;
-              for (std::int64_t c = 0; c < d; ++c)
-                want[static_cast<std::size_t>(c)] += e * stored(at(values, p)[c], value_type, peaks[1] / 127);
+              const double before = top;
+              for (const double score : scores) top = std::max(top, score);
+              const double shrink = std::exp(before - top);
+              sum *= shrink;
+              largest *= shrink;
+              for (double& value : want) value *= shrink;
+              for (std::int64_t p = first; p < next; ++p) {
+                double e = std::exp(scores[static_cast<std::size_t>(p - first)] - top);
+                if (type == KvType::kMixed) e = static_cast<double>(bf16_to_f32(f32_to_bf16(static_cast<float>(e))));
+                sum += e;
+                for (std::int64_t c = 0; c < d; ++c) {
+                  const double value = e * kept_values[static_cast<std::size_t>(p * d + c)];
+                  want[static_cast<std::size_t>(c)] += value;
+                  largest = std::max(largest, std::abs(value));
+                }
+              }
+              first = next;
             }
+            const double tolerance = 2e-5 + (type == KvType::kMixed ? largest / sum / 128 : 0);
             for (std::int64_t c = 0; c < d; ++c) {
               const float got = out[static_cast<std::size_t>(i * d + c)];
-              ASSERT_NEAR(got, want[static_cast<std::size_t>(c)] / sum, 2e-5)
+              ASSERT_NEAR(got, want[static_cast<std::size_t>(c)] / sum, tolerance)
                   << kv_name(type) << ", row " << i << " of " << end;
             }
           }
