@@ -12,6 +12,7 @@
 
 #include "runtime/kernels.h"
 #include "runtime/lanes_avx2.h"
+#include "runtime/stream_x86.h"
 
 namespace pare {
 namespace {
@@ -47,11 +48,10 @@ inline __m256i low_codes(const std::uint8_t* line, int j) {
   return _mm256_or_si256(low, _mm256_and_si256(third, _mm256_set1_epi8(4)));
 }
 
-// Few tokens stream the codes once: asking for them this far ahead keeps memory busy across the blocks' ends.
-constexpr std::int64_t kAhead = 8192;
+// Few tokens stream the codes once.
 template <int kTokens>
-inline void ask_ahead(const std::uint8_t* line) {
-  if constexpr (kTokens <= 2) _mm_prefetch(reinterpret_cast<const char*>(line) + kAhead, _MM_HINT_T0);
+inline void stream(const std::uint8_t* line) {
+  if constexpr (kTokens <= 2) ask_ahead(line);
 }
 
 // kHalves * 8 outputs from 16 * block + 8 * half on, kTokens tokens from token `first` of the tile on. Few tokens take
@@ -84,7 +84,7 @@ void part_int8(const PackedMatrix& w, std::int64_t block, int half, const Int8Ti
     if constexpr (kKind == CodecKind::kQ8) {
       const std::int64_t count = std::min(x.quads, w.lines - g * x.quads);
       for (std::int64_t c = 0; c < count; ++c, line += 64) {
-        ask_ahead<kTokens>(line);
+        stream<kTokens>(line);
         PARE_UNROLL for (int h = 0; h < kHalves; ++h) {
           const __m256i u = load(line + 32 * h);
           PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
@@ -94,6 +94,8 @@ void part_int8(const PackedMatrix& w, std::int64_t block, int half, const Int8Ti
       }
     } else {
       if constexpr (kLow) {
+        constexpr int kLines = kKind == CodecKind::kQ3 ? 3 : 2;
+        PARE_UNROLL for (int k = 0; k < kLines; ++k) stream<kTokens>(line + k * 64);
         PARE_UNROLL for (int j = 0; j < 8; ++j) {
           PARE_UNROLL for (int h = 0; h < kHalves; ++h) {
             const __m256i u = low_codes<kKind>(line + 32 * h, j);
@@ -102,11 +104,11 @@ void part_int8(const PackedMatrix& w, std::int64_t block, int half, const Int8Ti
             }
           }
         }
-        line += kKind == CodecKind::kQ3 ? 192 : 128;
+        line += kLines * 64;
       } else {
         const __m256i nibble = _mm256_set1_epi8(15);
         PARE_UNROLL for (int c = 0; c < 4; ++c, line += 64) {
-          ask_ahead<kTokens>(line);
+          stream<kTokens>(line);
           PARE_UNROLL for (int h = 0; h < kHalves; ++h) {
             const __m256i both = load(line + 32 * h);
             const __m256i low = _mm256_and_si256(both, nibble);

@@ -13,6 +13,7 @@
 #include "runtime/int8_avx512vnni.h"
 #include "runtime/kernels.h"
 #include "runtime/lanes_avx512vnni.h"
+#include "runtime/stream_x86.h"
 
 namespace pare {
 namespace {
@@ -23,12 +24,10 @@ inline __m512i quad(const std::int8_t* p) {
   return _mm512_set1_epi32(value);
 }
 
-// Few tokens stream the codes once: asking for them this far ahead keeps memory busy across the blocks' ends. Where
-// full tiles pass by, the codes stay in cache.
-constexpr std::int64_t kAhead = 8192;
+// Few tokens stream the codes once; where full tiles pass by, the codes stay in cache.
 template <int kTokens>
-inline void ask_ahead(const std::uint8_t* line) {
-  if constexpr (kTokens < kActTile) _mm_prefetch(reinterpret_cast<const char*>(line) + kAhead, _MM_HINT_T0);
+inline void stream(const std::uint8_t* line) {
+  if constexpr (kTokens < kActTile) ask_ahead(line);
 }
 
 template <CodecKind kKind, int kTokens>
@@ -64,23 +63,25 @@ void tile_int8(const PackedMatrix& w, std::int64_t block, const Int8Tile& x, flo
     if constexpr (kKind == CodecKind::kQ8) {
       const std::int64_t count = std::min(x.quads, w.lines - g * x.quads);
       for (std::int64_t c = 0; c < count; ++c, line += 64) {
-        ask_ahead<kTokens>(line);
+        stream<kTokens>(line);
         const __m512i u = _mm512_load_si512(line);
         PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
           acc[t] = _mm512_dpbusd_epi32(acc[t], u, quad(codes + (c * kTokens + t) * 4));
         }
       }
     } else if constexpr (kLow) {
+      constexpr int kLines = kKind == CodecKind::kQ3 ? 3 : 2;
+      PARE_UNROLL for (int k = 0; k < kLines; ++k) stream<kTokens>(line + k * 64);
       PARE_UNROLL for (int j = 0; j < 8; ++j) {
         const __m512i u = low_codes<kKind>(line, j);
         PARE_UNROLL for (int t = 0; t < kTokens; ++t) {
           acc[t] = _mm512_dpbusd_epi32(acc[t], u, quad(codes + (j * kTokens + t) * 4));
         }
       }
-      line += kKind == CodecKind::kQ3 ? 192 : 128;
+      line += kLines * 64;
     } else {
       PARE_UNROLL for (int c = 0; c < 4; ++c, line += 64) {
-        ask_ahead<kTokens>(line);
+        stream<kTokens>(line);
         const __m512i both = _mm512_load_si512(line);
         const __m512i low = _mm512_and_si512(both, nibble);
         const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "runtime/roofline.h"
+#include "runtime/stream_x86.h"
 
 namespace pare {
 namespace {
@@ -18,8 +19,7 @@ std::uint64_t read(const std::byte* data, std::int64_t lines) {
   const auto* at = reinterpret_cast<const __m256i*>(data);
   std::int64_t i = 0;
   for (; i + 4 <= lines; i += 4, at += 8) {
-    PARE_UNROLL for (int k = 0; k < 4; ++k)
-        _mm_prefetch(reinterpret_cast<const char*>(at) + 1024 + k * 64, _MM_HINT_T0);
+    PARE_UNROLL for (int k = 0; k < 4; ++k) ask_ahead(at + 2 * k);
     PARE_UNROLL for (int k = 0; k < 8; ++k) sum[k] = _mm256_add_epi64(sum[k], _mm256_load_si256(at + k));
   }
   for (; i < lines; ++i, at += 2) {

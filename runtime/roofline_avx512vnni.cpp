@@ -7,6 +7,7 @@
 #include <immintrin.h>
 
 #include "runtime/roofline.h"
+#include "runtime/stream_x86.h"
 
 namespace pare {
 namespace {
@@ -21,7 +22,7 @@ std::uint64_t read(const std::byte* data, std::int64_t lines) {
   std::int64_t i = 0;
   for (; i + 8 <= lines; i += 8) {
     PARE_UNROLL for (int k = 0; k < 8; ++k) {
-      _mm_prefetch(reinterpret_cast<const char*>(data) + (i + k) * 64 + 1024, _MM_HINT_T0);
+      ask_ahead(data + (i + k) * 64);
       sum[k] = _mm512_add_epi64(sum[k], _mm512_load_si512(data + (i + k) * 64));
     }
   }
