@@ -11,6 +11,7 @@
 #include "runtime/amx_tiles.h"
 #include "runtime/attention_kernels.h"
 #include "runtime/lanes_avx512vnni.h"
+#include "runtime/stream_x86.h"
 
 namespace pare {
 namespace {
@@ -53,13 +54,6 @@ struct Values {
       if (left == 1) pairs = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff));
       _mm512_store_si512(to + i * kLine, pairs);
     }
-  }
-  // Asks for what is next, in the order of addresses, into the second cache: two columns of a pair of positions each time.
-  template <int kColumns>
-  void ask_ahead(std::int64_t first, std::int64_t pair, std::int64_t dim) const {
-    if (plane.ahead == nullptr) return;
-    const std::byte* from = plane.ahead + dim * (kPage * 2) + (first / 2 + pair) * (kColumns * kLine);
-    PARE_UNROLL for (int c = 0; c < kColumns; ++c) _mm_prefetch(from + c * kLine, _MM_HINT_T1);
   }
 };
 
@@ -150,7 +144,7 @@ __attribute__((noinline)) void multiply_few(const float* probs, std::int64_t ldp
       PARE_UNROLL for (int c = 0; c < kColumns; ++c) even[i][c] = odd[i][c] = _mm512_setzero_ps();
     }
     for (std::int64_t pair = 0; pair < kTileRows; ++pair) {
-      values.ask_ahead<kColumns>(first, pair, dim);
+      ask_next<kColumns * kLine>(values.plane, dim * (kPage * 2) + (first / 2 + pair) * (kColumns * kLine));
       __m512 first_of[kColumns], second_of[kColumns];
       PARE_UNROLL for (int c = 0; c < kColumns; ++c) {
         const __m512i both = _mm512_loadu_si512(from + pair * row + c * column);

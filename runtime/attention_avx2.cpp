@@ -5,6 +5,7 @@
 
 #include "runtime/attention_rows.h"
 #include "runtime/lanes_avx2.h"
+#include "runtime/stream_x86.h"
 
 namespace pare {
 namespace {
@@ -109,10 +110,12 @@ template <class Kv, int kQueries>
 void scores_rows(const float* q, std::int64_t ldq, const KvPlane& plane, std::int64_t head_dim, std::int64_t positions,
                  float* out, std::int64_t ldo) {
   const auto* keys = reinterpret_cast<const typename Kv::Type*>(plane.data);
+  constexpr std::int64_t kSize = sizeof(typename Kv::Type), kStep = 16 * kSize;
   for (std::int64_t p = 0; p < positions; p += 16) {
     __m256 sum[kQueries][2];
     PARE_UNROLL for (int i = 0; i < kQueries; ++i) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
     for (std::int64_t d = 0; d < head_dim; ++d) {
+      ask_next<kStep>(plane, p * head_dim * kSize + d * kStep);
       const __m256 k0 = Kv::template load<0>(keys + d * kPage + p);
       const __m256 k1 = Kv::template load<0>(keys + d * kPage + p + 8);
       PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
@@ -183,6 +186,7 @@ template <class Kv, int kQueries>
 void weigh_rows(const float* probs, std::int64_t ldp, const KvPlane& plane, std::int64_t width, std::int64_t positions,
                 float* acc) {
   const auto* values = reinterpret_cast<const typename Kv::Type*>(plane.data);
+  constexpr std::int64_t kStep = 16 * sizeof(typename Kv::Type), kSize = sizeof(typename Kv::Type);
   for (std::int64_t d = 0; d < width; d += 16) {
     __m256 sum[kQueries][2];
     PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
@@ -190,7 +194,9 @@ void weigh_rows(const float* probs, std::int64_t ldp, const KvPlane& plane, std:
       sum[i][1] = _mm256_loadu_ps(acc + i * width + d + 8);
     }
     each_row<Kv>(positions, [&](std::int64_t p, auto place) __attribute__((always_inline)) {
-      const auto* row = values + (Kv::kPairs ? p / 2 : p) * width + d;
+      const std::int64_t at = Kv::kPairs ? p / 2 : p;
+      if (place == 0) ask_next<kStep>(plane, d * (kPage / (Kv::kPairs ? 2 : 1)) * kSize + at * kStep);
+      const auto* row = values + at * width + d;
       const __m256 v0 = Kv::template load<place>(row), v1 = Kv::template load<place>(row + 8);
       PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
         float prob = probs[i * ldp + p];

@@ -9,6 +9,7 @@
 
 #include "runtime/attention_rows.h"
 #include "runtime/lanes_avx512vnni.h"
+#include "runtime/stream_x86.h"
 
 namespace pare {
 namespace {
@@ -98,14 +99,6 @@ void narrow(const float* x, std::int64_t n, KvType type, std::byte* out, float* 
   *scale = finite ? peak / 127.0f : __builtin_nanf("");
 }
 
-// Bytes of what is next, in the order of addresses, into the second cache: the first has no room for as many requests as
-// keep memory busy.
-template <std::int64_t kBytes>
-inline void ask_ahead(const KvPlane& plane, std::int64_t offset) {
-  if (plane.ahead == nullptr) return;
-  PARE_UNROLL for (std::int64_t i = 0; i < kBytes; i += 64) _mm_prefetch(plane.ahead + offset + i, _MM_HINT_T1);
-}
-
 template <class Kv, int kQueries, int kVectors>
 void scores_tile(const float* q, std::int64_t ldq, const KvPlane& plane, std::int64_t first, std::int64_t head_dim,
                  float* out, std::int64_t ldo) {
@@ -118,7 +111,7 @@ void scores_tile(const float* q, std::int64_t ldq, const KvPlane& plane, std::in
   }
   for (std::int64_t d = 0; d < head_dim; ++d) {
     __m512 k[kVectors];
-    ask_ahead<kStep>(plane, first * head_dim * kSize + d * kStep);
+    ask_next<kStep>(plane, first * head_dim * kSize + d * kStep);
     PARE_UNROLL for (int v = 0; v < kVectors; ++v) k[v] = Kv::template load<0>(keys + d * kPage + v * 16);
     PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
       const __m512 value = _mm512_set1_ps(q[i * ldq + d]);
@@ -199,7 +192,7 @@ void weigh_tile(const float* probs, std::int64_t ldp, const KvPlane& plane, std:
   each_row<Kv>(positions, [&](std::int64_t p, auto place) __attribute__((always_inline)) {
     __m512 row[kVectors];
     const std::int64_t at = Kv::kPairs ? p / 2 : p;
-    if (place == 0) ask_ahead<kStep>(plane, first * kPage * kSize / (Kv::kPairs ? 2 : 1) + at * kStep);
+    if (place == 0) ask_next<kStep>(plane, first * kPage * kSize / (Kv::kPairs ? 2 : 1) + at * kStep);
     PARE_UNROLL for (int v = 0; v < kVectors; ++v) row[v] = Kv::template load<place>(values + at * width + v * 16);
     PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
       float prob = probs[i * ldp + p];
