@@ -1,5 +1,5 @@
-// AMX: attention's sums of values that are bfloat16, by tiles of 16 rows x 16 dimensions x 32 positions. A weight is the
-// sum of two bfloat16, but for 2^-17 of it; sums are floats. What a row gets depends on nothing but that row.
+// AMX: attention's sums of values that are bfloat16, by tiles of 16 rows x 16 dimensions x 32 positions, and with the same
+// bits by vectors for few rows. Weights are bfloat16, sums floats. What a row gets depends on nothing but that row.
 #if defined(__AMX_BF16__)
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's own headers start from undefined registers
@@ -18,17 +18,21 @@ namespace {
 
 constexpr std::int64_t kStep = 32;    // positions of one instruction
 constexpr std::int64_t kFewRows = 8;  // at most, for which vectors are faster
+constexpr std::int64_t kDimBytes = kPage / 2 * 4;  // pairs of positions
 
 // Weights of 16 rows and 32 positions.
 using Left = std::uint8_t[kMaxQueries / kTileRows][kPage / kStep][kTileRows * kLine];
 
-// Arithmetic as the tiles have it: numbers too small to be normal are zeros, before and after.
-class FlushSubnormals {
+// Arithmetic as the tiles have it, whatever the caller has set: to the nearest, without exceptions, and numbers too small
+// to be normal are zeros before and after.
+class TileArithmetic {
  public:
-  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON); }
-  FlushSubnormals(const FlushSubnormals&) = delete;
-  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
-  ~FlushSubnormals() { _mm_setcsr(before_); }
+  TileArithmetic() : before_(_mm_getcsr()) {
+    _mm_setcsr(_MM_MASK_MASK | _MM_ROUND_NEAREST | _MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON);
+  }
+  TileArithmetic(const TileArithmetic&) = delete;
+  TileArithmetic& operator=(const TileArithmetic&) = delete;
+  ~TileArithmetic() { _mm_setcsr(before_); }
 
  private:
   unsigned before_;
@@ -40,7 +44,7 @@ inline __m512 load_probs(const float* row, std::int64_t first, std::int64_t posi
 
 // Values as they lie in the cache, of which the first `positions` count.
 struct Values {
-  const KvPlane& plane;
+  KvPlane plane;
   std::int64_t width, positions;
 
   const std::byte* at(std::int64_t position, std::int64_t dim) const {
@@ -102,6 +106,8 @@ void multiply(const Left& left, const Values& values, std::int64_t dim, float* a
     for (int c = 0; !whole && c < kColumns; ++c) values.put(first, dim + c * kTileRows, last[c]);
     PARE_IN_MEMORY;
     each<kColumns>([&](auto c) __attribute__((always_inline)) {
+      for (std::int64_t pair = 0; pair < kTileRows; ++pair)
+        ask_next<kLine>(values.plane, (dim + c * kTileRows) * kDimBytes + (first / 2 + pair) * kLine);
       if (whole) _tile_loadd(6, values.at(first, dim + c * kTileRows), width * 4);
       else _tile_loadd(6, last[c], kLine);
       each<kTiles>([&](auto t) __attribute__((always_inline)) {
@@ -116,7 +122,8 @@ void multiply(const Left& left, const Values& values, std::int64_t dim, float* a
 
 // What the instruction does, for rows too few to be worth a tile: over 32 positions the products of even ones and those of
 // odd ones are added from zero, each multiplied and added in one rounding, then both sums to each other and that to what
-// there was (Intel's manual, volume 2, TDPBF16PS).
+// there was (Intel's manual, volume 2, TDPBF16PS). Not inlined: compilers know nothing of MXCSR and might move arithmetic
+// across its change.
 template <int kRows, int kColumns>
 __attribute__((noinline)) void multiply_few(const float* probs, std::int64_t ldp, const Values& values, std::int64_t dim,
                                             float* acc) {
@@ -144,18 +151,18 @@ __attribute__((noinline)) void multiply_few(const float* probs, std::int64_t ldp
       PARE_UNROLL for (int c = 0; c < kColumns; ++c) even[i][c] = odd[i][c] = _mm512_setzero_ps();
     }
     for (std::int64_t pair = 0; pair < kTileRows; ++pair) {
-      ask_next<kColumns * kLine>(values.plane, dim * (kPage * 2) + (first / 2 + pair) * (kColumns * kLine));
-      __m512 first_of[kColumns], second_of[kColumns];
+      ask_next<kColumns * kLine>(values.plane, dim * kDimBytes + (first / 2 + pair) * (kColumns * kLine));
+      __m512 at_even[kColumns], at_odd[kColumns];
       PARE_UNROLL for (int c = 0; c < kColumns; ++c) {
         const __m512i both = _mm512_loadu_si512(from + pair * row + c * column);
-        first_of[c] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-        second_of[c] = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(-65536)));
+        at_even[c] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+        at_odd[c] = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(-65536)));
       }
       PARE_UNROLL for (int i = 0; i < kRows; ++i) {
         const float* weight = weights + i * ldw + 2 * pair;
         PARE_UNROLL for (int c = 0; c < kColumns; ++c) {
-          even[i][c] = _mm512_fmadd_ps(_mm512_set1_ps(weight[0]), first_of[c], even[i][c]);
-          odd[i][c] = _mm512_fmadd_ps(_mm512_set1_ps(weight[1]), second_of[c], odd[i][c]);
+          even[i][c] = _mm512_fmadd_ps(_mm512_set1_ps(weight[0]), at_even[c], even[i][c]);
+          odd[i][c] = _mm512_fmadd_ps(_mm512_set1_ps(weight[1]), at_odd[c], odd[i][c]);
         }
       }
     }
@@ -177,9 +184,12 @@ void weigh_rows(const float* probs, std::int64_t ldp, const Values& values, floa
   for (; dim < values.width; dim += kTileRows) multiply_few<kRows, 1>(probs, ldp, values, dim, acc);
 }
 
-void weigh_few(const float* probs, std::int64_t ldp, std::int64_t count, const Values& values, float* acc) {
-  const FlushSubnormals flush;
-  for (; count >= 4; count -= 4, probs += 4 * ldp, acc += 4 * values.width) weigh_rows<4>(probs, ldp, values, acc);
+void weigh_few(const float* probs, std::int64_t ldp, std::int64_t count, Values values, float* acc) {
+  const TileArithmetic arithmetic;
+  for (; count >= 4; count -= 4, probs += 4 * ldp, acc += 4 * values.width) {
+    weigh_rows<4>(probs, ldp, values, acc);
+    values.plane.ahead = nullptr;  // it is asked for once
+  }
   if (count == 3) weigh_rows<3>(probs, ldp, values, acc);
   if (count == 2) weigh_rows<2>(probs, ldp, values, acc);
   if (count == 1) weigh_rows<1>(probs, ldp, values, acc);

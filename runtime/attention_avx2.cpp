@@ -53,7 +53,8 @@ float top_of(__m256 v) {
 }
 
 inline __m256 nearest_bf16(__m256 v) {
-  const __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
@@ -110,12 +111,12 @@ template <class Kv, int kQueries>
 void scores_rows(const float* q, std::int64_t ldq, const KvPlane& plane, std::int64_t head_dim, std::int64_t positions,
                  float* out, std::int64_t ldo) {
   const auto* keys = reinterpret_cast<const typename Kv::Type*>(plane.data);
-  constexpr std::int64_t kSize = sizeof(typename Kv::Type), kStep = 16 * kSize;
+  constexpr std::int64_t kSize = sizeof(typename Kv::Type), kStepBytes = 16 * kSize;
   for (std::int64_t p = 0; p < positions; p += 16) {
     __m256 sum[kQueries][2];
     PARE_UNROLL for (int i = 0; i < kQueries; ++i) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
     for (std::int64_t d = 0; d < head_dim; ++d) {
-      ask_next<kStep>(plane, p * head_dim * kSize + d * kStep);
+      ask_next<kStepBytes>(plane, p * head_dim * kSize + d * kStepBytes);
       const __m256 k0 = Kv::template load<0>(keys + d * kPage + p);
       const __m256 k1 = Kv::template load<0>(keys + d * kPage + p + 8);
       PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
@@ -186,7 +187,7 @@ template <class Kv, int kQueries>
 void weigh_rows(const float* probs, std::int64_t ldp, const KvPlane& plane, std::int64_t width, std::int64_t positions,
                 float* acc) {
   const auto* values = reinterpret_cast<const typename Kv::Type*>(plane.data);
-  constexpr std::int64_t kStep = 16 * sizeof(typename Kv::Type), kSize = sizeof(typename Kv::Type);
+  constexpr std::int64_t kSize = sizeof(typename Kv::Type), kStepBytes = 16 * kSize;
   for (std::int64_t d = 0; d < width; d += 16) {
     __m256 sum[kQueries][2];
     PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
@@ -195,7 +196,7 @@ void weigh_rows(const float* probs, std::int64_t ldp, const KvPlane& plane, std:
     }
     each_row<Kv>(positions, [&](std::int64_t p, auto place) __attribute__((always_inline)) {
       const std::int64_t at = Kv::kPairs ? p / 2 : p;
-      if (place == 0) ask_next<kStep>(plane, d * (kPage / (Kv::kPairs ? 2 : 1)) * kSize + at * kStep);
+      if (place == 0) ask_next<kStepBytes>(plane, d * (kPage / (Kv::kPairs ? 2 : 1)) * kSize + at * kStepBytes);
       const auto* row = values + at * width + d;
       const __m256 v0 = Kv::template load<place>(row), v1 = Kv::template load<place>(row + 8);
       PARE_UNROLL for (int i = 0; i < kQueries; ++i) {

@@ -51,7 +51,8 @@ struct Q8 {
 };
 
 inline __m512 nearest_bf16(__m512 v) {
-  const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i nearest = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   const __m512i all = _mm512_mask_or_epi32(nearest, nan, bits, _mm512_set1_epi32(0x400000));
@@ -74,8 +75,8 @@ void narrow(const float* x, std::int64_t n, KvType type, std::byte* out, float* 
   if (type == KvType::kBf16) {
     for (std::int64_t i = 0; i < n; i += 16) {
       const __mmask16 m = tail_mask(n - i);
-      const __m512 v = _mm512_maskz_loadu_ps(m, x + i);
-      _mm256_mask_storeu_epi16(out + 2 * i, m, _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(nearest_bf16(v)), 16)));
+      const __m512i nearest = _mm512_castps_si512(nearest_bf16(_mm512_maskz_loadu_ps(m, x + i)));
+      _mm256_mask_storeu_epi16(out + 2 * i, m, _mm512_cvtepi32_epi16(_mm512_srli_epi32(nearest, 16)));
     }
     return;
   }
@@ -104,14 +105,14 @@ void scores_tile(const float* q, std::int64_t ldq, const KvPlane& plane, std::in
                  float* out, std::int64_t ldo) {
   const auto* keys = reinterpret_cast<const typename Kv::Type*>(plane.data) + first;
   const float* scales = plane.scales + first;
-  constexpr std::int64_t kSize = sizeof(typename Kv::Type), kStep = kVectors * 16 * kSize;
+  constexpr std::int64_t kSize = sizeof(typename Kv::Type), kStepBytes = kVectors * 16 * kSize;
   __m512 sum[kQueries][kVectors];
   PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
     PARE_UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_setzero_ps();
   }
   for (std::int64_t d = 0; d < head_dim; ++d) {
     __m512 k[kVectors];
-    ask_next<kStep>(plane, first * head_dim * kSize + d * kStep);
+    ask_next<kStepBytes>(plane, first * head_dim * kSize + d * kStepBytes);
     PARE_UNROLL for (int v = 0; v < kVectors; ++v) k[v] = Kv::template load<0>(keys + d * kPage + v * 16);
     PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
       const __m512 value = _mm512_set1_ps(q[i * ldq + d]);
@@ -184,7 +185,7 @@ template <class Kv, int kQueries, int kVectors>
 void weigh_tile(const float* probs, std::int64_t ldp, const KvPlane& plane, std::int64_t first, std::int64_t width,
                 std::int64_t positions, float* acc) {
   const auto* values = reinterpret_cast<const typename Kv::Type*>(plane.data) + first;
-  constexpr std::int64_t kSize = sizeof(typename Kv::Type), kStep = kVectors * 16 * kSize;
+  constexpr std::int64_t kSize = sizeof(typename Kv::Type), kStepBytes = kVectors * 16 * kSize;
   __m512 sum[kQueries][kVectors];
   PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
     PARE_UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_loadu_ps(acc + i * width + v * 16);
@@ -192,7 +193,7 @@ void weigh_tile(const float* probs, std::int64_t ldp, const KvPlane& plane, std:
   each_row<Kv>(positions, [&](std::int64_t p, auto place) __attribute__((always_inline)) {
     __m512 row[kVectors];
     const std::int64_t at = Kv::kPairs ? p / 2 : p;
-    if (place == 0) ask_next<kStep>(plane, first * kPage * kSize / (Kv::kPairs ? 2 : 1) + at * kStep);
+    if (place == 0) ask_next<kStepBytes>(plane, first * kPage * kSize / (Kv::kPairs ? 2 : 1) + at * kStepBytes);
     PARE_UNROLL for (int v = 0; v < kVectors; ++v) row[v] = Kv::template load<place>(values + at * width + v * 16);
     PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
       float prob = probs[i * ldp + p];

@@ -26,7 +26,7 @@ struct KvPlane {
   KvType type = KvType::kF32;
   std::byte* data = nullptr;
   float* scales = nullptr;  // [kPage], kQ8 only
-  // What will be read next, as long as this: fetched along the way. Null: nothing, or it is near already.
+  // What will be read next, about as long as this: fetched along the way. Null: nothing, or it is near already.
   const std::byte* ahead = nullptr;
 };
 

@@ -92,7 +92,7 @@ void narrow(const float* x, std::int64_t n, KvType type, std::byte* out, float* 
 
 // The place in `ahead` that `at` has in the plane.
 template <class T>
-inline void ask_ahead(const KvPlane& plane, const T* at) {
+inline void ask_next(const KvPlane& plane, const T* at) {
   if (plane.ahead != nullptr) __builtin_prefetch(plane.ahead + (reinterpret_cast<const std::byte*>(at) - plane.data));
 }
 
@@ -108,7 +108,7 @@ void scores_tile(const float* q, std::int64_t ldq, const KvPlane& plane, std::in
   for (std::int64_t d = 0; d < head_dim; ++d) {
     float32x4_t k[kVectors];
     PARE_UNROLL for (int v = 0; v < kVectors; v += 4) {
-      ask_ahead(plane, keys + d * kPage + v * 4);
+      ask_next(plane, keys + d * kPage + v * 4);
       Kv::template load<0>(keys + d * kPage + v * 4, k + v);
     }
     PARE_UNROLL for (int i = 0; i < kQueries; ++i) {
@@ -185,7 +185,7 @@ void weigh_tile(const float* probs, std::int64_t ldp, const KvPlane& plane, std:
     float32x4_t v[kVectors];
     const auto* from = values + (Kv::kPairs ? p / 2 : p) * width;
     PARE_UNROLL for (int k = 0; k < kVectors; k += 4) {
-      if (place == 0) ask_ahead(plane, from + k * 4);
+      if (place == 0) ask_next(plane, from + k * 4);
       Kv::template load<place>(from + k * 4, v + k);
     }
     PARE_UNROLL for (int i = 0; i < kQueries; ++i) {

@@ -26,11 +26,12 @@ inline __attribute__((always_inline)) void each_row(std::int64_t n, const Step& 
 template <class Tiles, class Kv>
 void scores_of(const float* q, std::int64_t ldq, std::int64_t count, const KvPlane& keys, std::int64_t head_dim,
                std::int64_t positions, float* out, std::int64_t ldo) {
-  for (; count >= 4; count -= 4, q += 4 * ldq, out += 4 * ldo)
-    Tiles::template scores<Kv, 4>(q, ldq, keys, head_dim, positions, out, ldo);
-  if (count == 3) Tiles::template scores<Kv, 3>(q, ldq, keys, head_dim, positions, out, ldo);
-  if (count == 2) Tiles::template scores<Kv, 2>(q, ldq, keys, head_dim, positions, out, ldo);
-  if (count == 1) Tiles::template scores<Kv, 1>(q, ldq, keys, head_dim, positions, out, ldo);
+  KvPlane plane = keys;
+  for (; count >= 4; count -= 4, q += 4 * ldq, out += 4 * ldo, plane.ahead = nullptr)  // it is asked for once
+    Tiles::template scores<Kv, 4>(q, ldq, plane, head_dim, positions, out, ldo);
+  if (count == 3) Tiles::template scores<Kv, 3>(q, ldq, plane, head_dim, positions, out, ldo);
+  if (count == 2) Tiles::template scores<Kv, 2>(q, ldq, plane, head_dim, positions, out, ldo);
+  if (count == 1) Tiles::template scores<Kv, 1>(q, ldq, plane, head_dim, positions, out, ldo);
 }
 
 template <class Tiles>
@@ -45,11 +46,12 @@ void scores(const float* q, std::int64_t ldq, std::int64_t count, const KvPlane&
 template <class Tiles, class Kv>
 void weigh_of(const float* probs, std::int64_t ldp, std::int64_t count, const KvPlane& values, std::int64_t width,
               std::int64_t positions, float* acc) {
-  for (; count >= 4; count -= 4, probs += 4 * ldp, acc += 4 * width)
-    Tiles::template weigh<Kv, 4>(probs, ldp, values, width, positions, acc);
-  if (count == 3) Tiles::template weigh<Kv, 3>(probs, ldp, values, width, positions, acc);
-  if (count == 2) Tiles::template weigh<Kv, 2>(probs, ldp, values, width, positions, acc);
-  if (count == 1) Tiles::template weigh<Kv, 1>(probs, ldp, values, width, positions, acc);
+  KvPlane plane = values;
+  for (; count >= 4; count -= 4, probs += 4 * ldp, acc += 4 * width, plane.ahead = nullptr)
+    Tiles::template weigh<Kv, 4>(probs, ldp, plane, width, positions, acc);
+  if (count == 3) Tiles::template weigh<Kv, 3>(probs, ldp, plane, width, positions, acc);
+  if (count == 2) Tiles::template weigh<Kv, 2>(probs, ldp, plane, width, positions, acc);
+  if (count == 1) Tiles::template weigh<Kv, 1>(probs, ldp, plane, width, positions, acc);
 }
 
 template <class Tiles>

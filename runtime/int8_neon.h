@@ -55,7 +55,7 @@ inline uint8x16_t low_codes(const std::uint8_t* line) {
 // One or two tokens stream the codes once: asking for them ahead keeps memory busy across the ends of blocks. More
 // tokens come back to the same codes in cache.
 template <int kTokens>
-inline void ask_ahead(const std::uint8_t* line) {
+inline void stream(const std::uint8_t* line) {
   if constexpr (kTokens <= 2) __builtin_prefetch(line + 2048);
 }
 
@@ -77,7 +77,7 @@ void part_int8(const PackedMatrix& w, std::int64_t block, int first_quad, const 
     uint8x16_t u[2][kQuads];
     if constexpr (kKind == CodecKind::kQ8) {
       const auto load = [&](int quad, std::int64_t at) {
-        ask_ahead<kTokens>(line + at);
+        stream<kTokens>(line + at);
         PARE_UNROLL for (int q = 0; q < kQuads; ++q) {
           u[quad][q] = vld1q_u8(line + at + q * 16);
           if constexpr (!Isa::kMixedSigns) u[quad][q] = veorq_u8(u[quad][q], vdupq_n_u8(0x80));
@@ -106,7 +106,7 @@ void part_int8(const PackedMatrix& w, std::int64_t block, int first_quad, const 
         sums.add(u, codes + kJ * pitch, codes + (kJ + 1) * pitch);
       };
       constexpr int kLines = kKind == CodecKind::kQ3 ? 3 : 2;
-      PARE_UNROLL for (int k = 0; k < kLines; ++k) ask_ahead<kTokens>(line + k * 64);
+      PARE_UNROLL for (int k = 0; k < kLines; ++k) stream<kTokens>(line + k * 64);
       pair.template operator()<0>();
       pair.template operator()<2>();
       pair.template operator()<4>();
@@ -115,7 +115,7 @@ void part_int8(const PackedMatrix& w, std::int64_t block, int first_quad, const 
       codes += 8 * pitch;
     } else {
       PARE_UNROLL for (int c = 0; c < 4; ++c, line += 64) {
-        ask_ahead<kTokens>(line);
+        stream<kTokens>(line);
         PARE_UNROLL for (int q = 0; q < kQuads; ++q) {
           const uint8x16_t both = vld1q_u8(line + q * 16);
           u[0][q] = vandq_u8(both, vdupq_n_u8(15));

@@ -481,7 +481,11 @@ TEST_P(KernelsTest, NanPassesThroughElementwiseKernels) {
   EXPECT_TRUE(std::isnan(capped[17]));
   k.silu_mul(gate.data(), up.data(), 20);
   EXPECT_TRUE(std::isnan(gate[17]));
-  EXPECT_TRUE(std::isnan(k.attention->softmax(s.data(), 20, false, &peak, &shrink)));
+  for (const bool bf16 : {false, true}) {
+    std::vector<float> row = s;
+    float top = peak;
+    EXPECT_TRUE(std::isnan(k.attention->softmax(row.data(), 20, bf16, &top, &shrink)));
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(All, KernelsTest, ::testing::ValuesIn(available_kernels()),
