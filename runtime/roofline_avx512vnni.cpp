@@ -6,6 +6,8 @@
 #endif
 #include <immintrin.h>
 
+#include <numeric>
+
 #include "runtime/roofline.h"
 #include "runtime/stream_x86.h"
 
@@ -28,7 +30,9 @@ std::uint64_t read(const std::byte* data, std::int64_t lines) {
   }
   for (; i < lines; ++i) sum[0] = _mm512_add_epi64(sum[0], _mm512_load_si512(data + i * 64));
   PARE_UNROLL for (int k = 1; k < 8; ++k) sum[0] = _mm512_add_epi64(sum[0], sum[k]);
-  return static_cast<std::uint64_t>(_mm512_reduce_add_epi64(sum[0]));
+  alignas(64) std::uint64_t words[8];
+  _mm512_store_si512(words, sum[0]);
+  return std::accumulate(words, words + 8, std::uint64_t{0});  // unsigned: it may wrap
 }
 
 std::int64_t int8(std::int64_t rounds) {
