@@ -18,7 +18,7 @@ namespace {
 
 constexpr std::int64_t kStep = 32;    // positions of one instruction
 constexpr std::int64_t kFewRows = 8;  // at most, for which vectors are faster
-constexpr std::int64_t kDimBytes = kPage / 2 * 4;  // pairs of positions
+constexpr std::int64_t kDimBytes = kPage / 2 * 4;  // of a dimension: pairs of positions
 
 // Weights of 16 rows and 32 positions.
 using Left = std::uint8_t[kMaxQueries / kTileRows][kPage / kStep][kTileRows * kLine];
@@ -106,7 +106,7 @@ void multiply(const Left& left, const Values& values, std::int64_t dim, float* a
     for (int c = 0; !whole && c < kColumns; ++c) values.put(first, dim + c * kTileRows, last[c]);
     PARE_IN_MEMORY;
     each<kColumns>([&](auto c) __attribute__((always_inline)) {
-      for (std::int64_t pair = 0; pair < kTileRows; ++pair)
+      for (std::int64_t pair = 0; values.plane.ahead != nullptr && pair < kTileRows; ++pair)
         ask_next<kLine>(values.plane, (dim + c * kTileRows) * kDimBytes + (first / 2 + pair) * kLine);
       if (whole) _tile_loadd(6, values.at(first, dim + c * kTileRows), width * 4);
       else _tile_loadd(6, last[c], kLine);

@@ -51,7 +51,7 @@ constexpr int kRooflineRuns = 9;
 constexpr std::int64_t kRooflineBytes = std::int64_t{1} << 29;
 
 // kernels: a name of available_kernels(). Every thread has a share of one buffer of `buffer_bytes`, and of as many
-// first bytes of a mapped file. `step` is called before every run and may throw. Takes about a second. Error: exit 5
+// first bytes of a mapped file, which begins on 64 bytes. `step` is called before every run and may throw. Takes about a second. Error: exit 5
 // where the buffer does not fit.
 Roofline measure_roofline(const std::string& kernels, int threads, std::int64_t buffer_bytes = kRooflineBytes,
                           const std::function<void()>& step = {}, std::span<const std::byte> file = {});

@@ -410,7 +410,8 @@ Command bench_command() {
        .maximum = static_cast<double>(Session::kMostFedTogether)},
       {.name = "roofline",
        .type = OptionType::kFlag,
-       .help = "measure the machine first (512 MiB of memory): reading, also of this file, int8 and float arithmetic; print shares of it",
+       .help = "measure the machine first (512 MiB of memory): reading, also of this file, int8 and float arithmetic; print "
+               "shares of it",
        .default_value = false},
       act_option(),
       kv_option(),

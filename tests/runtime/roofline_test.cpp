@@ -42,7 +42,7 @@ TEST(RooflineTest, EveryByteIsRead) {
 TEST(RooflineTest, MeasuresAndRefuses) {
   for (const std::string& kernels : available_kernels()) {
     int steps = 0;
-    const std::vector<std::byte> file(64 * 64 + 1);
+    const std::vector<std::byte, CacheLineAllocator<std::byte>> file(64 * 64 + 1);
     const Roofline roof = measure_roofline(kernels, 2, 1 << 20, [&] { ++steps; }, file);
     EXPECT_EQ(measure_roofline(kernels, 2, 1 << 20, {}, std::span(file).first(100)).file_bytes.best, 0);
     EXPECT_EQ(steps, 4 * kRooflineRuns);
