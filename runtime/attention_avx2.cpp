@@ -136,27 +136,54 @@ void scores_rows(const float* q, std::int64_t ldq, const KvPlane& plane, std::in
   }
 }
 
-float softmax(float* s, std::int64_t n, bool bf16, float* peak, float* shrink) {
-  const __m256 lowest = _mm256_set1_ps(-INFINITY);
-  __m256 peaks = _mm256_set1_ps(*peak);
-  for (std::int64_t i = 0; i < n; i += 8) {
-    const __m256i m = tail_mask(n - i);
-    const __m256 v = _mm256_blendv_ps(lowest, _mm256_maskload_ps(s + i, m), _mm256_castsi256_ps(m));
-    peaks = _mm256_max_ps(peaks, v);
-  }
-  const float next = top_of(peaks);
-  *shrink = *peak == -INFINITY ? 0.0f : std::exp(*peak - next);
-  *peak = next;
-  const __m256 top = _mm256_set1_ps(next);
+inline __m256 exp_bf16(__m256 x) {
+  const __m256 y = _mm256_max_ps(_mm256_set1_ps(kLeastPower), _mm256_mul_ps(x, _mm256_set1_ps(kInverseLn2)));
+  const __m256 n = _mm256_round_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC), f = _mm256_sub_ps(y, n);
+  __m256 p = _mm256_set1_ps(kPower2[0]);
+  for (int i = 1; i < 5; ++i) p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(kPower2[i]));
+  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(kBf16Steps + 1));
+  p = _mm256_sub_ps(p, _mm256_set1_ps(kBf16Steps));
+  const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);  // of NaN it is 0
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));
+}
+
+float largest_of(const float* s, std::int64_t n, float least) {
+  __m256 peaks = _mm256_set1_ps(least);
+  std::int64_t i = 0;
+  for (; i + 8 <= n; i += 8) peaks = _mm256_max_ps(peaks, _mm256_loadu_ps(s + i));
+  const __m256 m = _mm256_castsi256_ps(tail_mask(n - i));
+  const __m256 last = _mm256_maskload_ps(s + i, tail_mask(n - i));
+  return top_of(_mm256_max_ps(peaks, _mm256_blendv_ps(_mm256_set1_ps(least), last, m)));
+}
+
+template <bool kBf16>
+float exponentials(float* s, std::int64_t n, float peak) {
+  const __m256 top = _mm256_set1_ps(peak);
   __m256 sum = _mm256_setzero_ps();
-  for (std::int64_t i = 0; i < n; i += 8) {
+  const auto at = [&](__m256 score) {
+    const __m256 x = _mm256_sub_ps(score, top);
+    return kBf16 ? exp_bf16(x) : exp_ps(x);
+  };
+  std::int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m256 e = at(_mm256_loadu_ps(s + i));
+    _mm256_storeu_ps(s + i, e);
+    sum = _mm256_add_ps(sum, e);
+  }
+  if (i < n) {
     const __m256i m = tail_mask(n - i);
-    __m256 e = _mm256_and_ps(exp_ps(_mm256_sub_ps(_mm256_maskload_ps(s + i, m), top)), _mm256_castsi256_ps(m));
-    if (bf16) e = nearest_bf16(e);
+    const __m256 e = _mm256_and_ps(at(_mm256_maskload_ps(s + i, m)), _mm256_castsi256_ps(m));
     _mm256_maskstore_ps(s + i, m, e);
     sum = _mm256_add_ps(sum, e);
   }
   return reduce_add(sum);
+}
+
+float softmax(float* s, std::int64_t n, bool bf16, float* peak, float* shrink) {
+  const float next = largest_of(s, n, *peak);
+  *shrink = shrink_to(*peak, next);
+  *peak = next;
+  return bf16 ? exponentials<true>(s, n, next) : exponentials<false>(s, n, next);
 }
 
 bool scale(const float* x, std::int64_t n, float factor, float* out) {

@@ -136,25 +136,57 @@ void scores_rows(const float* q, std::int64_t ldq, const KvPlane& plane, std::in
   for (; p < positions; p += 16) scores_tile<Kv, kQueries, 1>(q, ldq, plane, p, head_dim, out + p, ldo);
 }
 
-float softmax(float* s, std::int64_t n, bool bf16, float* peak, float* shrink) {
-  __m512 peaks = _mm512_set1_ps(*peak);
-  for (std::int64_t i = 0; i < n; i += 16) {
-    const __mmask16 m = tail_mask(n - i);
-    peaks = _mm512_mask_max_ps(peaks, m, peaks, _mm512_maskz_loadu_ps(m, s + i));
+inline __m512 exp_bf16(__m512 x) {
+  const __m512 y = _mm512_max_ps(_mm512_set1_ps(kLeastPower), _mm512_mul_ps(x, _mm512_set1_ps(kInverseLn2)));
+  const __m512 f = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  __m512 p = _mm512_set1_ps(kPower2[0]);
+  PARE_UNROLL for (int i = 1; i < 5; ++i) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kPower2[i]));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kBf16Steps + 1));
+  return _mm512_scalef_ps(_mm512_sub_ps(p, _mm512_set1_ps(kBf16Steps)), y);  // times 2^floor(y)
+}
+
+float largest_of(const float* s, std::int64_t n, float least) {
+  __m512 even = _mm512_set1_ps(least), odd = even;
+  std::int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    even = _mm512_max_ps(even, _mm512_loadu_ps(s + i));
+    odd = _mm512_max_ps(odd, _mm512_loadu_ps(s + i + 16));
   }
-  const float next = _mm512_reduce_max_ps(peaks);
-  *shrink = *peak == -INFINITY ? 0.0f : std::exp(*peak - next);
-  *peak = next;
-  const __m512 top = _mm512_set1_ps(next);
-  __m512 sum = _mm512_setzero_ps();
-  for (std::int64_t i = 0; i < n; i += 16) {
+  for (; i < n; i += 16) {
     const __mmask16 m = tail_mask(n - i);
-    __m512 e = _mm512_maskz_mov_ps(m, exp_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(m, s + i), top)));
-    if (bf16) e = nearest_bf16(e);
-    _mm512_mask_storeu_ps(s + i, m, e);
+    even = _mm512_mask_max_ps(even, m, even, _mm512_maskz_loadu_ps(m, s + i));
+  }
+  return _mm512_reduce_max_ps(_mm512_max_ps(even, odd));
+}
+
+template <bool kBf16>
+float exponentials(float* s, std::int64_t n, float peak) {
+  const __m512 top = _mm512_set1_ps(peak);
+  __m512 sum = _mm512_setzero_ps();
+  const auto at = [&](__m512 score) {
+    const __m512 x = _mm512_sub_ps(score, top);
+    return kBf16 ? exp_bf16(x) : exp_ps(x);
+  };
+  std::int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const __m512 e = at(_mm512_loadu_ps(s + i));
+    _mm512_storeu_ps(s + i, e);
     sum = _mm512_add_ps(sum, e);
   }
+  if (i < n) {
+    const __mmask16 m = tail_mask(n - i);
+    const __m512 e = at(_mm512_maskz_loadu_ps(m, s + i));
+    _mm512_mask_storeu_ps(s + i, m, e);
+    sum = _mm512_mask_add_ps(sum, m, sum, e);
+  }
   return _mm512_reduce_add_ps(sum);
+}
+
+float softmax(float* s, std::int64_t n, bool bf16, float* peak, float* shrink) {
+  const float next = largest_of(s, n, *peak);
+  *shrink = shrink_to(*peak, next);
+  *peak = next;
+  return bf16 ? exponentials<true>(s, n, next) : exponentials<false>(s, n, next);
 }
 
 bool scale(const float* x, std::int64_t n, float factor, float* out) {

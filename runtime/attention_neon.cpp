@@ -134,18 +134,28 @@ void scores_rows(const float* q, std::int64_t ldq, const KvPlane& plane, std::in
   for (; p < positions; p += 16) scores_tile<Kv, kQueries, 4>(q, ldq, plane, p, head_dim, out + p, ldo);
 }
 
+inline float32x4_t exp_bf16(float32x4_t x) {
+  const float32x4_t y = vmaxq_f32(vdupq_n_f32(kLeastPower), vmulq_n_f32(x, kInverseLn2));
+  const float32x4_t n = vrndmq_f32(y), f = vsubq_f32(y, n);
+  float32x4_t p = vdupq_n_f32(kPower2[0]);
+  for (int i = 1; i < 5; ++i) p = vfmaq_f32(vdupq_n_f32(kPower2[i]), p, f);
+  p = vsubq_f32(vfmaq_f32(vdupq_n_f32(kBf16Steps + 1), p, f), vdupq_n_f32(kBf16Steps));
+  const int32x4_t power = vshlq_n_s32(vcvtq_s32_f32(n), 23);  // of NaN it is 0
+  return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), power));
+}
+
 float softmax(float* s, std::int64_t n, bool bf16, float* peak, float* shrink) {
   float32x4_t peaks = vdupq_n_f32(*peak);
   std::int64_t i = 0;
   for (; i + 4 <= n; i += 4) peaks = vmaxq_f32(peaks, vld1q_f32(s + i));
   for (; i < n; ++i) peaks = vmaxq_f32(peaks, vdupq_n_f32(s[i]));
   const float next = vmaxvq_f32(peaks);
-  *shrink = *peak == -INFINITY ? 0.0f : std::exp(*peak - next);
+  *shrink = shrink_to(*peak, next);
   *peak = next;
   float32x4_t sum = vdupq_n_f32(0);
   for (i = 0; i < n; i += 4) {
-    const float32x4_t e = exp_ps(vsubq_f32(load_first(s + i, n - i), vdupq_n_f32(next)));
-    store_first(s + i, bf16 ? nearest_bf16(e) : e, n - i);
+    const float32x4_t x = vsubq_f32(load_first(s + i, n - i), vdupq_n_f32(next));
+    store_first(s + i, bf16 ? exp_bf16(x) : exp_ps(x), n - i);
     sum = vaddq_f32(sum, load_first(s + i, n - i));
   }
   return vaddvq_f32(sum);

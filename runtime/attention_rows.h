@@ -3,12 +3,27 @@
 // weigh<Kv, rows>. Included by the attention sources alone.
 #pragma once
 
+#include <cmath>
 #include <type_traits>
 
 #include "runtime/attention_kernels.h"
 
 namespace pare {
 namespace {
+
+// exp_bf16(x), x <= 0: the bfloat16 nearest to exp(x) = 2^y = 2^floor(y) * p(f), f = y - floor(y), y = x / ln(2). p is 1 +
+// f * (kPower2[4] + f * (kPower2[3] + ...)), whose relative error on [0, 1] is at most 1.2e-7. Beside kBf16Steps floats
+// are 2^-7 apart as bfloat16 are in [1, 2): added to that the sum is rounded. y is at least kLeastPower, where results
+// are normal numbers. NaN stays.
+[[maybe_unused]] constexpr float kPower2[] = {0x1.e974fcp-10f, 0x1.277854p-7f, 0x1.c91ce6p-5f, 0x1.ebdb56p-3f,
+                                              0x1.62e4bap-1f};
+[[maybe_unused]] constexpr float kInverseLn2 = 1.44269504f, kBf16Steps = 3 << 15, kLeastPower = -126;
+
+// What sums that were relative to `before` have to be multiplied by to be relative to `peak`; most pages raise no peak.
+inline float shrink_to(float before, float peak) {
+  if (before == -INFINITY) return 0.0f;
+  return before == peak ? 1.0f : std::exp(before - peak);
+}
 
 // Calls step(row, its place in the pair) for rows [0, n) of values: the place is 0 where rows are not kept in pairs.
 template <class Kv, class Step>

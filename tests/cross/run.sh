@@ -19,6 +19,7 @@ need qemu-aarch64-static qemu-user-static
 for library in pcre2-8:pcre2 utf8proc:utf8proc xxhash:xxhash fmt:fmt gtest:gtest cpp-httplib:cpp-httplib; do
   ls /usr/lib/aarch64-linux-gnu/lib"${library%%:*}".* >/dev/null 2>&1 || missing+=("lib${library#*:}-dev:arm64")
 done
+ls /usr/lib/aarch64-linux-gnu/libgomp.so.1 >/dev/null 2>&1 || missing+=("libgomp1:arm64")
 if [ ${#missing[@]} -gt 0 ]; then
   echo "SKIPPED: nothing was built or run for 64-bit Arm. On Debian:"
   echo "  dpkg --add-architecture arm64 && apt-get update"

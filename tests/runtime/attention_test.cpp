@@ -150,6 +150,50 @@ TEST_P(AttentionTest, RunningSoftmaxMatchesDoubles) {
   }
 }
 
+// Over all binades that count: no further from e^x than half a step of bfloat16 (of 8 bits), but for a float's own errors.
+TEST_P(AttentionTest, WeightsAreTheNearestBfloat16) {
+  std::vector<float> x = {0.0f, -87.0f, -100.0f, -1e30f, -INFINITY};
+  for (int i = 1; i < 40000; ++i) x.push_back(-static_cast<float>(i) * 87.0f / 40000);
+  for (int i = 1; i < 40000; ++i) x.push_back(-static_cast<float>(i) / 40000);
+  for (std::size_t first = 0; first < x.size(); first += kPage) {
+    const auto n = static_cast<std::int64_t>(std::min<std::size_t>(kPage, x.size() - first));
+    std::vector<float> got(x.data() + first, x.data() + first + n);
+    float peak = 0, shrink = 0;
+    attention().softmax(got.data(), n, true, &peak, &shrink);
+    EXPECT_EQ(shrink, 1.0f);
+    for (std::int64_t i = 0; i < n; ++i) {
+      const auto at = static_cast<double>(x[first + static_cast<std::size_t>(i)]);
+      const double e = std::exp(at), kept = got[static_cast<std::size_t>(i)];
+      ASSERT_EQ(kept, bf16_to_f32(f32_to_bf16(static_cast<float>(kept)))) << at;
+      if (at <= -87) {
+        ASSERT_TRUE(kept >= 0 && kept < 2e-38) << at << ": " << kept;
+        continue;
+      }
+      int power;
+      std::frexp(e, &power);
+      ASSERT_LE(std::abs(kept - e), std::ldexp(1.0, power - 9) + e * (3e-7 - at * 1e-7)) << at << ": " << kept;
+    }
+  }
+  std::vector<float> one = {-3.0f, 0.0f};
+  float peak = 0, shrink = 0;
+  attention().softmax(one.data(), 2, true, &peak, &shrink);
+  EXPECT_EQ(one[1], 1.0f);
+}
+
+// No payload of a NaN carries over into a number when it is rounded.
+TEST_P(AttentionTest, NaNScoresStayNaN) {
+  for (const std::uint32_t bits : {0x7fc00000u, 0xffc00000u, 0x7fffe000u, 0xffffe000u, 0x7fffffffu, 0xffffffffu}) {
+    for (const bool bf16 : {false, true}) {
+      std::vector<float> s(37, -1.0f);
+      std::memcpy(&s[20], &bits, 4);
+      std::memcpy(&s[36], &bits, 4);
+      float peak = 1, shrink = 0;
+      EXPECT_TRUE(std::isnan(attention().softmax(s.data(), 37, bf16, &peak, &shrink)));
+      EXPECT_TRUE(std::isnan(s[20]) && std::isnan(s[36])) << bits;
+    }
+  }
+}
+
 // Few rows and many are multiplied in different ways. Columns of products and sums too small to be normal numbers, one
 // with an infinity, and none that may meet what lies behind the positions.
 TEST_P(AttentionTest, WeighedRowsHaveTheSameBitsInAnyNumber) {
