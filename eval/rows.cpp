@@ -9,7 +9,9 @@
 // A fused multiply-add on one instruction set and not on another would change the last bits of a report.
 #pragma GCC optimize("fp-contract=off")
 
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+// Sanitizers are not ready yet when the loader asks which clone to take.
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && \
+    !defined(__SANITIZE_THREAD__)
 #define PARE_ROW_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define PARE_ROW_CLONES
