@@ -1,6 +1,7 @@
 #include "core/file.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -9,6 +10,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -153,15 +155,37 @@ void AtomicFile::commit() {
 
 FolderTransaction::FolderTransaction(fs::path final) : final_(std::move(final)) {
   if (!final_.has_filename()) final_ = final_.parent_path();  // "out/" means "out"
-  if (fs::exists(fs::symlink_status(final_)))
-    throw usage_error(final_.string(), "an output that does not exist yet", "an existing one",
-                      "remove it or choose another --out");
+  const auto refuse_existing = [&] { this->refuse_existing("an existing one", "remove it or choose another --out"); };
+  refuse_existing();
   work_ = final_;
   work_ += ".partial";
   std::error_code problem;
   fs::create_directories(work_, problem);
-  if (problem)
+  if (!problem) {
+    lock_ = ::open(work_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (lock_ < 0) problem = {errno, std::generic_category()};
+  }
+  if (problem) {
+    refuse_existing();  // another process may have finished it this moment
     throw failure(work_.string(), "a folder that can be written", problem.message(), "choose another --out");
+  }
+  struct stat mine {}, now {};
+  const bool taken = ::flock(lock_, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK;  // some file systems have no locks
+  const bool same = ::fstat(lock_, &mine) == 0 && ::stat(work_.c_str(), &now) == 0 && mine.st_ino == now.st_ino;
+  if (!taken && same) return;
+  ::close(std::exchange(lock_, -1));
+  if (!taken) refuse_existing();
+  throw Error(ExitCode::kResources, work_.string(), "one command at a time", "another one working there",
+              "wait for it, or choose another --out");
+}
+
+FolderTransaction::~FolderTransaction() {
+  if (lock_ >= 0) ::close(lock_);
+}
+
+void FolderTransaction::refuse_existing(const char* found, const std::string& advice) const {
+  if (fs::exists(fs::symlink_status(final_)))
+    throw usage_error(final_.string(), "an output that does not exist yet", found, advice);
 }
 
 void FolderTransaction::commit() {
@@ -170,9 +194,7 @@ void FolderTransaction::commit() {
     else if (entry.is_directory()) sync_folder(entry.path());
   }
   sync_folder(work_);
-  if (fs::exists(fs::symlink_status(final_)))
-    throw usage_error(final_.string(), "an output that does not exist yet", "one that appeared meanwhile",
-                      "the result is complete in " + work_.string());
+  refuse_existing("one that appeared meanwhile", "the result is complete in " + work_.string());
   if (::rename(work_.c_str(), final_.c_str()) != 0)
     throw failure(final_.string(), "rename into place", system_text(errno), "the result is complete in " + work_.string());
   sync_folder(final_.parent_path());

@@ -61,16 +61,22 @@ class AtomicFile {
 
 // A folder that appears whole or not at all. Work happens in the sibling `<name>.partial`, which survives a
 // crash so that a stage can resume; commit() fsyncs every file and renames it to the final name.
-// Errors: exit 2 when `final` already exists.
+// Errors: exit 2 when `final` already exists; exit 5 while another one, of this process or not, works there.
 class FolderTransaction {
  public:
   explicit FolderTransaction(fs::path final);
+  FolderTransaction(const FolderTransaction&) = delete;
+  FolderTransaction& operator=(const FolderTransaction&) = delete;
+  ~FolderTransaction();
   const fs::path& work() const { return work_; }
   void commit();
   void discard();  // removes the partial folder
 
  private:
+  void refuse_existing(const char* found, const std::string& advice) const;
+
   fs::path final_, work_;
+  int lock_ = -1;  // the partial folder, open: the system lets go of it with the process
 };
 
 std::string read_text(const fs::path& file);

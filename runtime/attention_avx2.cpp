@@ -151,9 +151,12 @@ float largest_of(const float* s, std::int64_t n, float least) {
   __m256 peaks = _mm256_set1_ps(least);
   std::int64_t i = 0;
   for (; i + 8 <= n; i += 8) peaks = _mm256_max_ps(peaks, _mm256_loadu_ps(s + i));
-  const __m256 m = _mm256_castsi256_ps(tail_mask(n - i));
-  const __m256 last = _mm256_maskload_ps(s + i, tail_mask(n - i));
-  return top_of(_mm256_max_ps(peaks, _mm256_blendv_ps(_mm256_set1_ps(least), last, m)));
+  if (i < n) {
+    const __m256i m = tail_mask(n - i);
+    const __m256 last = _mm256_maskload_ps(s + i, m);
+    peaks = _mm256_max_ps(peaks, _mm256_blendv_ps(_mm256_set1_ps(least), last, _mm256_castsi256_ps(m)));
+  }
+  return top_of(peaks);
 }
 
 template <bool kBf16>

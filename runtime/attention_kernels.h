@@ -37,8 +37,8 @@ struct AttentionKernels {
   void (*scores)(const float* q, std::int64_t ldq, std::int64_t count, const KvPlane& keys, std::int64_t head_dim,
                  std::int64_t positions, float* out, std::int64_t ldo);
   // One page of a running softmax: raises *peak (-infinity before the first) to the largest of s[0..n), replaces each
-  // by exp(s - *peak), with `bf16` the nearest bfloat16, and returns their sum. Sums of earlier pages have to be
-  // multiplied by *shrink.
+  // by exp(s - *peak), with `bf16` the nearest bfloat16 but for a float's errors (where it is no normal number: 0 or a
+  // tiny one), and returns their sum. Sums of earlier pages have to be multiplied by *shrink.
   float (*softmax)(float* s, std::int64_t n, bool bf16, float* peak, float* shrink);
   // acc[i * width + d] += sum_p probs[i * ldp + p] * values[p][d]; width is a multiple of 16. probs are bfloat16 beside
   // kBf16 values.

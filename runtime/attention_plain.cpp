@@ -6,7 +6,7 @@
 
 #include "core/codec.h"
 #include "core/error.h"
-#include "runtime/attention_kernels.h"
+#include "runtime/attention_rows.h"
 
 namespace pare {
 
@@ -72,7 +72,7 @@ void scores(const float* q, std::int64_t ldq, std::int64_t count, const KvPlane&
 
 float softmax(float* s, std::int64_t n, bool bf16, float* peak, float* shrink) {
   const float next = std::max(*peak, *std::max_element(s, s + n));
-  *shrink = *peak == -INFINITY ? 0.0f : std::exp(*peak - next);
+  *shrink = shrink_to(*peak, next);
   *peak = next;
   float sum = 0;
   for (std::int64_t i = 0; i < n; ++i) {

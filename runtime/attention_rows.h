@@ -1,6 +1,6 @@
 // How an instruction set's tiles cover the query rows of one page: four at a time, then the rest at once. `Tiles` names
 // the kinds of keys and values (Float, Half, Byte; Pair of values alone) and the functions scores<Kv, rows> and
-// weigh<Kv, rows>. Included by the attention sources alone.
+// weigh<Kv, rows>. And what their running softmaxes share. Included by the attention sources alone.
 #pragma once
 
 #include <cmath>
@@ -11,10 +11,10 @@
 namespace pare {
 namespace {
 
-// exp_bf16(x), x <= 0: the bfloat16 nearest to exp(x) = 2^y = 2^floor(y) * p(f), f = y - floor(y), y = x / ln(2). p is 1 +
-// f * (kPower2[4] + f * (kPower2[3] + ...)), whose relative error on [0, 1] is at most 1.2e-7. Beside kBf16Steps floats
-// are 2^-7 apart as bfloat16 are in [1, 2): added to that the sum is rounded. y is at least kLeastPower, where results
-// are normal numbers. NaN stays.
+// exp_bf16(x), x <= 0: the bfloat16 nearest to exp(x) = 2^y = 2^floor(y) * p(f), y = x / ln(2), f = y - floor(y); any
+// of two that are equally near within 1.2e-7 + 4e-8 * |x|. p = 1 + f * (kPower2[4] + f * (kPower2[3] + ...)) has an
+// error of at most 1.2e-7 on [0, 1]. Beside kBf16Steps floats are 2^-7 apart, as bfloat16 are in [1, 2): the sum
+// with it is rounded. y is at least kLeastPower, so that results are normal numbers. NaN stays.
 [[maybe_unused]] constexpr float kPower2[] = {0x1.e974fcp-10f, 0x1.277854p-7f, 0x1.c91ce6p-5f, 0x1.ebdb56p-3f,
                                               0x1.62e4bap-1f};
 [[maybe_unused]] constexpr float kInverseLn2 = 1.44269504f, kBf16Steps = 3 << 15, kLeastPower = -126;
